@@ -1,0 +1,69 @@
+"""pyro-sbp: make neural networks smaller by Bayesian inference.
+
+Names are imported on first use, so that ``import pyro_sbp`` costs nothing and loading a pruned
+network needs torch only.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_sbp import distributions, networks
+    from pyro_sbp.benchmarking import benchmark
+    from pyro_sbp.elbo import ClosedFormELBO
+    from pyro_sbp.gates import Gate, GatedNetwork, fold
+    from pyro_sbp.guides import TruncatedLogNormalGuide
+    from pyro_sbp.models import GatedModel
+    from pyro_sbp.probing import find_gates
+    from pyro_sbp.pruning import prune
+    from pyro_sbp.saving import load, save
+    from pyro_sbp.surgery import shrink
+
+__all__ = [
+    "ClosedFormELBO",
+    "Gate",
+    "GatedModel",
+    "GatedNetwork",
+    "TruncatedLogNormalGuide",
+    "benchmark",
+    "distributions",
+    "find_gates",
+    "fold",
+    "load",
+    "networks",
+    "prune",
+    "save",
+    "shrink",
+]
+
+_MODULE_OF = {
+    "ClosedFormELBO": "elbo",
+    "Gate": "gates",
+    "GatedModel": "models",
+    "GatedNetwork": "gates",
+    "TruncatedLogNormalGuide": "guides",
+    "benchmark": "benchmarking",
+    "find_gates": "probing",
+    "fold": "gates",
+    "load": "saving",
+    "prune": "pruning",
+    "save": "saving",
+    "shrink": "surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("pyro-sbp")
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"pyro_sbp.{_MODULE_OF[name]}"), name)
+    elif name in __all__:
+        value = import_module(f"pyro_sbp.{name}")
+    else:
+        raise AttributeError(f"module 'pyro_sbp' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

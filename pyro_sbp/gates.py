@@ -1,0 +1,222 @@
+"""Gates: where multiplicative noise enters a network, and what it does there.
+
+A gate stands at the inputs of the readers of a set of units, not at the output of their writer.
+A reader is linear in its input columns, so theta folds into its weight, and theta_c = 0 is the same
+as deleting column c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.layers import LINEAR_FUNCTIONS, channel_dim
+
+__all__ = ["Gate", "GatedNetwork", "Span", "call", "fold", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which unit each row or column of a layer carries.
+
+    `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none.
+    """
+
+    layer: str
+    units: Tensor
+    _on: dict[torch.device, tuple[Tensor, bool]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
+        if values.device not in self._on:
+            units = self.units.to(values.device)
+            whole = torch.equal(self.units, torch.arange(len(self.units)))
+            self._on[values.device] = (units, whole)
+        units, whole = self._on[values.device]
+        if whole and len(units) == values.shape[-1]:
+            return values
+        padded = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
+        return padded.index_select(-1, units % padded.shape[-1])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A set of units that one noise variable theta ``[size]`` multiplies.
+
+    Attributes:
+        name: the name of the Pyro sample site.
+        size: the number of units.
+        readers: the layers that take the units as input columns.
+        writers: the layers that produce them as output rows. None for a gate on input features.
+        channelwise: the layers between, which treat every channel alone.
+    """
+
+    name: str
+    size: int
+    readers: tuple[Span, ...]
+    writers: tuple[Span, ...] = ()
+    channelwise: tuple[Span, ...] = ()
+
+
+def tensors_of(x: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from tensors_of(value)
+    elif isinstance(x, list | tuple):
+        for value in x:
+            yield from tensors_of(value)
+
+
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A network's input as arguments: a tuple is several inputs, a dict named ones."""
+    if isinstance(x, tuple):
+        return x, {}
+    if isinstance(x, dict):
+        return (), x
+    return (x,), {}
+
+
+def call(net: nn.Module, x: Any) -> Any:
+    """Call a network on its input: a tensor, a tuple of inputs, or a dict of named inputs."""
+    args, kwargs = _arguments(x)
+    return net(*args, **kwargs)
+
+
+def _column_scales(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factor of every reader's input columns, the product over the gates that reach it."""
+    scales: dict[str, Tensor] = {}
+    for gate in gates:
+        if gate.name not in theta:
+            continue
+        for span in gate.readers:
+            scale = span.expand(theta[gate.name])
+            scales[span.layer] = scales[span.layer] * scale if span.layer in scales else scale
+    return scales
+
+
+def _check(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
+    sizes = {gate.name: gate.size for gate in gates}
+    for name, value in theta.items():
+        if name not in sizes:
+            raise ValueError(f"theta names the gate {name!r}; the gates are {', '.join(sizes)}")
+        if value.ndim not in (1, 2) or value.shape[-1] != sizes[name]:
+            raise ValueError(
+                f"theta of gate {name!r} has shape {list(value.shape)}; "
+                f"expected [{sizes[name]}] or [batch, {sizes[name]}]"
+            )
+
+
+def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold noise into the weights of the readers.
+
+    Args:
+        net: the network.
+        gates: its gates, from `find_gates`.
+        theta: from gate name to a tensor ``[units]``; a gate that is not named stays as it is.
+
+    Returns:
+        From parameter name to the folded weight, of the parameter's shape and dtype, for
+        `torch.func.functional_call`. The network itself is not changed.
+
+    Raises:
+        ValueError: theta names no gate of `gates`, or has the wrong length.
+    """
+    _check(gates, theta)
+    folded = {}
+    for layer, scale in _column_scales(gates, theta).items():
+        if scale.ndim != 1:
+            raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
+        weight = net.get_parameter(f"{layer}.weight")
+        shape = (1, -1) + (1,) * (weight.ndim - 2)
+        folded[f"{layer}.weight"] = weight * scale.to(weight.dtype).view(shape)
+    return folded
+
+
+class _ScaleInputs(TorchFunctionMode):
+    """Multiply the inputs of readers, each known by its weight, by one factor per example."""
+
+    def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        layers = {name: net.get_submodule(name) for name in scales}
+        self.readers = {id(layers[name].weight): (name, layers[name]) for name in scales}
+        self.scales = scales
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LINEAR_FUNCTIONS:
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            if id(weight) in self.readers:
+                name, layer = self.readers[id(weight)]
+                x, scale = args[0], self.scales[name]
+                dim = channel_dim(layer, x)
+                if dim == 0 or x.shape[0] != scale.shape[0]:
+                    raise ValueError(
+                        f"layer {name!r} gets an input of shape {list(x.shape)}, without the "
+                        f"batch of {scale.shape[0]} in dimension 0, which noise per example needs"
+                    )
+                shape = [1] * x.ndim
+                shape[0], shape[dim] = scale.shape
+                args = (x * scale.to(x.dtype).view(shape), *args[1:])
+        return func(*args, **kwargs)
+
+
+class GatedNetwork(nn.Module):
+    """A network whose units are multiplied by theta: a pure function of the input and theta.
+
+    Args:
+        net: the network; its parameters are shared, not copied.
+        gates: where theta enters, from `find_gates`.
+    """
+
+    def __init__(self, net: nn.Module, gates: Sequence[Gate]) -> None:
+        super().__init__()
+        self.net = net
+        self.gates = tuple(gates)
+
+    def forward(self, x: Any, theta: Mapping[str, Tensor]) -> Any:
+        """Call the network on `x` with noise `theta`.
+
+        Args:
+            x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
+            theta: from gate name to ``[units]`` (one draw for the batch, folded into the weights)
+                or ``[batch, units]`` (one for each example, multiplying the activations).
+
+        Raises:
+            ValueError: theta names an unknown gate, has a wrong shape, or is given per example
+                where a reader's input has no batch in dimension 0.
+        """
+        _check(self.gates, theta)
+        shared = {name: value for name, value in theta.items() if value.ndim == 1}
+        each = {name: value for name, value in theta.items() if value.ndim == 2}
+        args, kwargs = _arguments(x)
+        parameters = fold(self.net, self.gates, shared)
+        if not each:
+            return functional_call(self.net, parameters, args, kwargs)
+        # Readers are known by their weight, which functional_call puts in place.
+        call_scaled = _Scaled(self.net, _column_scales(self.gates, each))
+        parameters = {f"net.{name}": value for name, value in parameters.items()}
+        return functional_call(call_scaled, parameters, args, kwargs)
+
+
+class _Scaled(nn.Module):
+    """Calls a network with the inputs of its readers scaled."""
+
+    def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.scales = dict(scales)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _ScaleInputs(self.net, self.scales):
+            return self.net(*args, **kwargs)
