@@ -1,0 +1,67 @@
+"""The command line. Commands import torch and Pyro only when they run, so that help and refusals of
+bad requests answer at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+from pyro_sbp.cli.bench import bench
+from pyro_sbp.cli.train import train
+
+from pyro_sbp.errors import RequestError
+
+__all__ = ["cli", "main"]
+
+
+class _Group(click.Group):
+    """Turns the library's refusals into one line and exit status 2, failures into status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            raise _Refusal(str(error)) from error
+        except (FloatingPointError, OSError, RuntimeError) as error:
+            if isinstance(error, click.exceptions.Exit):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pyro-sbp")
+def cli() -> None:
+    """Make neural networks smaller by Bayesian inference, and see how much faster they run."""
+
+
+cli.add_command(train)
+cli.add_command(bench)
+
+
+class _Stopped(BaseException):
+    """A signal asks the program to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(number)
+
+
+def main() -> None:
+    """Run the command line as a program."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        cli.main(prog_name="pyro-sbp")
+    except _Stopped as stopped:
+        click.echo("stopped", err=True)
+        sys.exit(128 + stopped.number)

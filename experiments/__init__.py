@@ -1,0 +1,1 @@
+"""The papers' recipes as values, the recorded results, and the tables made from them."""

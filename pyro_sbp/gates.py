@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.layers import LINEAR_FUNCTIONS, channel_dim
 
-__all__ = ["Gate", "GatedNetwork", "Span", "call", "fold", "tensors_of"]
+__all__ = ["Gate", "GatedNetwork", "Span", "call", "convert", "fold", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, list | tuple):
         for value in x:
             yield from tensors_of(value)
+
+
+def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """The same nested structure with its floating-point tensors in `dtype`, all on `device`."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device, dtype if x.is_floating_point() else None)
+    if isinstance(x, Mapping):
+        return type(x)((key, convert(value, dtype, device)) for key, value in x.items())
+    if isinstance(x, list | tuple):
+        return type(x)(convert(value, dtype, device) for value in x)
+    return x
 
 
 def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -160,13 +171,15 @@ class _ScaleInputs(TorchFunctionMode):
                 name, layer = self.readers[id(weight)]
                 x, scale = args[0], self.scales[name]
                 dim = channel_dim(layer, x)
-                if dim == 0 or x.shape[0] != scale.shape[0]:
+                shared = scale.shape[0] == 1
+                if not shared and (dim == 0 or x.shape[0] != scale.shape[0]):
                     raise ValueError(
                         f"layer {name!r} gets an input of shape {list(x.shape)}, without the "
                         f"batch of {scale.shape[0]} in dimension 0, which noise per example needs"
                     )
                 shape = [1] * x.ndim
-                shape[0], shape[dim] = scale.shape
+                shape[0] = len(scale)
+                shape[dim] = scale.shape[1]
                 args = (x * scale.to(x.dtype).view(shape), *args[1:])
         return func(*args, **kwargs)
 
@@ -190,7 +203,8 @@ class GatedNetwork(nn.Module):
         Args:
             x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
             theta: from gate name to ``[units]`` (one draw for the batch, folded into the weights)
-                or ``[batch, units]`` (one for each example, multiplying the activations).
+                or ``[batch, units]`` (one for each example, multiplying the activations; a batch
+                of one row is the same for all).
 
         Raises:
             ValueError: theta names an unknown gate, has a wrong shape, or is given per example

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "LINEAR_FUNCTIONS",
+    "SIZE_ATTRIBUTES",
     "channel_dim",
     "is_channelwise",
     "is_matrix",
@@ -21,6 +22,11 @@ __all__ = [
 LINEAR_FUNCTIONS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
 #: Functions that treat every channel alone.
 CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm})
+
+#: The attributes of layers that repeat the number of rows, and of columns.
+_SIZES = (("out_features", "out_channels", "num_features"), ("in_features", "in_channels"))
+#: All attributes of layers that `resize` changes.
+SIZE_ATTRIBUTES = (*_SIZES[0], *_SIZES[1], "groups")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -67,7 +73,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
     """Keep only `rows` (outputs) and `columns` (inputs) of a layer, in place; None keeps all."""
     channelwise = is_channelwise(module)
-    for dim, index in ((0, rows), (1, None if channelwise else columns)):
+    for dim, index in enumerate((rows, None if channelwise else columns)):
         if index is None:
             continue
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -79,7 +85,3 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
                 setattr(module, name, len(index))
     if rows is not None and channelwise and hasattr(module, "groups"):
         module.groups = module.in_channels = len(rows)
-
-
-#: The attributes that repeat the number of rows, and of columns.
-_SIZES = (("out_features", "out_channels", "num_features"), ("in_features", "in_channels"))

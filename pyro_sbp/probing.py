@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates import Gate, GatedNetwork, Span, call, tensors_of
+from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, tensors_of
 from pyro_sbp.layers import (
     CHANNELWISE_FUNCTIONS,
     LINEAR_FUNCTIONS,
@@ -29,6 +29,7 @@ from pyro_sbp.layers import (
 from pyro_sbp.surgery import relative_difference, shrink
 
 __all__ = ["Gates", "find_gates"]
+
 
 class Gates(list[Gate]):
     """A list of gates in the order of data flow; `left_alone` says what is not gated and why."""
@@ -235,7 +236,8 @@ def _prove(net: nn.Module, gates: Sequence[Gate], x: Any) -> str | None:
     theta = {}
     for gate in gates:
         values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
-        theta[gate.name] = values * (torch.rand(gate.size, generator=generator) > 0.33)
+        values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
+        theta[gate.name] = values
     try:
         with torch.no_grad():
             masked = GatedNetwork(net, gates)(x, theta)
@@ -246,16 +248,6 @@ def _prove(net: nn.Module, gates: Sequence[Gate], x: Any) -> str | None:
     if not difference <= 1e-10:
         return f"cutting it changes the output by {difference:.1e}"
     return None
-
-
-def _double(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach().cpu().double() if x.is_floating_point() else x.detach().cpu()
-    if isinstance(x, dict):
-        return {key: _double(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(_double(value) for value in x)
-    return x
 
 
 def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str] = ()) -> Gates:
@@ -281,7 +273,7 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
     """
     features = [_feature_gate(net, layer) for layer in input_features]
     probed = copy.deepcopy(net).cpu().double().eval()
-    x = _double(example_input)
+    x = convert(example_input, torch.float64, torch.device("cpu"))
     probe = _Probe(probed)
     probe.start(None, None)
     with torch.no_grad(), probe:

@@ -1,0 +1,99 @@
+"""pyro-sbp bench: how much faster the pruned network of a run is than the dense one."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from pyro_sbp.cli.common import find_run, table
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.errors import RequestError
+
+__all__ = ["bench"]
+
+#: What `bench.json` holds of every measurement (DESIGN: fixed names), and the floor.
+FIELDS = ("device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread")
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1, 128)
+)
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="CPU threads.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0)
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def bench(
+    run: Path | None,
+    batch_sizes: tuple[int, ...],
+    threads: tuple[int, ...],
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Measure the latency of the dense and the pruned network of RUN, in turn, on every device."""
+    run = find_run(run)
+    recipe = json.loads((run / "recipe.json").read_text("utf-8"))
+    architecture = find_architecture(recipe["arch"])
+
+    import torch
+
+    from pyro_sbp.benchmarking import benchmark, one_unit_network
+    from pyro_sbp.probing import find_gates
+    from pyro_sbp.saving import load
+
+    constructor = architecture.resolve()
+    network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
+    try:
+        pruned = load(run / "pruned", constructor)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    dense = constructor(**network["kwargs"]).eval()
+    example = torch.rand(8, *network["input_shape"])
+    floor = one_unit_network(
+        dense, find_gates(dense, example, architecture.input_features), example
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    result = benchmark(
+        dense,
+        pruned,
+        example,
+        floor=floor,
+        batch_sizes=batch_sizes,
+        threads=threads or tuple(sorted({1, cores or 1})),
+        seconds=seconds,
+    )
+    rows = [asdict(latency) for latency in result.latencies]
+    text = json.dumps(rows, indent=2) + "\n"
+    partial = run / "bench.json.part"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, run / "bench.json")
+    if as_json:
+        click.echo(text, nl=False)
+        return
+    click.echo(
+        table(
+            ("device", "threads", "batch", "dense ms", "pruned ms", "speed-up", "spread", "floor"),
+            [
+                (
+                    latency.device,
+                    latency.threads,
+                    latency.batch_size,
+                    f"{latency.dense_ms:.3f}",
+                    f"{latency.pruned_ms:.3f}",
+                    f"{latency.speedup:.2f}x",
+                    f"{latency.spread:.0%}",
+                    f"{latency.floor_ms:.3f}",
+                )
+                for latency in result.latencies
+            ],
+        )
+    )
+    click.echo(
+        "ms a call, median; spread: half the interquartile range; floor: one unit in every gate\n"
+        f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
+        f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
+    )

@@ -1,0 +1,73 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyro_sbp.errors import RequestError
+
+__all__ = ["check_device", "find_run", "table"]
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def check_device(name: str) -> str:
+    """The device to use for a name, found out without loading torch.
+
+    Raises:
+        RequestError: the name is unknown, or there is no such device.
+    """
+    if name not in DEVICES:
+        raise RequestError(f"unknown device {name!r}; expected {', '.join(DEVICES)}")
+    if name == "auto":
+        return "cuda" if _cuda_devices() else "cpu"
+    if name == "cuda" and not _cuda_devices():
+        raise RequestError("there is no CUDA device on this machine; use --device cpu")
+    return name
+
+
+def _cuda_devices() -> int:
+    """How many devices the CUDA driver offers; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def find_run(run: Path | None) -> Path:
+    """The run directory that is meant: the given one, or the newest under runs/.
+
+    Raises:
+        RequestError: there is none, or it has not finished.
+    """
+    if run is None:
+        found = sorted(Path("runs").glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise RequestError("there is no run under runs/; make one by pyro-sbp train")
+        run = found[-1].parent
+    if not (run / "recipe.json").is_file():
+        raise RequestError(f"{run} is no run directory: it has no recipe.json")
+    if not (run / "summary.json").is_file():
+        raise RequestError(f"{run} has not finished; go on by pyro-sbp train --resume {run}")
+    return run
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A text table; the first column stands left, the others right."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *rest]).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""pyro-sbp train: train a network with noise, prune it, and keep the smaller one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pyro_sbp.cli.common import check_device, table
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+
+from pyro_sbp.architectures import ARCHITECTURES, find_architecture
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
+from pyro_sbp.sources import SOURCES, check_dataset
+
+if TYPE_CHECKING:
+    from pyro_sbp.training import Progress
+
+__all__ = ["train"]
+
+
+@click.command()
+@click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, or package.module:callable.")
+@click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
+@click.option("--method", default=None, help=f"{', '.join(METHODS)}.  [default: sbp]")
+@click.option("--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.")
+@click.option("--epochs", type=int, help="Epochs of the gated phase.")
+@click.option("--batch-size", type=int, help="Examples a step.")
+@click.option("--learning-rate", type=float, help="Adam's, for the weights.")
+@click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
+@click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    help="The run directory.  [default: runs/ARCH-DATASET-METHOD]",
+)
+@click.option(
+    "--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def train(resume: Path | None, as_json: bool, **options: Any) -> None:
+    """Train a network with noise on its units, prune those that carry no signal, fine-tune."""
+    if resume is None:
+        request = _request(**options)
+        directory = options["output_dir"] or _directory(request)
+        _check_free(directory)
+    else:
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+        if given:
+            raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
+        request, directory = _read_request(resume), resume
+        if (resume / "summary.json").exists():
+            raise RequestError(f"{resume} is a finished run: nothing is left to do")
+    architecture = find_architecture(request.arch)
+    data_dir = Path(request.data_dir)
+    check_dataset(request.dataset, data_dir)
+    check_device(request.device)
+
+    from pyro_sbp import training
+    from pyro_sbp.datasets import load_dataset
+
+    data = load_dataset(request.dataset, data_dir, architecture.image_size)
+    with _Bar(quiet=as_json) as bar:
+        try:
+            summary = training.train(request, data, directory, bar.update)
+        except RequestError:
+            _forget(directory)
+            raise
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(closing_table(summary))
+        click.echo(f"run directory: {directory}")
+
+
+def _request(
+    arch: str | None,
+    dataset: str | None,
+    method: str | None,
+    recipe: str | None,
+    seed: int | None,
+    device: str | None,
+    data_dir: Path | None,
+    output_dir: Path | None,
+    **changes: Any,
+) -> Request:
+    if arch is None:
+        raise RequestError(f"--arch is missing; expected {', '.join(ARCHITECTURES)}")
+    architecture = find_architecture(arch)
+    dataset = dataset or architecture.dataset
+    if dataset is None:
+        raise RequestError(f"--dataset is missing, and {arch} has no usual one")
+    method = method or "sbp"
+    if method not in METHODS:
+        raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}")
+    chosen = _recipe(recipe, arch, dataset, method).replace(**changes)
+    device = check_device(device or "auto")
+    seed = 0 if seed is None else seed
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed is {seed}; expected an integer >= 0")
+    return Request(arch, dataset, method, chosen, seed, device, str(data_dir or "data"))
+
+
+def _recipe(name: str | None, arch: str, dataset: str, method: str) -> Recipe:
+    if name is None:
+        return default_recipe(arch, dataset, method)
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".toml"):
+        return read_recipe(Path(name))
+    raise RequestError(f"unknown recipe {name!r}; expected {', '.join(RECIPES)} or a .toml file")
+
+
+def _directory(request: Request) -> Path:
+    words = (request.arch, request.dataset, request.method)
+    return Path("runs") / "-".join(word.replace("/", "_").replace(":", "_") for word in words)
+
+
+def _check_free(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        hint = f"go on with it by --resume {directory}, or " if _unfinished(directory) else ""
+        raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
+    parent = directory
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RequestError(f"cannot write {directory}: {parent} is no writable directory")
+
+
+def _unfinished(directory: Path) -> bool:
+    return (directory / "recipe.json").exists() and not (directory / "summary.json").exists()
+
+
+def _forget(directory: Path) -> None:
+    """A request that was refused leaves no run behind."""
+    if not (directory / "checkpoint.pt").exists():
+        (directory / "recipe.json").unlink(missing_ok=True)
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _read_request(directory: Path) -> Request:
+    try:
+        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{directory} holds no run: {error}") from error
+
+
+class _Bar:
+    """A progress bar on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.key: tuple[str, int] | None = None
+
+    def __enter__(self) -> _Bar:
+        self.live = not self.quiet and click.get_text_stream("stderr").isatty()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, progress: Progress) -> None:
+        if self.quiet:
+            return
+        text = f"loss {progress.loss:.4f} (nll {progress.nll:.4f} + kl {progress.kl:.4f})"
+        if progress.error is not None and progress.units is not None:
+            left = "-".join(str(count) for count in progress.units.values())
+            text += f"  error {progress.error:.2f} %  units {left}"
+        title = f"{progress.phase} {progress.epoch}/{progress.epochs}"
+        if not self.live:
+            if progress.error is not None:
+                click.echo(f"{title:>16}  {text}", err=True)
+            return
+        from tqdm import tqdm
+
+        if self.key != (progress.phase, progress.epoch):
+            if self.bar is not None:
+                self.bar.close()
+            self.bar = tqdm(total=progress.steps, desc=f"{title:>16}", ncols=0, unit="step")
+            self.key = (progress.phase, progress.epoch)
+        self.bar.n = progress.step
+        self.bar.set_postfix_str(text)
+
+
+def closing_table(summary: dict[str, Any]) -> str:
+    """The result of a run as a text table, from its summary."""
+    units = table(
+        ("gate", "kept", "of", "zeroed"),
+        [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
+    )
+    names = {
+        "dense": "dense",
+        "mean": "noise at its mean",
+        "pruned": "pruned",
+        "finetuned": "fine-tuned",
+    }
+    errors = table(
+        ("error", "%"),
+        [
+            (names[name], "-" if value is None else f"{value:.2f}")
+            for name, value in summary["error"].items()
+        ],
+    )
+    sizes = table(
+        ("", "dense", "pruned", "ratio"),
+        [
+            (label, f"{s['dense']:,}", f"{s['pruned']:,}", f"{s['ratio']:.2f}x")
+            for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
+        ],
+    )
+    return "\n\n".join((units, errors, sizes))

@@ -1,0 +1,101 @@
+"""The networks that can be named in a request. This module needs no torch until one is built."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyro_sbp.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ARCHITECTURES", "Architecture", "find_architecture"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that a request can name.
+
+    Attributes:
+        constructor: where it is found, ``module:callable``.
+        dataset: the data set that it is trained on unless another is named.
+        image_size: height and width of the images that it takes, or None for those of the data.
+        input_features: dense layers whose inputs are gated one by one.
+        input_argument: the constructor's argument for the number of channels or features.
+    """
+
+    constructor: str
+    dataset: str | None = None
+    image_size: int | None = None
+    input_features: tuple[str, ...] = ()
+    input_argument: str | None = None
+
+    def kwargs(self, channels: int, num_classes: int) -> dict[str, int]:
+        """The arguments that fit the constructor to the data."""
+        kwargs = {}
+        parameters = inspect.signature(self.resolve()).parameters.values()
+        if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
+            kwargs["num_classes"] = num_classes
+        if self.input_argument == "in_channels":
+            kwargs["in_channels"] = channels
+        elif self.input_argument == "in_features" and self.image_size:
+            kwargs["in_features"] = channels * self.image_size**2
+        return kwargs
+
+    def resolve(self) -> Callable[..., nn.Module]:
+        """Import the constructor.
+
+        Raises:
+            RequestError: its module cannot be imported or has no such callable.
+        """
+        module, _, name = self.constructor.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise RequestError(f"cannot import {module!r} of --arch: {error}") from error
+        except AttributeError as error:
+            raise RequestError(f"module {module!r} of --arch has no {name!r}") from error
+        if not callable(found):
+            raise RequestError(f"{self.constructor!r} of --arch cannot be called")
+        return found
+
+
+def _lenet(name: str, argument: str) -> Architecture:
+    return Architecture(f"pyro_sbp.networks:{name}", "mnist", 28, ("fc1",), argument)
+
+
+ARCHITECTURES = {
+    "lenet-500-300": _lenet("LeNet500_300", "in_features"),
+    "lenet-300-100": _lenet("LeNet300_100", "in_features"),
+    "lenet5": _lenet("LeNet5", "in_channels"),
+    "vgg-like": Architecture(
+        "pyro_sbp.networks:VGGLike", "cifar10", 32, input_argument="in_channels"
+    ),
+}
+
+
+def find_architecture(name: str) -> Architecture:
+    """The architecture of a name, or of ``package.module:callable``.
+
+    Raises:
+        RequestError: there is none of that name, or no such module.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise RequestError(
+            f"unknown arch {name!r}; expected {', '.join(ARCHITECTURES)} or package.module:callable"
+        )
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise RequestError(f"--arch {name!r}: there is no module {module!r} to import")
+    return Architecture(name)

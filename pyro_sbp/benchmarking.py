@@ -1,0 +1,184 @@
+"""What a smaller network saves: MACs, parameters, and measured latency."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_sbp.gates import Gate, call
+from pyro_sbp.surgery import shrink
+
+__all__ = [
+    "Comparison",
+    "Latency",
+    "benchmark",
+    "count_macs",
+    "count_parameters",
+    "device_name",
+    "one_unit_network",
+]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a call, the median over blocks of calls, of a dense and a pruned network.
+
+    Attributes:
+        spread: half the interquartile range over the median, the larger of the two networks.
+        floor_ms: of the network with one unit a layer: what no pruning goes below. None if it was
+            not measured.
+    """
+
+    device: str
+    threads: int
+    batch_size: int
+    dense_ms: float
+    pruned_ms: float
+    speedup: float
+    spread: float
+    floor_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a pruned network side by side; MACs at batch size 1."""
+
+    dense_macs: int
+    pruned_macs: int
+    dense_parameters: int
+    pruned_parameters: int
+    latencies: tuple[Latency, ...]
+
+    @property
+    def macs_ratio(self) -> float:
+        """How many times fewer MACs."""
+        return self.dense_macs / self.pruned_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"macs_ratio": self.macs_ratio}
+
+
+def count_macs(net: nn.Module, example_input: Any) -> int:
+    """Multiply-accumulates of the convolutions and matrix products in one call, without biases."""
+    training = {module: module.training for module in net.modules()}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        call(net.eval(), example_input)
+    for module, mode in training.items():
+        module.training = mode
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(net: nn.Module) -> int:
+    """How many numbers the network's parameters hold."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the processor or graphics card behind a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) -> nn.Module:
+    """The network with one unit left in every gate: its latency is the floor for any pruning."""
+    theta = {gate.name: torch.zeros(gate.size) for gate in gates}
+    device = next(net.parameters()).device
+    return shrink(net, gates, {k: v.to(device) for k, v in theta.items()}, example_input)
+
+
+def benchmark(
+    dense: nn.Module,
+    pruned: nn.Module,
+    example_input: Tensor,
+    *,
+    floor: nn.Module | None = None,
+    batch_sizes: Sequence[int] = (1, 128),
+    threads: Sequence[int] = (1,),
+    devices: Sequence[str] | None = None,
+    seconds: float = 2.0,
+) -> Comparison:
+    """Compare a dense and a pruned network: MACs, parameters, latency.
+
+    The networks are measured in turn, in blocks, so that a busy moment of the machine hits all.
+
+    Args:
+        dense: the original network.
+        pruned: the smaller one.
+        example_input: ``[batch, ...]``; its examples are repeated to the batch sizes.
+        floor: a third network to measure, from `one_unit_network`.
+        batch_sizes: how many examples a call.
+        threads: how many CPU threads; each is measured.
+        devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
+        seconds: how long to measure each network in each setting.
+    """
+    if devices is None:
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    nets = {"dense": dense, "pruned": pruned} | ({"floor": floor} if floor is not None else {})
+    latencies = []
+    for name in devices:
+        device = torch.device(name)
+        placed = {key: copy.deepcopy(net).to(device).eval() for key, net in nets.items()}
+        for size in batch_sizes:
+            index = torch.arange(size, device=example_input.device) % len(example_input)
+            x = example_input[index].to(device)
+            for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
+                latencies.append(_latency(placed, x, device, count, seconds))
+    return Comparison(
+        count_macs(dense, example_input[:1]),
+        count_macs(pruned, example_input[:1]),
+        count_parameters(dense),
+        count_parameters(pruned),
+        tuple(latencies),
+    )
+
+
+def _latency(
+    nets: Mapping[str, nn.Module], x: Tensor, device: torch.device, threads: int, seconds: float
+) -> Latency:
+    rounds = 5
+    times: dict[str, list[float]] = {name: [] for name in nets}
+    with torch.inference_mode():
+        timers = {
+            name: Timer("net(x)", globals={"net": net, "x": x}, num_threads=threads)
+            for name, net in nets.items()
+        }
+        for timer in timers.values():
+            timer.timeit(3)
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                times[name] += timer.blocked_autorange(min_run_time=seconds / rounds).times
+    median, spread = {}, {}
+    for name, values in times.items():
+        low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        )
+        median[name] = 1e3 * float(middle)
+        spread[name] = float((high - low) / (2 * middle))
+    return Latency(
+        device=f"{device.type}: {device_name(device)}",
+        threads=threads,
+        batch_size=len(x),
+        dense_ms=median["dense"],
+        pruned_ms=median["pruned"],
+        speedup=median["dense"] / median["pruned"],
+        spread=max(spread["dense"], spread["pruned"]),
+        floor_ms=median.get("floor"),
+    )

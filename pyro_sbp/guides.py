@@ -1,0 +1,166 @@
+"""The mean-field truncated log-normal posterior of multiplicative noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from pyro.nn.module import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
+from pyro_sbp.models import GatedModel
+
+__all__ = ["TruncatedLogNormalGuide"]
+
+#: How far loc may leave the support of log theta, and the range of log scale: the box in which the
+#: numerics of the truncated normal are proven.
+LOC_MARGIN = 5.0
+LOG_SCALE_RANGE = (-10.0, 5.0)
+
+
+class TruncatedLogNormalGuide(AutoGuide):
+    """Independent truncated log-normal posteriors (arXiv 1705.07283, eq. 10), one per element.
+
+    The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
+    before the first step and a state dict loads at any time. Every call first puts them back into
+    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5].
+
+    Args:
+        model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
+            prior (hide other sites with `pyro.poutine.block`, and combine guides in an
+            `AutoGuideList`).
+        example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
+        init_loc: the initial location of log theta.
+        init_log_scale: the initial log scale of log theta.
+
+    Raises:
+        ValueError: the model has a latent site with another prior, or none at all.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *example_args: Any,
+        init_loc: float = 0.0,
+        init_log_scale: float = -5.0,
+    ) -> None:
+        super().__init__(model)
+        if isinstance(model, GatedModel):
+            priors: dict[str, Any] = {gate.name: model.prior(gate.name) for gate in model.gates}
+        else:
+            self._setup_prototype(*example_args)
+            priors = {n: s["fn"] for n, s in self.prototype_trace.iter_stochastic_nodes()}
+        if not priors:
+            raise ValueError("the model has no latent site to infer")
+        self.locs, self.log_scales = PyroModule(), PyroModule()
+        self._bounds: dict[str, tuple[float, float]] = {}
+        for name, prior in priors.items():
+            base = _base(prior)
+            if not isinstance(base, TruncatedLogUniform):
+                raise ValueError(
+                    f"site {name!r} has the prior {type(base).__name__}; this guide is for "
+                    "TruncatedLogUniform sites: hide the others with pyro.poutine.block"
+                )
+            shape = self._full_shape(name, prior)
+            low, high = float(base.log_low.min()), float(base.log_high.max())
+            self._bounds[name] = low, high
+            like = base.log_low
+            _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
+            _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
+
+    def _full_shape(self, name: str, prior: Any) -> list[int]:
+        """The shape of a site over all of its plates, subsampled ones at their full size."""
+        shape = list(prior.shape())
+        if self.prototype_trace is not None:
+            for frame in self.prototype_trace.nodes[name]["cond_indep_stack"]:
+                shape[frame.dim - prior.event_dim] = frame.full_size or frame.size
+        return shape
+
+    def _posterior(self, name: str) -> TruncatedLogNormal:
+        get = attrgetter(name)
+        loc, log_scale = get(self.locs), get(self.log_scales)
+        low, high = self._bounds[name]
+        with torch.no_grad():
+            loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
+            log_scale.clamp_(*LOG_SCALE_RANGE)
+        return TruncatedLogNormal(loc, log_scale.exp(), low, high)
+
+    def posteriors(self) -> dict[str, TruncatedLogNormal]:
+        """The posterior of every site, from site name to a distribution over its elements."""
+        return {name: self._posterior(name) for name in self._bounds}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site from its posterior, with the arguments of the model."""
+        if isinstance(self.model, GatedModel):
+            return self.model.sample_sites(self._posterior, *args[:1])
+        plates = self._create_plates(*args, **kwargs)
+        values = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                posterior = self._posterior(name).to_event(site["fn"].event_dim)
+                values[name] = pyro.sample(name, posterior)
+        return values
+
+    def _statistic(self, function: Callable[[TruncatedLogNormal], Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {name: function(q).detach() for name, q in self.posteriors().items()}
+
+    def mean(self) -> dict[str, Tensor]:
+        """E[theta] of every element, by site."""
+        return self._statistic(lambda q: q.mean)
+
+    def snr(self) -> dict[str, Tensor]:
+        """The signal-to-noise ratio E[theta] / sd[theta] of every element, by site."""
+        return self._statistic(lambda q: q.snr)
+
+    def kl(self) -> dict[str, Tensor]:
+        """The KL divergence from prior to posterior of every element in nats, by site."""
+        return self._statistic(
+            lambda q: torch.distributions.kl_divergence(
+                q, TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
+            )
+        )
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of every element, by site."""
+        return {name: q[0] for name, q in self.quantiles([0.5]).items()}
+
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles, by site: a tensor ``[len(quantiles), *site shape]``.
+
+        Args:
+            quantiles: a list or tensor of probabilities between 0 and 1.
+        """
+
+        def of(q: TruncatedLogNormal) -> Tensor:
+            p = torch.as_tensor(quantiles, dtype=q.loc.dtype, device=q.loc.device)
+            return q.icdf(p.reshape(-1, *[1] * q.loc.ndim))
+
+        return self._statistic(of)
+
+
+def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
+    """Put a parameter at a dotted name into nested modules, as Pyro's own guides do."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            setattr(module, part, PyroModule())
+        module = getattr(module, part)
+    setattr(module, leaf, PyroParam(value, constraints.real, event_dim))
+
+
+def _base(distribution: Any) -> Any:
+    """The distribution inside `to_event` and `mask`."""
+    while hasattr(distribution, "base_dist") and not isinstance(distribution, TruncatedLogUniform):
+        distribution = distribution.base_dist
+    return distribution

@@ -1,0 +1,8 @@
+"""The methods: each gives the training loop a list of phases and makes a smaller network."""
+
+from pyro_sbp.methods.phase import Method, Phase
+from pyro_sbp.methods.sbp import SBP
+
+__all__ = ["METHODS", "SBP", "Method", "Phase"]
+
+METHODS: dict[str, type[Method]] = {"sbp": SBP}

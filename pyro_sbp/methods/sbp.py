@@ -1,0 +1,118 @@
+"""Structured Bayesian Pruning (Neklyudov et al. 2017, arXiv 1705.07283)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_sbp.elbo import ClosedFormELBO, Parts
+from pyro_sbp.guides import TruncatedLogNormalGuide
+from pyro_sbp.methods.phase import Method, Phase
+from pyro_sbp.models import GatedModel
+from pyro_sbp.probing import find_gates
+from pyro_sbp.pruning import checked_shrink, masked_mean
+from pyro_sbp.recipes import Recipe
+from pyro_sbp.surgery import surviving_units
+
+__all__ = ["SBP"]
+
+
+class SBP(Method):
+    """Dense training, training with noise on all gates at once, pruning, fine-tuning."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example_input: Any,
+        recipe: Recipe,
+        num_data: int,
+        input_features: tuple[str, ...] = (),
+    ) -> None:
+        self.net = net
+        self.recipe = recipe
+        self.example_input = example_input
+        gates = find_gates(net, example_input, input_features)
+        if not gates:
+            raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
+        self.model = GatedModel(
+            net, gates, num_data, noise_per=recipe.noise_per, kl_scale=recipe.kl_scale
+        )
+        self.guide = TruncatedLogNormalGuide(
+            self.model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
+        ).to(next(net.parameters()).device)
+
+    def phases(self) -> Iterator[Phase]:
+        """The dense phase, the gated one, and the fine-tuning of the pruned network."""
+        recipe = self.recipe
+        if recipe.dense_epochs:
+            yield self._plain("dense", recipe.dense_epochs, self.net, recipe.learning_rate)
+        elbo = ClosedFormELBO()
+
+        def loss(x: Tensor, y: Tensor) -> Parts:
+            nll, kl = elbo.parts(self.model, self.guide, x, y)
+            return Parts(nll / self.model.num_data, kl / self.model.num_data)
+
+        yield Phase(
+            "gated",
+            recipe.epochs,
+            nn.ModuleList([self.net, self.guide]),
+            groups=[
+                self._weights(self.net, recipe.learning_rate),
+                {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
+            ],
+            loss=loss,
+            predict=self._masked(recipe.threshold),
+            finish=self._prune,
+            units=self._units_left,
+            kl=lambda: sum(float(kl.sum()) for kl in self.guide.kl().values()),
+            freeze_batch_norm=True,
+        )
+        if recipe.finetune_epochs:
+            rate = recipe.finetune_learning_rate
+            yield self._plain("finetuned", recipe.finetune_epochs, self.small, rate)
+
+    def _weights(self, net: nn.Module, learning_rate: float) -> dict[str, Any]:
+        return {
+            "params": list(net.parameters()),
+            "lr": learning_rate,
+            "weight_decay": self.recipe.weight_decay,
+        }
+
+    def _plain(self, name: str, epochs: int, net: nn.Module, learning_rate: float) -> Phase:
+        """Ordinary training of a network."""
+
+        def loss(x: Tensor, y: Tensor) -> Parts:
+            nll = F.cross_entropy(net(x), y)
+            return Parts(nll, nll.new_zeros(()))
+
+        return Phase(
+            name,
+            epochs,
+            net,
+            [self._weights(net, learning_rate)],
+            loss,
+            predict=net,
+            finish=lambda: {name: net},
+            units=lambda: (
+                {gate.name: gate.size for gate in self.model.gates}
+                if net is self.net
+                else {name: int(units.kept.sum()) for name, units in self.units.items()}
+            ),
+        )
+
+    def _masked(self, threshold: float) -> Any:
+        return lambda x: self.model.gated(x, masked_mean(self.guide, threshold))
+
+    def _units_left(self) -> dict[str, int]:
+        units = surviving_units(self.model.gates, masked_mean(self.guide, self.recipe.threshold))
+        return {name: int(unit.kept.sum()) for name, unit in units.items()}
+
+    def _prune(self) -> dict[str, Any]:
+        theta = masked_mean(self.guide, self.recipe.threshold)
+        gates = self.model.gates
+        self.units = surviving_units(gates, theta)
+        self.small, self.equivalence = checked_shrink(self.net, gates, theta, self.example_input)
+        return {"mean": self._masked(0.0), "pruned": self.small}

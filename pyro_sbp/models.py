@@ -1,0 +1,127 @@
+"""A network with gates as a Pyro model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_sbp.distributions import TruncatedLogUniform
+from pyro_sbp.gates import Gate, GatedNetwork, tensors_of
+
+__all__ = ["GatedModel", "categorical", "weighted"]
+
+#: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
+LOG_LOW, LOG_HIGH = -20.0, 0.0
+
+
+def categorical(logits: Tensor) -> dist.Categorical:
+    """The likelihood of class labels ``[batch]`` under logits ``[batch, classes]``."""
+    return dist.Categorical(logits=logits)
+
+
+@contextmanager
+def weighted(weight: float) -> Iterator[None]:
+    """Weigh the sites inside; a weight of 0, which `poutine.scale` refuses, masks them out."""
+    with poutine.mask(mask=False) if weight == 0 else poutine.scale(scale=weight):
+        yield
+
+
+class GatedModel(PyroModule):
+    """A network with multiplicative noise on its units, as a Pyro model of labelled data.
+
+    Every gate is a sample site of its name and shape ``[units]`` with a truncated log-uniform prior
+    (arXiv 1705.07283, eq. 9); the labels are the site ``obs``. Called as ``model(x, y)`` on a
+    minibatch, whose log-likelihood counts for all of the data, or as ``model(x)`` to predict.
+
+    Args:
+        net: the network; its parameters are shared, not copied.
+        gates: where noise stands, from `find_gates`.
+        num_data: how many examples the whole data set has.
+        noise_per: "batch" draws theta once for the minibatch and folds it into the weights;
+            "example" draws it for every example, which has less variance and costs more. The input
+            then needs the batch in dimension 0.
+        likelihood: from the network's output to the distribution of the labels, with
+            ``batch_shape`` ``[batch]``.
+        kl_scale: the weight of the KL of every gate, or of each by name (1 where it is not named).
+            With weights other than 1 the loss is no bound on the evidence any more.
+
+    Raises:
+        ValueError: `num_data`, `noise_per` or `kl_scale` is out of range, or `kl_scale` names no
+            gate.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        gates: Sequence[Gate],
+        num_data: int,
+        noise_per: Literal["batch", "example"] = "batch",
+        likelihood: Callable[[Any], Any] = categorical,
+        kl_scale: float | Mapping[str, float] = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_data < 1:
+            raise ValueError(f"num_data is {num_data}; expected the size of the data set")
+        if noise_per not in ("batch", "example"):
+            raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
+        self.gated = GatedNetwork(net, gates)
+        self.gates = self.gated.gates
+        self._sizes = {gate.name: gate.size for gate in gates}
+        self.num_data = num_data
+        self.noise_per = noise_per
+        self.likelihood = likelihood
+        self.kl_scale = _scales(self.gates, kl_scale)
+
+    def sample_sites(self, distribution: Callable[[str], Any], x: Any) -> dict[str, Tensor]:
+        """Sample theta of every gate; model and guide share it, and with it plates and weights.
+
+        Args:
+            distribution: from the name of a gate to a distribution of batch shape ``[units]``.
+            x: the network's input.
+
+        Returns:
+            From gate name to theta, ``[units]`` or ``[batch, units]``.
+        """
+        theta = {}
+        with ExitStack() as stack:
+            if self.noise_per == "example":
+                size = len(next(tensors_of(x)))
+                stack.enter_context(pyro.plate("noise", size, dim=-1))
+                stack.enter_context(poutine.scale(scale=1 / size))
+            for gate in self.gates:
+                with weighted(self.kl_scale[gate.name]):
+                    theta[gate.name] = pyro.sample(gate.name, distribution(gate.name).to_event(1))
+        return theta
+
+    def prior(self, name: str) -> TruncatedLogUniform:
+        """The prior of a gate's theta, of batch shape ``[units]``."""
+        device = next(self.gated.parameters()).device
+        low, high = (torch.full((), bound, device=device) for bound in (LOG_LOW, LOG_HIGH))
+        return TruncatedLogUniform(low, high).expand([self._sizes[name]])
+
+    def forward(self, x: Any, y: Any = None) -> Any:
+        """Sample theta, call the network, and sample or observe the labels, which are returned."""
+        theta = self.sample_sites(self.prior, x)
+        output = self.gated(x, theta)
+        # The batch itself as subsample: `subsample_size` would draw a permutation of the data.
+        with pyro.plate("data", self.num_data, subsample=next(tensors_of(x)), dim=-1):
+            return pyro.sample("obs", self.likelihood(output), obs=y)
+
+
+def _scales(gates: Sequence[Gate], kl_scale: float | Mapping[str, float]) -> dict[str, float]:
+    names = [gate.name for gate in gates]
+    given = kl_scale if isinstance(kl_scale, Mapping) else dict.fromkeys(names, kl_scale)
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"kl_scale names the gate {name!r}; the gates are {', '.join(names)}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"kl_scale of gate {name!r} is {value}; expected a number >= 0")
+    return {name: float(given.get(name, 1.0)) for name in names}

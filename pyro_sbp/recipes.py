@@ -1,0 +1,145 @@
+"""What a training run is asked to do, as values. This module needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyro_sbp.errors import RequestError
+
+__all__ = ["METHODS", "Recipe", "Request", "read_recipe"]
+
+METHODS = ("sbp",)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of training and pruning, apart from network, data and machine.
+
+    Attributes:
+        name: what the recipe is called.
+        dense_epochs: epochs of ordinary training before the noise comes in.
+        epochs: epochs of the gated phase.
+        finetune_epochs: epochs of ordinary training of the pruned network.
+        batch_size: examples a step.
+        learning_rate: Adam's, for weights in the dense and the gated phase.
+        noise_learning_rate: Adam's, for the posterior of the noise.
+        finetune_learning_rate: Adam's, for the pruned network.
+        weight_decay: on the weights, never on the noise.
+        decay: the last share of every phase, over which learning rates fall linearly to zero.
+        kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named).
+        noise_per: "batch" or "example", as for `GatedModel`.
+        init_loc: initial location of log theta.
+        init_log_scale: initial log scale of log theta.
+        threshold: units with a signal-to-noise ratio under it are removed.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    name: str = "default"
+    dense_epochs: int = 10
+    epochs: int = 25
+    finetune_epochs: int = 5
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    noise_learning_rate: float = 1e-2
+    finetune_learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    decay: float = 0.5
+    kl_scale: float | Mapping[str, float] = 1.0
+    noise_per: str = "batch"
+    init_loc: float = 0.0
+    init_log_scale: float = -5.0
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("dense_epochs", "finetune_epochs"):
+            self._number(name, int, 0)
+        for name in ("epochs", "batch_size"):
+            self._number(name, int, 1)
+        for name in ("learning_rate", "noise_learning_rate", "finetune_learning_rate"):
+            self._number(name, float, 0, above=True, most=1)
+        self._number("weight_decay", float, 0)
+        self._number("decay", float, 0, most=1)
+        self._number("threshold", float, 0)
+        self._number("init_loc", float, -25, most=5)
+        self._number("init_log_scale", float, -10, most=5)
+        scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}
+        for gate, value in scales.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RequestError(f"kl_scale {gate} is {value!r}; expected a number")
+            if not 0 <= value < float("inf"):
+                raise RequestError(f"kl_scale {gate} is {value}; expected a number >= 0")
+        if self.noise_per not in ("batch", "example"):
+            raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
+
+    def _number(
+        self, name: str, kind: type, least: float, above: bool = False, most: float = float("inf")
+    ) -> None:
+        value = getattr(self, name)
+        allowed = (int, float) if kind is float else int
+        ok = isinstance(value, allowed) and not isinstance(value, bool)
+        ok = ok and (value > least if above else value >= least) and value <= most
+        if not ok or value == float("inf"):
+            bound = f"{'>' if above else '>='} {least}"
+            bound += f" and <= {most}" if most < float("inf") else ""
+            noun = "a number" if kind is float else "an integer"
+            raise RequestError(f"{name.replace('_', ' ')} is {value}; expected {noun} {bound}")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with other values; a change to None is left out."""
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> Recipe:
+        """A recipe from plain values; `source` says in an error where they come from."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in fields:
+                raise RequestError(f"{source} sets {name!r}; a recipe has {', '.join(fields)}")
+        return cls(**values)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from a TOML file; what it does not set has its default.
+
+    Raises:
+        RequestError: the file cannot be read, is no TOML, or sets something wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the recipe {path} is no TOML: {error}") from error
+    return Recipe.from_dict({"name": path.stem, **values}, str(path))
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a run was asked for; written to `recipe.json` before any heavy work."""
+
+    arch: str
+    dataset: str
+    method: str
+    recipe: Recipe
+    seed: int = 0
+    device: str = "cpu"
+    data_dir: str = "data"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Request:
+        """The request from what `to_dict` gave; keys that it does not know are left out."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {key: value for key, value in values.items() if key in fields}
+        recipe = Recipe.from_dict(known.pop("recipe"), "recipe.json")
+        return cls(recipe=recipe, **known)

@@ -1,0 +1,169 @@
+"""Keep a pruned network in files that load without pickle, and without Pyro."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pyro_sbp.layers import SIZE_ATTRIBUTES
+from pyro_sbp.surgery import Select
+
+__all__ = ["load", "save"]
+
+#: Constructors that `load` builds without being told to: a file names them, so any other would let
+#: the file decide what code runs.
+TRUSTED_MODULES = ("pyro_sbp.networks", "torchvision.models")
+
+
+def save(
+    small: nn.Module,
+    directory: str | os.PathLike[str],
+    constructor: Callable[..., nn.Module] | str,
+    kwargs: Mapping[str, Any] | None = None,
+    units: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> None:
+    """Write a pruned network to a directory, which appears whole or not at all.
+
+    ``model.safetensors`` holds the tensors, ``network.json`` the constructor and what differs from
+    what it builds, ``units.json`` the units if they are given.
+
+    Args:
+        small: the network, from `prune` or `shrink`.
+        directory: where to write; it must not exist or be empty.
+        constructor: what built the original network, a callable or its name ``module:callable``.
+        kwargs: the constructor's arguments, plain values.
+        units: of every gate, what is left: its total and the kept and zeroed indices.
+        input_shape: the shape of one example, for those who load the network.
+
+    Raises:
+        FileExistsError: the directory is there and not empty.
+        ValueError: the constructor builds a network of other layers.
+    """
+    path = Path(directory)
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty; a saved network needs a directory of its own")
+    name = constructor if isinstance(constructor, str) else _name(constructor)
+    build = _resolve(name) if isinstance(constructor, str) else constructor
+    layers = {}
+    fresh = build(**(kwargs or {}))
+    here = dict(small.named_modules())
+    for layer, module in fresh.named_modules():
+        change: dict[str, Any] = {}
+        found = here.get(layer)
+        if isinstance(found, nn.Sequential) and isinstance(getattr(found, "select", None), Select):
+            change["select"] = len(found.select.index)
+            found = found.layer
+        if type(found) is not type(module):
+            raise ValueError(f"{name} builds a {type(module).__name__} at {layer!r}, not {found}")
+        for attribute in SIZE_ATTRIBUTES:
+            if getattr(found, attribute, None) != getattr(module, attribute, None):
+                change[attribute] = getattr(found, attribute)
+        if change:
+            layers[layer] = change
+    partial = path.with_name(path.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in small.state_dict().items()}
+    save_file(tensors, partial / "model.safetensors")
+    network = {
+        "format": 1,
+        "constructor": name,
+        "kwargs": dict(kwargs or {}),
+        "input_shape": None if input_shape is None else list(input_shape),
+        "layers": layers,
+    }
+    (partial / "network.json").write_text(json.dumps(network, indent=2) + "\n", encoding="utf-8")
+    if units is not None:
+        (partial / "units.json").write_text(json.dumps(units) + "\n", encoding="utf-8")
+    if path.exists():
+        path.rmdir()
+    os.replace(partial, path)
+
+
+def load(
+    directory: str | os.PathLike[str], constructor: Callable[..., nn.Module] | None = None
+) -> nn.Module:
+    """Load a network that `save` wrote, in evaluation mode, on the CPU.
+
+    Args:
+        directory: where it lies.
+        constructor: what built the original network. Those of `pyro_sbp.networks` and
+            `torchvision.models` are found by their name; any other must be passed.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the constructor is not among the trusted ones
+            and was not passed.
+    """
+    path = Path(directory)
+    try:
+        network = json.loads((path / "network.json").read_text(encoding="utf-8"))
+        state = load_file(path / "model.safetensors")
+        name, kwargs, layers = network["constructor"], network["kwargs"], network["layers"]
+        version = network["format"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no whole saved network: {error}") from error
+    if version != 1:
+        raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
+    if constructor is None:
+        module, _, attribute = name.partition(":")
+        trusted = any(module == m or module.startswith(f"{m}.") for m in TRUSTED_MODULES)
+        if not trusted or not attribute.isidentifier():
+            raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
+        constructor = _resolve(name)
+    try:
+        net = constructor(**kwargs)
+        for layer, change in layers.items():
+            _apply(net, layer, change)
+        _reshape(net, state)
+        net.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
+    return net.eval()
+
+
+def _name(constructor: Callable[..., nn.Module]) -> str:
+    return f"{constructor.__module__}:{constructor.__qualname__}"
+
+
+def _resolve(name: str) -> Callable[..., nn.Module]:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _apply(net: nn.Module, layer: str, change: Mapping[str, Any]) -> None:
+    module = net.get_submodule(layer)
+    for attribute, value in change.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{attribute} of layer {layer!r} is {value!r}, not an integer")
+        if attribute == "select":
+            select = Select(torch.zeros(value, dtype=torch.int64))
+            parent, _, leaf = layer.rpartition(".")
+            wrapped = nn.Sequential(OrderedDict(select=select, layer=module))
+            setattr(net.get_submodule(parent), leaf, wrapped)
+        elif attribute in SIZE_ATTRIBUTES:
+            setattr(module, attribute, value)
+        else:
+            raise ValueError(f"layer {layer!r} sets {attribute!r}, which no layer has")
+
+
+def _reshape(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters and buffers the shapes of the tensors that they will hold."""
+    for name, tensor in state.items():
+        parent, _, leaf = name.rpartition(".")
+        module = net.get_submodule(parent)
+        old = getattr(module, leaf)
+        if old.shape != tensor.shape or old.dtype != tensor.dtype:
+            new = torch.empty_like(tensor)
+            setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)

@@ -1,0 +1,165 @@
+"""Where data sets lie and whether they are whole, found out without loading torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyro_sbp.errors import RequestError
+
+__all__ = ["SOURCES", "Source", "check_dataset", "folder_classes"]
+
+#: The image files that a folder may hold (those of torchvision's ImageFolder).
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of torchvision.
+
+    Attributes:
+        class_name: its class in `torchvision.datasets`.
+        folder: where its files lie under the data directory.
+        files: the files, as unpacked.
+        archives: what they are unpacked from, relative to the data directory.
+        host: where it is downloaded from.
+    """
+
+    class_name: str
+    folder: str
+    files: tuple[str, ...]
+    archives: tuple[str, ...]
+    host: str
+
+
+def _idx(class_name: str, host: str) -> Source:
+    files = tuple(
+        f"{part}-{kind}-ubyte"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    )
+    folder = f"{class_name}/raw"
+    return Source(class_name, folder, files, tuple(f"{folder}/{f}.gz" for f in files), host)
+
+
+SOURCES = {
+    "mnist": _idx("MNIST", "ossci-datasets.s3.amazonaws.com"),
+    "fashion-mnist": _idx("FashionMNIST", "fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
+    "kmnist": _idx("KMNIST", "codh.rois.ac.jp"),
+    "cifar10": Source(
+        "CIFAR10",
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        ("cifar-10-python.tar.gz",),
+        "www.cs.toronto.edu",
+    ),
+    "cifar100": Source(
+        "CIFAR100",
+        "cifar-100-python",
+        ("train", "test", "meta"),
+        ("cifar-100-python.tar.gz",),
+        "www.cs.toronto.edu",
+    ),
+}
+
+
+def check_dataset(name: str, data_dir: Path) -> None:
+    """See that a data set is there, whole as far as its sizes tell, or can be downloaded.
+
+    Raises:
+        RequestError: it is unknown, missing, truncated, or a folder that holds no usable images.
+    """
+    if name == "digits":
+        return
+    if name.startswith("folder:"):
+        folder_classes(Path(name.removeprefix("folder:")))
+        return
+    if name not in SOURCES:
+        names = ", ".join([*SOURCES, "digits"])
+        raise RequestError(f"unknown data set {name!r}; expected {names} or folder:PATH")
+    source = SOURCES[name]
+    present = [data_dir / source.folder / file for file in source.files]
+    if all(path.is_file() for path in present):
+        for path in present:
+            if path.name.endswith("-ubyte"):
+                _check_idx(path)
+        return
+    if all((data_dir / archive).is_file() for archive in source.archives):
+        return
+    if not _reachable(source.host):
+        raise RequestError(
+            f"{name} is not under {data_dir} and cannot be downloaded from here: give --data-dir a "
+            f"directory that has {source.folder}, or use --dataset digits, which needs no download"
+        )
+
+
+def _check_idx(path: Path) -> None:
+    """An IDX file tells its dimensions; it must be as long as they say."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        dims = head[3] if len(head) == 4 and head[:2] == b"\0\0" else 0
+        sizes = file.read(4 * dims)
+    if not dims or len(sizes) != 4 * dims:
+        raise RequestError(f"{path} is no IDX file: delete it so that it can be fetched again")
+    expected = 4 + 4 * dims + math.prod(struct.unpack(f">{dims}I", sizes))
+    if path.stat().st_size != expected:
+        raise RequestError(
+            f"{path} is damaged: it has {path.stat().st_size} bytes, and {expected} are due; "
+            "delete it so that it can be fetched again"
+        )
+
+
+def _reachable(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def folder_classes(root: Path) -> list[str]:
+    """The classes of an image folder with ``train/<class>/*`` and ``test/<class>/*``.
+
+    Raises:
+        RequestError: a part is missing or empty, or the parts differ in their classes.
+    """
+    classes = {}
+    for part in ("train", "test"):
+        folder = root / part
+        if not folder.is_dir():
+            raise RequestError(f"{folder} is no directory; an image folder has train/ and test/")
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        if not names:
+            raise RequestError(f"{folder} has no directory of a class, as train/cat/1.png")
+        for name in names:
+            if not _has_image(folder / name):
+                raise RequestError(
+                    f"{folder / name} has no images; those end in {' '.join(IMAGE_SUFFIXES)}"
+                )
+        classes[part] = names
+    if classes["train"] != classes["test"]:
+        odd = sorted(set(classes["train"]) ^ set(classes["test"]))
+        raise RequestError(
+            f"{root} has other classes in train/ than in test/: {', '.join(odd)} is in one only"
+        )
+    return classes["train"]
+
+
+def _has_image(folder: Path) -> bool:
+    return any(
+        name.lower().endswith(IMAGE_SUFFIXES) for _, _, names in os.walk(folder) for name in names
+    )

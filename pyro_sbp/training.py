@@ -1,0 +1,338 @@
+"""Training: runs the phases of a method; a request in, a run directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.benchmarking import count_macs, count_parameters
+from pyro_sbp.datasets import ImageData, Split
+from pyro_sbp.errors import RequestError
+from pyro_sbp.gates import call
+from pyro_sbp.methods import METHODS, Method, Phase
+from pyro_sbp.methods.phase import Predict
+from pyro_sbp.recipes import Request
+from pyro_sbp.saving import save
+
+__all__ = ["Progress", "train", "versions"]
+
+#: How many test examples are predicted at a time.
+TEST_BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands; given to the caller of `train` after every epoch and now and then."""
+
+    phase: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    nll: float
+    kl: float
+    error: float | None = None
+    units: dict[str, int] | None = None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("pyro-sbp", "torch", "torchvision", "pyro-ppl")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def train(
+    request: Request,
+    data: ImageData,
+    directory: Path,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Train, prune and fine-tune a network as requested, and write a run directory.
+
+    A directory that holds the checkpoint of the same request goes on from its last whole epoch.
+
+    Args:
+        request: what to do.
+        data: what to do it on, as `load_dataset` gives it for the architecture.
+        directory: the run directory; it is made where it is missing.
+        watch: told of the progress.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        RequestError: the architecture cannot be built or does not take the data's images, or the
+            recipe names a gate that the network does not have.
+        EquivalenceError: the pruned network does not compute what the masked one computes.
+        FloatingPointError: the loss is not finite any more.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "recipe.json", {**request.to_dict(), "versions": versions()})
+    torch.manual_seed(request.seed)
+    device = torch.device(request.device)
+    data = data.to(device)
+    architecture = find_architecture(request.arch)
+    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+    example, _ = data.test.batch(slice(0, 8))
+    dense = _build(architecture.resolve(), kwargs, example).to(device)
+    try:
+        method = METHODS[request.method](
+            dense, example, request.recipe, len(data.train), architecture.input_features
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    dense_macs, dense_parameters = count_macs(dense, example[:1]), count_parameters(dense)
+    run = _Run(request, method, data, directory, watch)
+    run.go()
+    small = method.small
+    units = {
+        name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
+        for name, u in method.units.items()
+    }
+    save(
+        small,
+        directory / "pruned",
+        constructor=architecture.constructor,
+        kwargs=kwargs,
+        units=units,
+        input_shape=data.image_shape,
+    )
+    macs, parameters = count_macs(small, example[:1]), count_parameters(small)
+    summary = {
+        "arch": request.arch,
+        "dataset": request.dataset,
+        "method": request.method,
+        "seed": request.seed,
+        "epochs": request.recipe.epochs,
+        "device": request.device,
+        "train_seconds": round(run.seconds, 1),
+        "error": {name: run.errors.get(name) for name in ("dense", "mean", "pruned", "finetuned")},
+        "units": [
+            {
+                "gate": name,
+                "kept": len(unit["kept"]),
+                "zeroed": len(unit["zeroed"]),
+                "total": unit["total"],
+            }
+            for name, unit in units.items()
+        ],
+        "macs": {"dense": dense_macs, "pruned": macs, "ratio": dense_macs / macs},
+        "parameters": {
+            "dense": dense_parameters,
+            "pruned": parameters,
+            "nonzero": sum(int(p.count_nonzero()) for p in small.parameters()),
+            "ratio": dense_parameters / parameters,
+        },
+        "equivalence": dataclasses.asdict(method.equivalence),
+    }
+    _write_json(directory / "summary.json", summary)
+    return summary
+
+
+def _build(constructor: Callable[..., nn.Module], kwargs: Any, example: Tensor) -> nn.Module:
+    try:
+        net = constructor(**kwargs)
+        with torch.no_grad():
+            output = call(net.eval(), example.cpu())
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"the network does not take images of {list(example.shape[1:])}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        raise RequestError("the network does not give logits [batch, classes] for images")
+    return net
+
+
+class _Run:
+    """The loop over the phases of a method."""
+
+    def __init__(
+        self,
+        request: Request,
+        method: Method,
+        data: ImageData,
+        directory: Path,
+        watch: Callable[[Progress], None],
+    ) -> None:
+        self.request, self.recipe = request, request.recipe
+        self.method, self.data, self.watch = method, data, watch
+        self.device = torch.device(request.device)
+        self.directory = directory
+        self.errors: dict[str, float] = {}
+        self.seconds = 0.0
+        self.order = torch.Generator().manual_seed(request.seed)
+        self.finished: list[dict[str, Tensor]] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def go(self) -> None:
+        """Run all phases, from the checkpoint on where there is one."""
+        saved = self._load()
+        for index, phase in enumerate(self.method.phases()):
+            if index < len(self.finished):
+                phase.module.load_state_dict(self.finished[index])
+                phase.finish()
+                continue
+            optimizer = torch.optim.Adam(phase.groups)
+            steps = -(-len(self.data.train) // self.recipe.batch_size)
+            schedule = _linear_decay(optimizer, phase.epochs * steps, self.recipe.decay)
+            first = 0
+            if saved is not None:
+                phase.module.load_state_dict(saved["module"])
+                optimizer.load_state_dict(saved["optimizer"])
+                schedule.load_state_dict(saved["schedule"])
+                first, saved = saved["epoch"], None
+            for epoch in range(first, phase.epochs):
+                self._epoch(phase, epoch, optimizer, schedule)
+                self._save(phase, epoch + 1, optimizer, schedule)
+            self.finished.append(_copy(phase.module.state_dict()))
+            for name, predict in phase.finish().items():
+                self.errors[name] = self._error(predict)
+
+    def _epoch(self, phase: Phase, epoch: int, optimizer: Any, schedule: Any) -> None:
+        start = time.perf_counter()
+        phase.train_mode()
+        total = torch.zeros(2, device=self.device)
+        seen = 0
+        batches = list(_batches(self.data.train, self.recipe.batch_size, self.order))
+        for step, index in enumerate(batches):
+            x, y = self.data.train.batch(index.to(self.device))
+            parts = phase.loss(x, y)
+            optimizer.zero_grad(set_to_none=True)
+            parts.loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(index)
+            seen += len(index)
+            if step % 50 == 0:
+                self._tell(phase, epoch, step, len(batches), total / seen)
+        nll, kl = (total / seen).tolist()
+        if not nll + kl < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {nll + kl} in epoch {epoch + 1} of phase {phase.name!r}: "
+                "a lower learning rate may help"
+            )
+        error = self._error(phase.predict)
+        units = phase.units()
+        self.seconds += time.perf_counter() - start
+        line = {
+            "phase": phase.name,
+            "epoch": epoch + 1,
+            "loss": nll + kl,
+            "nll": nll,
+            "kl": phase.kl() / len(self.data.train),
+            "weighted_kl": kl,
+            "error": error,
+            "units": units,
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        self.lines.append(line)
+        _write(self.directory / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.lines))
+        self._tell(phase, epoch, len(batches), len(batches), total / seen, error, units)
+
+    def _tell(
+        self,
+        phase: Phase,
+        epoch: int,
+        step: int,
+        steps: int,
+        mean: Tensor,
+        error: float | None = None,
+        units: dict[str, int] | None = None,
+    ) -> None:
+        nll, kl = mean.tolist()
+        self.watch(
+            Progress(
+                phase.name, epoch + 1, phase.epochs, step, steps, nll + kl, nll, kl, error, units
+            )
+        )
+
+    @torch.no_grad()
+    def _error(self, predict: Predict) -> float:
+        """The share of the test set that is classified wrongly, in percent."""
+        if isinstance(predict, nn.Module):
+            predict.eval()
+        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        for start in range(0, len(self.data.test), TEST_BATCH):
+            x, y = self.data.test.batch(slice(start, start + TEST_BATCH))
+            wrong += (predict(x).argmax(1) != y).sum()
+        return round(100 * int(wrong) / len(self.data.test), 6)
+
+    def _save(self, phase: Phase, epoch: int, optimizer: Any, schedule: Any) -> None:
+        checkpoint = {
+            "request": json.dumps(self.request.to_dict()),
+            "finished": self.finished,
+            "module": phase.module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "epoch": epoch,
+            "errors": self.errors,
+            "seconds": self.seconds,
+            "lines": self.lines,
+            "order": self.order.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+        path = self.directory / "checkpoint.pt"
+        partial = path.with_suffix(".part")
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+
+    def _load(self) -> dict[str, Any] | None:
+        path = self.directory / "checkpoint.pt"
+        if not path.exists():
+            return None
+        saved = torch.load(path, weights_only=True, map_location=self.device)
+        if saved["request"] != json.dumps(self.request.to_dict()):
+            raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
+        self.finished, self.errors = saved["finished"], saved["errors"]
+        self.seconds, self.lines = saved["seconds"], saved["lines"]
+        self.order.set_state(saved["order"].cpu())
+        torch.set_rng_state(saved["rng"].cpu())
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+        return saved
+
+
+def _batches(data: Split, size: int, order: torch.Generator) -> Iterator[Tensor]:
+    yield from torch.randperm(len(data), generator=order).split(size)
+
+
+def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:
+    """Learning rates fall linearly to zero over the last share `decay` of the steps."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (steps - step) / (decay * steps)) if decay * steps > 0 else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return torch.nonzero(mask).flatten().tolist()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=2) + "\n")
