@@ -1,0 +1,97 @@
+"""What the truncated distributions ask of their arguments, each refusal in one line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+__all__ = [
+    "broadcast_parameters",
+    "check_bounds",
+    "check_normal",
+    "require",
+    "require_in_support",
+]
+
+
+def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tensor]:
+    """Tensors of one shape, floating dtype and device, from tensors and numbers.
+
+    Raises:
+        ValueError: the shapes do not broadcast, or a parameter is not a number.
+    """
+    tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
+    dtype, device = torch.get_default_dtype(), None
+    if tensors:
+        device = max(tensors, key=lambda x: x.ndim).device
+        floating = [x.dtype for x in tensors if x.is_floating_point()]
+        dtype = floating[0] if floating else dtype
+        for other in floating[1:]:
+            dtype = torch.promote_types(dtype, other)
+    values = []
+    for name, x in parameters.items():
+        if not isinstance(x, Tensor | int | float):
+            raise ValueError(f"{owner}: {name} must be a tensor or a number, got {x!r}")
+        # full() fills on the device, where tensor() would copy from the host and wait.
+        filled = torch.full((), x, dtype=dtype, device=device) if not isinstance(x, Tensor) else x
+        values.append(filled.to(dtype))
+    try:
+        return list(torch.broadcast_tensors(*values))
+    except RuntimeError:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(parameters, values, strict=True))
+        raise ValueError(f"{owner}: shapes do not broadcast: {shapes}") from None
+
+
+def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> None:
+    """Raise unless all of ``valid``, naming the first offender.
+
+    Raises:
+        ValueError: some element is not valid.
+    """
+    if not bool(valid.all()):
+        bad = value.expand(valid.shape)[~valid].reshape(-1)[0].item()
+        raise ValueError(f"{owner}: {name} must be {what}, got {bad:g}")
+
+
+def check_normal(owner: str, loc: Tensor, scale: Tensor) -> None:
+    """Raise unless a normal has these parameters.
+
+    Raises:
+        ValueError: a `loc` that is not finite, a `scale` that is not positive and finite.
+    """
+    require(owner, "loc", loc, loc.isfinite(), "finite")
+    require(owner, "scale", scale, (scale > 0) & scale.isfinite(), "positive and finite")
+
+
+def check_bounds(owner: str, **bounds: Tensor) -> None:
+    """Raise unless the first bound is below the second everywhere and both are constants.
+
+    Raises:
+        ValueError: they are not.
+    """
+    (low_name, low), (high_name, high) = bounds.items()
+    require(owner, low_name, low, low < high, f"below {high_name}")
+    if low.requires_grad or high.requires_grad:
+        raise ValueError(f"{owner}: the bounds are constants and get no gradient; detach them")
+
+
+def require_in_support(
+    distribution: Distribution, value: Tensor, low: Tensor, high: Tensor
+) -> None:
+    """Raise unless ``value`` broadcasts against the batch shape and lies within the bounds.
+
+    Raises:
+        ValueError: it does not.
+    """
+    owner = type(distribution).__name__
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{owner}: the value must be a tensor, got {value!r}")
+    try:
+        torch.broadcast_shapes(value.shape, distribution.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{owner}: a value of shape {tuple(value.shape)} does not broadcast against "
+            f"the batch shape {tuple(distribution.batch_shape)}"
+        ) from None
+    require(owner, "the value", value, (value >= low) & (value <= high), "within the support")

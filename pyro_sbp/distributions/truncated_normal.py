@@ -1,0 +1,181 @@
+"""The normal distribution cut to an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_sbp import special
+from pyro_sbp.distributions.checks import (
+    broadcast_parameters,
+    check_bounds,
+    check_normal,
+    require,
+    require_in_support,
+)
+
+__all__ = ["TruncatedNormal"]
+
+
+class TruncatedNormal(TorchDistribution):
+    """Normal(loc, scale) conditioned to [low, high]; either bound may be infinite.
+
+    Right in the far tails, see `pyro_sbp.special` for the range and the references: everything is
+    computed in float64 and returned in the dtype of the parameters. Samples have implicit
+    reparameterisation gradients in `loc` and `scale`. The bounds are constants.
+
+    Args:
+        loc: mean of the normal before it is cut, inside or outside of the bounds.
+        scale: its standard deviation, positive.
+        low: lower bound, broadcasts with the others as all do.
+        high: upper bound, above `low`.
+        validate_args: check arguments and values; Pyro's global setting if not given.
+
+    Raises:
+        ValueError: shapes do not broadcast; under validation, `loc` or `scale` not finite, `scale`
+            not positive, `low` not below `high`, a bound that requires a gradient.
+    """
+
+    has_rsample = True
+    arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
+        "loc": constraints.real,
+        "scale": constraints.positive,
+        "low": constraints.dependent(is_discrete=False, event_dim=0),
+        "high": constraints.dependent(is_discrete=False, event_dim=0),
+    }
+
+    def __init__(
+        self,
+        loc: Tensor | float,
+        scale: Tensor | float,
+        low: Tensor | float,
+        high: Tensor | float,
+        validate_args: bool | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        self._parameters = broadcast_parameters(owner, loc=loc, scale=scale, low=low, high=high)
+        super().__init__(self._parameters[0].shape, validate_args=False)
+        del self._validate_args  # back to the global setting
+        if validate_args is not None:
+            self._validate_args = validate_args
+        if self._validate_args:
+            check_normal(owner, *self._parameters[:2])
+            check_bounds(owner, low=self._parameters[2], high=self._parameters[3])
+
+    def expand(self, batch_shape, _instance=None) -> TruncatedNormal:
+        """A new instance of the batch shape. The parameters stay as they are and are broadcast
+        on use: what depends on them alone is computed once for all copies."""
+        new = self._get_checked_instance(TruncatedNormal, _instance)
+        batch_shape = torch.Size(batch_shape)
+        self._parameters[0].expand(batch_shape)  # raises if it is not possible
+        new._parameters = self._parameters
+        super(TruncatedNormal, new).__init__(batch_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def loc(self) -> Tensor:
+        return self._parameters[0].expand(self.batch_shape)
+
+    @property
+    def scale(self) -> Tensor:
+        return self._parameters[1].expand(self.batch_shape)
+
+    @property
+    def low(self) -> Tensor:
+        return self._parameters[2].expand(self.batch_shape)
+
+    @property
+    def high(self) -> Tensor:
+        return self._parameters[3].expand(self.batch_shape)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return constraints.interval(self.low, self.high)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._parameters[0].dtype
+
+    def _statistic(self, function: Callable[..., Tensor]) -> Tensor:
+        """``function(loc, scale, low, high)`` in the parameters' dtype and the batch shape."""
+        value = function(*self._parameters)
+        return value.to(self._dtype).expand(self.batch_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._statistic(special.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._statistic(special.variance)
+
+    @property
+    def stddev(self) -> Tensor:
+        return self._statistic(lambda *parameters: special.variance(*parameters).sqrt())
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio, mean over standard deviation; negative where the mean is."""
+        return self._statistic(
+            lambda *parameters: special.mean(*parameters) / special.variance(*parameters).sqrt()
+        )
+
+    @property
+    def mode(self) -> Tensor:
+        loc, _, low, high = self._parameters
+        return torch.minimum(torch.maximum(loc, low), high).expand(self.batch_shape)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, of the batch shape."""
+        return self._statistic(special.entropy)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats at `value`, which broadcasts against the batch shape.
+
+        Raises:
+            ValueError: a value outside of the support, under validation; minus infinity without.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._at(value, special.log_density).to(self._dtype)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Probability of not more than `value`, which broadcasts against the batch shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._at(value, special.cdf).to(self._dtype)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantile at the probability `value`, which broadcasts against the batch shape.
+
+        Raises:
+            ValueError: a probability outside of [0, 1], under validation.
+        """
+        if self._validate_args:
+            valid = (value >= 0) & (value <= 1)
+            require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
+        return self._at(value, special.icdf).to(self._dtype)
+
+    def _at(self, value: Tensor, function: Callable[..., Tensor]) -> Tensor:
+        """``function(value, loc, scale, low, high)`` in float64."""
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        return function(value, *self._parameters).expand(shape)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Samples of shape `sample_shape + batch_shape`, within the bounds."""
+        return self._rsample64(sample_shape).to(self._dtype)
+
+    def _rsample64(self, sample_shape: torch.Size) -> Tensor:
+        """Samples before they are rounded to the dtype of the parameters."""
+        shape = self._extended_shape(sample_shape)
+        u = torch.rand(shape, dtype=torch.float64, device=self._parameters[0].device)
+        # rand() may be 0, which would be an infinite sample where a bound is.
+        return special.icdf(u.clamp_min(2.0**-54), *self._parameters)
+
+    def _validate_sample(self, value: Tensor) -> None:
+        require_in_support(self, value, *self._parameters[2:])
