@@ -34,6 +34,11 @@ class ClosedFormELBO(ELBO):
     the loss in parts.
     """
 
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+
     def parts(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Parts:
@@ -42,9 +47,7 @@ class ClosedFormELBO(ELBO):
         Raises:
             NotImplementedError: a site has no closed-form KL, or is not in the guide.
         """
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
         nll: Any = 0.0
         kl: Any = 0.0
         for name, site in model_trace.nodes.items():
