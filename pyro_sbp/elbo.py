@@ -78,4 +78,4 @@ class ClosedFormELBO(ELBO):
         """The loss as a number; its gradients are added to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())

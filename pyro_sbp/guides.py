@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.models import GatedModel
+from pyro_sbp.models import GatedModel, unique_name
 
 __all__ = ["TruncatedLogNormalGuide"]
 
@@ -53,8 +53,9 @@ class TruncatedLogNormalGuide(AutoGuide):
         init_log_scale: float = -5.0,
     ) -> None:
         super().__init__(model)
+        self._pyro_name = unique_name(type(self).__name__)
         if isinstance(model, GatedModel):
-            priors: dict[str, Any] = {gate.name: model.prior(gate.name) for gate in model.gates}
+            priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
         else:
             self._setup_prototype(*example_args)
             priors = {n: s["fn"] for n, s in self.prototype_trace.iter_stochastic_nodes()}

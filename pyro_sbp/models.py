@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from pyro_sbp.distributions import TruncatedLogUniform
 from pyro_sbp.gates import Gate, GatedNetwork, tensors_of
 
-__all__ = ["GatedModel", "categorical", "weighted"]
+__all__ = ["GatedModel", "categorical", "unique_name"]
 
 #: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
 LOG_LOW, LOG_HIGH = -20.0, 0.0
@@ -27,8 +29,21 @@ def categorical(logits: Tensor) -> dist.Categorical:
     return dist.Categorical(logits=logits)
 
 
+_numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+def unique_name(kind: str) -> str:
+    """A name for a root `PyroModule` that no other one has.
+
+    Pyro's parameter store keeps parameters by name: a second module of the same name would silently
+    take over the values of the first, and leave an optimizer with tensors that nobody uses.
+    """
+    number = next(_numbers[kind])
+    return f"{kind}_{number}" if number else kind
+
+
 @contextmanager
-def weighted(weight: float) -> Iterator[None]:
+def _weighted(weight: float) -> Iterator[None]:
     """Weigh the sites inside; a weight of 0, which `poutine.scale` refuses, masks them out."""
     with poutine.mask(mask=False) if weight == 0 else poutine.scale(scale=weight):
         yield
@@ -67,7 +82,7 @@ class GatedModel(PyroModule):
         likelihood: Callable[[Any], Any] = categorical,
         kl_scale: float | Mapping[str, float] = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(name=unique_name("GatedModel"))
         if num_data < 1:
             raise ValueError(f"num_data is {num_data}; expected the size of the data set")
         if noise_per not in ("batch", "example"):
@@ -97,7 +112,7 @@ class GatedModel(PyroModule):
                 stack.enter_context(pyro.plate("noise", size, dim=-1))
                 stack.enter_context(poutine.scale(scale=1 / size))
             for gate in self.gates:
-                with weighted(self.kl_scale[gate.name]):
+                with _weighted(self.kl_scale[gate.name]):
                     theta[gate.name] = pyro.sample(gate.name, distribution(gate.name).to_event(1))
         return theta
 
@@ -111,8 +126,9 @@ class GatedModel(PyroModule):
         """Sample theta, call the network, and sample or observe the labels, which are returned."""
         theta = self.sample_sites(self.prior, x)
         output = self.gated(x, theta)
-        # The batch itself as subsample: `subsample_size` would draw a permutation of the data.
-        with pyro.plate("data", self.num_data, subsample=next(tensors_of(x)), dim=-1):
+        size = len(next(tensors_of(x)))
+        # Not `subsample_size`, which would draw a permutation of all data at every step.
+        with poutine.scale(scale=self.num_data / size), pyro.plate("data", size, dim=-1):
             return pyro.sample("obs", self.likelihood(output), obs=y)
 
 

@@ -55,8 +55,12 @@ __all__ = [
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
-_CUTOFF = 42.0  # exp(-42) = 6e-19: what lies beyond it does not reach the last bit of a sum
-_NUM_NODES = 64  # 40 nodes give 1e-9, 32 give 4e-6
+# Nodes of a sum, and the log density relative to the mode where its window ends. 40 nodes on the
+# window of float64 give 1e-9, 32 give 4e-6; the window of float32 cuts 1e-9.
+_SUM = {torch.float64: (64, 42.0), torch.float32: (32, 24.0)}
+_NUM_NEAR_UNIFORM_NODES = 8
+_NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
+_NUM_NARROW_NODES = 5
 
 
 def _gauss_legendre(n: int) -> tuple[list[float], list[float]]:
@@ -76,17 +80,19 @@ def _gauss_legendre(n: int) -> tuple[list[float], list[float]]:
 
 
 _NODES = {
-    torch.device("cpu"): torch.tensor(
-        _gauss_legendre(_NUM_NODES), dtype=torch.float64, device="cpu"
-    )
+    (n, torch.device("cpu")): torch.tensor(_gauss_legendre(n), dtype=torch.float64, device="cpu")
+    for n in (64, 32, _NUM_NEAR_UNIFORM_NODES)
 }
 
 
-def _nodes(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on ``device``, copied there once."""
-    if device not in _NODES:
-        _NODES[device] = _NODES[torch.device("cpu")].to(device)
-    nodes, weights = _NODES[device]
+_NARROW_NODES = tuple(zip(*_gauss_legendre(_NUM_NARROW_NODES), strict=True))
+
+
+def _nodes(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights, along a new first dimension of ``like``."""
+    if (n, like.device) not in _NODES:  # copied there once
+        _NODES[n, like.device] = _NODES[n, torch.device("cpu")].to(like.device)
+    nodes, weights = _NODES[n, like.device].reshape(2, n, *(1,) * like.ndim)
     return nodes, weights
 
 
@@ -185,9 +191,11 @@ class _Frame(NamedTuple):
     alpha: Tensor  # signed distance of the nearer end from loc, positive if loc is outside
     beta: Tensor  # signed distance of the other end
     width: Tensor  # beta - alpha, exact
+    precision: torch.dtype  # float64 if a parameter is, else float32
 
 
 def _frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Frame:
+    precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
     loc, scale, low, high = torch.broadcast_tensors(
         *(x.to(torch.float64) for x in (loc, scale, low, high))
     )
@@ -203,6 +211,7 @@ def _frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Frame:
         sign * (near - loc) / scale,
         sign * (far - loc) / scale,
         (high - low) / scale,
+        precision,
     )
 
 
@@ -210,56 +219,59 @@ def _mode(f: _Frame) -> Tensor:
     return torch.where(f.alpha > 0, f.end, f.loc)
 
 
-class _Quadrature(NamedTuple):
-    """Nodes of the density ``exp(-e(r))``; the last dimension runs over them."""
+class _Sum(NamedTuple):
+    """Nodes of the density ``exp(-e(r))``, along the first dimension."""
 
     r: Tensor  # distance from the mode
     e: Tensor  # minus the log density, 0 at the mode
-    p: Tensor  # probability of each node; they sum to one
-    log_mass: Tensor  # log of the integral of exp(-e) over r, without the last dimension
+    p: Tensor  # probability of each node; they add up to one
+    log_mass: Tensor  # log of the integral of exp(-e) over r, without the first dimension
+
+    def mean(self, x: Tensor) -> Tensor:
+        return (self.p * x).sum(0)
+
+    def centred(self, x: Tensor) -> Tensor:
+        return x - self.mean(x)
 
 
-def _quadrature(f: _Frame, tilt: Tensor | None = None) -> _Quadrature:
+def _sum(f: _Frame, tilt: Tensor | None = None) -> _Sum:
     """Nodes over the window of the density, and of the density times ``exp(tilt * r)`` if given."""
+    num_nodes, cutoff = _SUM[f.precision]
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_max(0)
     last = torch.where(f.alpha > 0, f.width, f.beta)
-    left, right = _window(slope, first, last)
+    left, right = _window(slope, first, last, cutoff)
     if tilt is not None:
-        tilted_left, tilted_right = _window(slope - tilt, first, last)
+        tilted_left, tilted_right = _window(slope - tilt, first, last, cutoff)
         left, right = torch.minimum(left, tilted_left), torch.maximum(right, tilted_right)
-    nodes, weights = _nodes(slope.device)
-    half = 0.5 * (right - left).unsqueeze(-1)
-    r = left.unsqueeze(-1) + half * (1 + nodes)
-    e = r * (slope.unsqueeze(-1) + 0.5 * r)
-    p = weights * torch.exp(-e)
-    total = p.sum(-1, keepdim=True)
-    return _Quadrature(r, e, p / total, (half * total).log().squeeze(-1))
+    r, weights = _nodes_between(num_nodes, left, right)
+    e = torch.add(slope, r, alpha=0.5).mul_(r)
+    p = torch.exp(-e).mul_(weights)
+    total = p.sum(0)
+    p.div_(total)
+    return _Sum(r, e, p, (0.5 * (right - left) * total).log())
 
 
-def _window(slope: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _nodes_between(n: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    nodes, weights = _nodes(n, left)
+    return torch.addcmul(left, 0.5 * (right - left), 1 + nodes), weights
+
+
+def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """Where ``slope r + r^2 / 2`` is within the cutoff of its least value on [first, last]."""
     mode = torch.minimum(torch.maximum(-slope, first), last)
     slope = slope + mode  # at the mode: positive at the first end, negative at the last, else 0
 
     def reach(s: Tensor) -> Tensor:
-        return 2 * _CUTOFF / (s + (s * s + 2 * _CUTOFF).sqrt())
+        return 2 * cutoff / (s + (s * s + 2 * cutoff).sqrt())
 
     left = torch.maximum(first, mode - reach((-slope).clamp_min(0)))
     right = torch.minimum(last, mode + reach(slope.clamp_min(0)))
     return left, right
 
 
-def _average(p: Tensor, x: Tensor) -> Tensor:
-    return (p * x).sum(-1)
-
-
-def _centred(p: Tensor, x: Tensor) -> Tensor:
-    return x - _average(p, x).unsqueeze(-1)
-
-
 def _expectation(
-    value: Tensor, h: Tensor, n: _Quadrature, f: _Frame, loc: Tensor, scale: Tensor
+    value: Tensor, h: Tensor, n: _Sum, f: _Frame, loc: Tensor, scale: Tensor
 ) -> Tensor:
     """``value`` with the gradient of ``E[h]``; for -log density it is that of the entropy.
 
@@ -267,9 +279,12 @@ def _expectation(
     ``E[h]`` are ``Cov(h, r) / scale`` in the distance of loc from the end and ``2 Cov(h, e)`` in
     log scale, and what ``h`` itself changes has mean zero or is part of ``value``.
     """
-    ph = n.p * _centred(n.p, h)
-    d_loc = f.sign * (ph * _centred(n.p, n.r)).sum(-1) / f.scale
-    d_scale = 2 * (ph * _centred(n.p, n.e)).sum(-1) / f.scale
+    if not (torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)):
+        return value
+    with torch.no_grad():
+        ph = n.centred(h).mul_(n.p)
+        d_loc = f.sign * (ph * n.centred(n.r)).sum(0) / f.scale
+        d_scale = 2 * (ph * n.centred(n.e)).sum(0) / f.scale
     return _attach(value, (loc, d_loc), (scale, d_scale))
 
 
@@ -283,11 +298,11 @@ def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
     """
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
+        n = _sum(f)
         slope = f.alpha.clamp_min(0)
         value = n.log_mass - 0.5 * slope.square() - _HALF_LOG_2PI
-        d_loc = f.sign * (slope + _average(n.p, n.r)) / f.scale
-        d_scale = (slope.square() + 2 * _average(n.p, n.e) - 1) / f.scale
+        d_loc = f.sign * (slope + n.mean(n.r)) / f.scale
+        d_scale = (slope.square() + 2 * n.mean(n.e) - 1) / f.scale
     return _attach(value, (loc, d_loc), (scale, d_scale))
 
 
@@ -298,7 +313,7 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     """
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
+        n = _sum(f)
         slope = f.alpha.clamp_min(0)
         x = value.to(torch.float64)
         outside = (x < low) | (x > high)
@@ -306,8 +321,8 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
         e = r * (slope + 0.5 * r)
         log_q = torch.where(outside, -math.inf, -e - n.log_mass - f.scale.log())
         d_value = torch.where(outside, 0.0, -f.sign * (slope + r) / f.scale)
-        d_loc = torch.where(outside, 0.0, f.sign * (r - _average(n.p, n.r)) / f.scale)
-        d_scale = torch.where(outside, 0.0, 2 * (e - _average(n.p, n.e)) / f.scale)
+        d_loc = torch.where(outside, 0.0, f.sign * (r - n.mean(n.r)) / f.scale)
+        d_scale = torch.where(outside, 0.0, 2 * (e - n.mean(n.e)) / f.scale)
     return _attach(log_q, (value, d_value), (loc, d_loc), (scale, d_scale))
 
 
@@ -315,8 +330,8 @@ def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Differential entropy in nats. Error 1e-12 of max(1, value)."""
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
-        value = n.log_mass + f.scale.log() + _average(n.p, n.e)
+        n = _sum(f)
+        value = n.log_mass + f.scale.log() + n.mean(n.e)
     return _expectation(value, n.e, n, f, loc, scale)
 
 
@@ -328,27 +343,29 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
     """
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
-        value = f.width.log() - n.log_mass - _average(n.p, n.e)
-        value = torch.where(value > 0.5, value, _kl_near_uniform(n))
+        n = _sum(f)
+        value = f.width.log() - n.log_mass - n.mean(n.e)
+        value = torch.where(value > 0.01, value, _kl_near_uniform(f))
     return _expectation(value, -n.e, n, f, loc, scale)
 
 
-def _kl_near_uniform(n: _Quadrature) -> Tensor:
-    """The KL as a mean under the uniform of ``rho log rho - rho + 1``, rho the density ratio.
+def _kl_near_uniform(f: _Frame) -> Tensor:
+    """The KL where it is less than 0.01, so that the sums above would cancel.
 
-    No term is negative, so nothing cancels. Right where the window is the whole interval.
+    With ``d = e - mean(e)`` under the uniform, and ``T(d) = (exp(-d) - 1 + d) / d^2``, the KL is
+    ``mean(d^2 (1 - d T)) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``: all of second order.
     """
-    uniform = 0.5 * _nodes(n.r.device)[1]
-    e = _centred(uniform, n.e).clamp_min(-_CUTOFF)
-    excess = torch.expm1(-e)
-    mean_excess = _average(uniform, excess).unsqueeze(-1)
-    d = (excess - mean_excess) / (1 + mean_excess)
-    series = torch.zeros_like(d)  # sum over k >= 2 of (-d)^k / (k (k - 1))
-    for k in range(14, 1, -1):
-        series = 1 / (k * (k - 1)) - d * series
-    small = d.abs() < 0.05
-    return _average(uniform, torch.where(small, d * d * series, (1 + d) * torch.log1p(d) - d))
+    slope = f.alpha.clamp_min(0)
+    first = f.alpha.clamp_min(-4).clamp_max(0)
+    r, weights = _nodes_between(_NUM_NEAR_UNIFORM_NODES, first, first + f.width.clamp_max(8))
+    e = torch.add(slope, r, alpha=0.5).mul_(r)
+    d = (e - 0.5 * (weights * e).sum(0)).clamp_(-1, 1)
+    series = torch.zeros_like(d)
+    for k in range(16, 1, -1):
+        series.mul_(-d).add_(1 / math.factorial(k))
+    square = d * d
+    excess = 0.5 * (weights * square * series).sum(0)
+    return 0.5 * (weights * square * (1 - d * series)).sum(0) / (1 + excess) - excess.log1p()
 
 
 def kl_to_truncated_normal(
@@ -369,17 +386,17 @@ def kl_to_truncated_normal(
     """
     with torch.no_grad():
         f, g = _frame(loc, scale, low, high), _frame(loc_q, scale_q, low_q, high_q)
-        n, m = _quadrature(f), _quadrature(g)
+        n, m = _sum(f), _sum(g)
         # The density q at the nodes of p, in the coordinates of q.
         slope = g.alpha.clamp_min(0)
         r = g.sign * (_mode(f) - _mode(g)) / g.scale
-        r = r.unsqueeze(-1) + (g.sign * f.sign * f.scale / g.scale).unsqueeze(-1) * n.r
-        e = r * (slope.unsqueeze(-1) + 0.5 * r)
-        value = _average(n.p, e - n.e) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
+        r = r + (g.sign * f.sign * f.scale / g.scale) * n.r
+        e = r * (slope + 0.5 * r)
+        value = n.mean(e - n.e) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
         contained = (low >= low_q) & (high <= high_q)
         value = torch.where(contained, value.clamp_min(0), math.inf)
-        d_loc_q = g.sign * (_average(m.p, m.r) - _average(n.p, r)) / g.scale
-        d_scale_q = 2 * (_average(m.p, m.e) - _average(n.p, e)) / g.scale
+        d_loc_q = g.sign * (m.mean(m.r) - n.mean(r)) / g.scale
+        d_scale_q = 2 * (m.mean(m.e) - n.mean(e)) / g.scale
     value = _attach(value, (loc_q, d_loc_q), (scale_q, d_scale_q))
     return _expectation(value, e - n.e, n, f, loc, scale)
 
@@ -391,9 +408,9 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mean of x. Relative error 1e-12 of the larger of its size and the standard deviation."""
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
-        x = (f.sign * f.scale).unsqueeze(-1) * n.r
-        value = _mode(f) + _average(n.p, x)
+        n = _sum(f)
+        x = (f.sign * f.scale) * n.r
+        value = _mode(f) + n.mean(x)
     return _expectation(value, x, n, f, loc, scale)
 
 
@@ -401,17 +418,17 @@ def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Variance of x. Relative error 1e-12."""
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
-        n = _quadrature(f)
-        square = (f.scale.unsqueeze(-1) * _centred(n.p, n.r)).square()
-        value = _average(n.p, square)
+        n = _sum(f)
+        square = (f.scale * n.centred(n.r)).square()
+        value = n.mean(square)
     return _expectation(value, square, n, f, loc, scale)
 
 
 def _exp_nodes(f: _Frame) -> tuple[_Quadrature, Tensor]:
     """Nodes that see exp(x) and exp(2 x) too, and ``exp(x) / exp(mode) - 1`` at them."""
     step = f.sign * f.scale
-    n = _quadrature(f, tilt=2 * step)
-    return n, torch.expm1(step.unsqueeze(-1) * n.r)
+    n = _sum(f, tilt=2 * step)
+    return n, torch.expm1(step * n.r)
 
 
 def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -420,8 +437,8 @@ def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         f = _frame(loc, scale, low, high)
         n, rise = _exp_nodes(f)
         at_mode = _mode(f).exp()
-        value = at_mode * (1 + _average(n.p, rise))
-    return _expectation(value, at_mode.unsqueeze(-1) * rise, n, f, loc, scale)
+        value = at_mode * (1 + n.mean(rise))
+    return _expectation(value, at_mode * rise, n, f, loc, scale)
 
 
 def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -429,8 +446,8 @@ def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tenso
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
         n, rise = _exp_nodes(f)
-        square = (_mode(f).exp().unsqueeze(-1) * _centred(n.p, rise)).square()
-        value = _average(n.p, square)
+        square = (_mode(f).exp() * n.centred(rise)).square()
+        value = n.mean(square)
     return _expectation(value, square, n, f, loc, scale)
 
 
@@ -442,12 +459,12 @@ def exp_snr(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     with torch.no_grad():
         f = _frame(loc, scale, low, high)
         n, rise = _exp_nodes(f)
-        centred = _centred(n.p, rise)
-        mean_, var = 1 + _average(n.p, rise), _average(n.p, centred.square())
+        centred = n.centred(rise)
+        mean_, var = 1 + n.mean(rise), n.mean(centred.square())
         value = mean_ * var.rsqrt()
         # d(E / sd) = (dE / E - dVar / (2 Var)) E / sd, and both E and Var are expectations.
-        h = centred / mean_.unsqueeze(-1) - 0.5 * centred.square() / var.unsqueeze(-1)
-        h = value.unsqueeze(-1) * h
+        h = centred / mean_ - 0.5 * centred.square() / var
+        h = value * h
     return _expectation(value, h, n, f, loc, scale)
 
 
@@ -458,38 +475,46 @@ class _Tails(NamedTuple):
     """What the distribution function and its inverse need of the parameters alone."""
 
     inside: Tensor  # loc is inside by more than one scale: count from loc by erfc and ndtri
+    narrow: Tensor  # the density is nearly uniform: count from the end by quadrature
     alpha: Tensor  # the nearer end where not inside, else a harmless number
     hazard: Tensor  # 1 / R(alpha)
     excess: Tensor  # mean excess over alpha
     rho: Tensor  # tail mass beyond the far end over that beyond the near end
     one_minus_rho: Tensor
+    whole: tuple[Tensor, Tensor, Tensor]  # where narrow, the partial moments at the far end
     lower: Tensor  # Phi(alpha) and 1 - Phi(beta), where inside
     upper: Tensor
     inner: Tensor  # alpha where inside, else a harmless number
 
 
+def _partial_moments(alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrals of ``t^k exp(-(alpha t + t^2 / 2))`` over [0, s] for k = 0, 1, 2, if narrow."""
+    total = first = second = torch.zeros_like(s)
+    for node, weight in _NARROW_NODES:
+        t = 0.5 * (1 + node) * s
+        mass = torch.exp(-t * (alpha + 0.5 * t)) * (0.5 * weight)
+        total, first, second = total + mass, first + mass * t, second + mass * t * t
+    return s * total, s * first, s * second
+
+
 def _tails(f: _Frame) -> _Tails:
     inside = f.alpha < -1
     alpha = torch.where(inside, 0.0, f.alpha)
-    ratio = _mills(alpha)
-    beta = alpha + f.width
     drop = f.width * (alpha + 0.5 * f.width)
-    rho = torch.exp(-drop) * _mills(beta) / ratio
-    # -log rho is the integral of the hazard 1 / R over the interval; for a narrow one the three
-    # Gauss-Legendre nodes keep 1 - rho from cancelling.
-    hazard = sum(
-        weight / _mills(alpha + f.width * node)
-        for node, weight in ((0.5 - 0.15**0.5, 5 / 18), (0.5, 4 / 9), (0.5 + 0.15**0.5, 5 / 18))
-    )
-    narrow = -torch.expm1(-f.width * hazard)
+    narrow = ~inside & (f.width < _NARROW) & (drop < _NARROW)
+    whole = _partial_moments(alpha, torch.where(narrow, f.width, 0.0))
+    ratio = _mills(alpha)
+    rho = torch.exp(-drop) * _mills(alpha + f.width) / ratio
     inner = torch.where(inside, f.alpha, -2.0)
     return _Tails(
         inside,
+        narrow,
         alpha,
         1 / ratio,
         _mean_excess(alpha),
         rho,
-        torch.where(f.width < 0.1, narrow, 1 - rho),
+        torch.where(narrow, whole[0] / ratio, 1 - rho),
+        whole,
         0.5 * torch.erfc(-inner * _SQRT_HALF),
         0.5 * torch.erfc(f.beta.clamp_min(-1) * _SQRT_HALF),
         inner,
@@ -523,6 +548,10 @@ def _inverse(f: _Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor
         step = (s * (t.alpha + 0.5 * s) - (ratio * t.hazard).log() - target) * ratio
         s = s - step / (1 - 0.5 * step * (1 / ratio - t.alpha - s))
         s = torch.minimum(s.clamp_min(0), f.width)
+    # Where narrow, s still has the absolute error of the logarithm: one Newton step on the mass.
+    mass = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))[0]
+    step = (mass - p * t.whole[0]) * torch.exp(s * (t.alpha + 0.5 * s))
+    s = torch.minimum(torch.where(t.narrow, s - step, s).clamp_min(0), f.width)
     s = torch.where(p == 0, 0.0, torch.where(q == 0, f.width, s))
     return z, s
 
@@ -546,6 +575,12 @@ def _derivatives(
     outer_loc = ratio * (s + _mean_excess(t.alpha + s) - t.excess - through)
     through = torch.where(share > 0, share * f.width * ratio / _mills(beta), 0.0)
     outer_scale = s + t.alpha * outer_loc - through
+    # Narrow: -(dF / dparameter) / density, with the score 2 alpha t + t^2 of log scale.
+    _, *moments = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))
+    rise = torch.exp(s * (t.alpha + 0.5 * s))
+    narrow_loc, square = (rise * (p * w - m) for w, m in zip(t.whole[1:], moments, strict=True))
+    outer_loc = torch.where(t.narrow, narrow_loc, outer_loc)
+    outer_scale = torch.where(t.narrow, 2 * t.alpha * narrow_loc + square, outer_scale)
     d_loc = torch.where(t.inside, inner_loc, outer_loc)
     return d_loc, f.sign * torch.where(t.inside, inner_scale, outer_scale)
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +96,9 @@ def train(
         raise RequestError(str(error)) from error
     dense_macs, dense_parameters = count_macs(dense, example[:1]), count_parameters(dense)
     run = _Run(request, method, data, directory, watch)
-    run.go()
+    # Pyro's store of parameters, shared by the process, is left as it was.
+    with pyro.get_param_store().scope():
+        run.go()
     small = method.small
     units = {
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}

@@ -1,0 +1,157 @@
+"""TruncatedLogNormalGuide on Pyro models that have nothing to do with networks."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuideList
+
+import pyro_sbp as sbp
+from pyro_sbp.distributions import TruncatedLogUniform
+
+TRUTH = torch.tensor([0.9, 0.0, 0.4, 0.0, 0.0])
+NOISE = 0.5
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def data():
+    x = torch.randn(300, 5)
+    return x, x @ TRUTH + NOISE * torch.randn(300)
+
+
+def regression(x, y=None):
+    """Sparse regression: theta is a coefficient in (0, 1]."""
+    with pyro.plate("features", x.shape[1]):
+        theta = pyro.sample("theta", TruncatedLogUniform(-20.0, 0.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ theta, NOISE), obs=y)
+
+
+def regression_as_vector(x, y=None):
+    theta = pyro.sample("theta", TruncatedLogUniform(-20.0, 0.0).expand([x.shape[1]]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ theta, NOISE), obs=y)
+
+
+def check(guide, x):
+    kept = guide.snr()["theta"] >= 1
+    assert kept.tolist() == (TRUTH > 0).tolist()
+    torch.testing.assert_close(guide.mean()["theta"][kept], TRUTH[kept], atol=0.1, rtol=0)
+    low, high = guide.quantiles([0.05, 0.95])["theta"]
+    assert bool((low <= guide.median()["theta"]).all() and (guide.median()["theta"] <= high).all())
+
+
+@pytest.mark.parametrize("model", [regression, regression_as_vector])
+def test_sparse_regression_through_svi(model, data):
+    guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    for _ in range(600):
+        svi.step(*data)
+    check(guide, data[0])
+
+
+@pytest.mark.parametrize("model", [regression, regression_as_vector])
+def test_sparse_regression_through_a_torch_optimizer(model, data):
+    guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
+    elbo = TraceMeanField_ELBO()(model, guide)
+    for _ in range(600):
+        optimizer.zero_grad()
+        elbo(*data).backward()
+        optimizer.step()
+    check(guide, data[0])
+
+
+def test_pyro_tools_read_the_posterior(data):
+    x, y = data
+    guide = sbp.TruncatedLogNormalGuide(regression, x, y)
+    samples = Predictive(regression, guide=guide, num_samples=7)(x)
+    assert samples["y"].shape == (7, 300)
+    trace = poutine.trace(guide).get_trace(x, y)
+    assert trace.nodes["theta"]["value"].shape == (5,)
+    replayed = poutine.trace(poutine.replay(regression, trace)).get_trace(x, y)
+    assert torch.equal(replayed.nodes["theta"]["value"], trace.nodes["theta"]["value"])
+    assert "theta" in pyro.render_model(regression, model_args=(x, y)).source
+
+
+def test_parameters_exist_before_the_first_call(data):
+    guide = sbp.TruncatedLogNormalGuide(regression, *data)
+    state = {name: value.clone() for name, value in guide.state_dict().items()}
+    assert {tuple(value.shape) for value in state.values()} == {(5,)} and len(state) == 2
+    other = sbp.TruncatedLogNormalGuide(regression, *data, init_loc=-2.0)
+    other.load_state_dict(state)
+    assert torch.equal(other.mean()["theta"], guide.mean()["theta"])
+
+
+def test_a_second_guide_does_not_take_over_the_first_ones_parameters(data):
+    """Pyro's parameter store would let it, and its optimizer would train nothing."""
+    first = sbp.TruncatedLogNormalGuide(regression, *data, init_loc=-3.0)
+    TraceMeanField_ELBO()(regression, first)(*data)
+    second = sbp.TruncatedLogNormalGuide(regression, *data)
+    TraceMeanField_ELBO()(regression, second)(*data)
+    assert float(second.locs.theta[0]) == 0.0 and float(first.locs.theta[0]) == -3.0
+
+
+def test_guides_can_be_copied_and_pickled_as_state(data):
+    guide = sbp.TruncatedLogNormalGuide(regression, *data)
+    twin = copy.deepcopy(guide)
+    with torch.no_grad():
+        next(twin.parameters()).fill_(-3.0)
+    assert not torch.equal(twin.mean()["theta"], guide.mean()["theta"])
+
+
+def test_parameters_stay_in_the_box_of_the_proven_numerics(data):
+    guide = sbp.TruncatedLogNormalGuide(regression, *data)
+    with torch.no_grad():
+        guide.locs.theta.fill_(100.0)
+        guide.log_scales.theta.fill_(-100.0)
+    (q,) = guide.posteriors().values()
+    assert bool((q.loc == 5).all()) and torch.allclose(q.scale, torch.tensor(-10.0).exp())
+    assert all(bool(v["theta"].isfinite().all()) for v in (guide.mean(), guide.snr(), guide.kl()))
+
+
+def test_subsampled_plates_get_parameters_of_the_whole(data):
+    def model(x):
+        with pyro.plate("items", 10, subsample_size=3):
+            return pyro.sample("theta", TruncatedLogUniform(-20.0, 0.0))
+
+    guide = sbp.TruncatedLogNormalGuide(model, data[0])
+    assert guide.mean()["theta"].shape == (10,)
+    trace = poutine.trace(guide).get_trace(data[0])
+    assert trace.nodes["theta"]["value"].shape == (3,)
+
+
+def test_it_composes_with_other_guides(data):
+    x, y = data
+
+    def model(x, y=None):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        theta = pyro.sample("theta", TruncatedLogUniform(-20.0, 0.0).expand([5]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ theta, scale), obs=y)
+
+    with pytest.raises(ValueError, match=r"'scale' has the prior Normal"):
+        sbp.TruncatedLogNormalGuide(model, x, y)
+    guide = AutoGuideList(model)
+    guide.append(AutoDelta(poutine.block(model, expose=["scale"])))
+    block = poutine.block(model, expose=["theta"])
+    guide.append(sbp.TruncatedLogNormalGuide(block, x, y, init_loc=-1.0, init_log_scale=0.0))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    for _ in range(600):
+        svi.step(x, y)
+    assert float(guide.median()["scale"]) == pytest.approx(NOISE, abs=0.05)
+
+
+def test_a_model_without_latent_sites_is_refused(data):
+    with pytest.raises(ValueError, match="no latent site"):
+        sbp.TruncatedLogNormalGuide(lambda: None)

@@ -1,0 +1,115 @@
+"""GatedModel and its guide under Pyro's own tools."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from torch import nn
+
+import pyro_sbp as sbp
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def lenet():
+    net = sbp.networks.LeNet5()
+    x = torch.rand(4, 1, 28, 28)
+    gates = sbp.find_gates(net, x, input_features=["fc1"])
+    model = sbp.GatedModel(net, gates, num_data=1000)
+    return model, sbp.TruncatedLogNormalGuide(model), x, torch.tensor([1, 2, 3, 4])
+
+
+def test_every_gate_is_a_site_and_the_batch_counts_for_all_data(lenet):
+    model, _, x, y = lenet
+    trace = poutine.trace(model).get_trace(x, y)
+    latent = {name: site["value"].shape for name, site in trace.iter_stochastic_nodes() if name != "data"}
+    assert latent == {"conv1": (20,), "conv2": (50,), "fc1_input": (800,), "fc1": (500,)}
+    assert trace.nodes["obs"]["scale"] == 250
+    assert trace.nodes["obs"]["is_observed"]
+
+
+def test_noise_per_example_has_a_draw_for_each(lenet):
+    model, guide, x, y = lenet
+    model.noise_per = "example"
+    trace = poutine.trace(guide).get_trace(x, y)
+    assert trace.nodes["fc1"]["value"].shape == (4, 500)
+    assert trace.nodes["fc1"]["scale"] == 0.25
+    rows = trace.nodes["fc1_input"]["value"]
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_pyro_tools_work_on_a_lenet(lenet):
+    model, guide, x, y = lenet
+    low, high = guide.quantiles([0.05, 0.95])["conv2"]
+    assert low.shape == (50,) and bool((low < high).all())
+    samples = Predictive(model, guide=guide, num_samples=3)(x)
+    assert samples["obs"].shape == (3, 4)
+    trace = poutine.trace(guide).get_trace(x, y)
+    assert set(trace.nodes) >= {"conv1", "conv2", "fc1_input", "fc1"}
+    graph = pyro.render_model(model, model_args=(x, y), render_distributions=True)
+    assert "fc1_input" in graph.source and "TruncatedLogUniform" in graph.source
+
+
+@pytest.mark.parametrize("noise_per", ["batch", "example"])
+def test_a_gated_network_with_a_regression_likelihood(noise_per):
+    """Of three hidden units two are noise: only the one that carries the signal survives."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(3))
+        net[1].weight.copy_(torch.tensor([[2.0, 0.01, 0.0]]))
+    x = torch.randn(200, 3)
+    y = 2 * x[:, :1] + 0.1 * torch.randn(200, 1)
+    gates = sbp.find_gates(net, x)
+    model = sbp.GatedModel(
+        net,
+        gates,
+        num_data=200,
+        noise_per=noise_per,
+        likelihood=lambda output: dist.Normal(output, 0.1).to_event(1),
+    )
+    guide = sbp.TruncatedLogNormalGuide(model)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.05)
+    elbo = TraceMeanField_ELBO()(model, guide)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (elbo(x, y) / 200).backward()
+        optimizer.step()
+    kept = guide.snr()["0"] >= 1
+    assert kept.tolist() == [True, False, False]
+    assert sbp.prune(model, guide, x)[0].out_features == 1
+
+
+def test_svi_with_pyro_optim_trains_network_and_noise(lenet):
+    model, guide, x, y = lenet
+    before = {name: value.clone() for name, value in model.gated.net.state_dict().items()}
+    loc = guide.posteriors()["fc1"].loc.detach().clone()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    for _ in range(3):
+        svi.step(x, y)
+    assert not torch.equal(guide.posteriors()["fc1"].loc, loc)
+    after = model.gated.net.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_data": 0}, "num_data is 0"),
+        ({"noise_per": "unit"}, "noise_per is 'unit'"),
+        ({"kl_scale": -1.0}, "expected a number >= 0"),
+        ({"kl_scale": float("nan")}, "expected a number >= 0"),
+        ({"kl_scale": {"conv9": 1.0}}, "'conv9'; the gates are conv1, conv2, fc1_input, fc1"),
+    ],
+)
+def test_wrong_settings_are_refused(lenet, change, words):
+    model, *_ = lenet
+    with pytest.raises(ValueError, match=words):
+        sbp.GatedModel(model.gated.net, model.gates, **{"num_data": 10, **change})
