@@ -29,6 +29,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,9 +57,10 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 # Nodes of a sum, and the log density relative to the mode where its window ends. 40 nodes on the
-# window of float64 give 1e-9, 32 give 4e-6; the window of float32 cuts 1e-9.
-_SUM = {torch.float64: (64, 42.0), torch.float32: (32, 24.0)}
-_NUM_NEAR_UNIFORM_NODES = 8
+# window of float64 give 1e-9, 32 give 4e-6; float32 needs less.
+_SUM = {torch.float64: (64, 42.0), torch.float32: (36, 26.0)}
+_NUM_NEAR_UNIFORM_NODES = 12
+_ORIGINS = (-1.0, -0.5, 0.0)  # to count from one near the mode keeps moments from cancelling
 _NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
 _NUM_NARROW_NODES = 5
 
@@ -79,21 +81,22 @@ def _gauss_legendre(n: int) -> tuple[list[float], list[float]]:
     return nodes, weights
 
 
-_NODES = {
-    (n, torch.device("cpu")): torch.tensor(_gauss_legendre(n), dtype=torch.float64, device="cpu")
-    for n in (64, 32, _NUM_NEAR_UNIFORM_NODES)
-}
+def _sums(n: int) -> Tensor:
+    """Nodes [n], and rows that sum ``weight (x - origin)^j``, j = 0 to 4, for each origin."""
+    x, weights = torch.tensor(_gauss_legendre(n), dtype=torch.float64, device="cpu")
+    powers = [(x - origin) ** j for origin in _ORIGINS for j in range(5)]
+    return torch.stack([x, *(weights * y for y in powers)])
 
 
+_NODES = {(n, torch.device("cpu")): _sums(n) for n in (64, 36, _NUM_NEAR_UNIFORM_NODES)}
 _NARROW_NODES = tuple(zip(*_gauss_legendre(_NUM_NARROW_NODES), strict=True))
 
 
-def _nodes(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights, along a new first dimension of ``like``."""
-    if (n, like.device) not in _NODES:  # copied there once
-        _NODES[n, like.device] = _NODES[n, torch.device("cpu")].to(like.device)
-    nodes, weights = _NODES[n, like.device].reshape(2, n, *(1,) * like.ndim)
-    return nodes, weights
+def _nodes(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes [n] and summing rows [15, n] on ``device``, copied there once."""
+    if (n, device) not in _NODES:
+        _NODES[n, device] = _NODES[n, torch.device("cpu")].to(device)
+    return _NODES[n, device][0], _NODES[n, device][1:]
 
 
 # Gradients that are known in closed form
@@ -120,7 +123,7 @@ class _Attach(torch.autograd.Function):
         return (None, *grads, *(None,) * ctx.num_inputs)
 
 
-def _attach(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+def attach(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """``value`` as a function of inputs, from pairs (input, derivative of value in it)."""
     inputs = [x.to(torch.float64).expand(value.shape) for x, _ in pairs]
     return _Attach.apply(value, *inputs, *(d.expand(value.shape) for _, d in pairs))
@@ -157,7 +160,7 @@ def mills_ratio(x: Tensor) -> Tensor:
         x64 = x.to(torch.float64)
         ratio = _mills(x64)
         slope = _mills_slope(x64, ratio)
-    return _attach(ratio, (x, -slope))
+    return attach(ratio, (x, -slope))
 
 
 def mean_excess(x: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ def _mean_excess(x: Tensor) -> Tensor:
 # The reflected problem
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """The problem seen from the end nearer to ``loc``, lengths in units of ``scale``."""
 
     sign: Tensor  # 1 if the nearer end is low, -1 if it is high
@@ -194,7 +197,7 @@ class _Frame(NamedTuple):
     precision: torch.dtype  # float64 if a parameter is, else float32
 
 
-def _frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Frame:
+def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
     loc, scale, low, high = torch.broadcast_tensors(
         *(x.to(torch.float64) for x in (loc, scale, low, high))
@@ -203,7 +206,7 @@ def _frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Frame:
     near_low = loc - low <= high - loc
     sign = torch.where(near_low, 1.0, -1.0).to(loc.dtype)
     near, far = torch.where(near_low, low, high), torch.where(near_low, high, low)
-    return _Frame(
+    return Frame(
         sign,
         torch.where(near.isinf(), 0.0, near),
         loc,
@@ -215,26 +218,41 @@ def _frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Frame:
     )
 
 
-def _mode(f: _Frame) -> Tensor:
+def _mode(f: Frame) -> Tensor:
     return torch.where(f.alpha > 0, f.end, f.loc)
 
 
-class _Sum(NamedTuple):
-    """Nodes of the density ``exp(-e(r))``, along the first dimension."""
+class _Nodes(NamedTuple):
+    """Gauss-Legendre nodes, along the first dimension, and the moments of the density there.
 
-    r: Tensor  # distance from the mode
-    e: Tensor  # minus the log density, 0 at the mode
-    p: Tensor  # probability of each node; they add up to one
-    log_mass: Tensor  # log of the integral of exp(-e) over r, without the first dimension
+    ``r`` is the distance from the mode, ``y = x - origin`` the position in the window, which is
+    x = -1 to 1.
+    """
 
-    def mean(self, x: Tensor) -> Tensor:
-        return (self.p * x).sum(0)
+    r: Tensor
+    density: Tensor  # exp(-e(r))
+    half: Tensor  # of the width of the window
+    origin: Tensor
+    log_mass: Tensor  # log of the integral of exp(-e) over r
+    mean: Tensor  # of r
+    var: Tensor  # of r
+    third: Tensor  # central moment of r
+    var_square: Tensor  # variance of (r - mean)^2
+    slope: Tensor  # of e at the mean of r
 
-    def centred(self, x: Tensor) -> Tensor:
-        return x - self.mean(x)
+    def sums(self, x: Tensor) -> Tensor:
+        """Integrals of ``x y^j`` over the window, j = 0 to 4, in units of ``half``."""
+        return _window_sums(x, self.origin)
 
 
-def _sum(f: _Frame, tilt: Tensor | None = None) -> _Sum:
+def _window_sums(x: Tensor, origin: Tensor) -> Tensor:
+    n = x.shape[0]
+    rows = _nodes(n, x.device)[1]
+    left, between, middle = (rows @ x.reshape(n, -1)).reshape(3, 5, *x.shape[1:])
+    return torch.where(origin < -0.75, left, torch.where(origin < -0.25, between, middle))
+
+
+def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     """Nodes over the window of the density, and of the density times ``exp(tilt * r)`` if given."""
     num_nodes, cutoff = _SUM[f.precision]
     slope = f.alpha.clamp_min(0)
@@ -244,17 +262,33 @@ def _sum(f: _Frame, tilt: Tensor | None = None) -> _Sum:
     if tilt is not None:
         tilted_left, tilted_right = _window(slope - tilt, first, last, cutoff)
         left, right = torch.minimum(left, tilted_left), torch.maximum(right, tilted_right)
-    r, weights = _nodes_between(num_nodes, left, right)
-    e = torch.add(slope, r, alpha=0.5).mul_(r)
-    p = torch.exp(-e).mul_(weights)
-    total = p.sum(0)
-    p.div_(total)
-    return _Sum(r, e, p, (0.5 * (right - left) * total).log())
+    half = 0.5 * (right - left)
+    r = _spread(num_nodes, left, half)
+    density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
+    origin = (-left / half - 1).mul_(2).round_().clamp_(-2, 0).mul_(0.5)
+    total, *y = _window_sums(density, origin)
+    y1, y2, y3, y4 = (x / total for x in y)
+    var = y2 - y1 * y1
+    third = y3 - 3 * y1 * y2 + 2 * y1**3
+    fourth = y4 - 4 * y1 * y3 + 6 * y1 * y1 * y2 - 3 * y1**4
+    mean_ = left + half * (1 + origin) + half * y1
+    return _Nodes(
+        r,
+        density,
+        half,
+        origin,
+        (half * total).log(),
+        mean_,
+        half.square() * var,
+        half**3 * third,
+        half**4 * (fourth - var * var),
+        slope + mean_,
+    )
 
 
-def _nodes_between(n: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    nodes, weights = _nodes(n, left)
-    return torch.addcmul(left, 0.5 * (right - left), 1 + nodes), weights
+def _spread(n: int, left: Tensor, half: Tensor) -> Tensor:
+    x = _nodes(n, left.device)[0].reshape(n, *(1,) * left.ndim)
+    return torch.addcmul(left, half, 1 + x)
 
 
 def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
@@ -270,40 +304,62 @@ def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[
     return left, right
 
 
+class _Value(NamedTuple):
+    """A function of the parameters with its derivatives."""
+
+    value: Tensor
+    d_loc: Tensor
+    d_scale: Tensor
+
+
 def _expectation(
-    value: Tensor, h: Tensor, n: _Sum, f: _Frame, loc: Tensor, scale: Tensor
-) -> Tensor:
-    """``value`` with the gradient of ``E[h]``; for -log density it is that of the entropy.
+    value: Tensor, f: Frame, n: _Nodes, slope: Tensor | float, curvature: Tensor | float
+) -> _Value:
+    """``value`` with the derivatives of ``E[h]``, h the parabola of that slope at the mean of r.
 
     The density is an exponential family with statistics ``r`` and ``e``: the derivatives of
     ``E[h]`` are ``Cov(h, r) / scale`` in the distance of loc from the end and ``2 Cov(h, e)`` in
-    log scale, and what ``h`` itself changes has mean zero or is part of ``value``.
+    log scale, and what ``h`` itself changes has mean zero or is part of ``value``. With h = -log
+    density they are those of the entropy.
     """
-    if not (torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)):
-        return value
+    with_r = slope * n.var + 0.5 * curvature * n.third
+    square_with_e = n.slope * n.third + 0.5 * n.var_square
+    with_e = slope * (n.slope * n.var + 0.5 * n.third) + 0.5 * curvature * square_with_e
+    return _Value(value, f.sign * with_r / f.scale, 2 * with_e / f.scale)
+
+
+def _evaluate(
+    function: Callable[[Frame], _Value], loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """``function`` of the parameters with its gradient."""
     with torch.no_grad():
-        ph = n.centred(h).mul_(n.p)
-        d_loc = f.sign * (ph * n.centred(n.r)).sum(0) / f.scale
-        d_scale = 2 * (ph * n.centred(n.e)).sum(0) / f.scale
-    return _attach(value, (loc, d_loc), (scale, d_scale))
+        v = function(frame(loc, scale, low, high))
+    return attach(v.value, (loc, v.d_loc), (scale, v.d_scale))
+
+
+def _mean_e(n: _Nodes) -> Tensor:
+    return n.mean * (n.slope - 0.5 * n.mean) + 0.5 * n.var
 
 
 # Normalizer, density, entropy, divergence
 
 
 def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``log Z = log(Phi((high - loc) / scale) - Phi((low - loc) / scale))``, of [1] section 3.
+    """``log Z = log(Phi((high - loc) / scale) - Phi((low - loc) / scale))``.
 
     Error 1e-12 of max(1, value), though the value reaches -1e10.
     """
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
+
+    def function(f: Frame) -> _Value:
+        n = _integrate(f)
         slope = f.alpha.clamp_min(0)
-        value = n.log_mass - 0.5 * slope.square() - _HALF_LOG_2PI
-        d_loc = f.sign * (slope + n.mean(n.r)) / f.scale
-        d_scale = (slope.square() + 2 * n.mean(n.e) - 1) / f.scale
-    return _attach(value, (loc, d_loc), (scale, d_scale))
+        return _Value(
+            n.log_mass - 0.5 * slope.square() - _HALF_LOG_2PI,
+            f.sign * n.slope / f.scale,
+            (slope.square() + 2 * _mean_e(n) - 1) / f.scale,
+        )
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -312,8 +368,8 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     ``value`` broadcasts against the parameters.
     """
     with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
+        f = frame(loc, scale, low, high)
+        n = _integrate(f)
         slope = f.alpha.clamp_min(0)
         x = value.to(torch.float64)
         outside = (x < low) | (x > high)
@@ -321,51 +377,60 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
         e = r * (slope + 0.5 * r)
         log_q = torch.where(outside, -math.inf, -e - n.log_mass - f.scale.log())
         d_value = torch.where(outside, 0.0, -f.sign * (slope + r) / f.scale)
-        d_loc = torch.where(outside, 0.0, f.sign * (r - n.mean(n.r)) / f.scale)
-        d_scale = torch.where(outside, 0.0, 2 * (e - n.mean(n.e)) / f.scale)
-    return _attach(log_q, (value, d_value), (loc, d_loc), (scale, d_scale))
+        d_loc = torch.where(outside, 0.0, f.sign * (r - n.mean) / f.scale)
+        d_scale = torch.where(outside, 0.0, 2 * (e - _mean_e(n)) / f.scale)
+    return attach(log_q, (value, d_value), (loc, d_loc), (scale, d_scale))
 
 
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Differential entropy in nats. Error 1e-12 of max(1, value)."""
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
-        value = n.log_mass + f.scale.log() + n.mean(n.e)
-    return _expectation(value, n.e, n, f, loc, scale)
+
+    def function(f: Frame) -> _Value:
+        n = _integrate(f)
+        return _expectation(n.log_mass + f.scale.log() + _mean_e(n), f, n, n.slope, 1.0)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """KL divergence from the truncated normal to the uniform on [low, high], equation 16 of [1].
+    """KL divergence from the truncated normal to the uniform on [low, high], as [1].
 
     In nats, never negative, relative error 1e-12 down to the nearly uniform; infinite if a bound
     is. This is the KL between truncated log-normal and truncated log-uniform, too.
     """
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
-        value = f.width.log() - n.log_mass - n.mean(n.e)
+
+    def function(f: Frame) -> _Value:
+        n = _integrate(f)
+        value = f.width.log() - n.log_mass - _mean_e(n)
         value = torch.where(value > 0.01, value, _kl_near_uniform(f))
-    return _expectation(value, -n.e, n, f, loc, scale)
+        return _expectation(value, f, n, -n.slope, -1.0)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
-def _kl_near_uniform(f: _Frame) -> Tensor:
+def _kl_near_uniform(f: Frame) -> Tensor:
     """The KL where it is less than 0.01, so that the sums above would cancel.
 
-    With ``d = e - mean(e)`` under the uniform, and ``T(d) = (exp(-d) - 1 + d) / d^2``, the KL is
-    ``mean(d^2 (1 - d T)) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``: all of second order.
+    With ``d = mean(e) - e`` under the uniform, and ``T(d) = (exp(d) - 1 - d) / d^2``, the KL is
+    ``mean(d^2 + d^3 T) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``: all of second order.
     """
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_min(-4).clamp_max(0)
-    r, weights = _nodes_between(_NUM_NEAR_UNIFORM_NODES, first, first + f.width.clamp_max(8))
+    r = _spread(_NUM_NEAR_UNIFORM_NODES, first, 0.5 * f.width.clamp_max(8))
+    weights = 0.5 * _nodes(_NUM_NEAR_UNIFORM_NODES, r.device)[1][0]
+
+    def uniform_mean(x: Tensor) -> Tensor:
+        return (weights @ x.reshape(len(weights), -1)).reshape(slope.shape)
+
     e = torch.add(slope, r, alpha=0.5).mul_(r)
-    d = (e - 0.5 * (weights * e).sum(0)).clamp_(-1, 1)
-    series = torch.zeros_like(d)
-    for k in range(16, 1, -1):
-        series.mul_(-d).add_(1 / math.factorial(k))
+    d = e.neg_().sub_(uniform_mean(e)).clamp_(-1, 1)
+    series = torch.full_like(d, 1 / math.factorial(16))
+    for k in range(15, 1, -1):
+        series.mul_(d).add_(1 / math.factorial(k))
     square = d * d
-    excess = 0.5 * (weights * square * series).sum(0)
-    return 0.5 * (weights * square * (1 - d * series)).sum(0) / (1 + excess) - excess.log1p()
+    m = uniform_mean(series.mul_(square))
+    second = uniform_mean(square) + uniform_mean(series.mul_(d))
+    return second / (1 + m) - m.log1p()
 
 
 def kl_to_truncated_normal(
@@ -385,20 +450,21 @@ def kl_to_truncated_normal(
     not within those of the second.
     """
     with torch.no_grad():
-        f, g = _frame(loc, scale, low, high), _frame(loc_q, scale_q, low_q, high_q)
-        n, m = _sum(f), _sum(g)
-        # The density q at the nodes of p, in the coordinates of q.
-        slope = g.alpha.clamp_min(0)
-        r = g.sign * (_mode(f) - _mode(g)) / g.scale
-        r = r + (g.sign * f.sign * f.scale / g.scale) * n.r
-        e = r * (slope + 0.5 * r)
-        value = n.mean(e - n.e) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
+        f, g = frame(loc, scale, low, high), frame(loc_q, scale_q, low_q, high_q)
+        n, m = _integrate(f), _integrate(g)
+        # The exponent of q is a parabola in the r of p: its slope and mean at the mean of r.
+        ratio = g.sign * f.sign * f.scale / g.scale
+        r = g.sign * (_mode(f) - _mode(g)) / g.scale + ratio * n.mean
+        slope = g.alpha.clamp_min(0) + r
+        mean_e = r * (slope - 0.5 * r) + 0.5 * ratio.square() * n.var
+        value = mean_e - _mean_e(n) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
         contained = (low >= low_q) & (high <= high_q)
         value = torch.where(contained, value.clamp_min(0), math.inf)
-        d_loc_q = g.sign * (m.mean(m.r) - n.mean(r)) / g.scale
-        d_scale_q = 2 * (m.mean(m.e) - n.mean(e)) / g.scale
-    value = _attach(value, (loc_q, d_loc_q), (scale_q, d_scale_q))
-    return _expectation(value, e - n.e, n, f, loc, scale)
+        v = _expectation(value, f, n, slope * ratio - n.slope, ratio.square() - 1)
+        d_loc_q = g.sign * (m.mean - r) / g.scale
+        d_scale_q = 2 * (_mean_e(m) - mean_e) / g.scale
+    pairs = (loc, v.d_loc), (scale, v.d_scale), (loc_q, d_loc_q), (scale_q, d_scale_q)
+    return attach(v.value, *pairs)
 
 
 # Moments
@@ -406,66 +472,95 @@ def kl_to_truncated_normal(
 
 def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mean of x. Relative error 1e-12 of the larger of its size and the standard deviation."""
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
-        x = (f.sign * f.scale) * n.r
-        value = _mode(f) + n.mean(x)
-    return _expectation(value, x, n, f, loc, scale)
+
+    def function(f: Frame) -> _Value:
+        n = _integrate(f)
+        step = f.sign * f.scale
+        return _expectation(_mode(f) + step * n.mean, f, n, step, 0.0)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Variance of x. Relative error 1e-12."""
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n = _sum(f)
-        square = (f.scale * n.centred(n.r)).square()
-        value = n.mean(square)
-    return _expectation(value, square, n, f, loc, scale)
+
+    def function(f: Frame) -> _Value:
+        n = _integrate(f)
+        square = f.scale.square()
+        return _expectation(square * n.var, f, n, 0.0, 2 * square)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
-def _exp_nodes(f: _Frame) -> tuple[_Quadrature, Tensor]:
-    """Nodes that see exp(x) and exp(2 x) too, and ``exp(x) / exp(mode) - 1`` at them."""
+class _Rise(NamedTuple):
+    """The variable ``exp(x) / exp(mode) - 1``, and what its moments do with the parameters."""
+
+    mean: _Value
+    var: _Value
+    at_mode: Tensor  # exp(mode)
+
+
+def _rise(f: Frame) -> _Rise:
     step = f.sign * f.scale
-    n = _sum(f, tilt=2 * step)
-    return n, torch.expm1(step * n.r)
+    n = _integrate(f, tilt=2 * step)
+    rise = n.r.mul_(step).expm1_()
+    weighted = rise * n.density
+    total, *y = n.sums(n.density)[:3]
+    y1, y2 = (x / total for x in y)
+
+    def value(m0: Tensor, m1: Tensor, m2: Tensor) -> _Value:
+        """From E[h y^j]: the covariances of h with r, and with e, a parabola in r."""
+        with_y = m1 - m0 * y1
+        with_square = m2 - m0 * y2 - 2 * y1 * with_y  # with (y - mean)^2
+        with_e = n.half * (n.slope * with_y + 0.5 * n.half * with_square)
+        return _Value(m0, f.sign * n.half * with_y / f.scale, 2 * with_e / f.scale)
+
+    first = [x / total for x in n.sums(weighted)[:3]]
+    second = [x / total for x in n.sums(weighted.mul_(rise))[:3]]
+    mean_ = first[0]
+    central = [
+        s - 2 * mean_ * m + mean_ * mean_ * x
+        for s, m, x in zip(second, first, (1.0, y1, y2), strict=True)
+    ]
+    return _Rise(value(*first), value(*central), _mode(f).exp())
 
 
 def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mean of ``theta = exp(x)``, equation 14 of [1]. Relative error 1e-12 on finite bounds."""
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n, rise = _exp_nodes(f)
-        at_mode = _mode(f).exp()
-        value = at_mode * (1 + n.mean(rise))
-    return _expectation(value, at_mode * rise, n, f, loc, scale)
+    """Mean of ``theta = exp(x)``. Relative error 1e-12 on finite bounds."""
+
+    def function(f: Frame) -> _Value:
+        rise = _rise(f)
+        value, d_loc, d_scale = (rise.at_mode * x for x in rise.mean)
+        return _Value(rise.at_mode + value, d_loc, d_scale)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Variance of ``theta = exp(x)``. Relative error 1e-12 on finite bounds."""
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n, rise = _exp_nodes(f)
-        square = (_mode(f).exp() * n.centred(rise)).square()
-        value = n.mean(square)
-    return _expectation(value, square, n, f, loc, scale)
+
+    def function(f: Frame) -> _Value:
+        rise = _rise(f)
+        return _Value(*(rise.at_mode.square() * x for x in rise.var))
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 def exp_snr(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Signal-to-noise ratio ``E[theta] / sd[theta]`` of ``theta = exp(x)``, equation 15 of [1].
+    """Signal-to-noise ratio ``E[theta] / sd[theta]`` of ``theta = exp(x)``, as [1].
 
     Relative error 1e-12 on finite bounds; the scale exp(mode) drops out, so nothing underflows.
     """
-    with torch.no_grad():
-        f = _frame(loc, scale, low, high)
-        n, rise = _exp_nodes(f)
-        centred = n.centred(rise)
-        mean_, var = 1 + n.mean(rise), n.mean(centred.square())
-        value = mean_ * var.rsqrt()
-        # d(E / sd) = (dE / E - dVar / (2 Var)) E / sd, and both E and Var are expectations.
-        h = centred / mean_ - 0.5 * centred.square() / var
-        h = value * h
-    return _expectation(value, h, n, f, loc, scale)
+
+    def function(f: Frame) -> _Value:
+        mean_, var, _ = _rise(f)
+        snr = (1 + mean_.value) * var.value.rsqrt()
+        # The log of the ratio has the derivatives of the logs of E and of Var, both expectations.
+        in_mean, in_var = snr / (1 + mean_.value), -0.5 * snr / var.value
+        d_loc = in_mean * mean_.d_loc + in_var * var.d_loc
+        return _Value(snr, d_loc, in_mean * mean_.d_scale + in_var * var.d_scale)
+
+    return _evaluate(function, loc, scale, low, high)
 
 
 # Distribution function, its inverse, and the gradients of samples
@@ -477,8 +572,10 @@ class _Tails(NamedTuple):
     inside: Tensor  # loc is inside by more than one scale: count from loc by erfc and ndtri
     narrow: Tensor  # the density is nearly uniform: count from the end by quadrature
     alpha: Tensor  # the nearer end where not inside, else a harmless number
-    hazard: Tensor  # 1 / R(alpha)
-    excess: Tensor  # mean excess over alpha
+    hazard: Tensor  # 1 / R(alpha), and the same of the far end
+    hazard_beta: Tensor
+    excess: Tensor  # mean excess over alpha, and over the far end
+    excess_beta: Tensor
     rho: Tensor  # tail mass beyond the far end over that beyond the near end
     one_minus_rho: Tensor
     whole: tuple[Tensor, Tensor, Tensor]  # where narrow, the partial moments at the far end
@@ -497,21 +594,24 @@ def _partial_moments(alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s * total, s * first, s * second
 
 
-def _tails(f: _Frame) -> _Tails:
+def _tails(f: Frame) -> _Tails:
     inside = f.alpha < -1
     alpha = torch.where(inside, 0.0, f.alpha)
     drop = f.width * (alpha + 0.5 * f.width)
     narrow = ~inside & (f.width < _NARROW) & (drop < _NARROW)
     whole = _partial_moments(alpha, torch.where(narrow, f.width, 0.0))
-    ratio = _mills(alpha)
-    rho = torch.exp(-drop) * _mills(alpha + f.width) / ratio
+    beta = alpha + f.width
+    ratio, ratio_beta = _mills(alpha), _mills(beta)
+    rho = torch.exp(-drop) * ratio_beta / ratio
     inner = torch.where(inside, f.alpha, -2.0)
     return _Tails(
         inside,
         narrow,
         alpha,
         1 / ratio,
-        _mean_excess(alpha),
+        1 / ratio_beta,
+        _mills_slope(alpha, ratio) / ratio,
+        _mills_slope(beta, ratio_beta) / ratio_beta,
         rho,
         torch.where(narrow, whole[0] / ratio, 1 - rho),
         whole,
@@ -526,7 +626,7 @@ def _survival(t: _Tails, p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p < 0.5, 1 - p * t.one_minus_rho, t.rho + q * t.one_minus_rho)
 
 
-def _inverse(f: _Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse(f: Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Quantile at probability p = 1 - q from the near end, as ``z`` (inside) and steps from alpha.
 
     Outside, solve ``s (alpha + s / 2) - log(R(alpha + s) / R(alpha)) = target``, the integral of
@@ -557,7 +657,7 @@ def _inverse(f: _Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor
 
 
 def _derivatives(
-    f: _Frame, t: _Tails, p: Tensor, q: Tensor, z: Tensor, s: Tensor
+    f: Frame, t: _Tails, p: Tensor, q: Tensor, z: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Derivatives of the quantile at fixed probability in loc and in scale, as [2]."""
     # Inside: the textbook form, in ratios of densities.
@@ -568,12 +668,12 @@ def _derivatives(
         z - torch.where(near > 0, t.inner * near, 0.0) - torch.where(far > 0, f.beta * far, 0.0)
     )
     # Outside: differences of the hazard 1 / R(x) = x + excess(x), of which x cancels exactly.
-    beta = t.alpha + f.width
     ratio = _mills(t.alpha + s)
+    excess = _mills_slope(t.alpha + s, ratio) / ratio
     share = torch.where(t.rho > 0, p * t.rho / _survival(t, p, q), 0.0)
-    through = torch.where(share > 0, share * (f.width + _mean_excess(beta) - t.excess), 0.0)
-    outer_loc = ratio * (s + _mean_excess(t.alpha + s) - t.excess - through)
-    through = torch.where(share > 0, share * f.width * ratio / _mills(beta), 0.0)
+    through = torch.where(share > 0, share * (f.width + t.excess_beta - t.excess), 0.0)
+    outer_loc = ratio * (s + excess - t.excess - through)
+    through = torch.where(share > 0, share * f.width * ratio * t.hazard_beta, 0.0)
     outer_scale = s + t.alpha * outer_loc - through
     # Narrow: -(dF / dparameter) / density, with the score 2 alpha t + t^2 of log scale.
     _, *moments = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))
@@ -604,7 +704,7 @@ def icdf(
         fixed ``u`` are those of [2], and the one in ``u`` is the inverse density.
     """
     with torch.no_grad():
-        f = _frame(loc, scale, low, high)
+        f = frame(loc, scale, low, high)
         u64 = u.to(torch.float64)
         v64 = 1 - u64 if complement is None else complement.to(torch.float64)
         from_low = f.sign > 0
@@ -617,7 +717,7 @@ def icdf(
         pairs = [(loc, d_loc), (scale, d_scale)]
         if u.requires_grad:
             pairs.append((u, (-log_density(x, loc, scale, low, high)).exp()))
-    return _attach(x, *pairs)
+    return attach(x, *pairs)
 
 
 def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -626,7 +726,7 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
     ``value`` broadcasts against the parameters.
     """
     with torch.no_grad():
-        f = _frame(loc, scale, low, high)
+        f = frame(loc, scale, low, high)
         t = _tails(f)
         x = torch.minimum(torch.maximum(value.to(torch.float64), low), high)
         z = f.sign * (x - f.loc) / f.scale
@@ -647,4 +747,4 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         d_loc, d_scale = _derivatives(f, t, p, q, z, s)
         density = torch.exp(log_density(value, loc, scale, low, high))
         cdf_ = torch.where(f.sign > 0, p, q)
-    return _attach(cdf_, (value, density), (loc, -density * d_loc), (scale, -density * d_scale))
+    return attach(cdf_, (value, density), (loc, -density * d_loc), (scale, -density * d_scale))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_sbp import special
+from pyro_sbp.distributions import fast_sampling
 from pyro_sbp.distributions.checks import (
     broadcast_parameters,
     check_bounds,
@@ -173,7 +174,10 @@ class TruncatedNormal(TorchDistribution):
     def _rsample64(self, sample_shape: torch.Size) -> Tensor:
         """Samples before they are rounded to the dtype of the parameters."""
         shape = self._extended_shape(sample_shape)
-        u = torch.rand(shape, dtype=torch.float64, device=self._parameters[0].device)
+        device = self._parameters[0].device
+        if self._dtype != torch.float64:
+            return fast_sampling.quantile(fast_sampling.uniform(shape, device), *self._parameters)
+        u = torch.rand(shape, dtype=torch.float64, device=device)
         # rand() may be 0, which would be an infinite sample where a bound is.
         return special.icdf(u.clamp_min(2.0**-54), *self._parameters)
 
