@@ -17,7 +17,7 @@ DIGITS = 110
 
 
 class Truth:
-    """x from Normal(loc, scale) on [low, high], and theta = exp(x).
+    """x from Normal(loc, scale) on [low, high], and theta = exp(x). Sets the precision of mpmath.
 
     Derivatives in scale are given in log scale. `z` is (x - loc) / scale throughout.
     """

@@ -45,14 +45,16 @@ def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -
     with torch.no_grad():
         f = frame(loc, scale, low, high)
         far = f.alpha > _FAR
-        q = torch.where(f.sign > 0, 1 - u, u)  # probability of being further from the near end
+        # Probability of being further from the near end: 1 - u or u.
+        q = torch.addcmul(0.5 + 0.5 * f.sign, -f.sign, u)
 
         # Near: z from the mass above it, and the ratios of densities to that at z.
         alpha = torch.where(far, 0.0, f.alpha)
         beta = torch.where(far, f.width, f.beta)
         above, below = torch.erfc(beta * _SQRT_HALF), torch.erfc(alpha * _SQRT_HALF)
-        z = torch.erfinv(torch.addcmul(above - 1, below - above, q)).mul_(-math.sqrt(2))
-        inverse_density = (0.5 * z * z).exp_()
+        z = torch.addcmul(above - 1, below - above, q).erfinv_()
+        inverse_density = z.square().exp_()
+        z.mul_(-math.sqrt(2))
         at_alpha, at_beta = torch.exp(-0.5 * alpha * alpha), torch.exp(-0.5 * beta * beta)
         mixed = torch.addcmul(at_beta, at_alpha - at_beta, q)
         near_loc = torch.addcmul(torch.ones_like(beta), mixed, inverse_density, value=-1)
@@ -86,7 +88,7 @@ def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -
         x = torch.addcmul(
             torch.where(far, f.end, f.loc), f.sign * f.scale, torch.where(far, s.double(), z)
         )
-        x = torch.minimum(torch.maximum(x, low), high)
+        x = torch.clamp(x, low.double(), high.double())
         d_loc = torch.where(far, far_loc.double(), near_loc)
         d_scale = f.sign * torch.where(far, far_scale.double(), near_scale)
     return attach(x, (loc, d_loc), (scale, d_scale))

@@ -11,13 +11,14 @@ __all__ = ["check_log_bounds", "exp_bound", "log_within"]
 
 
 def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
-    """Raise unless both are finite constants and the first is below the second.
+    """Raise unless both are constants within 350 of zero and the first is below the second.
 
     Raises:
         ValueError: they are not.
     """
-    require(owner, "log_low", log_low, log_low.isfinite(), "finite")
-    require(owner, "log_high", log_high, log_high.isfinite(), "finite")
+    for name, bound in (("log_low", log_low), ("log_high", log_high)):
+        # Beyond, the square of theta would leave the range of float64.
+        require(owner, name, bound, bound.abs() <= 350, "finite and within 350 of zero")
     check_bounds(owner, log_low=log_low, log_high=log_high)
 
 

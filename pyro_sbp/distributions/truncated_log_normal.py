@@ -22,19 +22,19 @@ __all__ = ["TruncatedLogNormal"]
 
 
 class TruncatedLogNormal(TransformedDistribution):
-    """theta = exp(x) with x from a `TruncatedNormal`, of arXiv:1705.07283 section 3.
+    """theta = exp(x) with x from a `TruncatedNormal`, as arXiv:1705.07283.
 
     Its KL to a `TruncatedLogUniform` is known in closed form, and `TraceMeanField_ELBO` uses it.
 
     Args:
         loc: mean of log theta before it is cut, inside or outside of the bounds.
         scale: standard deviation of log theta before it is cut, positive.
-        log_low: lower bound of log theta, finite; all four broadcast.
-        log_high: upper bound of log theta, finite, above `log_low`.
+        log_low: lower bound of log theta, within 350 of zero; all four broadcast.
+        log_high: upper bound of log theta, within 350 of zero, above `log_low`.
         validate_args: check arguments and values; Pyro's global setting if not given.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a parameter that is not finite,
+        ValueError: shapes do not broadcast; under validation, `loc` or a bound out of range,
             `scale` not positive, `log_low` not below `log_high`, a bound that requires a gradient.
     """
 

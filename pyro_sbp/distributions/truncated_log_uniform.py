@@ -17,15 +17,15 @@ __all__ = ["TruncatedLogUniform"]
 
 
 class TruncatedLogUniform(TransformedDistribution):
-    """theta with log theta uniform on [log_low, log_high], of arXiv:1705.07283 section 3.
+    """theta with log theta uniform on [log_low, log_high], as arXiv:1705.07283.
 
     Args:
-        log_low: lower bound of log theta, finite; both broadcast.
-        log_high: upper bound of log theta, finite, above `log_low`.
+        log_low: lower bound of log theta, within 350 of zero; both broadcast.
+        log_high: upper bound of log theta, within 350 of zero, above `log_low`.
         validate_args: check arguments and values; Pyro's global setting if not given.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a bound that is not finite or
+        ValueError: shapes do not broadcast; under validation, a bound out of range or that
             requires a gradient, `log_low` not below `log_high`.
     """
 
