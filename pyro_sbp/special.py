@@ -767,4 +767,5 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         d_loc, d_scale = _derivatives(f, t, p, q, z, s)
         density = torch.exp(log_density(value, loc, scale, low, high))
         cdf_ = torch.where(f.sign > 0, p, q)
+        cdf_ = torch.where(x <= low, 0.0, torch.where(x >= high, 1.0, cdf_))
     return attach(cdf_, (value, density), (loc, -density * d_loc), (scale, -density * d_scale))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -9,6 +11,7 @@ from torch.distributions import Distribution
 __all__ = [
     "broadcast_parameters",
     "check_bounds",
+    "check_expand",
     "check_normal",
     "require",
     "require_in_support",
@@ -74,6 +77,23 @@ def check_bounds(owner: str, **bounds: Tensor) -> None:
     require(owner, low_name, low, low < high, f"below {high_name}")
     if low.requires_grad or high.requires_grad:
         raise ValueError(f"{owner}: the bounds are constants and get no gradient; detach them")
+
+
+def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None:
+    """Raise unless the batch shape can be expanded to the given one.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    new, old = tuple(batch_shape), tuple(distribution.batch_shape)
+    try:
+        fits = torch.broadcast_shapes(old, new) == new
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{type(distribution).__name__}: the batch shape {old} does not expand to {new}"
+        )
 
 
 def require_in_support(

@@ -11,6 +11,7 @@ from torch.distributions.transforms import ExpTransform
 from pyro_sbp import special
 from pyro_sbp.distributions.checks import (
     broadcast_parameters,
+    check_expand,
     check_normal,
     require,
     require_in_support,
@@ -69,6 +70,7 @@ class TruncatedLogNormal(TransformedDistribution):
 
     def expand(self, batch_shape, _instance=None) -> TruncatedLogNormal:
         """A new instance of the batch shape, as `TruncatedNormal.expand`."""
+        check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogNormal, _instance)
         return super().expand(batch_shape, _instance=new)
 

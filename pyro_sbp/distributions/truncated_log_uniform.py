@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
 
-from pyro_sbp.distributions.checks import broadcast_parameters, require, require_in_support
+from pyro_sbp.distributions.checks import (
+    broadcast_parameters,
+    check_expand,
+    require,
+    require_in_support,
+)
 from pyro_sbp.distributions.log_bounds import check_log_bounds, exp_bound, log_within
 
 __all__ = ["TruncatedLogUniform"]
@@ -53,6 +58,7 @@ class TruncatedLogUniform(TransformedDistribution):
 
     def expand(self, batch_shape, _instance=None) -> TruncatedLogUniform:
         """A new instance of the batch shape."""
+        check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogUniform, _instance)
         return super().expand(batch_shape, _instance=new)
 

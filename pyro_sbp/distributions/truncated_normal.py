@@ -14,6 +14,7 @@ from pyro_sbp.distributions import fast_sampling
 from pyro_sbp.distributions.checks import (
     broadcast_parameters,
     check_bounds,
+    check_expand,
     check_normal,
     require,
     require_in_support,
@@ -72,7 +73,7 @@ class TruncatedNormal(TorchDistribution):
         on use: what depends on them alone is computed once for all copies."""
         new = self._get_checked_instance(TruncatedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
-        self._parameters[0].expand(batch_shape)  # raises if it is not possible
+        check_expand(self, batch_shape)
         new._parameters = self._parameters
         super(TruncatedNormal, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -96,6 +97,13 @@ class TruncatedNormal(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
+        # Where no element has a bound the interval would have no bijection from the reals.
+        if self._parameters[2].isneginf().all():
+            if self._parameters[3].isposinf().all():
+                return constraints.real
+            return constraints.less_than(self.high)  # torch has no closed one
+        if self._parameters[3].isposinf().all():
+            return constraints.greater_than_eq(self.low)
         return constraints.interval(self.low, self.high)
 
     @property
