@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ class _Bar:
         self.key: tuple[str, int] | None = None
 
     def __enter__(self) -> _Bar:
-        self.live = not self.quiet and click.get_text_stream("stderr").isatty()
+        self.live = not self.quiet and sys.stderr.isatty()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -54,7 +54,9 @@ class ImageData:
         return tuple(self.train.images.shape[1:])
 
 
-def load_dataset(name: str, data_dir: Path, image_size: int | None = None) -> ImageData:
+def load_dataset(
+    name: str, data_dir: str | Path = "data", image_size: int | None = None
+) -> ImageData:
     """Load a data set, downloading it under `data_dir` where it is missing.
 
     Args:
@@ -66,6 +68,7 @@ def load_dataset(name: str, data_dir: Path, image_size: int | None = None) -> Im
     Raises:
         RequestError: the data set is unknown, missing or damaged.
     """
+    data_dir = Path(data_dir)
     check_dataset(name, data_dir)
     if name == "digits":
         data = _digits()

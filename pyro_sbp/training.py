@@ -50,8 +50,12 @@ class Progress:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    names = ("pyro-sbp", "torch", "torchvision", "pyro-ppl")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("pyro-sbp", "torchvision", "pyro-ppl")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: version(name) for name in names},
+    }
 
 
 def train(

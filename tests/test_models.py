@@ -29,7 +29,9 @@ def lenet():
 def test_every_gate_is_a_site_and_the_batch_counts_for_all_data(lenet):
     model, _, x, y = lenet
     trace = poutine.trace(model).get_trace(x, y)
-    latent = {name: site["value"].shape for name, site in trace.iter_stochastic_nodes() if name != "data"}
+    latent = {
+        name: site["value"].shape for name, site in trace.iter_stochastic_nodes() if name != "data"
+    }
     assert latent == {"conv1": (20,), "conv2": (50,), "fc1_input": (800,), "fc1": (500,)}
     assert trace.nodes["obs"]["scale"] == 250
     assert trace.nodes["obs"]["is_observed"]

@@ -1,0 +1,229 @@
+"""pyro-sbp train and bench, in process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from pyro_sbp.cli import cli, common
+
+from pyro_sbp import saving, sources
+from pyro_sbp.datasets import load_dataset
+
+QUICK = """
+dense_epochs = 3
+epochs = 6
+init_log_scale = -1.0
+finetune_epochs = 1
+batch_size = 64
+kl_scale = 1.0
+noise_learning_rate = 0.1
+"""
+
+
+def run(*args):
+    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "quick.toml"
+    path.write_text(QUICK)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, quick):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    args = ("train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", quick)
+    result = run(*args, "--seed", 7, "--output-dir", directory, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return directory, result, args
+
+
+def without_times(summary):
+    return {key: value for key, value in summary.items() if key != "train_seconds"}
+
+
+def test_the_run_directory_tells_the_whole_story(finished):
+    directory, result, _ = finished
+    names = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    assert names == {
+        "recipe.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "summary.json",
+        "pruned/model.safetensors",
+        "pruned/network.json",
+        "pruned/units.json",
+    }
+    recipe = json.loads((directory / "recipe.json").read_text())
+    assert recipe["arch"] == "lenet-300-100" and recipe["recipe"]["epochs"] == 6
+    assert recipe["versions"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["dense"] * 3 + ["gated"] * 6 + ["finetuned"]
+    assert set(lines[0]) >= {"phase", "epoch", "loss", "nll", "kl", "error", "units", "seconds"}
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["nll"] + line["weighted_kl"], rel=1e-6)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["error"]["finetuned"] == lines[-1]["error"]
+    assert summary["equivalence"]["max_rel_diff_float64"] <= 1e-10
+    assert "gate" in result.output and "MACs" in result.output and "fine-tuned" in result.output
+
+
+def test_the_handed_over_network_has_the_recorded_error_units_and_macs(finished):
+    directory, _, _ = finished
+    summary = json.loads((directory / "summary.json").read_text())
+    net = saving.load(directory / "pruned")
+    x, y = load_dataset("digits", Path("nowhere"), 28).test.batch(slice(None))
+    error = 100 * float((net(x).argmax(1) != y).float().mean())
+    assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
+    kept = {unit["gate"]: unit["kept"] + unit["zeroed"] for unit in summary["units"]}
+    a, b, c = kept["fc1_input"], kept["fc1"], kept["fc2"]
+    assert (net.fc1[-1].in_features, net.fc1[-1].out_features) == (a, b)
+    assert summary["macs"]["pruned"] == a * b + b * c + c * 10
+    assert summary["macs"]["dense"] == 784 * 300 + 300 * 100 + 100 * 10
+    units = json.loads((directory / "pruned" / "units.json").read_text())
+    assert net.fc1.select.index.tolist() == units["fc1_input"]["kept"]
+    assert a < 784
+
+
+def test_the_same_seed_gives_the_same_summary(finished, tmp_path):
+    directory, _, args = finished
+    result = run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--json", "--device", "cpu")
+    first = json.loads((directory / "summary.json").read_text())
+    assert without_times(json.loads(result.stdout)) == without_times(first)
+
+
+@pytest.mark.parametrize("epochs_left", [1, 4, 8])
+def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, epochs_left):
+    from pyro_sbp import training
+
+    directory, _, args = finished
+    epoch = training._Run._epoch
+    calls = []
+
+    def stop(self, *rest):
+        calls.append(1)
+        if len(calls) > epochs_left:
+            raise KeyboardInterrupt
+        epoch(self, *rest)
+
+    monkeypatch.setattr(training._Run, "_epoch", stop)
+    result = run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code != 0 and not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.undo()
+    assert run("train", "--resume", tmp_path / "run").exit_code == 0
+    first = json.loads((directory / "summary.json").read_text())
+    second = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert without_times(second) == without_times(first)
+    assert run("train", "--resume", tmp_path / "run").exit_code == 2
+
+
+def test_bench_measures_and_names_the_machine(finished):
+    directory, _, _ = finished
+    result = run("bench", directory, "--seconds", "0.05", "--threads", "1")
+    assert result.exit_code == 0 and "speed-up" in result.output and "cpu: " in result.output
+    rows = json.loads((directory / "bench.json").read_text())
+    cpu = [row for row in rows if row["device"].startswith("cpu")]
+    assert [row["batch_size"] for row in cpu] == [1, 128]
+    for row in rows:
+        assert set(row) >= {
+            "device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread",
+        }  # fmt: skip
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["pruned_ms"])
+        assert row["floor_ms"] > 0
+
+
+def test_bench_takes_the_newest_run(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("bench")
+    assert result.exit_code == 2 and "there is no run under runs/" in result.output
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(finished[0], target_is_directory=True)
+    assert run("bench", "--seconds", "0.05", "--threads", "1").exit_code == 0
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(sources, "_reachable", lambda host: False)
+    monkeypatch.setattr(common, "_cuda_devices", lambda: 0)
+
+
+BAD = [
+    (["--arch", "lenet6"], "unknown arch 'lenet6'; expected lenet-500-300, "),
+    ([], "--arch is missing"),
+    (["--arch", "no.such:thing"], "there is no module 'no.such'"),
+    (["--arch", "lenet5", "--method", "magic"], "unknown method 'magic'; expected sbp"),
+    (["--arch", "lenet5", "--dataset", "minst"], "unknown data set 'minst'; expected mnist, "),
+    (["--arch", "lenet5", "--device", "tpu"], "unknown device 'tpu'; expected auto, cpu, cuda"),
+    (["--arch", "lenet5", "--device", "cuda"], "there is no CUDA device on this machine"),
+    (["--arch", "lenet5", "--recipe", "soup"], "unknown recipe 'soup'"),
+    (["--arch", "lenet5", "--epochs", "0"], "epochs is 0; expected an integer >= 1"),
+    (["--arch", "lenet5", "--batch-size", "0"], "batch size is 0; expected an integer >= 1"),
+    (["--arch", "lenet5", "--learning-rate", "-1"], "learning rate is -1.0; expected a number > 0"),
+    (["--arch", "lenet5", "--seed", "-1"], "seed is -1"),
+    (["--arch", "lenet5", "--data-dir", "nowhere"], "--dataset digits"),
+    (["--arch", "torchvision.models:resnet18"], "--dataset is missing"),
+    (["--resume", "nowhere"], "nowhere holds no run"),
+    (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), BAD, ids=[" ".join(args) for args, _ in BAD])
+def test_bad_requests_get_one_line_and_nothing_is_written(
+    args, words, tmp_path, monkeypatch, offline
+):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", *args)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.toml").write_text("kl_scale = {conv9 = 3.0}")
+    for args, words in (
+        (["--arch", "lenet5", "--recipe", "recipe.toml"], "'conv9'; the gates are conv1"),
+        (["--arch", "torch.nn:ReLU"], "does not give logits"),
+        (["--arch", "torch.nn:Linear"], "does not take images"),
+        (["--arch", "torch.nn:Nothing"], "module 'torch.nn' of --arch has no 'Nothing'"),
+    ):
+        result = run("train", *args, "--dataset", "digits", "--device", "cpu")
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+        assert not [path for path in Path("runs").rglob("*") if path.is_file()]
+
+
+def test_a_directory_in_use_is_not_touched(finished, tmp_path):
+    directory, _, args = finished
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    result = run(*args, "--output-dir", directory)
+    assert result.exit_code == 2 and "is not empty" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    (tmp_path / "file").write_text("mine")
+    result = run(*args, "--output-dir", tmp_path / "file" / "run")
+    assert result.exit_code == 2 and "no writable directory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["--version"], ["train", "--arch", "lenet6"], ["train", "--device", "cuda"]],
+)
+def test_answers_that_need_no_data_load_no_torch(args, tmp_path):
+    """Within a second: what takes longer is importing torch."""
+    program = (
+        "import sys; sys.argv = ['pyro-sbp', *sys.argv[1:]]\n"
+        "from pyro_sbp.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert 'torch' not in sys.modules and 'pyro' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if args[0] == "train" else 0)

@@ -1,0 +1,102 @@
+"""prune: from the posterior to a smaller network that was checked."""
+
+import pyro
+import pytest
+import torch
+
+import pyro_sbp as sbp
+from pyro_sbp import gates as gates_module
+from pyro_sbp import surgery
+from pyro_sbp.pruning import EquivalenceError, checked_shrink, masked_mean
+
+
+@pytest.fixture
+def lenet():
+    pyro.set_rng_seed(0)
+    net = sbp.networks.LeNet5()
+    x = torch.rand(3, 1, 28, 28)
+    model = sbp.GatedModel(net, sbp.find_gates(net, x, ["fc1"]), num_data=100)
+    guide = sbp.TruncatedLogNormalGuide(model)
+    with torch.no_grad():
+        for loc, log_scale in zip(
+            guide.locs.parameters(), guide.log_scales.parameters(), strict=True
+        ):
+            loc.uniform_(-2.0, 0.0)
+            log_scale.uniform_(-4.0, 2.0)
+    return model, guide, x
+
+
+def test_units_under_the_threshold_are_gone_and_the_rest_is_folded_in(lenet):
+    model, guide, x = lenet
+    small = sbp.prune(model, guide, x, threshold=1.0)
+    theta = {name: mean * (guide.snr()[name] >= 1) for name, mean in guide.mean().items()}
+    torch.testing.assert_close(small(x), model.gated(x, theta), rtol=1e-5, atol=1e-6)
+    kept = int((guide.snr()["conv1"] >= 1).sum())
+    assert 0 < kept < 20 and small.conv1.out_channels == kept
+
+
+def test_the_result_is_a_plain_network(lenet):
+    model, guide, x = lenet
+    small = sbp.prune(model, guide, x)
+    assert type(small) is sbp.networks.LeNet5
+    modules = list(small.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    assert not any("pyro." in type(m).__module__ for m in modules)
+    assert all(parameter.dtype == torch.float32 for parameter in small.parameters())
+
+
+def test_a_higher_threshold_keeps_less(lenet):
+    model, guide, x = lenet
+    sizes = [
+        sum(p.numel() for p in sbp.prune(model, guide, x, threshold=t).parameters())
+        for t in (0.0, 1.0, 5.0)
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[0] == sum(p.numel() for p in model.gated.net.parameters())
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
+def test_a_threshold_that_is_none_is_refused(lenet, threshold):
+    model, guide, x = lenet
+    with pytest.raises(ValueError, match="expected a signal-to-noise ratio >= 0"):
+        sbp.prune(model, guide, x, threshold=threshold)
+
+
+def test_a_broken_fold_is_refused(lenet, monkeypatch):
+    """Both rooms that fold get the same wrong fold; the masked network does not fold."""
+    model, guide, x = lenet
+    fold = gates_module.fold
+
+    def broken(net, gates, theta):
+        folded = fold(net, gates, theta)
+        return {name: weight * (1 + 1e-8) for name, weight in folded.items()}
+
+    for module in (gates_module, surgery):
+        monkeypatch.setattr(module, "fold", broken)
+    with pytest.raises(EquivalenceError, match="differs from the masked one by"):
+        sbp.prune(model, guide, x)
+
+
+def test_a_unit_removed_too_many_is_refused(lenet, monkeypatch):
+    model, guide, x = lenet
+    original = surgery.surviving_units
+
+    def wrong(gates, theta):
+        units = original(gates, theta)
+        kept = units["fc1"].kept.clone()
+        kept[torch.nonzero(kept)[0]] = False
+        return {**units, "fc1": surgery.Units(kept, kept)}
+
+    monkeypatch.setattr(surgery, "surviving_units", wrong)
+    with pytest.raises(EquivalenceError):
+        sbp.prune(model, guide, x)
+
+
+def test_the_difference_is_measured_on_what_is_handed_over(lenet):
+    model, guide, x = lenet
+    theta = masked_mean(guide)
+    small, check = checked_shrink(model.gated.net, model.gates, theta, x)
+    expected = (model.gated(x, theta) - small(x)).abs().max()
+    assert check.max_rel_diff_float64 <= 1e-12
+    # Folding rounds once more than multiplying activations does.
+    assert check.max_abs_diff <= 1e-4 and float(expected.detach()) <= 1e-4

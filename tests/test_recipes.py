@@ -1,0 +1,58 @@
+"""Recipes: values, files, and what is out of range."""
+
+import json
+
+import pytest
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes import Recipe, Request, read_recipe
+
+
+def test_a_file_sets_what_it_names(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("epochs = 3\n[kl_scale]\nconv1 = 160\n")
+    assert read_recipe(path) == Recipe(name="mine", epochs=3, kl_scale={"conv1": 160})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs = 0", "epochs is 0; expected an integer >= 1"),
+        ("epochs = 2.5", "epochs is 2.5; expected an integer"),
+        ("epoch = 3", "sets 'epoch'; a recipe has .*epochs"),
+        ("batch_size = -1", "batch size is -1"),
+        ("learning_rate = 0", "learning rate is 0; expected a number > 0 and <= 1"),
+        ("noise_learning_rate = nan", "noise learning rate is nan"),
+        ("weight_decay = inf", "weight decay is inf"),
+        ("decay = 1.5", "decay is 1.5"),
+        ("threshold = true", "threshold is True"),
+        ("noise_per = 'unit'", "noise_per is 'unit'; expected 'batch' or 'example'"),
+        ("kl_scale = -1", "kl_scale  is -1; expected a number >= 0"),
+        ("kl_scale = {conv1 = 'x'}", "kl_scale conv1 is 'x'; expected a number"),
+        ("epochs = ", "is no TOML"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=words) as caught:
+        read_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_a_request_survives_json():
+    request = Request("lenet5", "mnist", "sbp", RECIPES["lenet5"], seed=3)
+    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_every_arch_has_a_default_recipe():
+    assert default_recipe("lenet5", "mnist", "sbp").name == "lenet5"
+    assert default_recipe("lenet5", "digits", "sbp").name == "lenet5-digits"
+    assert default_recipe("a.b:c", "digits", "sbp").name == "digits"
+    assert default_recipe("a.b:c", "cifar10", "sbp") == Recipe()
