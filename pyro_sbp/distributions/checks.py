@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ __all__ = [
     "check_normal",
     "require",
     "require_in_support",
+    "validates",
 ]
 
 
@@ -97,9 +98,9 @@ def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None
 
 
 def require_in_support(
-    distribution: Distribution, value: Tensor, low: Tensor, high: Tensor
+    distribution: Distribution, value: Tensor, is_within: Callable[[Tensor], Tensor]
 ) -> None:
-    """Raise unless ``value`` broadcasts against the batch shape and lies within the bounds.
+    """Raise unless ``value`` broadcasts against the batch shape and ``is_within`` holds for it.
 
     Raises:
         ValueError: it does not.
@@ -114,4 +115,10 @@ def require_in_support(
             f"{owner}: a value of shape {tuple(value.shape)} does not broadcast against "
             f"the batch shape {tuple(distribution.batch_shape)}"
         ) from None
-    require(owner, "the value", value, (value >= low) & (value <= high), "within the support")
+    require(owner, "the value", value, is_within(value), "within the support")
+
+
+def validates(validate_args: bool | None) -> bool:
+    """What was asked for, or the global setting of torch and Pyro."""
+    # torch's own check runs in the constructor and takes several lines to say what is wrong.
+    return Distribution._validate_args if validate_args is None else validate_args

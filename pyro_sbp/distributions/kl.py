@@ -11,22 +11,15 @@ from torch import Tensor
 from torch.distributions import Uniform, register_kl
 
 from pyro_sbp import special
+from pyro_sbp.distributions.log_bounds import without_copies
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
-
-
-def _without_copies(x: Tensor) -> Tensor:
-    """One of every dimension that `expand` made: the copies need no computing of their own."""
-    for dim in range(x.ndim):
-        if x.stride(dim) == 0:
-            x = x.narrow(dim, 0, 1)
-    return x
 
 
 @register_kl(TruncatedNormal, Uniform)
 def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     loc, scale, low, high = p._parameters
-    low_q, high_q = _without_copies(q.low), _without_copies(q.high)
+    low_q, high_q = without_copies(q.low), without_copies(q.high)
     wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
     contained = (low >= low_q) & (high <= high_q)
     outside = torch.where(contained, wider.log(), torch.inf)

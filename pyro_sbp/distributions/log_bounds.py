@@ -7,7 +7,14 @@ from torch import Tensor
 
 from pyro_sbp.distributions.checks import check_bounds, require
 
-__all__ = ["check_log_bounds", "exp_bound", "log_within"]
+__all__ = [
+    "check_log_bounds",
+    "clamp_theta",
+    "exp_bound",
+    "is_within",
+    "log_within",
+    "without_copies",
+]
 
 
 def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
@@ -22,16 +29,40 @@ def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
     check_bounds(owner, log_low=log_low, log_high=log_high)
 
 
+def without_copies(x: Tensor) -> Tensor:
+    """One of every dimension that `expand` made: the copies need no computing of their own."""
+    for dim in range(x.ndim):
+        if x.stride(dim) == 0:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
 def exp_bound(log_bound: Tensor) -> Tensor:
-    """A bound of theta. Rounded once, as samples are, so that no sample falls outside of it."""
-    return log_bound.double().exp().to(log_bound.dtype)
+    """A bound of theta, rounded once, as samples are."""
+    bound = without_copies(log_bound).double().exp().to(log_bound.dtype)
+    return bound.expand(log_bound.shape)
 
 
-def log_within(value: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
+def clamp_theta(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
+    """Put theta = exp(x) back within its bounds, in their dtype; its gradient stays."""
+    # exp rounds differently in vectors than alone, so that it may miss a bound by the last bit.
+    theta = theta.to(log_low.dtype)
+    inside = torch.clamp(theta.detach(), exp_bound(log_low), exp_bound(log_high))
+    return theta + (inside - theta.detach())
+
+
+def is_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
+    """Whether theta is within its bounds, to the last bit or two of its dtype."""
+    slack = 2 * torch.finfo(log_low.dtype).eps
+    low, high = exp_bound(log_low), exp_bound(log_high)
+    return (theta >= low - slack * low) & (theta <= high + slack * high)
+
+
+def log_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
     """Whether theta is within its bounds, and log theta in float64 (of a bound where it is not).
 
     A theta at a bound may have a log that falls outside by the rounding of theta: it is put back.
     """
-    inside = (value >= exp_bound(log_low)) & (value <= exp_bound(log_high))
-    x = torch.where(inside, value.double(), exp_bound(log_low).double()).log()
+    inside = is_within(theta, log_low, log_high)
+    x = torch.where(inside, theta.double(), exp_bound(log_low).double()).log()
     return inside, torch.minimum(torch.maximum(x, log_low.double()), log_high.double())

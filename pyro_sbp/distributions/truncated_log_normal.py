@@ -15,8 +15,15 @@ from pyro_sbp.distributions.checks import (
     check_normal,
     require,
     require_in_support,
+    validates,
 )
-from pyro_sbp.distributions.log_bounds import check_log_bounds, exp_bound, log_within
+from pyro_sbp.distributions.log_bounds import (
+    check_log_bounds,
+    clamp_theta,
+    exp_bound,
+    is_within,
+    log_within,
+)
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 
 __all__ = ["TruncatedLogNormal"]
@@ -32,7 +39,7 @@ class TruncatedLogNormal(TransformedDistribution):
         scale: standard deviation of log theta before it is cut, positive.
         log_low: lower bound of log theta, within 350 of zero; all four broadcast.
         log_high: upper bound of log theta, within 350 of zero, above `log_low`.
-        validate_args: check arguments and values; Pyro's global setting if not given.
+        validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
         ValueError: shapes do not broadcast; under validation, `loc` or a bound out of range,
@@ -61,9 +68,7 @@ class TruncatedLogNormal(TransformedDistribution):
         )
         base = TruncatedNormal(*parameters, validate_args=False)
         super().__init__(base, ExpTransform(), validate_args=False)
-        del self._validate_args  # back to the global setting
-        if validate_args is not None:
-            self._validate_args = validate_args
+        self._validate_args = validates(validate_args)
         if self._validate_args:
             check_normal(owner, *parameters[:2])
             check_log_bounds(owner, *parameters[2:])
@@ -155,12 +160,14 @@ class TruncatedLogNormal(TransformedDistribution):
         if self._validate_args:
             valid = (value >= 0) & (value <= 1)
             require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
-        return self.base_dist._at(value, special.icdf).exp().to(self._dtype)
+        theta = self.base_dist._at(value, special.icdf).exp()
+        return clamp_theta(theta, self.log_low, self.log_high)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
         # exp() before rounding: log theta in float32 would cost theta 1e-6 of its size.
-        return self.base_dist._rsample64(sample_shape).exp().to(self._dtype)
+        theta = self.base_dist._rsample64(sample_shape).exp()
+        return clamp_theta(theta, self.log_low, self.log_high)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """`rsample` without a gradient."""
@@ -175,4 +182,4 @@ class TruncatedLogNormal(TransformedDistribution):
         return log_within(value, self.log_low, self.log_high)
 
     def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, exp_bound(self.log_low), exp_bound(self.log_high))
+        require_in_support(self, value, lambda x: is_within(x, self.log_low, self.log_high))

@@ -15,8 +15,15 @@ from pyro_sbp.distributions.checks import (
     check_expand,
     require,
     require_in_support,
+    validates,
 )
-from pyro_sbp.distributions.log_bounds import check_log_bounds, exp_bound, log_within
+from pyro_sbp.distributions.log_bounds import (
+    check_log_bounds,
+    clamp_theta,
+    exp_bound,
+    is_within,
+    log_within,
+)
 
 __all__ = ["TruncatedLogUniform"]
 
@@ -27,7 +34,7 @@ class TruncatedLogUniform(TransformedDistribution):
     Args:
         log_low: lower bound of log theta, within 350 of zero; both broadcast.
         log_high: upper bound of log theta, within 350 of zero, above `log_low`.
-        validate_args: check arguments and values; Pyro's global setting if not given.
+        validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
         ValueError: shapes do not broadcast; under validation, a bound out of range or that
@@ -50,9 +57,7 @@ class TruncatedLogUniform(TransformedDistribution):
         bounds = broadcast_parameters(owner, log_low=log_low, log_high=log_high)
         base = Uniform(*bounds, validate_args=False)
         super().__init__(base, ExpTransform(), validate_args=False)
-        del self._validate_args  # back to the global setting
-        if validate_args is not None:
-            self._validate_args = validate_args
+        self._validate_args = validates(validate_args)
         if self._validate_args:
             check_log_bounds(owner, *bounds)
 
@@ -132,20 +137,21 @@ class TruncatedLogUniform(TransformedDistribution):
         if self._validate_args:
             valid = (value >= 0) & (value <= 1)
             require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
-        return self._quantile(value.double()).to(self._dtype)
+        return self._quantile(value.double())
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
         shape = self._extended_shape(sample_shape)
         u = torch.rand(shape, dtype=torch.float64, device=self.log_low.device)
-        return self._quantile(u).to(self._dtype)
+        return self._quantile(u)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """`rsample`; the bounds are constants, so there is no gradient in either."""
         return self.rsample(sample_shape)
 
     def _quantile(self, u: Tensor) -> Tensor:
-        return torch.minimum(self.log_low + u * self._width, self.log_high.double()).exp()
+        theta = torch.minimum(self.log_low + u * self._width, self.log_high.double()).exp()
+        return clamp_theta(theta, self.log_low, self.log_high)
 
     @property
     def _width(self) -> Tensor:
@@ -156,7 +162,7 @@ class TruncatedLogUniform(TransformedDistribution):
         return self.log_low.dtype
 
     def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, exp_bound(self.log_low), exp_bound(self.log_high))
+        require_in_support(self, value, lambda x: is_within(x, self.log_low, self.log_high))
 
 
 def _variance_of_exp(width: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pyro_sbp.distributions.checks import (
     check_normal,
     require,
     require_in_support,
+    validates,
 )
 
 __all__ = ["TruncatedNormal"]
@@ -35,7 +36,7 @@ class TruncatedNormal(TorchDistribution):
         scale: its standard deviation, positive.
         low: lower bound, broadcasts with the others as all do.
         high: upper bound, above `low`.
-        validate_args: check arguments and values; Pyro's global setting if not given.
+        validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
         ValueError: shapes do not broadcast; under validation, `loc` or `scale` not finite, `scale`
@@ -61,9 +62,7 @@ class TruncatedNormal(TorchDistribution):
         owner = type(self).__name__
         self._parameters = broadcast_parameters(owner, loc=loc, scale=scale, low=low, high=high)
         super().__init__(self._parameters[0].shape, validate_args=False)
-        del self._validate_args  # back to the global setting
-        if validate_args is not None:
-            self._validate_args = validate_args
+        self._validate_args = validates(validate_args)
         if self._validate_args:
             check_normal(owner, *self._parameters[:2])
             check_bounds(owner, low=self._parameters[2], high=self._parameters[3])
@@ -190,4 +189,5 @@ class TruncatedNormal(TorchDistribution):
         return special.icdf(u.clamp_min(2.0**-54), *self._parameters)
 
     def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, *self._parameters[2:])
+        _, _, low, high = self._parameters
+        require_in_support(self, value, lambda x: (x >= low) & (x <= high))
