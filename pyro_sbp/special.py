@@ -59,7 +59,13 @@ _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 # window of float64 give 1e-9, 32 give 4e-6; float32 needs less.
 _SUM = {torch.float64: (64, 42.0), torch.float32: (36, 26.0)}
 _NUM_NEAR_UNIFORM_NODES = 12
-_ORIGINS = (-1.0, -0.5, 0.0)  # to count from one near the mode keeps moments from cancelling
+_ORIGINS = (
+    -1.0,
+    -0.75,
+    -0.5,
+    -0.25,
+    0.0,
+)  # to count from one near the mode keeps moments from cancelling
 _NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
 _NUM_NARROW_NODES = 5
 
@@ -92,7 +98,7 @@ _NARROW_NODES = tuple(zip(*_gauss_legendre(_NUM_NARROW_NODES), strict=True))
 
 
 def _nodes(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes [n] and summing rows [15, n] on ``device``, copied there once."""
+    """Nodes [n] and summing rows [25, n] on ``device``, copied there once."""
     if (n, device) not in _NODES:
         _NODES[n, device] = _NODES[n, torch.device("cpu")].to(device)
     return _NODES[n, device][0], _NODES[n, device][1:]
@@ -268,8 +274,10 @@ class _Nodes(NamedTuple):
 def _window_sums(x: Tensor, origin: Tensor) -> Tensor:
     n = x.shape[0]
     rows = _nodes(n, x.device)[1]
-    left, between, middle = (rows @ x.reshape(n, -1)).reshape(3, 5, *x.shape[1:])
-    return torch.where(origin < -0.75, left, torch.where(origin < -0.25, between, middle))
+    *others, sums = (rows @ x.reshape(n, -1)).reshape(len(_ORIGINS), 5, *x.shape[1:])
+    for at, other in zip(_ORIGINS, others, strict=False):
+        sums = torch.where(origin == at, other, sums)
+    return sums
 
 
 def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
@@ -285,7 +293,7 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     half = 0.5 * (right - left)
     r = _spread(num_nodes, left, half)
     density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
-    origin = (-left / half - 1).mul_(2).round_().clamp(-2, 0).mul_(0.5)
+    origin = (-left / half - 1).mul_(4).round_().clamp(-4, 0).mul_(0.25)
     total, *y = _window_sums(density, origin)
     y1, y2, y3, y4 = (x / total for x in y)
     var = y2 - y1 * y1
