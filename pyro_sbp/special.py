@@ -7,6 +7,7 @@ dtype and broadcast against each other; everything is computed, and returned, in
 Range: ``loc`` up to 1e5 ``scale`` outside an end, and ``scale`` up to 1e4 times the width of the
 interval. Relative errors against mpmath over loc in [-25, 5], log scale in [-10, 5] and bounds
 (-20, 0) stay under 1e-12; ``python -m pyro_sbp.experiments.distributions_table`` measures them.
+Sums over float32 parameters take fewer nodes and are right to 1e-7.
 
 Gradients in ``loc`` and ``scale`` (and in the value, where there is one) are analytic. They are
 once differentiable: a second backward raises. The bounds are constants and get no gradient.
@@ -15,8 +16,8 @@ How it is done. The problem is reflected so that the nearer end is at the left, 
 is counted from the mode (the nearer end if ``loc`` lies outside, else ``loc``) in units of
 ``scale``. With alpha the signed distance of that end (positive if ``loc`` is outside) the density
 is proportional to ``exp(-e(r))``, ``e(r) = max(alpha, 0) r + r^2 / 2``: the term alpha^2 / 2, that
-makes the textbook formulas cancel, never appears. Moments are centred Gauss-Legendre sums over
-the window where the density is not negligible.
+makes the textbook formulas cancel, never appears. Moments are Gauss-Legendre sums over the window
+where the density is not negligible.
 
 References:
     [1] K. Neklyudov, D. Molchanov, A. Ashukha, D. Vetrov. Structured Bayesian Pruning via
@@ -59,13 +60,9 @@ _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 # window of float64 give 1e-9, 32 give 4e-6; float32 needs less.
 _SUM = {torch.float64: (64, 42.0), torch.float32: (36, 26.0)}
 _NUM_NEAR_UNIFORM_NODES = 12
-_ORIGINS = (
-    -1.0,
-    -0.75,
-    -0.5,
-    -0.25,
-    0.0,
-)  # to count from one near the mode keeps moments from cancelling
+# Moments are counted from the origin in the window [-1, 1] that is nearest to the mode, which never
+# lies right of the middle: far from the mode their differences would cancel.
+_ORIGINS = (-1.0, -0.75, -0.5, -0.25, 0.0)
 _NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
 _NUM_NARROW_NODES = 5
 
@@ -149,7 +146,10 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def attach(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """``value`` as a function of inputs, from pairs (input, derivative of value in it)."""
+    """``value`` as a function of inputs, from pairs (input, derivative of value in it).
+
+    Inputs expand to the shape of the value; their gradients add up over the copies.
+    """
     inputs = [x.to(torch.float64).expand(value.shape) for x, _ in pairs]
     return _Attach.apply(value, *inputs, *(d.expand(value.shape) for _, d in pairs))
 
@@ -224,6 +224,7 @@ class Frame(NamedTuple):
 
 
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
+    """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
     loc, scale, low, high = torch.broadcast_tensors(
         *(x.to(torch.float64) for x in (loc, scale, low, high))

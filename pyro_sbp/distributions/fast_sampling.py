@@ -27,11 +27,12 @@ _Q = (60.367223908803125, 72.572763920003203, 17.414899809758346, 1.0)
 
 def uniform(shape: torch.Size, device: torch.device) -> Tensor:
     """Float64 uniforms that keep 2^-25 from zero and one, as `quantile` wants them."""
-    return torch.rand(shape, device=device).double().clamp_max_(1 - 2.0**-24).add_(2.0**-25)
+    u = torch.rand(shape, dtype=torch.float32, device=device).double()
+    return u.clamp_max_(1 - 2.0**-24).add_(2.0**-25)
 
 
 def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`pyro_sbp.special.icdf` to the accuracy of float32, at a fifth of the cost.
+    """`pyro_sbp.special.icdf` to the accuracy of float32, at a ninth of the cost.
 
     Args:
         u: float64 probabilities in [2^-25, 1 - 2^-25]; broadcasts against the parameters.
