@@ -287,7 +287,8 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_max(0)
     last = torch.where(f.alpha > 0, f.width, f.beta)
-    left, right = _window(slope, first, last, cutoff)
+    left = first.clamp_min(-math.sqrt(2 * cutoff))
+    right = torch.minimum(last, _reach(slope, cutoff))
     if tilt is not None:
         tilted_left, tilted_right = _window(slope - tilt, first, last, cutoff)
         left, right = torch.minimum(left, tilted_left), torch.maximum(right, tilted_right)
@@ -324,13 +325,14 @@ def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[
     """Where ``slope r + r^2 / 2`` is within the cutoff of its least value on [first, last]."""
     mode = torch.minimum(torch.maximum(-slope, first), last)
     slope = slope + mode  # at the mode: positive at the first end, negative at the last, else 0
-
-    def reach(s: Tensor) -> Tensor:
-        return 2 * cutoff / (s + (s * s + 2 * cutoff).sqrt())
-
-    left = torch.maximum(first, mode - reach((-slope).clamp_min(0)))
-    right = torch.minimum(last, mode + reach(slope.clamp_min(0)))
+    left = torch.maximum(first, mode - _reach((-slope).clamp_min(0), cutoff))
+    right = torch.minimum(last, mode + _reach(slope.clamp_min(0), cutoff))
     return left, right
+
+
+def _reach(slope: Tensor, cutoff: float) -> Tensor:
+    """Where ``slope r + r^2 / 2`` is the cutoff."""
+    return 2 * cutoff / (slope + (slope * slope + 2 * cutoff).sqrt())
 
 
 class _Value(NamedTuple):
@@ -453,8 +455,8 @@ def _kl_near_uniform(f: Frame) -> Tensor:
 
     e = torch.add(slope, r, alpha=0.5).mul_(r)
     d = e.neg_().sub_(uniform_mean(e)).clamp(-1, 1)
-    series = torch.full_like(d, 1 / math.factorial(16))
-    for k in range(15, 1, -1):
+    series = torch.full_like(d, 1 / math.factorial(14))
+    for k in range(13, 1, -1):
         series.mul_(d).add_(1 / math.factorial(k))
     square = d * d
     m = uniform_mean(series.mul_(square))
@@ -766,6 +768,9 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         outer_q = (ratio - t.rho) / t.one_minus_rho
         drop = s * (t.alpha + 0.5 * s) - (_mills(t.alpha + s) * t.hazard).log()
         outer_p = -torch.expm1(-drop) / t.one_minus_rho
+        share = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))[0] / t.whole[0]
+        outer_p = torch.where(t.narrow, share, outer_p)
+        outer_q = torch.where(t.narrow, 1 - share, outer_q)
         mass = 1 - t.lower - t.upper
         inner_p = (0.5 * torch.erfc(-z * _SQRT_HALF) - t.lower) / mass
         inner_q = (0.5 * torch.erfc(z * _SQRT_HALF) - t.upper) / mass

@@ -108,7 +108,9 @@ def test_cdf_and_icdf_in_float64(p, u):
     assert ((d.cdf(x) - below).abs() <= tolerance).all()
     # Where the mirror is exact, so are its values: -x has the bounds and loc negated.
     mirrored = TruncatedNormal(-d.loc, d.scale, -d.high, -d.low)
-    torch.testing.assert_close(mirrored.mean, -d.mean, rtol=1e-13, atol=0)
+    # (A mean is right to its standard deviation, since it may be zero.)
+    size = torch.maximum(d.mean.abs(), d.stddev)
+    assert ((mirrored.mean + d.mean).abs() <= 1e-13 * size).all()
     torch.testing.assert_close(mirrored.variance, d.variance, rtol=1e-11, atol=0)
     torch.testing.assert_close(mirrored.entropy(), d.entropy(), rtol=1e-12, atol=1e-12)
 
@@ -161,3 +163,21 @@ def test_kl_between_truncated_normals(p, q):
     wide = kl_divergence(first, TruncatedNormal(loc_q, 1e4 * width, low, high))
     uniform = kl_divergence(first, torch.distributions.Uniform(low, high))
     torch.testing.assert_close(wide, uniform.expand_as(wide), rtol=1e-6, atol=1e-6)
+
+
+# What the many cases found
+
+
+def test_the_mean_of_a_symmetric_interval_is_zero_to_rounding():
+    for end in (0.1, 3.0, 40.0, INF):
+        d = TruncatedNormal(torch.tensor(0.0, dtype=torch.float64), 1.0, -end, end)
+        assert d.mean.abs() < 1e-15
+
+
+def test_the_cdf_of_a_narrow_interval_is_nearly_linear():
+    # 3e-4 scales wide: the two tails agree to eleven digits, and their difference must not be used.
+    d = TruncatedNormal(torch.tensor(0.5, dtype=torch.float64), 2980.958, 0.0, 1.0)
+    x = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64)
+    # F(x) - x is x (1 - x) (x - 1/2) / (6 scale^2) for a normal about the middle, to first order.
+    true = x + x * (1 - x) * (2 * x - 1) / (12 * 2980.958**2)
+    torch.testing.assert_close(d.cdf(x), true, rtol=0, atol=1e-15)
