@@ -25,8 +25,18 @@ def test_the_wheel_has_the_files_of_the_tree(tmp_path):
         (source / name).write_bytes((ROOT / name).read_bytes())
     # No isolation: it would fetch the build tools again.
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
