@@ -25,6 +25,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except RequestError as error:
             raise _Refusal(str(error)) from error
+        except click.UsageError as error:
+            raise _Refusal(error.format_message()) from error
         except (FloatingPointError, OSError, RuntimeError) as error:
             if isinstance(error, click.exceptions.Exit):
                 raise

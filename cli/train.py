@@ -52,7 +52,9 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
         directory = options["output_dir"] or _directory(request)
         _check_free(directory)
     else:
-        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+        given = [
+            f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None
+        ]
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = _read_request(resume), resume
@@ -71,7 +73,8 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
         try:
             summary = training.train(request, data, directory, bar.update)
         except RequestError:
-            _forget(directory)
+            if resume is None:
+                _forget(directory)
             raise
     if as_json:
         click.echo(json.dumps(summary, indent=2))
@@ -149,7 +152,7 @@ def _forget(directory: Path) -> None:
 def _read_request(directory: Path) -> Request:
     try:
         return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{directory} holds no run: {error}") from error
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.sources import SOURCES, check_dataset, folder_classes
 
 __all__ = ["ImageData", "Split", "load_dataset"]
@@ -120,8 +120,8 @@ def _torchvision(name: str, data_dir: Path) -> ImageData:
         splits = [Split(_images(part.data), torch.as_tensor(part.targets)) for part in parts]
     except (AssertionError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise RequestError(
-            f"{name} under {data_dir / source.folder} cannot be read ({_line(error)}): delete it "
-            "so that it can be fetched again, or give another --data-dir"
+            f"{name} under {data_dir / source.folder} cannot be read ({first_line(error)}): delete "
+            "it so that it can be fetched again, or give another --data-dir"
         ) from error
     for split in splits:
         if len(split.images) != len(split.labels):
@@ -137,11 +137,6 @@ def _images(data: Any) -> Tensor:
     return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
 
 
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def _folder(root: Path, image_size: int | None) -> ImageData:
     from torchvision.datasets import ImageFolder
 
@@ -154,7 +149,9 @@ def _folder(root: Path, image_size: int | None) -> ImageData:
             try:
                 image = folder.loader(path)
             except (OSError, SyntaxError) as error:
-                raise RequestError(f"{path} cannot be read as an image: {_line(error)}") from error
+                raise RequestError(
+                    f"{path} cannot be read as an image: {first_line(error)}"
+                ) from error
             # The first image decides, where the network does not.
             shape = (size, size) if isinstance(size, int) else size or image.size
             size = shape if size is None else size

@@ -169,7 +169,7 @@ class _ScaleInputs(TorchFunctionMode):
             weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
             if id(weight) in self.readers:
                 name, layer = self.readers[id(weight)]
-                x, scale = args[0], self.scales[name]
+                x, scale = args[0] if args else kwargs["input"], self.scales[name]
                 dim = channel_dim(layer, x)
                 shared = scale.shape[0] == 1
                 if not shared and (dim == 0 or x.shape[0] != scale.shape[0]):
@@ -180,7 +180,8 @@ class _ScaleInputs(TorchFunctionMode):
                 shape = [1] * x.ndim
                 shape[0] = len(scale)
                 shape[dim] = scale.shape[1]
-                args = (x * scale.to(x.dtype).view(shape), *args[1:])
+                x = x * scale.to(x.dtype).view(shape)
+                args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
         return func(*args, **kwargs)
 
 

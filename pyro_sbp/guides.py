@@ -72,6 +72,8 @@ class TruncatedLogNormalGuide(AutoGuide):
                 )
             shape = self._full_shape(name, prior)
             low, high = float(base.log_low.min()), float(base.log_high.max())
+            if low != float(base.log_low.max()) or high != float(base.log_high.min()):
+                raise ValueError(f"site {name!r} has several bounds; this guide takes one pair")
             self._bounds[name] = low, high
             like = base.log_low
             _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_sbp.errors import first_line
 from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, tensors_of
 from pyro_sbp.layers import (
     CHANNELWISE_FUNCTIONS,
@@ -67,7 +68,7 @@ class _Probe(TorchFunctionMode):
         self.calls: dict[str, int] = {}
 
     def _layer(self, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
-        for value in (*args[1:], *kwargs.values()):
+        for value in (*args, *kwargs.values()):
             if id(value) in self.layers:
                 return self.layers[id(value)]
         return None
@@ -79,7 +80,7 @@ class _Probe(TorchFunctionMode):
         if found is None:
             return func(*args, **kwargs)
         name, layer = found
-        x: Tensor = args[0]
+        x: Tensor = args[0] if args else kwargs["input"]
         dim = channel_dim(layer, x)
         hit = x.isnan().movedim(dim, 0).flatten(1).any(1)
         self.seen[name] = self.seen[name] | hit if name in self.seen else hit
@@ -243,8 +244,8 @@ def _prove(net: nn.Module, gates: Sequence[Gate], x: Any) -> str | None:
             masked = GatedNetwork(net, gates)(x, theta)
             small = call(shrink(net, gates, theta, x), x)
         difference = relative_difference(masked, small)
-    except (RuntimeError, ValueError, IndexError) as error:
-        return f"cutting it fails: {str(error).splitlines()[0]}"
+    except Exception as error:  # a network's own code may raise anything
+        return f"cutting it fails: {first_line(error)}"
     if not difference <= 1e-10:
         return f"cutting it changes the output by {difference:.1e}"
     return None

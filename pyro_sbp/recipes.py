@@ -142,4 +142,6 @@ class Request:
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in values.items() if key in fields}
         recipe = Recipe.from_dict(known.pop("recipe"), "recipe.json")
+        if known["method"] not in METHODS or not isinstance(known.get("seed", 0), int):
+            raise RequestError("recipe.json has an unknown method or a seed that is no integer")
         return cls(recipe=recipe, **known)

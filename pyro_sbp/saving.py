@@ -16,14 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pyro_sbp import networks
+from pyro_sbp.errors import first_line
 from pyro_sbp.layers import SIZE_ATTRIBUTES
 from pyro_sbp.surgery import Select
 
 __all__ = ["load", "save"]
-
-#: Constructors that `load` builds without being told to: a file names them, so any other would let
-#: the file decide what code runs.
-TRUSTED_MODULES = ("pyro_sbp.networks", "torchvision.models")
 
 
 def save(
@@ -117,11 +115,9 @@ def load(
     if version != 1:
         raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
     if constructor is None:
-        module, _, attribute = name.partition(":")
-        trusted = any(module == m or module.startswith(f"{m}.") for m in TRUSTED_MODULES)
-        if not trusted or not attribute.isidentifier():
+        constructor = _trusted(name, kwargs)
+        if constructor is None:
             raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
-        constructor = _resolve(name)
     try:
         net = constructor(**kwargs)
         for layer, change in layers.items():
@@ -129,7 +125,7 @@ def load(
         _reshape(net, state)
         net.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} does not fit {name}: {first_line(error)}") from error
     return net.eval()
 
 
@@ -140,6 +136,20 @@ def _name(constructor: Callable[..., nn.Module]) -> str:
 def _resolve(name: str) -> Callable[..., nn.Module]:
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _trusted(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module] | None:
+    """A network of pyro_sbp or torchvision; None for any other, as a file must not name code."""
+    module, _, attribute = name.partition(":")
+    if module == "pyro_sbp.networks":
+        return getattr(networks, attribute) if attribute in networks.__all__ else None
+    downloads = {"weights", "weights_backbone"} & set(kwargs)
+    if module.startswith("torchvision.models") and not downloads:
+        from torchvision.models import get_model_builder, list_models
+
+        if attribute in list_models():
+            return get_model_builder(attribute)
+    return None
 
 
 def _apply(net: nn.Module, layer: str, change: Mapping[str, Any]) -> None:

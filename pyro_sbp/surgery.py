@@ -170,6 +170,7 @@ def relative_difference(expected: Any, actual: Any) -> float:
     """The largest difference of two outputs, relative to the largest value of the first."""
     pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
     with torch.no_grad():
-        largest = max(float(a.abs().max()) for a, _ in pairs)
-        difference = max(float((a - b).abs().max()) for a, b in pairs)
+        # Not Python's `max`, which loses a NaN.
+        largest = float(torch.stack([a.abs().max() for a, _ in pairs]).max())
+        difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
     return difference / largest if largest > 0 else difference

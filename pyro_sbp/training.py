@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.benchmarking import count_macs, count_parameters
 from pyro_sbp.datasets import ImageData, Split
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates import call
 from pyro_sbp.methods import METHODS, Method, Phase
 from pyro_sbp.methods.phase import Predict
@@ -84,14 +86,15 @@ def train(
         FloatingPointError: the loss is not finite any more.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "recipe.json", {**request.to_dict(), "versions": versions()})
+    if not (directory / "recipe.json").exists():
+        _write_json(directory / "recipe.json", {**request.to_dict(), "versions": versions()})
     torch.manual_seed(request.seed)
     device = torch.device(request.device)
     data = data.to(device)
     architecture = find_architecture(request.arch)
     kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
     example, _ = data.test.batch(slice(0, 8))
-    dense = _build(architecture.resolve(), kwargs, example).to(device)
+    dense = _build(architecture.resolve(), kwargs, example, len(data.classes)).to(device)
     try:
         method = METHODS[request.method](
             dense, example, request.recipe, len(data.train), architecture.input_features
@@ -100,14 +103,17 @@ def train(
         raise RequestError(str(error)) from error
     dense_macs, dense_parameters = count_macs(dense, example[:1]), count_parameters(dense)
     run = _Run(request, method, data, directory, watch)
-    # Pyro's store of parameters, shared by the process, is left as it was.
-    with pyro.get_param_store().scope():
+    # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
+    # a loss that is not finite in its own words, and costs a sixth of a step.
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         run.go()
     small = method.small
     units = {
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
         for name, u in method.units.items()
     }
+    # Left by a run that was stopped between this and its summary.
+    shutil.rmtree(directory / "pruned", ignore_errors=True)
     save(
         small,
         directory / "pruned",
@@ -148,18 +154,19 @@ def train(
     return summary
 
 
-def _build(constructor: Callable[..., nn.Module], kwargs: Any, example: Tensor) -> nn.Module:
+def _build(
+    constructor: Callable[..., nn.Module], kwargs: Any, example: Tensor, classes: int
+) -> nn.Module:
     try:
         net = constructor(**kwargs)
         with torch.no_grad():
             output = call(net.eval(), example.cpu())
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a network's own code may raise anything
         raise RequestError(
-            f"the network does not take images of {list(example.shape[1:])}: "
-            f"{str(error).splitlines()[0]}"
+            f"the network does not take images of {list(example.shape[1:])}: {first_line(error)}"
         ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise RequestError("the network does not give logits [batch, classes] for images")
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
+        raise RequestError(f"the network does not give logits [batch, {classes}] for images")
     return net
 
 
@@ -205,6 +212,7 @@ class _Run:
                 self._epoch(phase, epoch, optimizer, schedule)
                 self._save(phase, epoch + 1, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
+            phase.module.eval()
             for name, predict in phase.finish().items():
                 self.errors[name] = self._error(predict)
 
@@ -231,6 +239,7 @@ class _Run:
                 f"the loss is {nll + kl} in epoch {epoch + 1} of phase {phase.name!r}: "
                 "a lower learning rate may help"
             )
+        phase.module.eval()
         error = self._error(phase.predict)
         units = phase.units()
         self.seconds += time.perf_counter() - start
@@ -301,7 +310,10 @@ class _Run:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
-        saved = torch.load(path, weights_only=True, map_location=self.device)
+        try:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
         if saved["request"] != json.dumps(self.request.to_dict()):
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
@@ -314,7 +326,11 @@ class _Run:
 
 
 def _batches(data: Split, size: int, order: torch.Generator) -> Iterator[Tensor]:
-    yield from torch.randperm(len(data), generator=order).split(size)
+    batches = list(torch.randperm(len(data), generator=order).split(size))
+    # A last batch of one has no batch statistics: it joins the one before.
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    yield from batches
 
 
 def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:

@@ -150,3 +150,36 @@ def test_several_inputs_and_outputs():
 def test_input_features_must_name_a_dense_layer():
     with pytest.raises(ValueError, match=r"'conv1'.*fc1, fc2"):
         find_gates(networks.LeNet5(), torch.randn(1, 1, 28, 28), input_features=["conv1"])
+
+
+def test_a_network_that_insists_on_its_width_is_left_alone():
+    class Insists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            assert hidden.shape[-1] == 4, "four, please"
+            return self.head(hidden)
+
+    gates = find_gates(Insists(), torch.randn(2, 3))
+    assert gates == [] and "four, please" in gates.left_alone["a"]
+
+
+def test_a_weight_used_by_name_is_seen():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = self.a(x)
+            return nn.functional.linear(input=hidden, weight=self.head.weight)
+
+    net, x = ByName(), torch.randn(2, 3)
+    gates = find_gates(net, x)
+    assert sizes(gates) == {"a": 4}
+    theta = torch.rand(4)
+    gated = GatedNetwork(net, gates)
+    torch.testing.assert_close(gated(x, {"a": theta}), gated(x, {"a": theta.expand(2, 4)}))

@@ -11,6 +11,7 @@ from pyro_sbp.datasets import load_dataset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"^```sh\n(.*?)^```", README, flags=re.M | re.S)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
 
 
@@ -55,7 +56,7 @@ def test_the_commands_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
     from pyro_sbp.cli import cli
 
-    commands = re.findall(r"^pyro-sbp (\w+)", README, flags=re.M)
+    commands = re.findall(r"^pyro-sbp (\w+)", "".join(SHELL), flags=re.M)
     assert commands and set(commands) <= set(cli.commands)
     for option in set(re.findall(r"`--([a-z-]+)", README)):
         assert any(f"--{option}" in p.opts for p in cli.commands["train"].params), option

@@ -58,7 +58,13 @@ def test_a_foreign_constructor_must_be_passed(small, tmp_path):
     sbp.save(net, tmp_path / "net", constructor=sbp.networks.LeNet5)
     path = tmp_path / "net" / "network.json"
     network = json.loads(path.read_text())
-    for name in ("os:system", "pyro_sbp.networks_evil:f", "torchvision.models.os:system.x"):
+    for name in (
+        "os:system",
+        "pyro_sbp.networks_evil:f",
+        "torchvision.models.os:system.x",
+        "torchvision.models._api:load_state_dict_from_url",
+        "pyro_sbp.networks:nn",
+    ):
         path.write_text(json.dumps({**network, "constructor": name}))
         with pytest.raises(ValueError, match="pass it as load"):
             sbp.load(tmp_path / "net")

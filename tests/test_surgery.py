@@ -102,3 +102,9 @@ def test_macs_are_those_of_the_kept_units(lenet):
     assert count_macs(net, x[:1]) == 24**2 * 25 * 20 + 8**2 * 25 * 20 * 50 + 800 * 500 + 500 * 10
     # The published units of SBP on LeNet-5 (arXiv 1705.07283, table 1), MACs recomputed.
     assert count_macs(net, x[:1]) / macs == pytest.approx(10.78, abs=0.005)
+
+
+def test_a_nan_anywhere_is_a_difference():
+    one, nan = torch.ones(1), torch.full((1,), torch.nan)
+    assert not relative_difference((one, one), (one, nan)) <= 1e-10
+    assert not relative_difference((one, one), (nan, one)) <= 1e-10

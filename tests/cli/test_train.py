@@ -123,6 +123,25 @@ def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, epo
     assert run("train", "--resume", tmp_path / "run").exit_code == 2
 
 
+def test_a_refused_resume_keeps_the_run(finished, tmp_path):
+    directory, _, _ = finished
+    (tmp_path / "recipe.json").write_text((directory / "recipe.json").read_text())
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    result = run("train", "--resume", tmp_path)
+    assert result.exit_code == 2 and "checkpoint.pt is damaged" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.json", "checkpoint.pt"}
+    for text in ("[]", "5", "{"):
+        (tmp_path / "recipe.json").write_text(text)
+        result = run("train", "--resume", tmp_path)
+        assert result.exit_code == 2 and "holds no run" in result.stderr
+
+
+def test_click_refuses_in_one_line_too():
+    for args in (["train", "--epochs", "x"], ["train", "--nonsense"], ["frobnicate"]):
+        result = run(*args)
+        assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
 def test_bench_measures_and_names_the_machine(finished):
     directory, _, _ = finished
     result = run("bench", directory, "--seconds", "0.05", "--threads", "1")
