@@ -9,9 +9,9 @@ from types import FrameType
 from typing import Any
 
 import click
+
 from pyro_sbp.cli.bench import bench
 from pyro_sbp.cli.train import train
-
 from pyro_sbp.errors import RequestError
 
 __all__ = ["cli", "main"]

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from pyro_sbp.cli.common import find_run, table
 
 from pyro_sbp.architectures import find_architecture
+from pyro_sbp.cli.common import find_run, table
 from pyro_sbp.errors import RequestError
 
 __all__ = ["bench"]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from pyro_sbp.cli.common import check_device, table
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
+from pyro_sbp.cli.common import check_device, table
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
 from pyro_sbp.sources import SOURCES, check_dataset
 
@@ -65,9 +65,13 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
     check_dataset(request.dataset, data_dir)
     check_device(request.device)
 
+    import torch
+
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
 
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
     data = load_dataset(request.dataset, data_dir, architecture.image_size)
     with _Bar(quiet=as_json) as bar:
         try:

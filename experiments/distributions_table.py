@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import torch
 from mpmath import mp, mpf
-from pyro_sbp.experiments.truncated_normal_truth import DIGITS, Truth
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sbp import special
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform, TruncatedNormal
 from pyro_sbp.distributions.fast_sampling import quantile, uniform
+from pyro_sbp.experiments.truncated_normal_truth import DIGITS, Truth
 
 __all__ = ["BOX", "QUANTITIES", "SETS", "Points", "errors", "measured", "points"]
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-
 from pyro_sbp.benchmarking import device_name
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Request
 
 __all__ = ["record"]

@@ -27,7 +27,7 @@ LOG_SCALE_RANGE = (-10.0, 5.0)
 
 
 class TruncatedLogNormalGuide(AutoGuide):
-    """Independent truncated log-normal posteriors (arXiv 1705.07283, eq. 10), one per element.
+    """Independent truncated log-normal posteriors (arXiv 1705.07283), one per element.
 
     The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
     before the first step and a state dict loads at any time. Every call first puts them back into

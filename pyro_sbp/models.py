@@ -53,7 +53,7 @@ class GatedModel(PyroModule):
     """A network with multiplicative noise on its units, as a Pyro model of labelled data.
 
     Every gate is a sample site of its name and shape ``[units]`` with a truncated log-uniform prior
-    (arXiv 1705.07283, eq. 9); the labels are the site ``obs``. Called as ``model(x, y)`` on a
+    (arXiv 1705.07283); the labels are the site ``obs``. Called as ``model(x, y)`` on a
     minibatch, whose log-likelihood counts for all of the data, or as ``model(x)`` to predict.
 
     Args:

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Recipe, Request, read_recipe
 
 

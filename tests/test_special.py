@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from mpmath import mp, mpf
-from pyro_sbp.experiments import distributions_table as table
 
 from pyro_sbp import special
+from pyro_sbp.experiments import distributions_table as table
 
 #: Points of the bounds (-20, 0); 4,000 take a minute, the script prints their table.
 NUM_POINTS = int(os.environ.get("PYRO_SBP_ACCURACY_POINTS", "400"))

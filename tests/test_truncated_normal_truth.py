@@ -2,6 +2,7 @@
 
 import pytest
 from mpmath import mp, mpf
+
 from pyro_sbp.experiments.truncated_normal_truth import DIGITS, Truth
 
 STEP = mpf("1e-30")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from pyro_sbp.cli import cli, common
 
 from pyro_sbp import saving, sources
+from pyro_sbp.cli import cli, common
 from pyro_sbp.datasets import load_dataset
 
 QUICK = """

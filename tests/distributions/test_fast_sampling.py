@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pyro_sbp.experiments.distributions_table import SETS, points
 
 from pyro_sbp import special
 from pyro_sbp.distributions import TruncatedLogNormal, fast_sampling
+from pyro_sbp.experiments.distributions_table import SETS, points
 
 
 @pytest.mark.parametrize("bounds, locs, share", SETS, ids=str)

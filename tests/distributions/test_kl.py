@@ -6,10 +6,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from mpmath import mp
-from pyro_sbp.experiments.truncated_normal_truth import Truth
 from torch.distributions import kl_divergence
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform, TruncatedNormal
+from pyro_sbp.experiments.truncated_normal_truth import Truth
 
 INF = math.inf
 
