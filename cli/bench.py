@@ -36,8 +36,13 @@ def bench(
 ) -> None:
     """Measure the latency of the dense and the pruned network of RUN, in turn, on every device."""
     run = find_run(run)
-    recipe = json.loads((run / "recipe.json").read_text("utf-8"))
-    architecture = find_architecture(recipe["arch"])
+    try:
+        recipe = json.loads((run / "recipe.json").read_text("utf-8"))
+        architecture = find_architecture(recipe["arch"])
+        network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
+        kwargs, shape = network["kwargs"], network["input_shape"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{run} holds no whole run: {error}") from error
 
     import torch
 
@@ -46,13 +51,12 @@ def bench(
     from pyro_sbp.saving import load
 
     constructor = architecture.resolve()
-    network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
     try:
         pruned = load(run / "pruned", constructor)
     except ValueError as error:
         raise RequestError(str(error)) from error
-    dense = constructor(**network["kwargs"]).eval()
-    example = torch.rand(8, *network["input_shape"])
+    dense = constructor(**kwargs).eval()
+    example = torch.rand(8, *shape)
     floor = one_unit_network(
         dense, find_gates(dense, example, architecture.input_features), example
     )

@@ -74,12 +74,7 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
     data = load_dataset(request.dataset, data_dir, architecture.image_size)
     with _Bar(quiet=as_json) as bar:
-        try:
-            summary = training.train(request, data, directory, bar.update)
-        except RequestError:
-            if resume is None:
-                _forget(directory)
-            raise
+        summary = training.train(request, data, directory, bar.update)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
@@ -143,14 +138,6 @@ def _check_free(directory: Path) -> None:
 
 def _unfinished(directory: Path) -> bool:
     return (directory / "recipe.json").exists() and not (directory / "summary.json").exists()
-
-
-def _forget(directory: Path) -> None:
-    """A request that was refused leaves no run behind."""
-    if not (directory / "checkpoint.pt").exists():
-        (directory / "recipe.json").unlink(missing_ok=True)
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 def _read_request(directory: Path) -> Request:

@@ -7,11 +7,12 @@ from pyro_sbp.recipes import Recipe
 __all__ = ["RECIPES", "default_recipe"]
 
 _ALL = (
+    Recipe(),
     Recipe(
         name="lenet5",
         dense_epochs=8,
         epochs=22,
-        finetune_epochs=6,
+        finetune_epochs=0,
         kl_scale={"conv1": 100.0, "conv2": 40.0, "fc1_input": 3.0, "fc1": 3.0},
     ),
     Recipe(name="lenet-dense", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0),
@@ -44,4 +45,4 @@ def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
     for (for_arch, for_dataset), name in _DEFAULTS.items():
         if for_arch in ("", arch) and for_dataset in ("", dataset):
             return RECIPES[name]
-    return Recipe()
+    return RECIPES["default"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.benchmarking import device_name
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Request
 
@@ -23,8 +21,6 @@ def record(run: Path) -> dict[str, Any]:
     Raises:
         ValueError: the run was made with a recipe that has no name here.
     """
-    import torch
-
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     request = Request.from_dict(asked)
@@ -33,18 +29,17 @@ def record(run: Path) -> dict[str, Any]:
         if RECIPES.get(request.recipe.name) != request.recipe:
             raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
         command += f" --recipe {request.recipe.name}"
-    machine = device_name(torch.device(request.device))
     return {
         **summary,
         "recipe": request.recipe.name,
         "command": f"{command} --seed {request.seed}",
         "versions": asked["versions"],
-        "machine": f"{machine}, {os.cpu_count()} cores",
+        "machine": asked["machine"],
     }
 
 
 def main(runs: list[str]) -> None:
-    """Write the records of run directories into `experiments/results/`, made on this machine."""
+    """Write the records of run directories into `experiments/results/`."""
     RESULTS.mkdir(exist_ok=True)
     for run in runs:
         entry = record(Path(run))

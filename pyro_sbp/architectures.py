@@ -92,8 +92,9 @@ def find_architecture(name: str) -> Architecture:
         raise RequestError(
             f"unknown arch {name!r}; expected {', '.join(ARCHITECTURES)} or package.module:callable"
         )
+    # The package alone, as to look into it would import it.
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         spec = None
     if spec is None:

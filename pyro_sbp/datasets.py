@@ -138,6 +138,7 @@ def _images(data: Any) -> Tensor:
 
 
 def _folder(root: Path, image_size: int | None) -> ImageData:
+    from PIL.Image import Resampling
     from torchvision.datasets import ImageFolder
 
     size = image_size
@@ -155,7 +156,9 @@ def _folder(root: Path, image_size: int | None) -> ImageData:
             # The first image decides, where the network does not.
             shape = (size, size) if isinstance(size, int) else size or image.size
             size = shape if size is None else size
-            images.append(np.asarray(image if image.size == shape else image.resize(shape)))
+            if image.size != shape:
+                image = image.resize(shape, Resampling.BILINEAR)
+            images.append(np.asarray(image))
         labels = torch.tensor([label for _, label in folder.samples])
         splits.append(Split(_images(np.stack(images)), labels))
     return ImageData(splits[0], splits[1], tuple(folder_classes(root)))

@@ -85,7 +85,8 @@ def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> A
     if isinstance(x, Mapping):
         return type(x)((key, convert(value, dtype, device)) for key, value in x.items())
     if isinstance(x, list | tuple):
-        return type(x)(convert(value, dtype, device) for value in x)
+        values = [convert(value, dtype, device) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
     return x
 
 

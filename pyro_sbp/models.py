@@ -69,8 +69,8 @@ class GatedModel(PyroModule):
             With weights other than 1 the loss is no bound on the evidence any more.
 
     Raises:
-        ValueError: `num_data`, `noise_per` or `kl_scale` is out of range, or `kl_scale` names no
-            gate.
+        ValueError: `num_data`, `noise_per` or `kl_scale` is out of range, `kl_scale` names no
+            gate, or a gate has a name of the model's own: data, noise, obs.
     """
 
     def __init__(
@@ -87,6 +87,9 @@ class GatedModel(PyroModule):
             raise ValueError(f"num_data is {num_data}; expected the size of the data set")
         if noise_per not in ("batch", "example"):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
+        taken = {"data", "noise", "obs"} & {gate.name for gate in gates}
+        if taken:
+            raise ValueError(f"a gate is named {taken.pop()!r}, as a site of the model is: rename")
         self.gated = GatedNetwork(net, gates)
         self.gates = self.gated.gates
         self._sizes = {gate.name: gate.size for gate in gates}

@@ -298,16 +298,13 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
         position = sum(place[g.writers[0].layer] < place[layer] for g in gates if g.writers)
         gates.insert(position + sum(not g.writers for g in gates[:position]), gate)
     if _prove(probed, gates, x) is not None:
-        # Something cannot be cut: find out what, one gate at a time.
-        proven = []
+        # Something cannot be cut: find out what, one gate more at a time.
+        proven: list[Gate] = []
         for gate in gates:
-            problem = _prove(probed, [gate], x)
+            problem = _prove(probed, [*proven, gate], x)
             if problem:
                 left_alone[gate.name] = problem
             else:
                 proven.append(gate)
         gates = proven
-        problem = _prove(probed, gates, x)
-        if problem:
-            raise RuntimeError(f"the gates do not go together: {problem}")
     return Gates(gates, left_alone)

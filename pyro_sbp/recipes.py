@@ -13,7 +13,8 @@ from pyro_sbp.errors import RequestError
 
 __all__ = ["METHODS", "Recipe", "Request", "read_recipe"]
 
-METHODS = ("sbp",)
+#: Where the class of every method is found.
+METHODS = {"sbp": "pyro_sbp.methods.sbp:SBP"}
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,13 @@ _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 _SUM = {torch.float64: (64, 42.0), torch.float32: (36, 26.0)}
 _NUM_NEAR_UNIFORM_NODES = 12
 # Moments are counted from the origin in the window [-1, 1] that is nearest to the mode, which never
-# lies right of the middle: far from the mode their differences would cancel.
-_ORIGINS = (-1.0, -0.75, -0.5, -0.25, 0.0)
+# lies right of the middle: far from the mode their differences would cancel. That costs five
+# digits at most, which float32 can spare.
+_ORIGINS = {
+    64: (-1.0, -0.75, -0.5, -0.25, 0.0),
+    36: (-1.0,),
+    _NUM_NEAR_UNIFORM_NODES: (-1.0,),
+}
 _NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
 _NUM_NARROW_NODES = 5
 
@@ -86,16 +91,16 @@ def _gauss_legendre(n: int) -> tuple[list[float], list[float]]:
 def _sums(n: int) -> Tensor:
     """Nodes [n], and rows that sum ``weight (x - origin)^j``, j = 0 to 4, for each origin."""
     x, weights = torch.tensor(_gauss_legendre(n), dtype=torch.float64, device="cpu")
-    powers = [(x - origin) ** j for origin in _ORIGINS for j in range(5)]
+    powers = [(x - origin) ** j for origin in _ORIGINS[n] for j in range(5)]
     return torch.stack([x, *(weights * y for y in powers)])
 
 
-_NODES = {(n, torch.device("cpu")): _sums(n) for n in (64, 36, _NUM_NEAR_UNIFORM_NODES)}
+_NODES = {(n, torch.device("cpu")): _sums(n) for n in _ORIGINS}
 _NARROW_NODES = tuple(zip(*_gauss_legendre(_NUM_NARROW_NODES), strict=True))
 
 
 def _nodes(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes [n] and summing rows [25, n] on ``device``, copied there once."""
+    """Nodes [n] and summing rows [5 a origin, n] on ``device``, copied there once."""
     if (n, device) not in _NODES:
         _NODES[n, device] = _NODES[n, torch.device("cpu")].to(device)
     return _NODES[n, device][0], _NODES[n, device][1:]
@@ -275,8 +280,8 @@ class _Nodes(NamedTuple):
 def _window_sums(x: Tensor, origin: Tensor) -> Tensor:
     n = x.shape[0]
     rows = _nodes(n, x.device)[1]
-    *others, sums = (rows @ x.reshape(n, -1)).reshape(len(_ORIGINS), 5, *x.shape[1:])
-    for at, other in zip(_ORIGINS, others, strict=False):
+    *others, sums = (rows @ x.reshape(n, -1)).reshape(-1, 5, *x.shape[1:])
+    for at, other in zip(_ORIGINS[n], others, strict=False):
         sums = torch.where(origin == at, other, sums)
     return sums
 
@@ -295,7 +300,10 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     half = 0.5 * (right - left)
     r = _spread(num_nodes, left, half)
     density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
-    origin = (-left / half - 1).mul_(4).round_().clamp(-4, 0).mul_(0.25)
+    if len(_ORIGINS[num_nodes]) > 1:
+        origin = (-left / half - 1).mul_(4).round_().clamp(-4, 0).mul_(0.25)
+    else:
+        origin = torch.full_like(left, _ORIGINS[num_nodes][0])
     total, *y = _window_sums(density, origin)
     y1, y2, y3, y4 = (x / total for x in y)
     var = y2 - y1 * y1

@@ -69,6 +69,15 @@ def _spread(alive: Tensor, span: Span) -> Tensor:
     return alive[span.units.clamp(min=0)] | (span.units < 0)
 
 
+def _read(gate: Gate, columns: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a gate arrive in a living column, bool ``[size]``."""
+    read = torch.zeros(gate.size, dtype=torch.bool)
+    for span in gate.readers:
+        living = columns.get(span.layer, torch.tensor(True))
+        read[span.units[living & (span.units >= 0)]] = True
+    return read
+
+
 def surviving_units(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Units]:
     """Which units remain where the zeros of theta are removed, gate by gate.
 
@@ -85,19 +94,16 @@ def surviving_units(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[
         columns = _alive_columns(gates, alive)
         new = {}
         for gate in gates:
-            read = torch.zeros(gate.size, dtype=torch.bool)
-            for span in gate.readers:
-                reached = span.units[columns[span.layer] & (span.units >= 0)]
-                read[reached] = True
-            new[gate.name] = alive[gate.name] & read
+            new[gate.name] = alive[gate.name] & _read(gate, columns)
         if all(torch.equal(alive[name], new[name]) for name in alive):
             break
         alive = new
-    physical = {}
+    physical = {name: units.clone() for name, units in alive.items()}
     for gate in gates:
-        physical[gate.name] = alive[gate.name].clone()
         if not alive[gate.name].any():
-            physical[gate.name][0] = True
+            # One unit stays, of those that are still joined to what stays of the gates before.
+            left = _read(gate, _alive_columns([g for g in gates if g is not gate], physical))
+            physical[gate.name][int(left.int().argmax())] = True
     return {gate.name: Units(alive[gate.name], physical[gate.name]) for gate in gates}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import pkgutil
 import platform
 import shutil
 import time
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.benchmarking import count_macs, count_parameters
+from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData, Split
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates import call
-from pyro_sbp.methods import METHODS, Method, Phase
+from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
-from pyro_sbp.recipes import Request
+from pyro_sbp.recipes import METHODS, Request
 from pyro_sbp.saving import save
 
 __all__ = ["Progress", "train", "versions"]
@@ -80,14 +81,11 @@ def train(
         The content of `summary.json`.
 
     Raises:
-        RequestError: the architecture cannot be built or does not take the data's images, or the
-            recipe names a gate that the network does not have.
+        RequestError: the architecture cannot be built or does not take the data's images, the
+            recipe names a gate that the network does not have, or the directory cannot be written.
         EquivalenceError: the pruned network does not compute what the masked one computes.
         FloatingPointError: the loss is not finite any more.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "recipe.json").exists():
-        _write_json(directory / "recipe.json", {**request.to_dict(), "versions": versions()})
     torch.manual_seed(request.seed)
     device = torch.device(request.device)
     data = data.to(device)
@@ -96,11 +94,12 @@ def train(
     example, _ = data.test.batch(slice(0, 8))
     dense = _build(architecture.resolve(), kwargs, example, len(data.classes)).to(device)
     try:
-        method = METHODS[request.method](
+        method = pkgutil.resolve_name(METHODS[request.method])(
             dense, example, request.recipe, len(data.train), architecture.input_features
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
+    _begin(directory, request)
     dense_macs, dense_parameters = count_macs(dense, example[:1]), count_parameters(dense)
     run = _Run(request, method, data, directory, watch)
     # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
@@ -152,6 +151,19 @@ def train(
     }
     _write_json(directory / "summary.json", summary)
     return summary
+
+
+def _begin(directory: Path, request: Request) -> None:
+    """Make the run directory, or find it."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{device_name(torch.device(request.device))}, {cores}"
+    asked = {**request.to_dict(), "versions": versions(), "machine": machine}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "recipe.json").exists():
+            _write_json(directory / "recipe.json", asked)
+    except OSError as error:
+        raise RequestError(f"cannot write {directory}: {error.strerror}") from error
 
 
 def _build(

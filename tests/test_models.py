@@ -1,5 +1,7 @@
 """GatedModel and its guide under Pyro's own tools."""
 
+from collections import OrderedDict
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -115,3 +117,10 @@ def test_wrong_settings_are_refused(lenet, change, words):
     model, *_ = lenet
     with pytest.raises(ValueError, match=words):
         sbp.GatedModel(model.gated.net, model.gates, **{"num_data": 10, **change})
+
+
+def test_a_gate_may_not_take_the_name_of_a_site_of_the_model():
+    net = torch.nn.Sequential(OrderedDict(obs=torch.nn.Linear(3, 4), out=torch.nn.Linear(4, 2)))
+    gates = sbp.find_gates(net, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="a gate is named 'obs'"):
+        sbp.GatedModel(net, gates, num_data=10)

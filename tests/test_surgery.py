@@ -108,3 +108,25 @@ def test_a_nan_anywhere_is_a_difference():
     one, nan = torch.ones(1), torch.full((1,), torch.nan)
     assert not relative_difference((one, one), (one, nan)) <= 1e-10
     assert not relative_difference((one, one), (nan, one)) <= 1e-10
+
+
+class _Permuted(torch.nn.Module):
+    """Flattens with the channels last but one, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3)
+        self.fc = torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).flip(1).flatten(1))
+
+
+def test_what_stays_of_two_gates_that_lost_all_units_is_joined():
+    net = _Permuted().double()
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    gates = find_gates(net, x, ["fc"])
+    theta = {gate.name: torch.zeros(gate.size, dtype=torch.float64) for gate in gates}
+    small = shrink(net, gates, theta, x)
+    assert small.conv.out_channels == 1 and small.fc.layer.in_features == 1
+    assert torch.allclose(small(x), net.fc.bias)

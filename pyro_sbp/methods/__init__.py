@@ -3,6 +3,4 @@
 from pyro_sbp.methods.phase import Method, Phase
 from pyro_sbp.methods.sbp import SBP
 
-__all__ = ["METHODS", "SBP", "Method", "Phase"]
-
-METHODS: dict[str, type[Method]] = {"sbp": SBP}
+__all__ = ["SBP", "Method", "Phase"]

@@ -175,7 +175,7 @@ def offline(monkeypatch):
 BAD = [
     (["--arch", "lenet6"], "unknown arch 'lenet6'; expected lenet-500-300, "),
     ([], "--arch is missing"),
-    (["--arch", "no.such:thing"], "there is no module 'no.such'"),
+    (["--arch", "no_such.module:thing"], "there is no module 'no_such.module'"),
     (["--arch", "lenet5", "--method", "magic"], "unknown method 'magic'; expected sbp"),
     (["--arch", "lenet5", "--dataset", "minst"], "unknown data set 'minst'; expected mnist, "),
     (["--arch", "lenet5", "--device", "tpu"], "unknown device 'tpu'; expected auto, cpu, cuda"),
@@ -215,7 +215,7 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
     ):
         result = run("train", *args, "--dataset", "digits", "--device", "cpu")
         assert result.exit_code == 2 and words in result.stderr, result.stderr
-        assert not [path for path in Path("runs").rglob("*") if path.is_file()]
+        assert not Path("runs").exists()
 
 
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):
@@ -229,9 +229,33 @@ def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     assert result.exit_code == 2 and "no writable directory" in result.stderr
 
 
+def test_a_directory_that_cannot_be_made_is_refused(finished, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    _, _, args = finished
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    result = run(*args, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 2 and "run: Permission denied" in result.stderr
+
+
+def test_bench_refuses_a_damaged_run(finished, tmp_path):
+    directory, _, _ = finished
+    for name in ("recipe.json", "summary.json"):
+        (tmp_path / name).write_text((directory / name).read_text())
+    result = run("bench", tmp_path)
+    assert result.exit_code == 2 and "holds no whole run" in result.stderr
+
+
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["--version"], ["train", "--arch", "lenet6"], ["train", "--device", "cuda"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--arch", "lenet6"],
+        ["train", "--arch", "lenet5", "--device", "tpu"],
+        ["train", "--arch", "torchvision.models:resnet18", "--dataset", "minst"],
+    ],
 )
 def test_answers_that_need_no_data_load_no_torch(args, tmp_path):
     """Within a second: what takes longer is importing torch."""
