@@ -306,10 +306,12 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
         origin = torch.full_like(left, _ORIGINS[num_nodes][0])
     total, *y = _window_sums(density, origin)
     y1, y2, y3, y4 = (x / total for x in y)
-    var = y2 - y1 * y1
-    third = y3 - 3 * y1 * y2 + 2 * y1**3
-    fourth = y4 - 4 * y1 * y3 + 6 * y1 * y1 * y2 - 3 * y1**4
+    square = y1 * y1
+    var = y2 - square
+    third = y3 - y1 * (3 * y2 - 2 * square)
+    fourth = y4 - 4 * y1 * y3 + square * (6 * y2 - 3 * square)
     mean_ = left + half * (1 + origin) + half * y1
+    half_square = half.square()
     return _Nodes(
         r,
         density,
@@ -317,9 +319,9 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
         origin,
         (half * total).log(),
         mean_,
-        half.square() * var,
-        half**3 * third,
-        half**4 * (fourth - var * var),
+        half_square * var,
+        half * half_square * third,
+        half_square.square() * (fourth - var * var),
         slope + mean_,
     )
 
