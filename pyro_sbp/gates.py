@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.layers import LINEAR_FUNCTIONS, channel_dim
+from pyro_sbp.layers import channel_dim, scale_columns, serves
 
-__all__ = ["Gate", "GatedNetwork", "Span", "call", "convert", "fold", "tensors_of"]
+__all__ = ["Gate", "GatedNetwork", "Span", "call", "check_theta", "convert", "fold", "tensors_of"]
 
 
 @dataclass(frozen=True)
 class Span:
     """Which unit each row or column of a layer carries.
 
-    `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none.
+    `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
+    layer with `groups` must keep as many of them in each group that it keeps.
     """
 
     layer: str
     units: Tensor
+    groups: int = 1
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -117,7 +119,8 @@ def _column_scales(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[s
     return scales
 
 
-def _check(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
+def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where theta names no gate of `gates`, or has a wrong shape for it."""
     sizes = {gate.name: gate.size for gate in gates}
     for name, value in theta.items():
         if name not in sizes:
@@ -144,14 +147,13 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: theta names no gate of `gates`, or has the wrong length.
     """
-    _check(gates, theta)
+    check_theta(gates, theta)
     folded = {}
     for layer, scale in _column_scales(gates, theta).items():
         if scale.ndim != 1:
             raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
         weight = net.get_parameter(f"{layer}.weight")
-        shape = (1, -1) + (1,) * (weight.ndim - 2)
-        folded[f"{layer}.weight"] = weight * scale.to(weight.dtype).view(shape)
+        folded[f"{layer}.weight"] = scale_columns(net.get_submodule(layer), weight, scale)
     return folded
 
 
@@ -166,23 +168,22 @@ class _ScaleInputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in LINEAR_FUNCTIONS:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if id(weight) in self.readers:
-                name, layer = self.readers[id(weight)]
-                x, scale = args[0] if args else kwargs["input"], self.scales[name]
-                dim = channel_dim(layer, x)
-                shared = scale.shape[0] == 1
-                if not shared and (dim == 0 or x.shape[0] != scale.shape[0]):
-                    raise ValueError(
-                        f"layer {name!r} gets an input of shape {list(x.shape)}, without the "
-                        f"batch of {scale.shape[0]} in dimension 0, which noise per example needs"
-                    )
-                shape = [1] * x.ndim
-                shape[0] = len(scale)
-                shape[dim] = scale.shape[1]
-                x = x * scale.to(x.dtype).view(shape)
-                args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        name, layer = self.readers.get(id(weight), ("", None))
+        if layer is not None and serves(func, layer):
+            x, scale = args[0] if args else kwargs["input"], self.scales[name]
+            dim = channel_dim(layer, x)
+            shared = scale.shape[0] == 1
+            if not shared and (dim == 0 or x.shape[0] != scale.shape[0]):
+                raise ValueError(
+                    f"layer {name!r} gets an input of shape {list(x.shape)}, without the "
+                    f"batch of {scale.shape[0]} in dimension 0, which noise per example needs"
+                )
+            shape = [1] * x.ndim
+            shape[0] = len(scale)
+            shape[dim] = scale.shape[1]
+            x = x * scale.to(x.dtype).view(shape)
+            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
         return func(*args, **kwargs)
 
 
@@ -212,7 +213,7 @@ class GatedNetwork(nn.Module):
             ValueError: theta names an unknown gate, has a wrong shape, or is given per example
                 where a reader's input has no batch in dimension 0.
         """
-        _check(self.gates, theta)
+        check_theta(self.gates, theta)
         shared = {name: value for name, value in theta.items() if value.ndim == 1}
         each = {name: value for name, value in theta.items() if value.ndim == 2}
         args, kwargs = _arguments(x)

@@ -10,78 +10,183 @@ from torch import Tensor, nn
 
 __all__ = [
     "CHANNELWISE_FUNCTIONS",
-    "LINEAR_FUNCTIONS",
     "SIZE_ATTRIBUTES",
     "channel_dim",
+    "groups_of",
     "is_channelwise",
     "is_matrix",
+    "is_reader",
+    "num_columns",
+    "num_rows",
     "resize",
+    "scale_columns",
+    "serves",
 ]
 
-#: Functions that are linear in the columns of their weight: f(input, weight, bias, ...).
-LINEAR_FUNCTIONS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+#: Functions that are linear in the columns of a weight, f(input, weight, bias, ...), and theirs.
+_MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
+    F.linear: (nn.Linear,),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTIONS),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
+    F.embedding: (nn.Embedding,),
+}
 #: Functions that treat every channel alone.
-CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm})
+CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, F.prelu})
 
 #: The attributes of layers that repeat the number of rows, and of columns.
-_SIZES = (("out_features", "out_channels", "num_features"), ("in_features", "in_channels"))
+_ROW_SIZES = ("out_features", "out_channels", "num_features", "num_parameters", "embedding_dim")
+_COLUMN_SIZES = ("in_features", "in_channels")
 #: All attributes of layers that `resize` changes.
-SIZE_ATTRIBUTES = (*_SIZES[0], *_SIZES[1], "groups")
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups")
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a layer has the weight ``[rows, columns, ...]``: every input meets every output."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, _CONVOLUTIONS) and module.groups == 1
+    """Whether a layer has a weight with rows, one for each of the units that it produces."""
+    if isinstance(module, _TRANSPOSED):
+        return module.groups == 1
+    return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) and not is_channelwise(
+        module
     )
+
+
+def is_reader(module: nn.Module) -> bool:
+    """Whether a layer is linear in units that it takes as columns of its weight."""
+    return is_matrix(module) and not isinstance(module, nn.Embedding)
 
 
 def is_channelwise(module: nn.Module) -> bool:
     """Whether a layer treats every channel alone: batch norm, depthwise convolution."""
-    if isinstance(module, _BATCH_NORMS):
-        return True
-    return (
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    return isinstance(module, _NORMS) or (
         isinstance(module, _CONVOLUTIONS)
         and module.groups > 1
         and module.groups == module.in_channels == module.out_channels
     )
 
 
-def channel_dim(module: nn.Module, input: Tensor) -> int:
-    """The dimension of `input` that holds the layer's channels or features."""
-    if isinstance(module, nn.Linear):
-        return input.ndim - 1
-    if isinstance(module, _CONVOLUTIONS):
-        return input.ndim - module.weight.ndim + 1
+def serves(function: Any, module: nn.Module) -> bool:
+    """Whether a function that is called with a layer's tensors does what the layer does."""
+    if function in CHANNELWISE_FUNCTIONS:
+        return is_channelwise(module)
+    return isinstance(module, _MATRIX_FUNCTIONS.get(function, ()))
+
+
+def groups_of(module: nn.Module) -> int:
+    """Into how many groups rows and columns fall, that do not meet each other."""
+    return getattr(module, "groups", 1)
+
+
+def _row_dim(module: nn.Module) -> int:
+    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) else 0
+
+
+def num_rows(module: nn.Module) -> int:
+    """How many units a matrix layer produces."""
+    return module.get_parameter("weight").shape[_row_dim(module)]
+
+
+def num_columns(module: nn.Module) -> int:
+    """How many units a reader takes."""
+    return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
+
+
+def channel_dim(module: nn.Module, x: Tensor) -> int:
+    """The dimension of a layer's input, or output, that holds the channels or features."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return x.ndim - 1
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return x.ndim - module.get_parameter("weight").ndim + 1
     return 1
 
 
-def _select(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    return tensor.detach().index_select(dim, index.to(tensor.device)).clone()
+def scale_columns(module: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight of a reader with its columns multiplied by `scale` ``[columns]``."""
+    scale = scale.to(weight.dtype)
+    groups = groups_of(module)
+    if groups > 1:
+        rows = weight.shape[0] // groups
+        scale = scale.view(groups, 1, -1).expand(-1, rows, -1).reshape(weight.shape[0], -1)
+        return weight * scale.view(*scale.shape, *(1,) * (weight.ndim - 2))
+    shape = [1] * weight.ndim
+    shape[1 - _row_dim(module)] = -1
+    return weight * scale.view(shape)
 
 
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
     old = getattr(module, name)
+    value = value.detach().clone()
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, name, value)
 
 
+def _keep(module: nn.Module, names: tuple[str, ...], index: Tensor, dim: int) -> None:
+    for name in names:
+        tensor: Any = getattr(module, name, None)
+        if tensor is not None:
+            _set(module, name, tensor.detach().index_select(dim, index.to(tensor.device)))
+
+
+def _resized(module: nn.Module, names: tuple[str, ...], size: int) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, size)
+
+
 def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
-    """Keep only `rows` (outputs) and `columns` (inputs) of a layer, in place; None keeps all."""
-    channelwise = is_channelwise(module)
-    for dim, index in enumerate((rows, None if channelwise else columns)):
-        if index is None:
-            continue
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor: Any = getattr(module, name, None)
-            if tensor is not None and tensor.ndim > dim:
-                _replace(module, name, _select(tensor, index, dim))
-        for name in _SIZES[dim]:
-            if hasattr(module, name):
-                setattr(module, name, len(index))
-    if rows is not None and channelwise and hasattr(module, "groups"):
-        module.groups = module.in_channels = len(rows)
+    """Keep only some rows (outputs) and columns (inputs) of a layer, in place.
+
+    Args:
+        module: a matrix layer, or a channel-wise one, which has rows only.
+        rows, columns: indices; None keeps all. Of a layer with groups every group that is kept
+            keeps as many rows as the others, and as many columns.
+    """
+    if is_channelwise(module):
+        if rows is not None:
+            _keep(module, ("weight", "bias", "running_mean", "running_var"), rows, 0)
+            _resized(module, _ROW_SIZES, len(rows))
+            if isinstance(module, _CONVOLUTIONS):
+                module.groups = module.in_channels = len(rows)
+        return
+    if groups_of(module) > 1:
+        _resize_groups(module, rows, columns)
+        return
+    if rows is not None:
+        _keep(module, ("weight",), rows, _row_dim(module))
+        _keep(module, ("bias",), rows, 0)
+        _resized(module, _ROW_SIZES, len(rows))
+    if columns is not None:
+        _keep(module, ("weight",), columns, 1 - _row_dim(module))
+        _resized(module, _COLUMN_SIZES, len(columns))
+
+
+def _resize_groups(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+    groups, weight = groups_of(module), module.get_parameter("weight").detach()
+    rows = torch.arange(num_rows(module)) if rows is None else rows
+    columns = torch.arange(num_columns(module)) if columns is None else columns
+    width = weight.shape[1]
+    row_group = rows // (num_rows(module) // groups)
+    kept = row_group.unique()
+    if not torch.equal(kept, (columns // width).unique()):
+        raise ValueError("a group of a convolution keeps rows without columns, or the reverse")
+    # Which columns each row keeps, counted within its group.
+    inside = (columns % width).reshape(len(kept), -1)
+    index = inside[torch.searchsorted(kept, row_group)].to(weight.device)
+    weight = weight.index_select(0, rows.to(weight.device))
+    index = index.view(*index.shape, *(1,) * (weight.ndim - 2)).expand(-1, -1, *weight.shape[2:])
+    _set(module, "weight", weight.gather(1, index))
+    _keep(module, ("bias",), rows, 0)
+    module.groups = len(kept)
+    _resized(module, _ROW_SIZES, len(rows))
+    _resized(module, _COLUMN_SIZES, len(columns))

@@ -2,16 +2,16 @@
 
 A NaN put into an output channel of a layer (a writer) shows up in exactly the input columns of the
 layers (readers) that the channel reaches, through flatten, concatenation, pooling or sums, whatever
-the network's code. Channel numbers are coded in bits, so that 2 log2(channels) passes a writer
-tell all of its channels apart: a column that saw exactly one of each bit and its complement is
-reached by one channel, whose number the bits spell.
+the network's code. Channel numbers are coded in bits, so that 2 log2(channels) passes tell all
+channels of a writer apart: a column that saw exactly one of each bit and its complement is reached
+by one channel, whose number the bits spell. Writers that reach no column in common share a pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,15 +21,21 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, tensors_of
 from pyro_sbp.layers import (
-    CHANNELWISE_FUNCTIONS,
-    LINEAR_FUNCTIONS,
     channel_dim,
+    groups_of,
     is_channelwise,
     is_matrix,
+    is_reader,
+    num_columns,
+    num_rows,
+    serves,
 )
-from pyro_sbp.surgery import relative_difference, shrink
+from pyro_sbp.surgery import relative_difference, shrink_in_place
 
 __all__ = ["Gates", "find_gates"]
+
+#: The largest relative difference of the shrunk from the masked network in a proof, in float64.
+TOLERANCE = 1e-10
 
 
 class Gates(list[Gate]):
@@ -43,7 +49,7 @@ class Gates(list[Gate]):
 class _Probe(TorchFunctionMode):
     """Watch the layers of a network, known by their weight or running mean, while it is called.
 
-    The first call caches what every layer answers. In later ones every reader answers with its
+    The first call caches what every matrix layer answers. In later ones each answers with its
     cached output, so that a NaN injected into one layer's output stops at the layers it reaches.
     """
 
@@ -55,101 +61,155 @@ class _Probe(TorchFunctionMode):
                 for key in ("weight", "running_mean"):
                     tensor = getattr(module, key, None)
                     if tensor is not None:
-                        self.layers[id(tensor)] = (name, module)
+                        self.layers.setdefault(id(tensor), (name, module))
         self.clean: dict[str, list[Tensor]] = {}
-        self.columns: dict[str, int] = {}
-        self.recording = True
+        self.inject: Mapping[str, Tensor] | None = None
 
-    def start(self, writer: str | None, channels: Tensor | None) -> None:
-        """Begin a pass; with a writer, NaN goes into those of its channels that are set."""
-        self.recording = writer is None
-        self.writer, self.channels = writer, channels
+    def start(self, inject: Mapping[str, Tensor] | None) -> None:
+        """Begin a pass; NaN goes into the channels that are set of the writers that are named."""
+        self.inject = inject
         self.seen: dict[str, Tensor] = {}
         self.calls: dict[str, int] = {}
 
-    def _layer(self, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
+    def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
         for value in (*args, *kwargs.values()):
-            if id(value) in self.layers:
-                return self.layers[id(value)]
+            found = self.layers.get(id(value))
+            if found is not None and serves(func, found[1]):
+                return found
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = func in LINEAR_FUNCTIONS or func in CHANNELWISE_FUNCTIONS
-        found = self._layer(args, kwargs) if known else None
+        found = self._layer(func, args, kwargs)
         if found is None:
             return func(*args, **kwargs)
         name, layer = found
-        x: Tensor = args[0] if args else kwargs["input"]
-        dim = channel_dim(layer, x)
-        hit = x.isnan().movedim(dim, 0).flatten(1).any(1)
-        self.seen[name] = self.seen[name] | hit if name in self.seen else hit
+        if not isinstance(layer, nn.Embedding):
+            x: Tensor = args[0] if args else kwargs["input"]
+            dim = channel_dim(layer, x)
+            # A sum is NaN where one of its numbers is, and needs no copy of them.
+            hit = x.sum([d for d in range(x.ndim) if d != dim % x.ndim]).isnan()
+            self.seen[name] = self.seen[name] | hit if name in self.seen else hit
         if is_channelwise(layer):
             return func(*args, **kwargs)
-        if self.recording:
+        if self.inject is None:
             out = func(*args, **kwargs)
             self.clean.setdefault(name, []).append(out.clone())
-            self.columns[name] = x.shape[dim]
             return out
         index = self.calls.get(name, 0)
         self.calls[name] = index + 1
         out = self.clean[name][index].clone()
-        if name == self.writer:
-            out.movedim(channel_dim(layer, out), 0)[self.channels] = torch.nan
+        if name in self.inject:
+            out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
         return out
 
 
 @dataclass
 class _Reach:
-    """Where the units of one writer arrive."""
+    """Where the units of one writer arrive.
+
+    `blocks` is the number of a unit that each row belongs to: its own, but where a layer's rows
+    only make sense together, as those of the queries of an attention head.
+    """
 
     writer: str
-    size: int
-    columns: dict[str, Tensor]  # reader or channel-wise layer -> unit of each channel, or -1
+    blocks: Tensor
+    seen: dict[str, Tensor] = field(default_factory=dict)  # layer -> columns that any unit reaches
+    columns: dict[str, Tensor] = field(default_factory=dict)  # layer -> unit of each column, or -1
     problem: str | None = None
+
+    @property
+    def size(self) -> int:
+        return int(self.blocks.max()) + 1
 
 
 def _codes(size: int) -> Tensor:
-    """Patterns ``[2 * bits, size]``: which channels each pass sets, every bit and its opposite."""
+    """Patterns ``[2 * bits, size]``: which units a pass sets, each bit and then its opposite."""
     bits = max(1, (size - 1).bit_length())
     numbers = torch.arange(size)
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits)]).bool()
-    return torch.cat([ones, ~ones])
+    return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 
-def _measure(net: nn.Module, probe: _Probe, x: Any, writer: str) -> _Reach:
-    layer = net.get_submodule(writer)
-    size = layer.weight.shape[0]
-    patterns = _codes(size)
-    bits = len(patterns) // 2
-    reach = _Reach(writer, size, {})
-    seen: dict[str, list[Tensor]] = {}
-    for channels in patterns:
-        probe.start(writer, channels)
-        with probe:
-            output = call(net, x)
-        if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output)):
+def _blocks(net: nn.Module, writer: str) -> Tensor:
+    parent, _, name = writer.rpartition(".")
+    rows = torch.arange(num_rows(net.get_submodule(writer)))
+    return rows // getattr(net.get_submodule(parent), "row_blocks", {}).get(name, 1)
+
+
+def _pass(net: nn.Module, probe: _Probe, x: Any, inject: Mapping[str, Tensor]) -> bool:
+    """One call with NaN in some channels; whether an output of the network is reached."""
+    probe.start(inject)
+    with probe:
+        output = call(net, x)
+    return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output))
+
+
+def _measure(net: nn.Module, probe: _Probe, x: Any, writers: Sequence[str]) -> list[_Reach]:
+    """Where the units of all writers arrive."""
+    reaches = []
+    for writer in writers:
+        reach = _Reach(writer, _blocks(net, writer))
+        reaches.append(reach)
+        if _pass(net, probe, x, {writer: torch.ones(len(reach.blocks), dtype=torch.bool)}):
             reach.problem = "reaches an output of the network"
-            return reach
-        for name, hit in probe.seen.items():
-            seen.setdefault(name, []).append(hit)
-    for name, hits in seen.items():
-        if len(hits) != len(patterns):
-            reach.problem = f"layer {name!r} is not called every time"
-            return reach
-        ones, zeros = torch.stack(hits).split(bits)
-        if not bool((ones | zeros).any()):
             continue
-        reached = (ones | zeros).any(0)
-        if bool((ones & zeros).any()):
-            reach.problem = f"several of its units reach the same column of {name!r}"
-            return reach
-        numbers = (ones.long() << torch.arange(bits)[:, None]).sum(0)
-        reach.columns[name] = torch.where(reached, numbers, -1)
-    readers = [name for name in reach.columns if is_matrix(net.get_submodule(name))]
-    if not readers:
-        reach.problem = "no layer reads it"
-    return reach
+        reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
+        if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
+            reach.problem = "no layer reads it"
+    for together in _apart([reach for reach in reaches if reach.problem is None]):
+        _decode(net, probe, x, together)
+    return reaches
+
+
+def _apart(reaches: Sequence[_Reach]) -> list[list[_Reach]]:
+    """Writers in sets of which no two reach a column in common."""
+    sets: list[tuple[list[_Reach], dict[str, Tensor]]] = []
+    for reach in reaches:
+        for chosen in sets:
+            taken = chosen[1]
+            if not any(bool((taken[n] & h).any()) for n, h in reach.seen.items() if n in taken):
+                break
+        else:
+            chosen = ([], {})
+            sets.append(chosen)
+        members, taken = chosen
+        members.append(reach)
+        for name, hit in reach.seen.items():
+            taken[name] = taken[name] | hit if name in taken else hit
+    return [members for members, _ in sets]
+
+
+def _decode(net: nn.Module, probe: _Probe, x: Any, reaches: Sequence[_Reach]) -> None:
+    """Find the unit of every column that writers which do not meet reach."""
+    codes = {reach.writer: _codes(reach.size) for reach in reaches}
+    numbers = {r.writer: {name: torch.zeros(len(h)).long() for name, h in r.seen.items()}
+               for r in reaches}  # fmt: skip
+    for bit in range(max(map(len, codes.values())) // 2):
+        active = [r for r in reaches if r.problem is None and 2 * bit < len(codes[r.writer])]
+        if not active:
+            break
+        hits = []
+        for half in range(2):
+            chosen = {r.writer: codes[r.writer][2 * bit + half][r.blocks] for r in active}
+            _pass(net, probe, x, chosen)
+            hits.append(probe.seen)
+        for reach in active:
+            for name, seen in reach.seen.items():
+                if name not in hits[0] or name not in hits[1]:
+                    reach.problem = f"layer {name!r} is not called every time"
+                    break
+                one, zero = hits[0][name] & seen, hits[1][name] & seen
+                if bool((one & zero).any()):
+                    reach.problem = f"several of its units reach the same column of {name!r}"
+                    break
+                if not torch.equal(one | zero, seen):
+                    reach.problem = f"what reaches {name!r} depends on the data"
+                    break
+                numbers[reach.writer][name] += one.long() << bit
+    for reach in reaches:
+        for name, seen in reach.seen.items():
+            reach.columns[name] = torch.where(seen, numbers[reach.writer][name], -1)
 
 
 class _UnionFind:
@@ -168,7 +228,7 @@ class _UnionFind:
 
 
 def _groups(reaches: Sequence[_Reach]) -> list[list[_Reach]]:
-    """Writers that share a channel of some layer, together; in order of their first writer."""
+    """Writers that share a column of some layer, together; in order of their first writer."""
     union = _UnionFind()
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
@@ -187,19 +247,17 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
     union = _UnionFind()
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
-        for row in range(reach.size):
-            union.find((reach.writer, row))
         for name, units in reach.columns.items():
-            for column, row in enumerate(units.tolist()):
-                if row >= 0:
-                    unit = (reach.writer, row)
+            for column, number in enumerate(units.tolist()):
+                if number >= 0:
+                    unit = (reach.writer, number)
                     union.join(owner.setdefault((name, column), unit), unit)
     number: dict[Any, int] = {}
-    rows = {
+    own = {
         reach.writer: torch.tensor(
             [
-                number.setdefault(union.find((reach.writer, row)), len(number))
-                for row in range(reach.size)
+                number.setdefault(union.find((reach.writer, unit)), len(number))
+                for unit in range(reach.size)
             ]
         )
         for reach in group
@@ -207,15 +265,22 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
     spans: dict[str, Tensor] = {}
     for reach in group:
         for name, units in reach.columns.items():
-            mapped = torch.where(units >= 0, rows[reach.writer][units.clamp(min=0)], -1)
+            mapped = torch.where(units >= 0, own[reach.writer][units.clamp(min=0)], -1)
             spans[name] = torch.maximum(spans[name], mapped) if name in spans else mapped
-    matrix = {name for name in spans if is_matrix(net.get_submodule(name))}
+
+    def span(name: str, units: Tensor) -> Span:
+        layer = net.get_submodule(name)
+        return Span(name, units, 1 if is_channelwise(layer) else groups_of(layer))
+
+    readers = {name for name in spans if is_reader(net.get_submodule(name))}
     return Gate(
         name=group[0].writer,
         size=len(number),
-        writers=tuple(Span(name, units) for name, units in rows.items()),
-        readers=tuple(Span(name, units) for name, units in spans.items() if name in matrix),
-        channelwise=tuple(Span(name, units) for name, units in spans.items() if name not in matrix),
+        writers=tuple(span(reach.writer, own[reach.writer][reach.blocks]) for reach in group),
+        readers=tuple(span(name, units) for name, units in spans.items() if name in readers),
+        channelwise=tuple(
+            span(name, units) for name, units in spans.items() if name not in readers
+        ),
     )
 
 
@@ -227,28 +292,64 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
             f"input_features names {layer!r}, which is no nn.Linear of the network; "
             f"those are {', '.join(dense) or 'none'}"
         )
-    size = modules[layer].in_features
+    size = num_columns(modules[layer])
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size)),))
 
 
-def _prove(net: nn.Module, gates: Sequence[Gate], x: Any) -> str | None:
-    """Why a network shrunk by random theta differs from the masked one; None if it does not."""
-    generator = torch.Generator().manual_seed(0)
-    theta = {}
-    for gate in gates:
-        values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
-        values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
-        theta[gate.name] = values
-    try:
-        with torch.no_grad():
-            masked = GatedNetwork(net, gates)(x, theta)
-            small = call(shrink(net, gates, theta, x), x)
-        difference = relative_difference(masked, small)
-    except Exception as error:  # a network's own code may raise anything
-        return f"cutting it fails: {first_line(error)}"
-    if not difference <= 1e-10:
-        return f"cutting it changes the output by {difference:.1e}"
-    return None
+class _Proof:
+    """Shrinks a network by random theta and compares it with the masked one, in float64."""
+
+    def __init__(self, net: nn.Module, x: Any) -> None:
+        self.net, self.x = net, x
+
+    def problem(self, gates: Sequence[Gate]) -> str | None:
+        """Why the shrunk network differs from the masked one; None if it does not."""
+        generator = torch.Generator().manual_seed(0)
+        theta = {}
+        for gate in gates:
+            values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
+            values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
+            theta[gate.name] = values
+        net = _exact(self.net)
+        _enliven(net, generator)
+        try:
+            with torch.no_grad():
+                each = {name: value[None] for name, value in theta.items()}
+                masked = GatedNetwork(net, gates)(self.x, each)
+                shrink_in_place(net, gates, theta)
+                difference = relative_difference(masked, call(net, self.x))
+        except Exception as error:  # a network's own code may raise anything
+            return f"cutting it fails: {first_line(error)}"
+        if not difference <= TOLERANCE:
+            return f"cutting it changes the output by {difference:.1e}"
+        return None
+
+    def keep(self, gates: Sequence[Gate], proven: list[Gate], left_alone: dict[str, str]) -> None:
+        """Add to `proven` what goes with it, found by halving; the rest is left alone."""
+        problem = self.problem([*proven, *gates])
+        if problem is None:
+            proven += gates
+        elif len(gates) == 1:
+            left_alone[gates[0].name] = problem
+        else:
+            half = len(gates) // 2
+            self.keep(gates[:half], proven, left_alone)
+            self.keep(gates[half:], proven, left_alone)
+
+
+def _exact(net: nn.Module) -> nn.Module:
+    """A copy for measurements: on the CPU, in float64, as in evaluation, without gradients."""
+    return copy.deepcopy(net).cpu().double().eval().requires_grad_(False)
+
+
+def _enliven(net: nn.Module, generator: torch.Generator) -> None:
+    """Give parameters that are (nearly) zero an ordinary size: behind a head or a layer scale of
+    zeros every difference would vanish."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise, alpha=0.1)
 
 
 def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str] = ()) -> Gates:
@@ -261,7 +362,7 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
     Args:
         net: any network; it is not changed.
         example_input: an input that it can be called on: a tensor, a tuple of inputs or a dict of
-            named ones.
+            named ones. The smaller it is, the sooner the answer comes.
         input_features: names of dense layers whose input columns shall each be a unit of its own
             (pixels, flattened features).
 
@@ -270,26 +371,32 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
         are not gated to the reason.
 
     Raises:
-        ValueError: `input_features` names no dense layer.
+        ValueError: `input_features` names no dense layer, or the network cannot be called on the
+            input.
     """
     features = [_feature_gate(net, layer) for layer in input_features]
-    probed = copy.deepcopy(net).cpu().double().eval()
+    probed = _exact(net)
     x = convert(example_input, torch.float64, torch.device("cpu"))
     probe = _Probe(probed)
-    probe.start(None, None)
-    with torch.no_grad(), probe:
-        call(probed, x)
-    order = list(probe.columns)
-    left_alone = {}
-    reaches = []
+    probe.start(None)
+    try:
+        with torch.no_grad(), probe:
+            call(probed, x)
+    except Exception as error:  # a network's own code may raise anything
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x)) or "no tensor"
+        raise ValueError(
+            f"{type(net).__name__} cannot be called on the example input ({shapes}): "
+            f"{first_line(error)}"
+        ) from error
+    order = list(probe.clean)
     with torch.no_grad():
-        for writer in order:
-            reach = _measure(probed, probe, x, writer)
-            if reach.problem:
-                left_alone[writer] = reach.problem
-            else:
-                reaches.append(reach)
-    gates = [_gate(probed, group) for group in _groups(reaches)]
+        reaches = _measure(probed, probe, x, order)
+    left_alone = {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
+    for name, module in net.named_modules():
+        if is_matrix(module) and name not in probe.clean:
+            left_alone[name] = "is not called, or shares its weight with another layer"
+    gates = [_gate(probed, group) for group in _groups([r for r in reaches if not r.problem])]
+    del probe, probed
     # A gate on features stands just before the layer that reads them.
     place = {name: index for index, name in enumerate(order)}
     gates.sort(key=lambda gate: place[gate.writers[0].layer])
@@ -297,14 +404,7 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
         layer = gate.readers[0].layer
         position = sum(place[g.writers[0].layer] < place[layer] for g in gates if g.writers)
         gates.insert(position + sum(not g.writers for g in gates[:position]), gate)
-    if _prove(probed, gates, x) is not None:
-        # Something cannot be cut: find out what, one gate more at a time.
-        proven: list[Gate] = []
-        for gate in gates:
-            problem = _prove(probed, [*proven, gate], x)
-            if problem:
-                left_alone[gate.name] = problem
-            else:
-                proven.append(gate)
-        gates = proven
-    return Gates(gates, left_alone)
+    proven: list[Gate] = []
+    if gates:
+        _Proof(net, x).keep(gates, proven, left_alone)
+    return Gates(proven, left_alone)

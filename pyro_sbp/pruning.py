@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.gates import Gate, GatedNetwork, call, convert, tensors_of
 from pyro_sbp.guides import TruncatedLogNormalGuide
 from pyro_sbp.models import GatedModel
-from pyro_sbp.surgery import relative_difference, shrink
+from pyro_sbp.surgery import (
+    Units,
+    cut,
+    readable,
+    relative_difference,
+    shrink_in_place,
+    surviving_units,
+)
 
-__all__ = ["Equivalence", "EquivalenceError", "checked_shrink", "masked_mean", "prune"]
+__all__ = [
+    "Choice",
+    "Equivalence",
+    "EquivalenceError",
+    "checked_shrink",
+    "choose_units",
+    "masked_mean",
+    "prune",
+]
 
 #: The largest relative difference of the pruned from the masked network, in float64.
 TOLERANCE = 1e-10
@@ -52,15 +68,136 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
     return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What to keep of every gate.
+
+    Attributes:
+        theta: from gate name to ``[units]``, 0 where a unit is to go.
+        units: what remains of them, by gate.
+        threshold: the signal-to-noise ratio that decided.
+    """
+
+    theta: dict[str, Tensor]
+    units: dict[str, Units]
+    threshold: float
+
+
+def choose_units(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    mean: Mapping[str, Tensor],
+    snr: Mapping[str, Tensor],
+    example_input: Any,
+    *,
+    threshold: float = 1.0,
+    macs_ratio: float | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> Choice:
+    """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
+
+    Args:
+        net: the network.
+        gates: its gates.
+        mean, snr: from gate name to a tensor ``[units]``.
+        example_input: an input of the network, at whose size MACs are counted.
+        threshold: units with SNR >= threshold are kept.
+        macs_ratio: instead of the threshold: keep as much as leaves the network with at least this
+            many times fewer MACs.
+        round_to: every gate keeps a multiple of this many units: of those under the threshold, the
+            best stay. A gate of fewer keeps all.
+        min_units: every gate keeps its best so many units, whatever the threshold.
+
+    Raises:
+        ValueError: a setting is out of range, or the budget cannot be met; the message says what
+            can.
+    """
+    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+    snr = {name: value.detach().cpu() for name, value in snr.items()}
+    levels = torch.cat([snr[gate.name] for gate in gates]).unique()
+
+    def chosen(level: float) -> Choice:
+        mask = {gate.name: snr[gate.name] >= level for gate in gates}
+        _bring_back(gates, mask, snr, round_to, min_units)
+        theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
+        units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
+        return Choice(theta, units, level)
+
+    if macs_ratio is None:
+        return chosen(threshold)
+    if not 1 <= macs_ratio < float("inf"):
+        raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
+    ratio = _macs_ratios(net, gates, example_input)
+    most = chosen(float(levels[-1]))
+    if ratio(most.units) < macs_ratio:
+        raise ValueError(
+            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units the network has "
+            f"{ratio(most.units):.2f} times fewer MACs"
+        )
+    low, high = 0, len(levels) - 1  # the answer is at most at high
+    while low < high:
+        middle = (low + high) // 2
+        if ratio(chosen(float(levels[middle])).units) >= macs_ratio:
+            high = middle
+        else:
+            low = middle + 1
+    return chosen(float(levels[high]))
+
+
+def _bring_back(
+    gates: Sequence[Gate],
+    mask: dict[str, Tensor],
+    snr: Mapping[str, Tensor],
+    round_to: int,
+    min_units: int,
+) -> None:
+    """Let the best units under the threshold stay, where that many are asked for."""
+    for gate in gates:
+        kept = int(surviving_units(gates, mask)[gate.name].kept.sum())
+        wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)
+        possible = readable(gate, gates, mask) & ~mask[gate.name]
+        if wanted > kept and bool(possible.any()):
+            score = torch.where(possible, snr[gate.name].double(), -torch.inf)
+            best = score.argsort(descending=True, stable=True)[: wanted - kept]
+            mask[gate.name] = mask[gate.name].clone()
+            mask[gate.name][best[possible[best]]] = True
+
+
+def _macs_ratios(
+    net: nn.Module, gates: Sequence[Gate], example_input: Any
+) -> Callable[[Mapping[str, Units]], float]:
+    """From what remains of the units to how many times fewer MACs, counted without computing."""
+    shape = copy.deepcopy(net).to("meta")
+    x = convert(example_input, torch.float32, torch.device("meta"))
+    shape.float()
+    dense = count_macs(shape, x)
+
+    def ratio(units: Mapping[str, Units]) -> float:
+        small = copy.deepcopy(shape)
+        cut(small, gates, units)
+        return dense / count_macs(small, x)
+
+    return ratio
+
+
 def checked_shrink(
-    net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], example_input: Any
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    example_input: Any,
+    units: Mapping[str, Units] | None = None,
 ) -> tuple[nn.Module, Equivalence]:
     """Shrink a network and compare the result with the masked network, without using `fold` there.
 
     The work is done in float64, and the weights that were checked are those handed over.
 
     Args:
-        net, gates, theta, example_input: as for `shrink`.
+        net, gates, theta, example_input, units: as for `shrink`.
 
     Returns:
         The smaller network, and how far it is from the masked one.
@@ -69,14 +206,18 @@ def checked_shrink(
         EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
     """
     x = convert(example_input, torch.float64)
-    exact_net = copy.deepcopy(net).double().eval()
-    exact = shrink(exact_net, gates, convert(theta, torch.float64), x)
-    small = shrink(net, gates, theta, example_input)
+    # The masked outputs first, so that there are never more than two copies at a time.
+    with torch.no_grad():
+        masked = _masked(copy.deepcopy(net).eval(), gates, theta, example_input)
+        exact = copy.deepcopy(net).double().eval()
+        theta64 = convert(dict(theta), torch.float64)
+        masked64 = _masked(exact, gates, theta64, x)
+        shrink_in_place(exact, gates, theta64, units)
+        relative = relative_difference(masked64, call(exact, x))
+    small = copy.deepcopy(net)
+    shrink_in_place(small, gates, theta, units)
     small.load_state_dict(exact.state_dict())
     with torch.no_grad():
-        masked = _masked(exact_net, gates, convert(theta, torch.float64), x)
-        relative = relative_difference(masked, call(exact.eval(), x))
-        masked = _masked(copy.deepcopy(net).eval(), gates, theta, example_input)
         pruned = call(copy.deepcopy(small).eval(), example_input)
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
     absolute = max(float((a - b).abs().max()) for a, b in pairs)
@@ -98,6 +239,10 @@ def prune(
     guide: TruncatedLogNormalGuide,
     example_input: Any,
     threshold: float = 1.0,
+    *,
+    macs_ratio: float | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
 ) -> nn.Module:
     """Make the smaller network that the posterior asks for: units under the threshold are gone.
 
@@ -106,15 +251,32 @@ def prune(
         guide: its posterior.
         example_input: an input of the network, on which the result is compared with the masked
             network.
-        threshold: units with SNR >= threshold are kept.
+        threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
 
     Returns:
         A plain network with E[theta] folded into its weights, in the training mode of the original.
 
     Raises:
-        ValueError: the threshold is negative or not finite.
+        ValueError: what `choose_units` refuses, or the threshold removes every unit of every gate.
         EquivalenceError: the result differs from the masked network by more than 1e-10, relative
             to the largest output, in float64.
     """
-    theta = masked_mean(guide, threshold)
-    return checked_shrink(model.gated.net, model.gates, theta, example_input)[0]
+    net, gates = model.gated.net, model.gates
+    largest = max(float(snr.max()) for snr in guide.snr().values())
+    if macs_ratio is None and threshold > largest:
+        raise ValueError(
+            f"threshold {threshold:g} removes every unit of every gate; "
+            f"the largest signal-to-noise ratio is {largest:.4g}"
+        )
+    choice = choose_units(
+        net,
+        gates,
+        guide.mean(),
+        guide.snr(),
+        example_input,
+        threshold=threshold,
+        macs_ratio=macs_ratio,
+        round_to=round_to,
+        min_units=min_units,
+    )
+    return checked_shrink(net, gates, choice.theta, example_input, choice.units)[0]

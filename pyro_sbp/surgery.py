@@ -11,10 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates import Gate, Span, call, fold, tensors_of
+from pyro_sbp.gates import Gate, Span, call, check_theta, fold, tensors_of
 from pyro_sbp.layers import resize
 
-__all__ = ["Select", "Units", "relative_difference", "shrink", "surviving_units"]
+__all__ = [
+    "Select",
+    "Units",
+    "cut",
+    "readable",
+    "relative_difference",
+    "shrink",
+    "shrink_in_place",
+    "surviving_units",
+]
 
 
 class Select(nn.Module):
@@ -39,7 +48,8 @@ class Units:
     Attributes:
         kept: units that carry signal.
         physical: units that remain in the network. One that remains without being kept is a column
-            of zeros, left where nothing would remain of a layer.
+            of zeros, left where a layer could not be cut otherwise: nothing would remain of it, or
+            its groups would become uneven.
     """
 
     kept: Tensor
@@ -51,38 +61,63 @@ class Units:
         return self.physical & ~self.kept
 
 
-def _alive_columns(
-    gates: Sequence[Gate], alive: Mapping[str, Tensor], only: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Which columns of every reader are alive: those whose gates all have their unit alive."""
-    columns: dict[str, Tensor] = {}
-    for gate in gates:
-        if only is None or gate.name in only:
-            for span in gate.readers:
-                column = _spread(alive[gate.name], span)
-                columns[span.layer] = columns.get(span.layer, torch.tensor(True)) & column
-    return columns
-
-
 def _spread(alive: Tensor, span: Span) -> Tensor:
-    """Alive units as alive columns; a column without a unit is alive."""
+    """Alive units as alive rows or columns; one without a unit is alive."""
     return alive[span.units.clamp(min=0)] | (span.units < 0)
 
 
-def _read(gate: Gate, columns: Mapping[str, Tensor]) -> Tensor:
-    """Which units of a gate arrive in a living column, bool ``[size]``."""
+def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which rows or columns of every layer are alive: those whose gates all have theirs alive."""
+    found: dict[str, Tensor] = {}
+    for gate, span in spans:
+        here = _spread(alive[gate], span)
+        found[span.layer] = found[span.layer] & here if span.layer in found else here
+    return found
+
+
+def _columns(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in gate.readers]
+
+
+def _rows(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in (*gate.writers, *gate.channelwise)]
+
+
+def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a gate arrive in a living column, bool ``[size]``.
+
+    In a layer with groups a column lives only where a row of its group does.
+    """
     read = torch.zeros(gate.size, dtype=torch.bool)
     for span in gate.readers:
-        living = columns.get(span.layer, torch.tensor(True))
+        living = columns.get(span.layer, torch.ones_like(span.units, dtype=torch.bool))
+        if span.groups > 1 and span.layer in rows:
+            groups = rows[span.layer].view(span.groups, -1).any(1)
+            living = living & groups.repeat_interleave(len(living) // span.groups)
         read[span.units[living & (span.units >= 0)]] = True
     return read
 
 
-def surviving_units(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Units]:
+def surviving_units(
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    *,
+    min_units: int = 1,
+    round_to: int = 1,
+    score: Mapping[str, Tensor] | None = None,
+) -> dict[str, Units]:
     """Which units remain where the zeros of theta are removed, gate by gate.
 
     A unit is also gone if no living column is left that reads it (a channel all of whose flattened
     features are removed), and a feature if its channel is, to a fixed point.
+
+    Args:
+        gates: the gates.
+        theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
+        min_units: how many units of every gate remain at least.
+        round_to: the number of units that remain is a multiple of this, or all of the gate.
+        score: from gate name to a tensor ``[units]``: of the units that are to go, those with the
+            highest score remain where more have to remain; the first ones where it is not given.
     """
     alive = {
         gate.name: theta[gate.name].detach().cpu() != 0
@@ -90,25 +125,102 @@ def surviving_units(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[
         else torch.ones(gate.size, dtype=torch.bool)
         for gate in gates
     }
+    columns_of, rows_of = _columns(gates), _rows(gates)
     while True:
-        columns = _alive_columns(gates, alive)
-        new = {}
-        for gate in gates:
-            new[gate.name] = alive[gate.name] & _read(gate, columns)
+        columns, rows = _alive(columns_of, alive), _alive(rows_of, alive)
+        new = {gate.name: alive[gate.name] & _read(gate, columns, rows) for gate in gates}
         if all(torch.equal(alive[name], new[name]) for name in alive):
             break
         alive = new
-    physical = {name: units.clone() for name, units in alive.items()}
-    for gate in gates:
-        if not alive[gate.name].any():
-            # One unit stays, of those that are still joined to what stays of the gates before.
-            left = _read(gate, _alive_columns([g for g in gates if g is not gate], physical))
-            physical[gate.name][int(left.int().argmax())] = True
+    physical = _physical(gates, alive, min_units, round_to, score or {})
     return {gate.name: Units(alive[gate.name], physical[gate.name]) for gate in gates}
 
 
+def _physical(
+    gates: Sequence[Gate],
+    alive: Mapping[str, Tensor],
+    min_units: int,
+    round_to: int,
+    score: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The least units that have to remain, with those alive, for every layer to have a shape."""
+    physical = {name: units.clone() for name, units in alive.items()}
+    order = {
+        gate.name: score.get(gate.name, -torch.arange(gate.size)).detach().cpu() for gate in gates
+    }
+
+    def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
+        """Let the best `count` of the removed units among some remain."""
+        candidates = torch.nonzero(among & ~physical[gate.name]).flatten()
+        best = order[gate.name][candidates].argsort(descending=True, stable=True)[:count]
+        physical[gate.name][candidates[best]] = True
+        return len(best) > 0
+
+    changed = True
+    while changed:
+        changed = False
+        for gate in gates:
+            count = int(physical[gate.name].sum())
+            least = min(max(count, min_units), gate.size)
+            missing = min(-(-least // round_to) * round_to, gate.size) - count
+            if missing > 0:
+                # Units that are still joined to what remains of the other gates come first.
+                bring_back(gate, readable(gate, gates, physical), missing)
+                missing -= int(physical[gate.name].sum()) - count
+                bring_back(gate, torch.ones(gate.size, dtype=torch.bool), missing)
+                changed = True
+        changed |= _even_groups(gates, physical, bring_back)
+    return physical
+
+
+def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_back: Any) -> bool:
+    """Make the groups of every layer even that keep anything; say whether that took units."""
+    sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
+    for gate in gates:
+        for side, spans in enumerate((gate.writers, gate.readers)):
+            for span in spans:
+                if span.groups > 1:
+                    sides.setdefault(span.layer, ([], []))[side].append((gate, span))
+    changed = False
+    for both in sides.values():
+        counts = [_group_counts(spans, physical) for spans in both]
+        # A side without a gate keeps all of its rows or columns, and with them every group.
+        kept = torch.tensor(True)
+        if all(count is not None for count in counts):
+            kept = (counts[0] > 0) | (counts[1] > 0)
+        for spans, count in zip(both, counts, strict=True):
+            if count is None:
+                continue
+            most = max(1, int(count.max()))
+            for group in torch.nonzero(kept & (count < most)).flatten().tolist():
+                missing = most - int(count[group])
+                for gate, span in spans:
+                    among = torch.zeros(gate.size, dtype=torch.bool)
+                    units = span.units.view(span.groups, -1)[group]
+                    among[units[units >= 0]] = True
+                    changed |= bring_back(gate, among, missing)
+                    missing = most - int(_group_counts(spans, physical)[group])
+                    if missing <= 0:
+                        break
+    return changed
+
+
+def _group_counts(
+    spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]
+) -> Tensor | None:
+    """How many rows, or columns, of every group of a layer remain; None without a gate."""
+    if not spans:
+        return None
+    (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
+    return alive.view(spans[0][1].groups, -1).sum(1)
+
+
 def shrink(
-    net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], example_input: Any
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    example_input: Any,
+    units: Mapping[str, Units] | None = None,
 ) -> nn.Module:
     """Make the plain, smaller network that computes what the network masked by theta computes.
 
@@ -122,6 +234,8 @@ def shrink(
         gates: its gates, from `find_gates`.
         theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
         example_input: an input of the network, on which the result is called once.
+        units: what remains of every gate, from `surviving_units` of the same theta, if it was
+            asked for more than the least.
 
     Returns:
         A copy of the network with smaller layers and no hooks. A layer whose units would all be
@@ -131,36 +245,57 @@ def shrink(
         ValueError: theta names no gate of `gates`, or has the wrong length.
         RuntimeError: the smaller network cannot be called on `example_input`.
     """
-    folded = fold(net, gates, theta)
-    units = surviving_units(gates, theta)
-    alive = {name: unit.physical for name, unit in units.items()}
     small = copy.deepcopy(net)
+    shrink_in_place(small, gates, theta, units)
+    training = {name: module.training for name, module in small.named_modules()}
     with torch.no_grad():
-        for name, weight in folded.items():
-            small.get_parameter(name).copy_(weight)
-    rows: dict[str, Tensor] = {}
-    for gate in gates:
-        for span in (*gate.writers, *gate.channelwise):
-            kept = _spread(alive[gate.name], span)
-            rows[span.layer] = rows.get(span.layer, torch.tensor(True)) & kept
-    # Removing rows upstream decides which columns still arrive; of those, some are wanted.
-    arriving = _alive_columns(gates, alive, [gate.name for gate in gates if gate.writers])
-    wanted = _alive_columns(gates, alive)
-    for layer in {**rows, **wanted}:
-        module = small.get_submodule(layer)
-        columns = wanted.get(layer)
-        index = None if columns is None else torch.nonzero(columns).flatten()
-        resize(module, _index(rows.get(layer)), index)
-        arrives = arriving.get(layer, torch.ones_like(columns) if columns is not None else None)
-        if columns is not None and not torch.equal(arrives, columns):
-            select = Select(torch.nonzero(columns[arrives]).flatten().to(module.weight.device))
-            _put(small, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
-    with torch.no_grad():
-        training = {name: module.training for name, module in small.named_modules()}
         call(small.eval(), example_input)
-        for name, module in small.named_modules():
-            module.training = training[name]
+    for name, module in small.named_modules():
+        module.training = training[name]
     return small
+
+
+def shrink_in_place(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    units: Mapping[str, Units] | None = None,
+) -> None:
+    """As `shrink`, without a copy and without a call."""
+    check_theta(gates, theta)
+    units = surviving_units(gates, theta) if units is None else units
+    with torch.no_grad():
+        for gate in gates:
+            if gate.name in theta:
+                for name, weight in fold(net, [gate], {gate.name: theta[gate.name]}).items():
+                    net.get_parameter(name).copy_(weight)
+    cut(net, gates, units)
+
+
+def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a gate some layer could read, bool ``[size]``, by what is alive elsewhere."""
+    others = _columns([other for other in gates if other is not gate])
+    return _read(gate, _alive(others, alive), {})
+
+
+def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
+    """Remove rows and columns in place; the weights of those that remain are not touched."""
+    physical = {name: unit.physical for name, unit in units.items()}
+    rows = _alive(_rows(gates), physical)
+    # Removing rows upstream decides which columns still arrive; of those, some are wanted.
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
+    wanted = _alive(_columns(gates), physical)
+    for layer in {**rows, **wanted}:
+        module = net.get_submodule(layer)
+        columns = wanted.get(layer)
+        resize(module, _index(rows.get(layer)), _index(columns))
+        if columns is None:
+            continue
+        arrives = arriving.get(layer, torch.ones_like(columns))
+        if not torch.equal(arrives, columns):
+            weight = module.get_parameter("weight")
+            select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
+            _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
 
 
 def _index(mask: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ from pyro_sbp.guides import TruncatedLogNormalGuide
 from pyro_sbp.methods.phase import Method, Phase
 from pyro_sbp.models import GatedModel
 from pyro_sbp.probing import find_gates
-from pyro_sbp.pruning import checked_shrink, masked_mean
+from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
 
@@ -111,8 +111,17 @@ class SBP(Method):
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
 
     def _prune(self) -> dict[str, Any]:
-        theta = masked_mean(self.guide, self.recipe.threshold)
         gates = self.model.gates
-        self.units = surviving_units(gates, theta)
-        self.small, self.equivalence = checked_shrink(self.net, gates, theta, self.example_input)
+        choice = choose_units(
+            self.net,
+            gates,
+            self.guide.mean(),
+            self.guide.snr(),
+            self.example_input,
+            threshold=self.recipe.threshold,
+        )
+        self.units = choice.units
+        self.small, self.equivalence = checked_shrink(
+            self.net, gates, choice.theta, self.example_input, choice.units
+        )
         return {"mean": self._masked(0.0), "pruned": self.small}

@@ -1,0 +1,141 @@
+"""Multi-head attention whose heads can be removed one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Attention", "separate_attention"]
+
+
+class Attention(nn.Module):
+    """What `nn.MultiheadAttention` computes, with layers of their own for queries, keys and values.
+
+    There the inner width is tied to the width of the model. Here the number of heads follows from
+    the layers, the width of a head and with it the scale of the softmax stay.
+
+    Args:
+        attention: the module to take the weights of; they are copied.
+
+    Raises:
+        ValueError: the module has `add_bias_kv` or `add_zero_attn` set.
+    """
+
+    # What nn.TransformerEncoderLayer looks at before it takes a path of its own.
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise ValueError("attention with add_bias_kv or add_zero_attn cannot be separated")
+        width = attention.embed_dim
+        self.head_dim = attention.head_dim
+        self.dropout = attention.dropout
+        self.batch_first = attention.batch_first
+        #: Rows of these layers make sense only together, a head at a time.
+        self.row_blocks = {"query": self.head_dim, "key": self.head_dim}
+        packed = attention.in_proj_weight
+        weights = (
+            (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+            if packed is None
+            else packed.split(width)
+        )
+        biases = (None,) * 3
+        if attention.in_proj_bias is not None:
+            biases = attention.in_proj_bias.split(width)
+        self.query, self.key, self.value = map(_linear, weights, biases)
+        self.out = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention`; a mask must be the same for all heads.
+
+        Raises:
+            ValueError: `attn_mask` has three dimensions, a mask for every head.
+        """
+        turned = query.ndim == 3 and not self.batch_first
+        if turned:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        mask = _additive(attn_mask, q)
+        if mask is not None and mask.ndim != 2:
+            raise ValueError("attention whose heads can be removed takes one mask for all heads")
+        padding = _additive(key_padding_mask, q)
+        if padding is not None:
+            padding = padding[..., None, None, :]
+            mask = padding if mask is None else mask + padding
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = F.softmax(scores if mask is None else scores + mask, -1)
+            weights = F.dropout(weights, dropout, self.training)
+            out = weights @ v
+            weights = weights.mean(-3) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = self.out(out.transpose(-3, -2).flatten(-2))
+        return out.transpose(0, 1) if turned else out, weights
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = _parameter(weight)
+    if bias is not None:
+        layer.bias = _parameter(bias)
+    return layer
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask as numbers to add: minus infinity where a bool mask is true."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
+
+
+def separate_attention(net: nn.Module) -> nn.Module:
+    """A copy of a network with an `Attention` for every `nn.MultiheadAttention`.
+
+    It computes the same, and `find_gates` finds its heads.
+
+    Args:
+        net: the network; it is not changed.
+
+    Raises:
+        ValueError: an attention has `add_bias_kv` or `add_zero_attn` set.
+    """
+    net = copy.deepcopy(net)
+    if isinstance(net, nn.MultiheadAttention):
+        return Attention(net)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, Attention(child))
+    return net
+
+
+def has_attention(net: Any) -> bool:
+    """Whether there is an `nn.MultiheadAttention` to separate."""
+    return any(isinstance(module, nn.MultiheadAttention) for module in net.modules())
