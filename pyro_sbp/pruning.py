@@ -263,7 +263,7 @@ def prune(
     """
     net, gates = model.gated.net, model.gates
     largest = max(float(snr.max()) for snr in guide.snr().values())
-    if macs_ratio is None and threshold > largest:
+    if macs_ratio is None and largest < threshold < float("inf"):
         raise ValueError(
             f"threshold {threshold:g} removes every unit of every gate; "
             f"the largest signal-to-noise ratio is {largest:.4g}"
