@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes import Request
 
-__all__ = ["check_device", "find_run", "table"]
+__all__ = ["check_device", "closing_table", "find_run", "read_request", "table"]
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -60,6 +62,18 @@ def find_run(run: Path | None) -> Path:
     return run
 
 
+def read_request(directory: Path) -> Request:
+    """What a run was asked for.
+
+    Raises:
+        RequestError: the directory holds no run, or one that is damaged.
+    """
+    try:
+        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{directory} holds no run: {error}") from error
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A text table; the first column stands left, the others right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
@@ -71,3 +85,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         lines.append("  ".join([first, *rest]).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def closing_table(summary: dict[str, Any]) -> str:
+    """The result of a run as a text table, from its summary."""
+    units = table(
+        ("gate", "kept", "of", "zeroed"),
+        [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
+    )
+    names = {
+        "dense": "dense",
+        "mean": "noise at its mean",
+        "pruned": "pruned",
+        "finetuned": "fine-tuned",
+    }
+    errors = table(
+        ("error", "%"),
+        [
+            (names[name], "-" if value is None else f"{value:.2f}")
+            for name, value in summary["error"].items()
+        ],
+    )
+    sizes = table(
+        ("", "dense", "pruned", "ratio"),
+        [
+            (label, f"{s['dense']:,}", f"{s['pruned']:,}", f"{s['ratio']:.2f}x")
+            for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
+        ],
+    )
+    return "\n\n".join((units, errors, sizes))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
-from pyro_sbp.cli.common import check_device, table
+from pyro_sbp.cli.common import check_device, closing_table, read_request
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
@@ -28,6 +28,11 @@ __all__ = ["train"]
 @click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
 @click.option("--method", default=None, help=f"{', '.join(METHODS)}.  [default: sbp]")
 @click.option("--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="A state dict to start from, instead of a dense phase.",
+)
 @click.option("--epochs", type=int, help="Epochs of the gated phase.")
 @click.option("--batch-size", type=int, help="Examples a step.")
 @click.option("--learning-rate", type=float, help="Adam's, for the weights.")
@@ -57,7 +62,7 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
         ]
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
-        request, directory = _read_request(resume), resume
+        request, directory = read_request(resume), resume
         if (resume / "summary.json").exists():
             raise RequestError(f"{resume} is a finished run: nothing is left to do")
     architecture = find_architecture(request.arch)
@@ -91,6 +96,7 @@ def _request(
     device: str | None,
     data_dir: Path | None,
     output_dir: Path | None,
+    weights: Path | None,
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -103,11 +109,16 @@ def _request(
     if method not in METHODS:
         raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}")
     chosen = _recipe(recipe, arch, dataset, method).replace(**changes)
+    if weights is not None:
+        if not weights.is_file():
+            raise RequestError(f"there is no file {weights} to take weights from")
+        chosen = chosen.replace(dense_epochs=0)
     device = check_device(device or "auto")
     seed = 0 if seed is None else seed
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; expected an integer >= 0")
-    return Request(arch, dataset, method, chosen, seed, device, str(data_dir or "data"))
+    start = None if weights is None else str(weights)
+    return Request(arch, dataset, method, chosen, seed, device, str(data_dir or "data"), start)
 
 
 def _recipe(name: str | None, arch: str, dataset: str, method: str) -> Recipe:
@@ -138,13 +149,6 @@ def _check_free(directory: Path) -> None:
 
 def _unfinished(directory: Path) -> bool:
     return (directory / "recipe.json").exists() and not (directory / "summary.json").exists()
-
-
-def _read_request(directory: Path) -> Request:
-    try:
-        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{directory} holds no run: {error}") from error
 
 
 class _Bar:
@@ -184,32 +188,3 @@ class _Bar:
             self.key = (progress.phase, progress.epoch)
         self.bar.n = progress.step
         self.bar.set_postfix_str(text)
-
-
-def closing_table(summary: dict[str, Any]) -> str:
-    """The result of a run as a text table, from its summary."""
-    units = table(
-        ("gate", "kept", "of", "zeroed"),
-        [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
-    )
-    names = {
-        "dense": "dense",
-        "mean": "noise at its mean",
-        "pruned": "pruned",
-        "finetuned": "fine-tuned",
-    }
-    errors = table(
-        ("error", "%"),
-        [
-            (names[name], "-" if value is None else f"{value:.2f}")
-            for name, value in summary["error"].items()
-        ],
-    )
-    sizes = table(
-        ("", "dense", "pruned", "ratio"),
-        [
-            (label, f"{s['dense']:,}", f"{s['pruned']:,}", f"{s['ratio']:.2f}x")
-            for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
-        ],
-    )
-    return "\n\n".join((units, errors, sizes))

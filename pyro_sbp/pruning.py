@@ -110,8 +110,8 @@ def choose_units(
         min_units: every gate keeps its best so many units, whatever the threshold.
 
     Raises:
-        ValueError: a setting is out of range, or the budget cannot be met; the message says what
-            can.
+        ValueError: a setting is out of range, the threshold removes every unit of every gate, or
+            the budget cannot be met; the message says what can.
     """
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 1)):
         if value < least:
@@ -129,6 +129,11 @@ def choose_units(
         return Choice(theta, units, level)
 
     if macs_ratio is None:
+        if threshold > float(levels[-1]):
+            raise ValueError(
+                f"threshold {threshold:g} removes every unit of every gate; "
+                f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
+            )
         return chosen(threshold)
     if not 1 <= macs_ratio < float("inf"):
         raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
@@ -257,17 +262,11 @@ def prune(
         A plain network with E[theta] folded into its weights, in the training mode of the original.
 
     Raises:
-        ValueError: what `choose_units` refuses, or the threshold removes every unit of every gate.
+        ValueError: what `choose_units` refuses.
         EquivalenceError: the result differs from the masked network by more than 1e-10, relative
             to the largest output, in float64.
     """
     net, gates = model.gated.net, model.gates
-    largest = max(float(snr.max()) for snr in guide.snr().values())
-    if macs_ratio is None and largest < threshold < float("inf"):
-        raise ValueError(
-            f"threshold {threshold:g} removes every unit of every gate; "
-            f"the largest signal-to-noise ratio is {largest:.4g}"
-        )
     choice = choose_units(
         net,
         gates,

@@ -132,6 +132,7 @@ class Request:
     seed: int = 0
     device: str = "cpu"
     data_dir: str = "data"
+    weights: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pyro_sbp import networks
-from pyro_sbp.errors import first_line
+from pyro_sbp.attention import Attention, has_attention, separate_attention
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.layers import SIZE_ATTRIBUTES
 from pyro_sbp.surgery import Select
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_weights", "save"]
 
 
 def save(
@@ -56,6 +58,9 @@ def save(
     build = _resolve(name) if isinstance(constructor, str) else constructor
     layers = {}
     fresh = build(**(kwargs or {}))
+    separate = has_attention(fresh) and any(isinstance(m, Attention) for m in small.modules())
+    if separate:
+        fresh = separate_attention(fresh)
     here = dict(small.named_modules())
     for layer, module in fresh.named_modules():
         change: dict[str, Any] = {}
@@ -80,6 +85,7 @@ def save(
         "constructor": name,
         "kwargs": dict(kwargs or {}),
         "input_shape": None if input_shape is None else list(input_shape),
+        "separate_attention": separate,
         "layers": layers,
     }
     (partial / "network.json").write_text(json.dumps(network, indent=2) + "\n", encoding="utf-8")
@@ -120,6 +126,8 @@ def load(
             raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
     try:
         net = constructor(**kwargs)
+        if network.get("separate_attention"):
+            net = separate_attention(net)
         for layer, change in layers.items():
             _apply(net, layer, change)
         _reshape(net, state)
@@ -127,6 +135,34 @@ def load(
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit {name}: {first_line(error)}") from error
     return net.eval()
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load a state dict into a network, from a file of `torch.save` or safetensors.
+
+    Raises:
+        RequestError: the file cannot be read, holds no state dict, or one of another network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no file {path} to take weights from") from error
+    except (EOFError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise RequestError(f"{path} cannot be read as weights: {first_line(error)}") from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(v, torch.Tensor) for v in state.values()
+    ):
+        raise RequestError(f"{path} holds no state dict, from parameter names to tensors")
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise RequestError(
+            f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"
+        ) from error
 
 
 def _name(constructor: Callable[..., nn.Module]) -> str:

@@ -20,19 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
+from pyro_sbp.attention import has_attention, separate_attention
 from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData, Split
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates import call
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
+from pyro_sbp.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes import METHODS, Request
-from pyro_sbp.saving import save
+from pyro_sbp.saving import load_weights, save
 
-__all__ = ["Progress", "train", "versions"]
+__all__ = ["Progress", "prune_again", "train", "versions"]
 
 #: How many test examples are predicted at a time.
 TEST_BATCH = 500
+#: How many training examples the batch norm statistics of a pruned network are measured on.
+RECALIBRATE_ON = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,71 +90,46 @@ def train(
         EquivalenceError: the pruned network does not compute what the masked one computes.
         FloatingPointError: the loss is not finite any more.
     """
-    torch.manual_seed(request.seed)
-    device = torch.device(request.device)
-    data = data.to(device)
-    architecture = find_architecture(request.arch)
-    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
-    example, _ = data.test.batch(slice(0, 8))
-    dense = _build(architecture.resolve(), kwargs, example, len(data.classes)).to(device)
-    try:
-        method = pkgutil.resolve_name(METHODS[request.method])(
-            dense, example, request.recipe, len(data.train), architecture.input_features
-        )
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    run = _Run.prepare(request, data, directory, watch)
     _begin(directory, request)
-    dense_macs, dense_parameters = count_macs(dense, example[:1]), count_parameters(dense)
-    run = _Run(request, method, data, directory, watch)
     # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
     # a loss that is not finite in its own words, and costs a sixth of a step.
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         run.go()
-    small = method.small
-    units = {
-        name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
-        for name, u in method.units.items()
-    }
     # Left by a run that was stopped between this and its summary.
     shutil.rmtree(directory / "pruned", ignore_errors=True)
-    save(
-        small,
-        directory / "pruned",
-        constructor=architecture.constructor,
-        kwargs=kwargs,
-        units=units,
-        input_shape=data.image_shape,
-    )
-    macs, parameters = count_macs(small, example[:1]), count_parameters(small)
-    summary = {
-        "arch": request.arch,
-        "dataset": request.dataset,
-        "method": request.method,
-        "seed": request.seed,
-        "epochs": request.recipe.epochs,
-        "device": request.device,
-        "train_seconds": round(run.seconds, 1),
-        "error": {name: run.errors.get(name) for name in ("dense", "mean", "pruned", "finetuned")},
-        "units": [
-            {
-                "gate": name,
-                "kept": len(unit["kept"]),
-                "zeroed": len(unit["zeroed"]),
-                "total": unit["total"],
-            }
-            for name, unit in units.items()
-        ],
-        "macs": {"dense": dense_macs, "pruned": macs, "ratio": dense_macs / macs},
-        "parameters": {
-            "dense": dense_parameters,
-            "pruned": parameters,
-            "nonzero": sum(int(p.count_nonzero()) for p in small.parameters()),
-            "ratio": dense_parameters / parameters,
-        },
-        "equivalence": dataclasses.asdict(method.equivalence),
-    }
+    summary = run.hand_over(directory / "pruned")
     _write_json(directory / "summary.json", summary)
     return summary
+
+
+def prune_again(
+    request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
+) -> dict[str, Any]:
+    """Prune a finished run once more by other settings, without fine-tuning.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+        target: where the network is saved; it must not exist.
+        settings: what to keep, as for `choose_units`.
+
+    Returns:
+        What `train` would return, of this network.
+
+    Raises:
+        RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
+    """
+    run = _Run.prepare(request, data, directory, lambda progress: None)
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        run.replay()
+        try:
+            run.method.prune(**settings)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        run.recalibrate()
+        run.errors["pruned"] = run.error_of(run.method.small)
+        run.errors["finetuned"] = None
+    return run.hand_over(target)
 
 
 def _begin(directory: Path, request: Request) -> None:
@@ -192,16 +171,119 @@ class _Run:
         data: ImageData,
         directory: Path,
         watch: Callable[[Progress], None],
+        kwargs: dict[str, Any],
     ) -> None:
         self.request, self.recipe = request, request.recipe
         self.method, self.data, self.watch = method, data, watch
+        self.kwargs = kwargs
         self.device = torch.device(request.device)
         self.directory = directory
-        self.errors: dict[str, float] = {}
+        self.example, _ = data.test.batch(slice(0, 8))
+        self.dense_macs = count_macs(method.net, self.example[:1])
+        self.dense_parameters = count_parameters(method.net)
+        self.errors: dict[str, float | None] = {}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
         self.finished: list[dict[str, Tensor]] = []
         self.lines: list[dict[str, Any]] = []
+
+    @classmethod
+    def prepare(
+        cls,
+        request: Request,
+        data: ImageData,
+        directory: Path,
+        watch: Callable[[Progress], None],
+    ) -> _Run:
+        """Build the network and the method that are asked for; nothing is written."""
+        torch.manual_seed(request.seed)
+        device = torch.device(request.device)
+        data = data.to(device)
+        architecture = find_architecture(request.arch)
+        kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+        example, _ = data.test.batch(slice(0, 8))
+        dense = _build(architecture.resolve(), kwargs, example, len(data.classes))
+        if request.weights is not None:
+            load_weights(dense, Path(request.weights))
+        if has_attention(dense):
+            dense = separate_attention(dense)
+        try:
+            method = pkgutil.resolve_name(METHODS[request.method])(
+                dense.to(device),
+                example,
+                request.recipe,
+                len(data.train),
+                architecture.input_features,
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        return cls(request, method, data, directory, watch, kwargs)
+
+    def hand_over(self, target: Path) -> dict[str, Any]:
+        """Save the smaller network, and say what became of the dense one."""
+        small, example = self.method.small, self.example
+        units = {
+            name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
+            for name, u in self.method.units.items()
+        }
+        save(
+            small,
+            target,
+            constructor=find_architecture(self.request.arch).constructor,
+            kwargs=self.kwargs,
+            units=units,
+            input_shape=self.data.image_shape,
+        )
+        macs, parameters = count_macs(small, example[:1]), count_parameters(small)
+        names = ("dense", "mean", "pruned", "finetuned")
+        return {
+            "arch": self.request.arch,
+            "dataset": self.request.dataset,
+            "method": self.request.method,
+            "seed": self.request.seed,
+            "epochs": self.recipe.epochs,
+            "device": self.request.device,
+            "train_seconds": round(self.seconds, 1),
+            "error": {name: self.errors.get(name) for name in names},
+            "units": [
+                {
+                    "gate": name,
+                    "kept": len(unit["kept"]),
+                    "zeroed": len(unit["zeroed"]),
+                    "total": unit["total"],
+                }
+                for name, unit in units.items()
+            ],
+            "macs": {"dense": self.dense_macs, "pruned": macs, "ratio": self.dense_macs / macs},
+            "parameters": {
+                "dense": self.dense_parameters,
+                "pruned": parameters,
+                "nonzero": sum(int(p.count_nonzero()) for p in small.parameters()),
+                "ratio": self.dense_parameters / parameters,
+            },
+            "equivalence": dataclasses.asdict(self.method.equivalence),
+        }
+
+    def replay(self) -> None:
+        """Load what the phases left, up to the one that leaves the posterior."""
+        saved = self._load()
+        if saved is None:
+            raise RequestError(f"{self.directory} has no checkpoint.pt to prune from")
+        states = [*self.finished, saved["module"]]
+        for phase, state in zip(self.method.phases(), states, strict=False):
+            phase.module.load_state_dict(state)
+            phase.module.eval()
+            if phase.prunes:
+                return
+            phase.finish()
+        raise RequestError(f"{self.directory} was stopped before it had a posterior")
+
+    def recalibrate(self) -> None:
+        """Measure the batch norm statistics of the smaller network anew."""
+        size, data = self.recipe.batch_size, self.data.train
+        starts = range(0, min(len(data), RECALIBRATE_ON), size)
+        batches = (data.batch(slice(start, start + size))[0] for start in starts)
+        recalibrate_batch_norm(self.method.small, batches)
 
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
@@ -210,6 +292,8 @@ class _Run:
             if index < len(self.finished):
                 phase.module.load_state_dict(self.finished[index])
                 phase.finish()
+                if phase.prunes:
+                    self.recalibrate()
                 continue
             optimizer = torch.optim.Adam(phase.groups)
             steps = -(-len(self.data.train) // self.recipe.batch_size)
@@ -225,8 +309,11 @@ class _Run:
                 self._save(phase, epoch + 1, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
             phase.module.eval()
-            for name, predict in phase.finish().items():
-                self.errors[name] = self._error(predict)
+            predictors = phase.finish()
+            if phase.prunes:
+                self.recalibrate()
+            for name, predict in predictors.items():
+                self.errors[name] = self.error_of(predict)
 
     def _epoch(self, phase: Phase, epoch: int, optimizer: Any, schedule: Any) -> None:
         start = time.perf_counter()
@@ -252,7 +339,7 @@ class _Run:
                 "a lower learning rate may help"
             )
         phase.module.eval()
-        error = self._error(phase.predict)
+        error = self.error_of(phase.predict)
         units = phase.units()
         self.seconds += time.perf_counter() - start
         line = {
@@ -288,7 +375,7 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _error(self, predict: Predict) -> float:
+    def error_of(self, predict: Predict) -> float:
         """The share of the test set that is classified wrongly, in percent."""
         if isinstance(predict, nn.Module):
             predict.eval()

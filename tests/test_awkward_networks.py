@@ -248,7 +248,9 @@ def test_cutting_is_exact(make, share):
         assert weights[1] < weights[0] or (share < 0.5 and weights[1] == weights[0])
     # The original is as it was.
     assert net.training == before.training
-    for (name, value), old in zip(net.state_dict().items(), before.state_dict().values()):
+    for (name, value), old in zip(
+        net.state_dict().items(), before.state_dict().values(), strict=True
+    ):
         assert torch.equal(value, old) and value.dtype == old.dtype, name
     for value, old in zip(net.parameters(), before.parameters(), strict=True):
         assert value.requires_grad == old.requires_grad

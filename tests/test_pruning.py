@@ -6,7 +6,8 @@ import torch
 
 import pyro_sbp as sbp
 from pyro_sbp import gates as gates_module
-from pyro_sbp import surgery
+from pyro_sbp import pruning, surgery
+from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.pruning import EquivalenceError, checked_shrink, masked_mean
 
 
@@ -81,13 +82,13 @@ def test_a_unit_removed_too_many_is_refused(lenet, monkeypatch):
     model, guide, x = lenet
     original = surgery.surviving_units
 
-    def wrong(gates, theta):
-        units = original(gates, theta)
+    def wrong(gates, theta, **options):
+        units = original(gates, theta, **options)
         kept = units["fc1"].kept.clone()
         kept[torch.nonzero(kept)[0]] = False
         return {**units, "fc1": surgery.Units(kept, kept)}
 
-    monkeypatch.setattr(surgery, "surviving_units", wrong)
+    monkeypatch.setattr(pruning, "surviving_units", wrong)
     with pytest.raises(EquivalenceError):
         sbp.prune(model, guide, x)
 
@@ -100,3 +101,71 @@ def test_the_difference_is_measured_on_what_is_handed_over(lenet):
     assert check.max_rel_diff_float64 <= 1e-12
     # Folding rounds once more than multiplying activations does.
     assert check.max_abs_diff <= 1e-4 and float(expected.detach()) <= 1e-4
+
+
+@pytest.mark.parametrize("ratio", [1.0, 3.0, 20.0])
+def test_a_budget_is_met_with_the_lowest_threshold(lenet, ratio):
+    model, guide, x = lenet
+    dense = count_macs(model.gated.net, x[:1])
+    small = sbp.prune(model, guide, x, macs_ratio=ratio)
+    assert dense / count_macs(small, x[:1]) >= ratio
+    choice = pruning.choose_units(
+        model.gated.net, model.gates, guide.mean(), guide.snr(), x, macs_ratio=ratio
+    )
+    levels = torch.cat(list(guide.snr().values())).unique()
+    below = levels[levels < choice.threshold]
+    if len(below):
+        more = sbp.prune(model, guide, x, threshold=float(below[-1]))
+        assert dense / count_macs(more, x[:1]) < ratio
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(lenet):
+    model, guide, x = lenet
+    with pytest.raises(ValueError, match=r"macs_ratio 1e\+06 cannot be met.* times fewer"):
+        sbp.prune(model, guide, x, macs_ratio=1e6)
+    with pytest.raises(ValueError, match="expected a number >= 1"):
+        sbp.prune(model, guide, x, macs_ratio=0.5)
+
+
+def test_a_threshold_over_all_units_is_refused(lenet):
+    model, guide, x = lenet
+    largest = max(float(snr.max()) for snr in guide.snr().values())
+    with pytest.raises(ValueError, match=f"removes every unit.* is {largest:.4g}"):
+        sbp.prune(model, guide, x, threshold=2 * largest)
+
+
+def test_counts_are_rounded_up_with_the_best_of_the_rest(lenet):
+    model, guide, x = lenet
+    small = sbp.prune(model, guide, x, threshold=3.0, round_to=8)
+    assert small.conv1.out_channels % 8 == 0 or small.conv1.out_channels == 20
+    assert small.conv2.out_channels % 8 == 0 and small.fc1[-1].out_features % 8 == 0
+    options = {"threshold": 3.0, "round_to": 8}
+    choice = pruning.choose_units(
+        model.gated.net, model.gates, guide.mean(), guide.snr(), x, **options
+    )
+    snr, kept = guide.snr()["fc1"], choice.units["fc1"].kept
+    count = int((snr >= 3.0).sum())
+    assert kept.sum() == -(-count // 8) * 8
+    assert torch.equal(kept.nonzero().flatten().sort()[0], snr.topk(int(kept.sum()))[1].sort()[0])
+    assert not choice.units["fc1"].zeroed.any()
+
+
+def test_every_gate_keeps_its_best_unit(lenet):
+    model, guide, x = lenet
+    with torch.no_grad():
+        guide.locs.conv1.fill_(-18.0)
+        guide.log_scales.conv1.fill_(4.0)
+        guide.log_scales.conv1[7] = 3.5
+    assert (guide.snr()["conv1"] < 1).all()
+    small = sbp.prune(model, guide, x)
+    assert small.conv1.out_channels == 1 and not torch.equal(small(x)[0], small(x)[1])
+    channel = guide.snr()["conv1"].argmax()
+    assert torch.equal(small.conv1.weight[0], model.gated.net.conv1.weight[channel])
+    assert sbp.prune(model, guide, x, min_units=5).conv1.out_channels == 5
+
+
+@pytest.mark.parametrize("options", [{"round_to": 0}, {"min_units": 0}])
+def test_settings_out_of_range_are_refused(lenet, options):
+    model, guide, x = lenet
+    with pytest.raises(ValueError, match="expected an integer >= 1"):
+        sbp.prune(model, guide, x, **options)

@@ -35,6 +35,8 @@ class Phase:
         units: the units left of every gate.
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
+        prunes: it leaves a posterior, and `finish` the network pruned by it, whose batch norm
+            statistics are then measured anew.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Phase:
     units: Callable[[], dict[str, int]] = field(default=dict)
     kl: Callable[[], float] = field(default=float)
     freeze_batch_norm: bool = False
+    prunes: bool = False
 
     def train_mode(self) -> None:
         """Put the module into training mode."""
@@ -82,6 +85,12 @@ class Method(ABC):
     def phases(self) -> Iterator[Phase]:
         """The phases in order; each is made when it begins, from what the earlier ones left."""
 
+    @abstractmethod
+    def prune(self, **settings: Any) -> None:
+        """Set `small`, `units` and `equivalence` by the posterior and `choose_units`' settings."""
+
+    #: The network, with its gates.
+    net: nn.Module
     #: The smaller network, once the phases are through.
     small: nn.Module
     #: What became of the units of every gate.

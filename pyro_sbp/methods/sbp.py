@@ -65,10 +65,11 @@ class SBP(Method):
             ],
             loss=loss,
             predict=self._masked(recipe.threshold),
-            finish=self._prune,
+            finish=self._finish,
             units=self._units_left,
             kl=lambda: sum(float(kl.sum()) for kl in self.guide.kl().values()),
             freeze_batch_norm=True,
+            prunes=True,
         )
         if recipe.finetune_epochs:
             rate = recipe.finetune_learning_rate
@@ -110,7 +111,8 @@ class SBP(Method):
         units = surviving_units(self.model.gates, masked_mean(self.guide, self.recipe.threshold))
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
 
-    def _prune(self) -> dict[str, Any]:
+    def prune(self, **settings: Any) -> None:
+        """Make the smaller network, by `choose_units` with these settings."""
         gates = self.model.gates
         choice = choose_units(
             self.net,
@@ -118,10 +120,15 @@ class SBP(Method):
             self.guide.mean(),
             self.guide.snr(),
             self.example_input,
-            threshold=self.recipe.threshold,
+            **settings,
         )
         self.units = choice.units
         self.small, self.equivalence = checked_shrink(
             self.net, gates, choice.theta, self.example_input, choice.units
         )
+
+    def _finish(self) -> dict[str, Any]:
+        # Where nothing carries signal the best unit of every gate stays.
+        largest = max(float(snr.max()) for snr in self.guide.snr().values())
+        self.prune(threshold=min(self.recipe.threshold, largest))
         return {"mean": self._masked(0.0), "pruned": self.small}

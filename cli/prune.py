@@ -1,0 +1,64 @@
+"""pyro-sbp prune: prune a finished run once more, by another threshold or to a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.cli.common import check_device, closing_table, find_run, read_request
+from pyro_sbp.errors import RequestError
+from pyro_sbp.sources import check_dataset
+
+__all__ = ["prune"]
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--threshold", type=float, help="Keep units with this signal-to-noise ratio or more.")
+@click.option("--macs-ratio", type=float, help="Keep what leaves this many times fewer MACs.")
+@click.option("--round-to", type=int, default=1, help="Keep a multiple of this many units a gate.")
+@click.option("--min-units", type=int, default=1, help="Keep at least this many units a gate.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def prune(
+    run: Path | None,
+    threshold: float | None,
+    macs_ratio: float | None,
+    round_to: int,
+    min_units: int,
+    as_json: bool,
+) -> None:
+    """Prune the network of RUN by other settings, without fine-tuning, into RUN/pruned-…"""
+    run = find_run(run)
+    if (threshold is None) == (macs_ratio is None):
+        raise RequestError("give one of --threshold and --macs-ratio")
+    settings: dict[str, Any] = {"round_to": round_to, "min_units": min_units}
+    name = "pruned"
+    if threshold is not None:
+        settings["threshold"], name = threshold, f"{name}-threshold-{threshold:g}"
+    if macs_ratio is not None:
+        settings["macs_ratio"], name = macs_ratio, f"{name}-macs-{macs_ratio:g}"
+    name += f"-round-{round_to}" if round_to != 1 else ""
+    name += f"-min-{min_units}" if min_units != 1 else ""
+    target = run / name
+    if target.exists():
+        raise RequestError(f"{target} is there already; delete it to prune so again")
+    request = read_request(run)
+    architecture = find_architecture(request.arch)
+    data_dir = Path(request.data_dir)
+    check_dataset(request.dataset, data_dir)
+    check_device(request.device)
+
+    from pyro_sbp import training
+    from pyro_sbp.datasets import load_dataset
+
+    data = load_dataset(request.dataset, data_dir, architecture.image_size)
+    summary = training.prune_again(request, data, run, target, **settings)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(closing_table(summary))
+        click.echo(f"network: {target}")

@@ -1,0 +1,52 @@
+"""Batch norm statistics measured anew, for a network whose activations have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_sbp.gates import call
+
+__all__ = ["recalibrate_batch_norm"]
+
+
+def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the running statistics of batch norms to their mean over batches, in place.
+
+    Pruning changes what a batch norm sees; its running statistics are still those of the network
+    with noise. Weights are not touched. A network without batch norm stays as it is, and no batch
+    is taken.
+
+    Args:
+        net: the network.
+        batches: inputs of it; each counts the same.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    before = {module: module.training for module in net.modules()}
+    momentum = [norm.momentum for norm in norms]
+    count = 0
+    try:
+        net.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        with torch.no_grad():
+            for count, batch in enumerate(batches, 1):  # noqa: B007
+                call(net, batch)
+    finally:
+        for norm, value in zip(norms, momentum, strict=True):
+            norm.momentum = value
+        for module, mode in before.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there is no batch to measure batch norm statistics on")
