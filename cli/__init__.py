@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pyro_sbp.cli.bench import bench
+from pyro_sbp.cli.export import export
 from pyro_sbp.cli.prune import prune
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import RequestError
@@ -47,6 +48,7 @@ def cli() -> None:
 cli.add_command(train)
 cli.add_command(prune)
 cli.add_command(bench)
+cli.add_command(export)
 
 
 class _Stopped(BaseException):
