@@ -33,7 +33,7 @@ from pyro_sbp.layers import (
 )
 from pyro_sbp.surgery import relative_difference, shrink_in_place
 
-__all__ = ["Gates", "find_gates"]
+__all__ = ["Gates", "enliven", "find_gates"]
 
 #: The largest relative difference of the shrunk from the masked network in a proof, in float64.
 TOLERANCE = 1e-10
@@ -313,7 +313,7 @@ class _Proof:
             values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
             theta[gate.name] = values
         net = _exact(self.net)
-        _enliven(net, generator)
+        enliven(net, generator)
         try:
             with torch.no_grad():
                 each = {name: value[None] for name, value in theta.items()}
@@ -344,7 +344,7 @@ def _exact(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).cpu().double().eval().requires_grad_(False)
 
 
-def _enliven(net: nn.Module, generator: torch.Generator) -> None:
+def enliven(net: nn.Module, generator: torch.Generator) -> None:
     """Give parameters that are (nearly) zero an ordinary size: behind a head or a layer scale of
     zeros every difference would vanish."""
     with torch.no_grad():

@@ -1,0 +1,200 @@
+"""All of torchvision's classifiers gated, cut by random masks and compared with the masked network.
+
+`python -m pyro_sbp.experiments.torchvision_survey [NAME ...]` prints a table, one line a network;
+with `--against torch-pruning` what Torch-Pruning makes of the same masks instead. Each network runs
+in a process of its own with a time limit, at a small image size, with random weights of which the
+zero ones (heads, layer scales) get an ordinary size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.attention import has_attention, separate_attention
+from pyro_sbp.benchmarking import count_macs
+from pyro_sbp.errors import first_line
+from pyro_sbp.gates import GatedNetwork, call
+from pyro_sbp.probing import Gates, enliven, find_gates
+from pyro_sbp.surgery import relative_difference, shrink_in_place, surviving_units
+
+__all__ = ["main", "survey"]
+
+#: Image sizes of families that do not take 64 x 64.
+SIZES = {"inception": 96, "maxvit": 224}
+#: What the table calls the reasons for which layers are left alone.
+REASONS = {
+    "several": "its units are mixed",
+    "output of the network": "is an output",
+    "cutting it": "cannot be cut exactly",
+    "is not called": "is not called",
+    "no layer reads": "is read by no layer",
+}
+
+
+def _build(name: str) -> tuple[str, nn.Module, Tensor]:
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(name)
+    family = builder.__module__.rpartition(".")[2]
+    size = SIZES.get(family, 64)
+    options: dict[str, Any] = {}
+    if family == "vision_transformer":
+        size = options["image_size"] = 4 * int(name.rpartition("_")[2])  # of four patches a side
+    if family == "maxvit":
+        options["input_size"] = (size, size)
+    if family in ("inception", "googlenet"):
+        options["init_weights"] = False
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = builder(num_classes=10, **options).double().eval().requires_grad_(False)
+    enliven(net, generator)
+    return family, net, torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def _masks(gates: Gates) -> dict[str, Tensor]:
+    """Random theta that is zero on about a third of the units."""
+    generator = torch.Generator().manual_seed(1)
+    theta = {}
+    for gate in gates:
+        kept = torch.rand(gate.size, generator=generator) > 1 / 3
+        theta[gate.name] = (0.5 + torch.rand(gate.size, generator=generator).double()) * kept
+    return theta
+
+
+def _masked(net: nn.Module, gates: Gates, theta: dict[str, Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})
+
+
+def survey(name: str) -> dict[str, Any]:
+    """Gate and cut one network."""
+    family, net, x = _build(name)
+    if has_attention(net):
+        net = separate_attention(net)
+    start = time.perf_counter()
+    gates = find_gates(net, x)
+    seconds = time.perf_counter() - start
+    theta = _masks(gates)
+    dense, expected = count_macs(net, x[:1]), _masked(net, gates, theta, x)
+    units = surviving_units(gates, theta)
+    shrink_in_place(net, gates, theta, units)
+    reasons = Counter(
+        next((words for key, words in REASONS.items() if key in reason), reason)
+        for reason in gates.left_alone.values()
+    )
+    with torch.no_grad():
+        difference = relative_difference(expected, call(net, x))
+    return {
+        "network": name,
+        "family": family,
+        "gates": len(gates),
+        "units": sum(gate.size for gate in gates),
+        "zeroed": sum(int(unit.zeroed.sum()) for unit in units.values()),
+        "macs": dense,
+        "macs_left": count_macs(net, x[:1]) / dense,
+        "max_rel_diff": difference,
+        "seconds": round(seconds, 1),
+        "left_alone": dict(reasons),
+    }
+
+
+def torch_pruning(name: str) -> dict[str, Any]:
+    """What Torch-Pruning makes of the same masks, units removed or kept as they are."""
+    import torch_pruning as tp
+
+    family, net, x = _build(name)
+    gates = find_gates(net, x)
+    theta = {name: (value != 0).double() for name, value in _masks(gates).items()}
+    expected = _masked(net, gates, theta, x)
+    net = net.requires_grad_(True)
+    start = time.perf_counter()
+    graph = tp.DependencyGraph().build_dependency(net, example_inputs=x)
+    for gate in gates:
+        span = gate.writers[0]
+        layer = net.get_submodule(span.layer)
+        gone = torch.nonzero(theta[gate.name][span.units] == 0).flatten().tolist()
+        group = graph.get_pruning_group(layer, tp.prune_conv_out_channels, idxs=gone)
+        if isinstance(layer, nn.Linear):
+            group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=gone)
+        group.prune()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        difference = relative_difference(expected, call(net.eval(), x))
+    found = {"network": name, "family": family, "seconds": round(seconds, 1)}
+    return {**found, "max_rel_diff": difference}
+
+
+def _in_a_process(name: str, against: str | None, limit: float) -> dict[str, Any]:
+    module = "pyro_sbp.experiments.torchvision_survey"
+    command = [sys.executable, "-m", module, "--one", name]
+    command += ["--against", against] if against else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"network": name, "failed": f"not finished after {limit:g} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return {"network": name, "failed": lines[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"| {row['network']} | {row['failed']} |"
+    if "gates" not in row:
+        return f"| {row['network']} | {row['max_rel_diff']:.0e} | {row['seconds']} |"
+    left = ", ".join(f"{count} {reason}" for reason, count in row["left_alone"].items())
+    return (
+        f"| {row['network']} | {row['gates']} | {row['units']:,} | {row['zeroed']:,} "
+        f"| {row['macs'] / 1e6:,.0f} | {row['macs_left']:.0%} | {row['max_rel_diff']:.0e} "
+        f"| {row['seconds']} | {left} |"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, and one line of JSON a network into a file if it is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("networks", nargs="*", help="of torchvision; all if none is named")
+    parser.add_argument("--against", choices=("torch-pruning",))
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds a network")
+    parser.add_argument("--json", help="a file to add the rows to, as JSON lines")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        function = torch_pruning if options.against else survey
+        try:
+            row = function(options.networks[0])
+        except Exception as error:  # the other library may raise anything
+            row = {"network": options.networks[0], "failed": first_line(error)[:200]}
+        print(json.dumps(row))
+        return
+    import torchvision
+
+    names = options.networks or torchvision.models.list_models(module=torchvision.models)
+    if not options.against:
+        print(
+            "| network | gates | units | zeroed | MACs, millions | left | largest difference "
+            "| seconds | layers left alone |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+    else:
+        print("| network | largest difference | seconds |\n|---|---|---|")
+    for name in names:
+        row = _in_a_process(name, options.against, options.limit)
+        print(_line(row), flush=True)
+        if options.json:
+            with open(options.json, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
