@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_sbp import distributions, networks
+    from pyro_sbp.attention import separate_attention
     from pyro_sbp.benchmarking import benchmark
     from pyro_sbp.elbo import ClosedFormELBO
     from pyro_sbp.gates import Gate, GatedNetwork, fold
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pyro_sbp.models import GatedModel
     from pyro_sbp.probing import find_gates
     from pyro_sbp.pruning import prune
+    from pyro_sbp.recalibration import recalibrate_batch_norm
     from pyro_sbp.saving import load, save
     from pyro_sbp.surgery import shrink
 
@@ -32,7 +34,9 @@ __all__ = [
     "load",
     "networks",
     "prune",
+    "recalibrate_batch_norm",
     "save",
+    "separate_attention",
     "shrink",
 ]
 
@@ -47,7 +51,9 @@ _MODULE_OF = {
     "fold": "gates",
     "load": "saving",
     "prune": "pruning",
+    "recalibrate_batch_norm": "recalibration",
     "save": "saving",
+    "separate_attention": "attention",
     "shrink": "surgery",
 }
 
