@@ -37,6 +37,8 @@ class Recipe:
         init_loc: initial location of log theta.
         init_log_scale: initial log scale of log theta.
         threshold: units with a signal-to-noise ratio under it are removed.
+        recalibrate: measure the batch norm statistics of the pruned network anew, and let them
+            move in fine-tuning. Otherwise they stay those that the noise was trained with.
 
     Raises:
         RequestError: a value is out of its range.
@@ -57,6 +59,7 @@ class Recipe:
     init_loc: float = 0.0
     init_log_scale: float = -5.0
     threshold: float = 1.0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dense_epochs", "finetune_epochs"):
@@ -76,6 +79,8 @@ class Recipe:
                 raise RequestError(f"kl_scale {gate} is {value!r}; expected a number")
             if not 0 <= value < float("inf"):
                 raise RequestError(f"kl_scale {gate} is {value}; expected a number >= 0")
+        if not isinstance(self.recalibrate, bool):
+            raise RequestError(f"recalibrate is {self.recalibrate!r}; expected true or false")
         if self.noise_per not in ("batch", "example"):
             raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
 

@@ -279,7 +279,9 @@ class _Run:
         raise RequestError(f"{self.directory} was stopped before it had a posterior")
 
     def recalibrate(self) -> None:
-        """Measure the batch norm statistics of the smaller network anew."""
+        """Measure the batch norm statistics of the smaller network anew, if that is asked for."""
+        if not self.recipe.recalibrate:
+            return
         size, data = self.recipe.batch_size, self.data.train
         starts = range(0, min(len(data), RECALIBRATE_ON), size)
         batches = (data.batch(slice(start, start + size))[0] for start in starts)

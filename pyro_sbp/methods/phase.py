@@ -35,8 +35,7 @@ class Phase:
         units: the units left of every gate.
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
-        prunes: it leaves a posterior, and `finish` the network pruned by it, whose batch norm
-            statistics are then measured anew.
+        prunes: it leaves a posterior, and `finish` the network pruned by it.
     """
 
     name: str

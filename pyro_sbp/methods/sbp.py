@@ -73,7 +73,8 @@ class SBP(Method):
         )
         if recipe.finetune_epochs:
             rate = recipe.finetune_learning_rate
-            yield self._plain("finetuned", recipe.finetune_epochs, self.small, rate)
+            frozen = not recipe.recalibrate
+            yield self._plain("finetuned", recipe.finetune_epochs, self.small, rate, frozen)
 
     def _weights(self, net: nn.Module, learning_rate: float) -> dict[str, Any]:
         return {
@@ -82,7 +83,9 @@ class SBP(Method):
             "weight_decay": self.recipe.weight_decay,
         }
 
-    def _plain(self, name: str, epochs: int, net: nn.Module, learning_rate: float) -> Phase:
+    def _plain(
+        self, name: str, epochs: int, net: nn.Module, learning_rate: float, frozen: bool = False
+    ) -> Phase:
         """Ordinary training of a network."""
 
         def loss(x: Tensor, y: Tensor) -> Parts:
@@ -102,6 +105,7 @@ class SBP(Method):
                 if net is self.net
                 else {name: int(units.kept.sum()) for name, units in self.units.items()}
             ),
+            freeze_batch_norm=frozen,
         )
 
     def _masked(self, threshold: float) -> Any:

@@ -48,7 +48,7 @@ batch_size = 32
 learning_rate = 3e-3
 noise_learning_rate = 0.1
 init_log_scale = -1.0
-kl_scale = 2.0
+kl_scale = 6.0
 """
 
 
