@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.layers import channel_dim, scale_columns, serves
+from pyro_sbp.layers import channel_dim, column_factor, serves
 
-__all__ = ["Gate", "GatedNetwork", "Span", "call", "check_theta", "convert", "fold", "tensors_of"]
+__all__ = [
+    "Gate",
+    "GatedNetwork",
+    "Span",
+    "call",
+    "check_theta",
+    "convert",
+    "factors",
+    "fold",
+    "tensors_of",
+]
 
 
 @dataclass(frozen=True)
@@ -147,14 +157,20 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: theta names no gate of `gates`, or has the wrong length.
     """
+    return {name: weight * factor for name, weight, factor in factors(net, gates, theta)}
+
+
+def factors(
+    net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and factor of every weight that `fold` multiplies."""
     check_theta(gates, theta)
-    folded = {}
     for layer, scale in _column_scales(gates, theta).items():
         if scale.ndim != 1:
             raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
         weight = net.get_parameter(f"{layer}.weight")
-        folded[f"{layer}.weight"] = scale_columns(net.get_submodule(layer), weight, scale)
-    return folded
+        scale = scale.to(weight.dtype)
+        yield f"{layer}.weight", weight, column_factor(net.get_submodule(layer), scale)
 
 
 class _ScaleInputs(TorchFunctionMode):

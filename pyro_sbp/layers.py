@@ -12,6 +12,7 @@ __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "SIZE_ATTRIBUTES",
     "channel_dim",
+    "column_factor",
     "groups_of",
     "is_channelwise",
     "is_matrix",
@@ -19,7 +20,6 @@ __all__ = [
     "num_columns",
     "num_rows",
     "resize",
-    "scale_columns",
     "serves",
 ]
 
@@ -110,22 +110,20 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
     return 1
 
 
-def scale_columns(module: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight of a reader with its columns multiplied by `scale` ``[columns]``."""
-    scale = scale.to(weight.dtype)
-    groups = groups_of(module)
+def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
+    """What multiplies the weight of a reader if `scale` ``[columns]`` multiplies its columns."""
+    weight, groups = module.get_parameter("weight"), groups_of(module)
     if groups > 1:
         rows = weight.shape[0] // groups
         scale = scale.view(groups, 1, -1).expand(-1, rows, -1).reshape(weight.shape[0], -1)
-        return weight * scale.view(*scale.shape, *(1,) * (weight.ndim - 2))
+        return scale.view(*scale.shape, *(1,) * (weight.ndim - 2))
     shape = [1] * weight.ndim
     shape[1 - _row_dim(module)] = -1
-    return weight * scale.view(shape)
+    return scale.view(shape)
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     old = getattr(module, name)
-    value = value.detach().clone()
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(module, name, value)

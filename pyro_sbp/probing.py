@@ -10,6 +10,7 @@ by one channel, whose number the bits spell. Writers that reach no column in com
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,10 @@ class Gates(list[Gate]):
         self.left_alone = dict(left_alone or {})
 
 
+class _Through(BaseException):
+    """All that a pass is to see has been seen."""
+
+
 class _Probe(TorchFunctionMode):
     """Watch the layers of a network, known by their weight or running mean, while it is called.
 
@@ -64,13 +69,22 @@ class _Probe(TorchFunctionMode):
                     if tensor is not None:
                         self.layers.setdefault(id(tensor), (name, module))
         self.clean: dict[str, list[Tensor]] = {}
-        self.inject: Mapping[str, Tensor] | None = None
+        self.total: Counter[str] = Counter()
+        self.start(None)
 
-    def start(self, inject: Mapping[str, Tensor] | None) -> None:
-        """Begin a pass; NaN goes into the channels that are set of the writers that are named."""
+    def start(
+        self, inject: Mapping[str, Tensor] | None, until: Iterable[str] | None = None
+    ) -> None:
+        """Begin a pass.
+
+        Args:
+            inject: from writers to the channels that NaN goes into; None in the first pass.
+            until: the layers after whose calls the rest of the network may be left out.
+        """
         self.inject = inject
         self.seen: dict[str, Tensor] = {}
-        self.calls: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
+        self.awaited = None if until is None else set(until)
 
     def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
         for value in (*args, *kwargs.values()):
@@ -85,20 +99,26 @@ class _Probe(TorchFunctionMode):
         if found is None:
             return func(*args, **kwargs)
         name, layer = found
+        index = self.calls[name]
+        self.calls[name] += 1
         if not isinstance(layer, nn.Embedding):
             x: Tensor = args[0] if args else kwargs["input"]
             dim = channel_dim(layer, x)
             # A sum is NaN where one of its numbers is, and needs no copy of them.
             hit = x.sum([d for d in range(x.ndim) if d != dim % x.ndim]).isnan()
             self.seen[name] = self.seen[name] | hit if name in self.seen else hit
+        if self.inject is None:
+            self.total[name] += 1
+            out = func(*args, **kwargs)
+            if is_matrix(layer):
+                self.clean.setdefault(name, []).append(out.clone())
+            return out
+        if self.awaited is not None and self.calls[name] == self.total[name]:
+            self.awaited.discard(name)
+            if not self.awaited:
+                raise _Through
         if is_channelwise(layer):
             return func(*args, **kwargs)
-        if self.inject is None:
-            out = func(*args, **kwargs)
-            self.clean.setdefault(name, []).append(out.clone())
-            return out
-        index = self.calls.get(name, 0)
-        self.calls[name] = index + 1
         out = self.clean[name][index].clone()
         if name in self.inject:
             out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
@@ -138,12 +158,21 @@ def _blocks(net: nn.Module, writer: str) -> Tensor:
     return rows // getattr(net.get_submodule(parent), "row_blocks", {}).get(name, 1)
 
 
-def _pass(net: nn.Module, probe: _Probe, x: Any, inject: Mapping[str, Tensor]) -> bool:
+def _pass(
+    net: nn.Module,
+    probe: _Probe,
+    x: Any,
+    inject: Mapping[str, Tensor],
+    until: Iterable[str] | None = None,
+) -> bool:
     """One call with NaN in some channels; whether an output of the network is reached."""
-    probe.start(inject)
+    probe.start(inject, until)
     # The fused kernels of attention lose a NaN.
     with probe, sdpa_kernel(SDPBackend.MATH):
-        output = call(net, x)
+        try:
+            output = call(net, x)
+        except _Through:
+            return False
     return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output))
 
 
@@ -194,7 +223,7 @@ def _decode(net: nn.Module, probe: _Probe, x: Any, reaches: Sequence[_Reach]) ->
         hits = []
         for half in range(2):
             chosen = {r.writer: codes[r.writer][2 * bit + half][r.blocks] for r in active}
-            _pass(net, probe, x, chosen)
+            _pass(net, probe, x, chosen, {name for r in active for name in r.seen})
             hits.append(probe.seen)
         for reach in active:
             for name, seen in reach.seen.items():
@@ -312,7 +341,7 @@ class _Proof:
             values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
             values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
             theta[gate.name] = values
-        net = _exact(self.net)
+        net = _copy(self.net, torch.float64)
         enliven(net, generator)
         try:
             with torch.no_grad():
@@ -339,9 +368,9 @@ class _Proof:
             self.keep(gates[half:], proven, left_alone)
 
 
-def _exact(net: nn.Module) -> nn.Module:
-    """A copy for measurements: on the CPU, in float64, as in evaluation, without gradients."""
-    return copy.deepcopy(net).cpu().double().eval().requires_grad_(False)
+def _copy(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy for measurements: on the CPU, as in evaluation, without gradients."""
+    return copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
 
 
 def enliven(net: nn.Module, generator: torch.Generator) -> None:
@@ -377,10 +406,9 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
             input.
     """
     features = [_feature_gate(net, layer) for layer in input_features]
-    probed = _exact(net)
-    x = convert(example_input, torch.float64, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    probed, x = _copy(net, torch.float32), convert(example_input, torch.float32, cpu)
     probe = _Probe(probed)
-    probe.start(None)
     try:
         with torch.no_grad(), probe:
             call(probed, x)
@@ -408,5 +436,5 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
         gates.insert(position + sum(not g.writers for g in gates[:position]), gate)
     proven: list[Gate] = []
     if gates:
-        _Proof(net, x).keep(gates, proven, left_alone)
+        _Proof(net, convert(example_input, torch.float64, cpu)).keep(gates, proven, left_alone)
     return Gates(proven, left_alone)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates import Gate, Span, call, check_theta, fold, tensors_of
+from pyro_sbp.gates import Gate, Span, call, check_theta, factors, tensors_of
 from pyro_sbp.layers import resize
 
 __all__ = [
@@ -265,10 +265,8 @@ def shrink_in_place(
     check_theta(gates, theta)
     units = surviving_units(gates, theta) if units is None else units
     with torch.no_grad():
-        for gate in gates:
-            if gate.name in theta:
-                for name, weight in fold(net, [gate], {gate.name: theta[gate.name]}).items():
-                    net.get_parameter(name).copy_(weight)
+        for _, weight, factor in factors(net, gates, theta):
+            weight.mul_(factor)
     cut(net, gates, units)
 
 
