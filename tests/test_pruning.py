@@ -66,14 +66,14 @@ def test_a_threshold_that_is_none_is_refused(lenet, threshold):
 def test_a_broken_fold_is_refused(lenet, monkeypatch):
     """Both rooms that fold get the same wrong fold; the masked network does not fold."""
     model, guide, x = lenet
-    fold = gates_module.fold
+    factors = gates_module.factors
 
     def broken(net, gates, theta):
-        folded = fold(net, gates, theta)
-        return {name: weight * (1 + 1e-8) for name, weight in folded.items()}
+        for name, weight, factor in factors(net, gates, theta):
+            yield name, weight, factor * (1 + 1e-8)
 
     for module in (gates_module, surgery):
-        monkeypatch.setattr(module, "fold", broken)
+        monkeypatch.setattr(module, "factors", broken)
     with pytest.raises(EquivalenceError, match="differs from the masked one by"):
         sbp.prune(model, guide, x)
 
