@@ -15,6 +15,8 @@ from pyro_sbp.recipes import Request
 __all__ = ["check_device", "closing_table", "find_run", "read_request", "table"]
 
 DEVICES = ("auto", "cpu", "cuda")
+#: How many layers without a gate the closing table names.
+MOST_LEFT_ALONE = 6
 
 
 def check_device(name: str) -> str:
@@ -113,4 +115,7 @@ def closing_table(summary: dict[str, Any]) -> str:
             for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
         ],
     )
-    return "\n\n".join((units, errors, sizes))
+    left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
+    if len(left) > MOST_LEFT_ALONE:
+        left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
+    return "\n\n".join((units, *(["\n".join(left)] if left else []), errors, sizes))

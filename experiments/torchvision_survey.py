@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -160,6 +161,32 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def by_family(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A table with a line for each family, from rows of `survey`."""
+    yield "| family | networks | gates | MACs left | largest difference | layers left alone |"
+    yield "|---|---|---|---|---|---|"
+    for family in sorted({row["family"] for row in rows if "family" in row}):
+        own = [row for row in rows if row.get("family") == family]
+        left: Counter[str] = Counter()
+        for row in own:
+            left.update(row["left_alone"])
+        most = max(row["max_rel_diff"] for row in own)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        gates, macs = (
+            f"{min(values):{spec}} to {max(values):{spec}}"
+            if len(own) > 1
+            else f"{values[0]:{spec}}"
+            for values, spec in (
+                ([row["gates"] for row in own], ""),
+                ([row["macs_left"] for row in own], ".0%"),
+            )
+        )
+        yield f"| {family} | {len(own)} | {gates} | {macs} | {most:.0e} | {reasons} |"
+    for row in rows:
+        if "failed" in row:
+            yield f"| {row['network']} | | | | | {row['failed']} |"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, and one line of JSON a network into a file if it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -167,8 +194,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--against", choices=("torch-pruning",))
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a network")
     parser.add_argument("--json", help="a file to add the rows to, as JSON lines")
+    parser.add_argument("--families", help="print such a file by family, and do nothing else")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.families:
+        with open(options.families, encoding="utf-8") as file:
+            print("\n".join(by_family([json.loads(line) for line in file])))
+        return
     if options.one:
         function = torch_pruning if options.against else survey
         try:

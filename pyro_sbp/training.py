@@ -254,6 +254,7 @@ class _Run:
                 }
                 for name, unit in units.items()
             ],
+            "left_alone": self.method.left_alone,
             "macs": {"dense": self.dense_macs, "pruned": macs, "ratio": self.dense_macs / macs},
             "parameters": {
                 "dense": self.dense_parameters,

@@ -88,8 +88,10 @@ class Method(ABC):
     def prune(self, **settings: Any) -> None:
         """Set `small`, `units` and `equivalence` by the posterior and `choose_units`' settings."""
 
-    #: The network, with its gates.
+    #: The network that has the gates.
     net: nn.Module
+    #: The layers that are not gated, and why.
+    left_alone: dict[str, str]
     #: The smaller network, once the phases are through.
     small: nn.Module
     #: What became of the units of every gate.

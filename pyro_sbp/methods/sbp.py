@@ -37,6 +37,7 @@ class SBP(Method):
         gates = find_gates(net, example_input, input_features)
         if not gates:
             raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
+        self.left_alone = gates.left_alone
         self.model = GatedModel(
             net, gates, num_data, noise_per=recipe.noise_per, kl_scale=recipe.kl_scale
         )

@@ -71,6 +71,8 @@ def test_the_run_directory_tells_the_whole_story(finished):
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["error"]["finetuned"] == lines[-1]["error"]
     assert summary["equivalence"]["max_rel_diff_float64"] <= 1e-10
+    assert summary["left_alone"] == {"fc3": "reaches an output of the network"}
+    assert "not gated: fc3, reaches an output" in result.output
     assert "gate" in result.output and "MACs" in result.output and "fine-tuned" in result.output
 
 
