@@ -183,3 +183,8 @@ def test_a_weight_used_by_name_is_seen():
     theta = torch.rand(4)
     gated = GatedNetwork(net, gates)
     torch.testing.assert_close(gated(x, {"a": theta}), gated(x, {"a": theta.expand(2, 4)}))
+
+
+def test_an_input_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"LeNet5 cannot be called on .*\[2, 3, 28, 28\]\): "):
+        find_gates(networks.LeNet5(), torch.randn(2, 3, 28, 28))

@@ -119,3 +119,41 @@ def test_the_wrong_constructor_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="builds a"):
         sbp.save(small[0], tmp_path / "net", constructor=sbp.networks.LeNet500_300)
     assert not (tmp_path / "net").exists()
+
+
+def test_removed_heads_and_groups_are_saved(tmp_path):
+    torch.manual_seed(0)
+    kwargs = {"d_model": 12, "nhead": 3, "dim_feedforward": 20, "batch_first": True}
+    net, x = (
+        sbp.separate_attention(torch.nn.TransformerEncoderLayer(**kwargs)),
+        torch.rand(2, 4, 12),
+    )
+    gates = sbp.find_gates(net, x)
+    theta = {gate.name: (torch.rand(gate.size) > 0.4).float() for gate in gates}
+    theta["self_attn.query"] = torch.tensor([1.0, 0.0, 0.5])
+    small = sbp.shrink(net, gates, theta, x).eval()
+    make = torch.nn.TransformerEncoderLayer
+    sbp.save(small, tmp_path / "net", constructor=make, kwargs=kwargs)
+    loaded = sbp.load(tmp_path / "net", constructor=make)
+    assert torch.equal(loaded(x), small(x)) and loaded.self_attn.query.out_features == 8
+
+
+def grouped():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 1),
+        torch.nn.Conv2d(8, 8, 3, groups=4),
+        torch.nn.ConvTranspose2d(8, 6, 2),
+        torch.nn.PReLU(6),
+        torch.nn.Conv2d(6, 2, 1),
+    )
+
+
+def test_grouped_and_transposed_convolutions_are_saved(tmp_path):
+    net, x = grouped(), torch.rand(2, 3, 6, 6)
+    gates = sbp.find_gates(net, x)
+    theta = {gate.name: torch.ones(gate.size) for gate in gates}
+    theta["0"][2:4] = theta["1"][2:4] = theta["2"][:3] = 0
+    small = sbp.shrink(net, gates, theta, x).eval()
+    assert (small[1].groups, small[2].in_channels, small[3].num_parameters) == (3, 6, 3)
+    sbp.save(small, tmp_path / "net", constructor=grouped)
+    assert torch.equal(sbp.load(tmp_path / "net", constructor=grouped)(x), small(x))
