@@ -105,7 +105,8 @@ class _Probe(TorchFunctionMode):
             x: Tensor = args[0] if args else kwargs["input"]
             dim = channel_dim(layer, x)
             # A sum is NaN where one of its numbers is, and needs no copy of them.
-            hit = x.sum([d for d in range(x.ndim) if d != dim % x.ndim]).isnan()
+            rest = [d for d in range(x.ndim) if d != dim]
+            hit = (x.sum(rest) if rest else x).isnan()
             self.seen[name] = self.seen[name] | hit if name in self.seen else hit
         if self.inject is None:
             self.total[name] += 1

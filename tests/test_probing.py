@@ -188,3 +188,8 @@ def test_a_weight_used_by_name_is_seen():
 def test_an_input_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"LeNet5 cannot be called on .*\[2, 3, 28, 28\]\): "):
         find_gates(networks.LeNet5(), torch.randn(2, 3, 28, 28))
+
+
+def test_an_input_without_a_batch():
+    gates = find_gates(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3))
+    assert sizes(gates) == {"0": 5}
