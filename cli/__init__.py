@@ -3,9 +3,7 @@ bad requests answer at once."""
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 from typing import Any
 
 import click
@@ -13,6 +11,7 @@ import click
 from pyro_sbp.cli.bench import bench
 from pyro_sbp.cli.export import export
 from pyro_sbp.cli.prune import prune
+from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import RequestError
 
@@ -51,23 +50,11 @@ cli.add_command(bench)
 cli.add_command(export)
 
 
-class _Stopped(BaseException):
-    """A signal asks the program to stop."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped(number)
-
-
 def main() -> None:
     """Run the command line as a program."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    stop_at_once()
     try:
         cli.main(prog_name="pyro-sbp")
-    except _Stopped as stopped:
-        click.echo("stopped", err=True)
+    except Stopped as stopped:
+        click.echo(str(stopped), err=True)
         sys.exit(128 + stopped.number)

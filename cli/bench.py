@@ -12,6 +12,7 @@ import click
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_run, table
 from pyro_sbp.errors import RequestError
+from pyro_sbp.files import write_json
 
 __all__ = ["bench"]
 
@@ -71,12 +72,9 @@ def bench(
         seconds=seconds,
     )
     rows = [asdict(latency) for latency in result.latencies]
-    text = json.dumps(rows, indent=2) + "\n"
-    partial = run / "bench.json.part"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, run / "bench.json")
+    write_json(run / "bench.json", rows)
     if as_json:
-        click.echo(text, nl=False)
+        click.echo(json.dumps(rows, indent=2))
         return
     click.echo(
         table(

@@ -12,6 +12,7 @@ import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, read_request
+from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
@@ -78,8 +79,12 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
     data = load_dataset(request.dataset, data_dir, architecture.image_size)
-    with _Bar(quiet=as_json) as bar:
-        summary = training.train(request, data, directory, bar.update)
+    with _Bar(quiet=as_json) as bar, StopWhenDone() as stop:
+        try:
+            summary = training.train(request, data, directory, bar.update, stop)
+        except training.Interrupted as error:
+            hint = f"stopped; go on by pyro-sbp train --resume {directory}"
+            raise Stopped(stop.number or 0, hint) from error
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:

@@ -24,6 +24,7 @@ from pyro_sbp.attention import has_attention, separate_attention
 from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData, Split
 from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.files import write_json, write_text, write_whole
 from pyro_sbp.gates import call
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
@@ -31,12 +32,14 @@ from pyro_sbp.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes import METHODS, Request
 from pyro_sbp.saving import load_weights, save
 
-__all__ = ["Progress", "prune_again", "train", "versions"]
+__all__ = ["Interrupted", "Progress", "prune_again", "train", "versions"]
 
 #: How many test examples are predicted at a time.
 TEST_BATCH = 500
 #: How many training examples the batch norm statistics of a pruned network are measured on.
 RECALIBRATE_ON = 10_000
+#: Seconds after which a checkpoint is written within an epoch.
+SAVE_EVERY = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +73,18 @@ def train(
     data: ImageData,
     directory: Path,
     watch: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, prune and fine-tune a network as requested, and write a run directory.
 
-    A directory that holds the checkpoint of the same request goes on from its last whole epoch.
+    A directory that holds the checkpoint of the same request goes on from there, to the same end.
 
     Args:
         request: what to do.
         data: what to do it on, as `load_dataset` gives it for the architecture.
         directory: the run directory; it is made where it is missing.
         watch: told of the progress.
+        stop: asked after every step whether to leave a checkpoint and stop.
 
     Returns:
         The content of `summary.json`.
@@ -88,9 +93,11 @@ def train(
         RequestError: the architecture cannot be built or does not take the data's images, the
             recipe names a gate that the network does not have, or the directory cannot be written.
         EquivalenceError: the pruned network does not compute what the masked one computes.
-        FloatingPointError: the loss is not finite any more.
+        FloatingPointError: the loss or a parameter is not finite any more; the checkpoint is the
+            last one that was good.
+        Interrupted: it was asked to stop.
     """
-    run = _Run.prepare(request, data, directory, watch)
+    run = _Run.prepare(request, data, directory, watch, stop)
     _begin(directory, request)
     # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
     # a loss that is not finite in its own words, and costs a sixth of a step.
@@ -99,7 +106,7 @@ def train(
     # Left by a run that was stopped between this and its summary.
     shutil.rmtree(directory / "pruned", ignore_errors=True)
     summary = run.hand_over(directory / "pruned")
-    _write_json(directory / "summary.json", summary)
+    write_json(directory / "summary.json", summary)
     return summary
 
 
@@ -119,7 +126,7 @@ def prune_again(
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
     """
-    run = _Run.prepare(request, data, directory, lambda progress: None)
+    run = _Run.prepare(request, data, directory)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         run.replay()
         try:
@@ -140,7 +147,7 @@ def _begin(directory: Path, request: Request) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "recipe.json").exists():
-            _write_json(directory / "recipe.json", asked)
+            write_json(directory / "recipe.json", asked)
     except OSError as error:
         raise RequestError(f"cannot write {directory}: {error.strerror}") from error
 
@@ -161,6 +168,47 @@ def _build(
     return net
 
 
+class Interrupted(Exception):
+    """Training was asked to stop, and has left a checkpoint."""
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a phase stands.
+
+    Attributes:
+        order: state of the generator of the order of the data, at the start of the epoch.
+        total: sums of NLL and KL over the examples of the epoch.
+        epoch: whole epochs.
+        step: steps of the epoch that are done.
+        seen: examples of the epoch that are done.
+        seconds: time spent on the epoch.
+    """
+
+    order: Tensor
+    total: Tensor
+    epoch: int = 0
+    step: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+
+    def next_epoch(self, order: Tensor) -> None:
+        """Begin the next epoch."""
+        self.order, self.total = order, torch.zeros(2)
+        self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
+    where = f"in epoch {epoch + 1} of phase {phase.name!r}"
+    for name, parameter in phase.module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise FloatingPointError(
+                f"the parameter {name!r} is not finite {where}: a lower learning rate may help"
+            )
+    if not loss < float("inf"):
+        raise FloatingPointError(f"the loss is {loss} {where}: a lower learning rate may help")
+
+
 class _Run:
     """The loop over the phases of a method."""
 
@@ -171,8 +219,10 @@ class _Run:
         data: ImageData,
         directory: Path,
         watch: Callable[[Progress], None],
+        stop: Callable[[], bool],
         kwargs: dict[str, Any],
     ) -> None:
+        self.stop = stop
         self.request, self.recipe = request, request.recipe
         self.method, self.data, self.watch = method, data, watch
         self.kwargs = kwargs
@@ -193,7 +243,8 @@ class _Run:
         request: Request,
         data: ImageData,
         directory: Path,
-        watch: Callable[[Progress], None],
+        watch: Callable[[Progress], None] = lambda progress: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> _Run:
         """Build the network and the method that are asked for; nothing is written."""
         torch.manual_seed(request.seed)
@@ -217,7 +268,7 @@ class _Run:
             )
         except ValueError as error:
             raise RequestError(str(error)) from error
-        return cls(request, method, data, directory, watch, kwargs)
+        return cls(request, method, data, directory, watch, stop, kwargs)
 
     def hand_over(self, target: Path) -> dict[str, Any]:
         """Save the smaller network, and say what became of the dense one."""
@@ -301,15 +352,14 @@ class _Run:
             optimizer = torch.optim.Adam(phase.groups)
             steps = -(-len(self.data.train) // self.recipe.batch_size)
             schedule = _linear_decay(optimizer, phase.epochs * steps, self.recipe.decay)
-            first = 0
+            place = _Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
                 phase.module.load_state_dict(saved["module"])
                 optimizer.load_state_dict(saved["optimizer"])
                 schedule.load_state_dict(saved["schedule"])
-                first, saved = saved["epoch"], None
-            for epoch in range(first, phase.epochs):
-                self._epoch(phase, epoch, optimizer, schedule)
-                self._save(phase, epoch + 1, optimizer, schedule)
+                place, saved = _Place(**saved["place"]), None
+            while place.epoch < phase.epochs:
+                self._epoch(phase, place, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
             phase.module.eval()
             predictors = phase.finish()
@@ -318,13 +368,15 @@ class _Run:
             for name, predict in predictors.items():
                 self.errors[name] = self.error_of(predict)
 
-    def _epoch(self, phase: Phase, epoch: int, optimizer: Any, schedule: Any) -> None:
-        start = time.perf_counter()
+    def _epoch(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
+        """Go on to the end of the epoch."""
+        started = saved = time.perf_counter()
+        before = place.seconds
         phase.train_mode()
-        total = torch.zeros(2, device=self.device)
-        seen = 0
+        total = place.total.to(self.device)
+        self.order.set_state(place.order)
         batches = list(_batches(self.data.train, self.recipe.batch_size, self.order))
-        for step, index in enumerate(batches):
+        for index in batches[place.step :]:
             x, y = self.data.train.batch(index.to(self.device))
             parts = phase.loss(x, y)
             optimizer.zero_grad(set_to_none=True)
@@ -332,39 +384,46 @@ class _Run:
             optimizer.step()
             schedule.step()
             total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(index)
-            seen += len(index)
-            if step % 50 == 0:
-                self._tell(phase, epoch, step, len(batches), total / seen)
-        nll, kl = (total / seen).tolist()
-        if not nll + kl < float("inf"):
-            raise FloatingPointError(
-                f"the loss is {nll + kl} in epoch {epoch + 1} of phase {phase.name!r}: "
-                "a lower learning rate may help"
-            )
+            place.seen += len(index)
+            if place.step % 50 == 0:
+                self._tell(phase, place, len(batches), total / place.seen)
+            place.step += 1
+            now = time.perf_counter()
+            if self.stop() or now - saved > SAVE_EVERY:
+                place.total, place.seconds, saved = total.cpu(), before + now - started, now
+                self._save(phase, place, optimizer, schedule)
+                if self.stop():
+                    raise Interrupted
         phase.module.eval()
+        mean = total / place.seen
+        nll, kl = mean.tolist()
+        _check_finite(phase, nll + kl, place.epoch)
         error = self.error_of(phase.predict)
         units = phase.units()
-        self.seconds += time.perf_counter() - start
+        seconds = before + time.perf_counter() - started
+        self.seconds += seconds
+        self._tell(phase, place, len(batches), mean, error, units)
         line = {
             "phase": phase.name,
-            "epoch": epoch + 1,
+            "epoch": place.epoch + 1,
             "loss": nll + kl,
             "nll": nll,
             "kl": phase.kl() / len(self.data.train),
             "weighted_kl": kl,
             "error": error,
             "units": units,
-            "seconds": round(time.perf_counter() - start, 3),
+            "seconds": round(seconds, 3),
         }
         self.lines.append(line)
-        _write(self.directory / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in self.lines))
-        self._tell(phase, epoch, len(batches), len(batches), total / seen, error, units)
+        text = "".join(json.dumps(x) + "\n" for x in self.lines)
+        write_text(self.directory / "metrics.jsonl", text)
+        place.next_epoch(self.order.get_state())
+        self._save(phase, place, optimizer, schedule)
 
     def _tell(
         self,
         phase: Phase,
-        epoch: int,
-        step: int,
+        place: _Place,
         steps: int,
         mean: Tensor,
         error: float | None = None,
@@ -373,7 +432,16 @@ class _Run:
         nll, kl = mean.tolist()
         self.watch(
             Progress(
-                phase.name, epoch + 1, phase.epochs, step, steps, nll + kl, nll, kl, error, units
+                phase.name,
+                place.epoch + 1,
+                phase.epochs,
+                place.step,
+                steps,
+                nll + kl,
+                nll,
+                kl,
+                error,
+                units,
             )
         )
 
@@ -388,25 +456,26 @@ class _Run:
             wrong += (predict(x).argmax(1) != y).sum()
         return round(100 * int(wrong) / len(self.data.test), 6)
 
-    def _save(self, phase: Phase, epoch: int, optimizer: Any, schedule: Any) -> None:
+    def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
+        _check_finite(phase, float(place.total.sum()), place.epoch)
         checkpoint = {
             "request": json.dumps(self.request.to_dict()),
             "finished": self.finished,
             "module": phase.module.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "epoch": epoch,
+            "place": dataclasses.asdict(place),
             "errors": self.errors,
             "seconds": self.seconds,
             "lines": self.lines,
             "order": self.order.get_state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": (
+                torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            ),
         }
         path = self.directory / "checkpoint.pt"
-        partial = path.with_suffix(".part")
-        torch.save(checkpoint, partial)
-        os.replace(partial, path)
+        write_whole(path, lambda partial: torch.save(checkpoint, partial))
 
     def _load(self) -> dict[str, Any] | None:
         path = self.directory / "checkpoint.pt"
@@ -422,8 +491,8 @@ class _Run:
         self.seconds, self.lines = saved["seconds"], saved["lines"]
         self.order.set_state(saved["order"].cpu())
         torch.set_rng_state(saved["rng"].cpu())
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+        if saved["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.device)
         return saved
 
 
@@ -450,14 +519,3 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _indices(mask: Tensor) -> list[int]:
     return torch.nonzero(mask).flatten().tolist()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")

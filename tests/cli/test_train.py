@@ -1,6 +1,7 @@
 """pyro-sbp train and bench, in process."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from pyro_sbp import saving, sources
 from pyro_sbp.cli import cli, common
+from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets import load_dataset
 
 QUICK = """
@@ -100,29 +102,75 @@ def test_the_same_seed_gives_the_same_summary(finished, tmp_path):
     assert without_times(json.loads(result.stdout)) == without_times(first)
 
 
-@pytest.mark.parametrize("epochs_left", [1, 4, 8])
-def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, epochs_left):
+class StopAfter:
+    """Asks to stop after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self):
+        self.steps -= 1
+        return self.steps <= 0
+
+
+# With 23 steps an epoch: in the dense phase, at the end of an epoch, with noise, in fine-tuning.
+@pytest.mark.parametrize("steps", [10, 23, 100, 215])
+def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, steps):
     from pyro_sbp import training
 
     directory, _, args = finished
-    epoch = training._Run._epoch
-    calls = []
-
-    def stop(self, *rest):
-        calls.append(1)
-        if len(calls) > epochs_left:
-            raise KeyboardInterrupt
-        epoch(self, *rest)
-
-    monkeypatch.setattr(training._Run, "_epoch", stop)
-    result = run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
-    assert result.exit_code != 0 and not (tmp_path / "run" / "summary.json").exists()
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(steps)))
+    with pytest.raises(Stopped, match=f"go on by pyro-sbp train --resume {tmp_path / 'run'}"):
+        run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
+    assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.undo()
     assert run("train", "--resume", tmp_path / "run").exit_code == 0
     first = json.loads((directory / "summary.json").read_text())
     second = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert without_times(second) == without_times(first)
+    lines = [(d / "metrics.jsonl").read_text().splitlines() for d in (directory, tmp_path / "run")]
+    for old, new in zip(*lines, strict=True):
+        assert {**json.loads(old), "seconds": 0} == {**json.loads(new), "seconds": 0}
     assert run("train", "--resume", tmp_path / "run").exit_code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(finished, tmp_path, number):
+    _, _, args = finished
+    command = [sys.executable, "-c", "from pyro_sbp.cli import main; main()", *map(str, args)]
+    command += ["--epochs", "1000", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "gated 2/1000" in line:
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 128 + number
+    assert rest.splitlines()[-1].startswith("stopped; go on by pyro-sbp train --resume ")
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and "Traceback" not in rest
+
+
+def test_a_parameter_that_is_not_finite_stops_the_run_and_is_named(finished, tmp_path, monkeypatch):
+    _, _, args = finished
+    step = torch.optim.Adam.step
+    count = 0
+
+    def poisoned(self, *rest):
+        nonlocal count
+        count += 1
+        step(self, *rest)
+        if count == 30:
+            with torch.no_grad():
+                self.param_groups[0]["params"][2][0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.Adam, "step", poisoned)
+    result = run(*args, "--output-dir", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 2
+    assert "'fc2.weight' is not finite in epoch 2 of phase 'dense'" in result.stderr
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["place"]["epoch"] == 1
+    assert all(bool(value.isfinite().all()) for value in saved["module"].values())
 
 
 def test_a_refused_resume_keeps_the_run(finished, tmp_path):

@@ -1,0 +1,57 @@
+"""SIGINT and SIGTERM: a command may finish what it is doing, a second signal stops it at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopWhenDone", "Stopped", "stop_at_once"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal asked the program to stop.
+
+    Args:
+        number: of the signal; the exit status is 128 more.
+        hint: what the user may want to know.
+    """
+
+    def __init__(self, number: int, hint: str = "stopped") -> None:
+        super().__init__(hint)
+        self.number = number
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def stop_at_once() -> None:
+    """From now on a signal raises `Stopped`."""
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+class StopWhenDone:
+    """Inside, the first signal only makes a call of this object return true."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            raise Stopped(number)
+        self.number = number
+
+    def __enter__(self) -> StopWhenDone:
+        self.before: Any = [signal.signal(number, self._note) for number in SIGNALS]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in zip(SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
