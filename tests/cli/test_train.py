@@ -167,7 +167,7 @@ def test_a_parameter_that_is_not_finite_stops_the_run_and_is_named(finished, tmp
     monkeypatch.setattr(torch.optim.Adam, "step", poisoned)
     result = run(*args, "--output-dir", tmp_path / "run", "--device", "cpu")
     assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 2
-    assert "'fc2.weight' is not finite in epoch 2 of phase 'dense'" in result.stderr
+    assert "the parameter 'fc1.weight' is not finite in epoch 2 of phase 'dense'" in result.stderr
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["place"]["epoch"] == 1
     assert all(bool(value.isfinite().all()) for value in saved["module"].values())
