@@ -1,0 +1,150 @@
+"""What a training step with noise costs: `python -m pyro_sbp.experiments.training_step`.
+
+Milliseconds a step of the dense network, of SBP written by hand in torch with the formulas of
+`pyro_sbp.special`, and of this package with its ELBO, with Pyro's, and with Pyro's SVI. All are
+measured in turn, in one run, so that a busy moment of the machine hits all; ratios to the dense
+step count, not milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro.infer import SVI, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyro_sbp import networks, special
+from pyro_sbp.benchmarking import device_name
+from pyro_sbp.distributions import TruncatedLogNormal
+from pyro_sbp.elbo import ClosedFormELBO
+from pyro_sbp.gates import Gate, GatedNetwork
+from pyro_sbp.guides import TruncatedLogNormalGuide
+from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel
+from pyro_sbp.probing import find_gates
+
+__all__ = ["main", "steps"]
+
+NUM_DATA = 60_000
+NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+    "lenet-500-300": (networks.LeNet500_300, (1, 28, 28), ("fc1",)),
+    "lenet5": (networks.LeNet5, (1, 28, 28), ("fc1",)),
+    "vgg-like": (networks.VGGLike, (3, 32, 32), ()),
+}
+
+
+def _frozen(net: nn.Module) -> nn.Module:
+    """Batch norms use their running statistics, as the gated phase has it, in all that is timed."""
+    return net.train().apply(lambda m: m.eval() if "BatchNorm" in type(m).__name__ else m)
+
+
+def _by_hand(net: nn.Module, gates: list[Gate], noise_per: str) -> tuple[list[Tensor], Callable]:
+    """SBP without Pyro: parameters, and the loss of a minibatch."""
+    device = next(net.parameters()).device
+    low, high = (torch.full((), bound, device=device) for bound in (LOG_LOW, LOG_HIGH))
+    loc = {g.name: torch.zeros(g.size, device=device, requires_grad=True) for g in gates}
+    log_scale = {g.name: torch.full_like(t, -5.0).requires_grad_() for g, t in
+                 zip(gates, loc.values(), strict=True)}  # fmt: skip
+    gated = GatedNetwork(net, gates)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        kl: Tensor | float = 0.0
+        theta = {}
+        for gate in gates:
+            scale = log_scale[gate.name].exp()
+            q = TruncatedLogNormal(loc[gate.name], scale, low, high, validate_args=False)
+            theta[gate.name] = q.rsample((len(x),) if noise_per == "example" else ())
+            kl = kl + special.kl_to_uniform(loc[gate.name], scale, low, high).sum()
+        return F.cross_entropy(gated(x, theta), y) + kl / NUM_DATA
+
+    return [*net.parameters(), *loc.values(), *log_scale.values()], loss
+
+
+def steps(
+    name: str, batch_size: int, noise_per: str, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """A function for every way of doing one training step, by name."""
+    make, shape, features = NETWORKS[name]
+    x = torch.rand(batch_size, *shape, device=device)
+    y = torch.randint(10, (batch_size,), device=device)
+    gates = find_gates(make(), torch.rand(2, *shape), features)
+
+    def stepper(parameters: list[Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+        optimizer = torch.optim.Adam(parameters)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss(x, y).backward()
+            optimizer.step()
+
+        return step
+
+    def model_and_guide() -> tuple[GatedModel, TruncatedLogNormalGuide]:
+        model = GatedModel(_frozen(make().to(device)), gates, NUM_DATA, noise_per=noise_per)
+        return model, TruncatedLogNormalGuide(model).to(device)
+
+    dense = _frozen(make().to(device))
+    found = {"dense": stepper(list(dense.parameters()), lambda x, y: F.cross_entropy(dense(x), y))}
+    found["by hand"] = stepper(*_by_hand(_frozen(make().to(device)), gates, noise_per))
+    for label, elbo in (("closed form", ClosedFormELBO()), ("mean field", TraceMeanField_ELBO())):
+        model, guide = model_and_guide()
+        loss = elbo(model, guide)
+        parameters = [*model.gated.net.parameters(), *guide.parameters()]
+        found[label] = stepper(parameters, lambda x, y, loss=loss: loss(x, y) / NUM_DATA)
+    model, guide = model_and_guide()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    found["SVI"] = lambda: svi.step(x, y)
+    return found
+
+
+def _measure(found: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> str:
+    times: dict[str, list[float]] = {name: [] for name in found}
+    for index in range(rounds + 2):
+        for name, step in found.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if index >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    spread = {}
+    for name, values in times.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        spread[name] = (high - low) / 2
+    cells = [f"{median['dense']:.2f} ± {spread['dense']:.2f}"]
+    cells += [
+        f"{median[name]:.2f} ± {spread[name]:.2f} ({median[name] / median['dense']:.2f}x)"
+        for name in found
+        if name != "dense"
+    ]
+    return " | ".join(cells)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=", ".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    pyro.enable_validation(False)
+    print(f"{device_name(device)}, {torch.get_num_threads()} thread(s), {options.rounds} rounds,")
+    print("ms a step, median ± half the interquartile range (times the dense step)\n")
+    print("| network, batch | noise per | dense | by hand | closed form | mean field | SVI |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.networks:
+        size = 32 if name == "vgg-like" and device.type == "cpu" else 128
+        for noise_per in ("batch", "example"):
+            row = _measure(steps(name, size, noise_per, device), options.rounds, device)
+            print(f"| {name}, {size} | {noise_per} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
