@@ -28,7 +28,7 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     architecture = find_architecture(read_request(run).arch)
     try:
         network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
-        shape = network["input_shape"]
+        shape = [int(size) for size in network["input_shape"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{run} holds no whole run: {error}") from error
 

@@ -129,10 +129,15 @@ def separate_attention(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
     if isinstance(net, nn.MultiheadAttention):
         return Attention(net)
+    made: dict[nn.Module, Attention] = {}  # one that is shared stays shared
     for module in list(net.modules()):
-        for name, child in list(module.named_children()):
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # for its own attention only
+        for name, child in module._modules.items():
             if isinstance(child, nn.MultiheadAttention):
-                setattr(module, name, Attention(child))
+                if child not in made:
+                    made[child] = Attention(child)
+                setattr(module, name, made[child])
     return net
 
 

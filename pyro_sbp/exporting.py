@@ -57,12 +57,22 @@ def export(
         raise RequestError(f"cannot write {path}: it is no file in a writable directory")
     net = copy.deepcopy(net).cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.rand(size, *input_shape, generator=generator) for size in BATCHES]
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    inputs = [torch.rand(size, *input_shape, generator=generator).to(dtype) for size in BATCHES]
+    with torch.no_grad():
+        output = net(inputs[0])
+    if not isinstance(output, Tensor):
+        raise ExportError(f"the network gives a {type(output).__name__}; expected one tensor")
     partial = path.with_name(f"{path.name}.part.{format}")
     try:
         with _quiet():
             run = {"onnx": _onnx, "pt2": _pt2}[format](net, inputs[0], partial)
-            difference = max(_difference(net, run, x) for x in inputs)
+            try:
+                difference = max(_difference(net, run, x) for x in inputs)
+            except Exception as error:  # the program of a runtime may raise anything
+                raise ExportError(
+                    f"the {format} program cannot be run: {first_line(error)}"
+                ) from error
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"the {format} program differs from the network by {difference:.1e} of the largest "

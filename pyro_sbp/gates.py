@@ -7,7 +7,10 @@ as deleting column c.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +30,7 @@ __all__ = [
     "convert",
     "factors",
     "fold",
+    "repeatable",
     "tensors_of",
 ]
 
@@ -79,7 +83,11 @@ class Gate:
 
 
 def tensors_of(x: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts, in order."""
+    """All tensors in nested tuples, lists, dicts and dataclasses, in order.
+
+    Raises:
+        TypeError: there is something else inside that may hold a tensor.
+    """
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, Mapping):
@@ -88,18 +96,40 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, list | tuple):
         for value in x:
             yield from tensors_of(value)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        for item in dataclasses.fields(x):
+            yield from tensors_of(getattr(x, item.name))
+    elif x is not None and not isinstance(x, str | bytes | bool | int | float | complex):
+        raise TypeError(f"cannot look into a {type(x).__name__} for tensors")
 
 
 def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """The same nested structure with its floating-point tensors in `dtype`, all on `device`."""
+    """A copy of a nested structure, floating-point tensors in `dtype`, all tensors on `device`."""
     if isinstance(x, Tensor):
-        return x.detach().to(device, dtype if x.is_floating_point() else None)
+        return x.detach().to(device, dtype if x.is_floating_point() else None, copy=True)
     if isinstance(x, Mapping):
-        return type(x)((key, convert(value, dtype, device)) for key, value in x.items())
+        new: Any = copy.copy(x)
+        for key, value in x.items():
+            new[key] = convert(value, dtype, device)
+        return new
     if isinstance(x, list | tuple):
         values = [convert(value, dtype, device) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
     return x
+
+
+@contextmanager
+def repeatable(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a network draws the same random numbers each time, makes new tensors in `dtype`, and
+    leaves the random state of the CPU as it was."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -54,9 +54,9 @@ def is_matrix(module: nn.Module) -> bool:
     """Whether a layer has a weight with rows, one for each of the units that it produces."""
     if isinstance(module, _TRANSPOSED):
         return module.groups == 1
-    return isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)) and not is_channelwise(
-        module
-    )
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None  # to normalise a row mixes its columns
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not is_channelwise(module)
 
 
 def is_reader(module: nn.Module) -> bool:

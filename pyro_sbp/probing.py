@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, tensors_of
+from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, repeatable, tensors_of
 from pyro_sbp.layers import (
     channel_dim,
     groups_of,
@@ -48,6 +48,10 @@ class Gates(list[Gate]):
         self.left_alone = dict(left_alone or {})
 
 
+class _Astray(Exception):
+    """NaN changes more than numbers: which layers are called, or whether any are."""
+
+
 class _Through(BaseException):
     """All that a pass is to see has been seen."""
 
@@ -61,13 +65,18 @@ class _Probe(TorchFunctionMode):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
+        self.net = net
         self.layers: dict[int, tuple[str, nn.Module]] = {}
         for name, module in net.named_modules():
             if is_matrix(module) or is_channelwise(module):
-                for key in ("weight", "running_mean"):
-                    tensor = getattr(module, key, None)
+                # Only what the module holds: a weight that is computed is another one each time.
+                for tensor in (
+                    module._parameters.get("weight"),
+                    module._buffers.get("running_mean"),
+                ):
                     if tensor is not None:
                         self.layers.setdefault(id(tensor), (name, module))
+        self.used: set[int] = set()
         self.clean: dict[str, list[Tensor]] = {}
         self.total: Counter[str] = Counter()
         self.start(None)
@@ -86,6 +95,18 @@ class _Probe(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self.awaited = None if until is None else set(until)
 
+    @property
+    def asleep(self) -> list[str]:
+        """Matrix layers of whose weight nothing made use in the first pass."""
+        names = []
+        for name in _matrices(self.net):
+            weight = self.net.get_submodule(name)._parameters.get("weight")
+            parent = self.net.get_submodule(name.rpartition(".")[0])
+            inside = isinstance(parent, nn.MultiheadAttention)
+            if weight is not None and id(weight) not in self.used and not inside:
+                names.append(name)
+        return names
+
     def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
         for value in (*args, *kwargs.values()):
             found = self.layers.get(id(value))
@@ -95,6 +116,8 @@ class _Probe(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.inject is None:
+            self.used.update(id(value) for value in (*args, *kwargs.values()))
         found = self._layer(func, args, kwargs)
         if found is None:
             return func(*args, **kwargs)
@@ -166,15 +189,22 @@ def _pass(
     inject: Mapping[str, Tensor],
     until: Iterable[str] | None = None,
 ) -> bool:
-    """One call with NaN in some channels; whether an output of the network is reached."""
+    """One call with NaN in some channels; whether an output of the network is reached.
+
+    Raises:
+        _Astray: the network does not take its usual course.
+    """
     probe.start(inject, until)
-    # The fused kernels of attention lose a NaN.
-    with probe, sdpa_kernel(SDPBackend.MATH):
-        try:
-            output = call(net, x)
-        except _Through:
-            return False
-    return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_of(output))
+    try:
+        # The fused kernels of attention lose a NaN.
+        with repeatable(torch.float32), probe, sdpa_kernel(SDPBackend.MATH):
+            output = call(net, convert(x, torch.float32))
+    except _Through:
+        return False
+    except Exception as error:  # a network's own code may raise anything
+        raise _Astray(f"NaN in it leads the network astray: {first_line(error)}") from error
+    numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
+    return any(bool(t.isnan().any()) for t in numbers)
 
 
 def _measure(net: nn.Module, probe: _Probe, x: Any, writers: Sequence[str]) -> list[_Reach]:
@@ -183,8 +213,12 @@ def _measure(net: nn.Module, probe: _Probe, x: Any, writers: Sequence[str]) -> l
     for writer in writers:
         reach = _Reach(writer, _blocks(net, writer))
         reaches.append(reach)
-        if _pass(net, probe, x, {writer: torch.ones(len(reach.blocks), dtype=torch.bool)}):
-            reach.problem = "reaches an output of the network"
+        try:
+            if _pass(net, probe, x, {writer: torch.ones(len(reach.blocks), dtype=torch.bool)}):
+                reach.problem = "reaches an output of the network"
+                continue
+        except _Astray as error:
+            reach.problem = str(error)
             continue
         reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
         if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
@@ -224,9 +258,13 @@ def _decode(net: nn.Module, probe: _Probe, x: Any, reaches: Sequence[_Reach]) ->
         hits = []
         for half in range(2):
             chosen = {r.writer: codes[r.writer][2 * bit + half][r.blocks] for r in active}
-            _pass(net, probe, x, chosen, {name for r in active for name in r.seen})
+            try:
+                _pass(net, probe, x, chosen, {name for r in active for name in r.seen})
+            except _Astray as error:
+                for reach in active:
+                    reach.problem = str(error)
             hits.append(probe.seen)
-        for reach in active:
+        for reach in [reach for reach in active if reach.problem is None]:
             for name, seen in reach.seen.items():
                 if name not in hits[0] or name not in hits[1]:
                     reach.problem = f"layer {name!r} is not called every time"
@@ -328,28 +366,53 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size)),))
 
 
-class _Proof:
-    """Shrinks a network by random theta and compares it with the masked one, in float64."""
+def _a_third(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)[: -(-size // 3)]
 
-    def __init__(self, net: nn.Module, x: Any) -> None:
-        self.net, self.x = net, x
+
+def _first_half(size: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(size // 2)
+
+
+def _all_but_one(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)[1:]
+
+
+class _Proof:
+    """Shrinks a network by random theta and compares it with the masked one, in float64.
+
+    Which units go decides whether code that counts on the width of something is found out: some
+    here and there, those that come first, all but one.
+    """
+
+    def __init__(self, net: nn.Module, x: Any, awake: bool) -> None:
+        self.net, self.x, self.awake = net, x, awake
 
     def problem(self, gates: Sequence[Gate]) -> str | None:
         """Why the shrunk network differs from the masked one; None if it does not."""
+        problems = (self._try(gates, gone) for gone in (_a_third, _first_half, _all_but_one))
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _try(
+        self, gates: Sequence[Gate], gone: Callable[[int, torch.Generator], Tensor]
+    ) -> str | None:
         generator = torch.Generator().manual_seed(0)
         theta = {}
         for gate in gates:
             values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
-            values[torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
+            values[gone(gate.size, generator)] = 0
             theta[gate.name] = values
-        net = _copy(self.net, torch.float64)
+        net = _copy(self.net, torch.float64, self.awake)
         enliven(net, generator)
+        each = {name: value[None] for name, value in theta.items()}
         try:
             with torch.no_grad():
-                each = {name: value[None] for name, value in theta.items()}
-                masked = GatedNetwork(net, gates)(self.x, each)
+                with repeatable(torch.float64):
+                    masked = GatedNetwork(net, gates)(convert(self.x, torch.float64), each)
                 shrink_in_place(net, gates, theta)
-                difference = relative_difference(masked, call(net, self.x))
+                with repeatable(torch.float64):
+                    small = call(net, convert(self.x, torch.float64))
+            difference = relative_difference(masked, small)
         except Exception as error:  # a network's own code may raise anything
             return f"cutting it fails: {first_line(error)}"
         if not difference <= TOLERANCE:
@@ -369,9 +432,15 @@ class _Proof:
             self.keep(gates[half:], proven, left_alone)
 
 
-def _copy(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy for measurements: on the CPU, as in evaluation, without gradients."""
-    return copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
+def _copy(net: nn.Module, dtype: torch.dtype, awake: bool = False) -> nn.Module:
+    """A copy for measurements: on the CPU, as in evaluation, without gradients.
+
+    Awake, modules that hold others are in training mode: some call heads of theirs only there.
+    """
+    net = copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
+    for module in net.modules():
+        module.training = awake and any(True for _ in module.children())
+    return net
 
 
 def enliven(net: nn.Module, generator: torch.Generator) -> None:
@@ -379,17 +448,25 @@ def enliven(net: nn.Module, generator: torch.Generator) -> None:
     zeros every difference would vanish."""
     with torch.no_grad():
         for parameter in net.parameters():
-            if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            if float(parameter.abs().max()) < 1e-3:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(noise, alpha=0.1)
 
 
-def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str] = ()) -> Gates:
+def find_gates(
+    net: nn.Module,
+    example_input: Any,
+    input_features: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> Gates:
     """Find the gates of a network: every set of units that noise can multiply and pruning remove.
 
     A set of units is gated if every path from it ends in input columns of readers (dense layers
     and convolutions), and if removing units was proven to change nothing: random theta with zeros,
-    float64, masked network against shrunk one.
+    float64, masked network against shrunk one. An operation that loses NaN (a comparison, a count)
+    hides a path from the first of these; the second has to find it on the example.
 
     Args:
         net: any network; it is not changed.
@@ -397,37 +474,47 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
             named ones. The smaller it is, the sooner the answer comes.
         input_features: names of dense layers whose input columns shall each be a unit of its own
             (pixels, flattened features).
+        ignore: names of layers that the network does not call on the example, and that shall not
+            matter. Without it such a layer forbids all gates: it might read any unit.
 
     Returns:
         A list of gates in the order of data flow. Its attribute `left_alone` maps the layers that
         are not gated to the reason.
 
     Raises:
-        ValueError: `input_features` names no dense layer, or the network cannot be called on the
-            input.
+        ValueError: `input_features` names no dense layer, one twice, or one that is not called; or
+            the network cannot be copied or called on the input.
     """
+    if len(set(input_features)) < len(input_features):
+        raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
     features = [_feature_gate(net, layer) for layer in input_features]
-    cpu = torch.device("cpu")
-    probed, x = _copy(net, torch.float32), convert(example_input, torch.float32, cpu)
-    probe = _Probe(probed)
-    try:
-        with torch.no_grad(), probe:
-            call(probed, x)
-    except Exception as error:  # a network's own code may raise anything
-        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x)) or "no tensor"
-        raise ValueError(
-            f"{type(net).__name__} cannot be called on the example input ({shapes}): "
-            f"{first_line(error)}"
-        ) from error
+    x = convert(example_input, torch.float32, torch.device("cpu"))
+    awake = False
+    probe = _record(net, x, awake)
+    if probe.asleep:
+        try:
+            other = _record(net, x, awake=True)
+        except ValueError:
+            other = probe
+        if len(other.asleep) < len(probe.asleep):
+            probe, awake = other, True
+    asleep = [name for name in probe.asleep if name not in ignore]
     order = list(probe.clean)
+    for layer in input_features:
+        if layer not in order:
+            raise ValueError(f"input_features names {layer!r}, which is not called on its own")
+    left_alone = {
+        name: _why_unknown(net, name, probe) for name in _matrices(net) if name not in order
+    }
+    if asleep:
+        # What is not called on the example may be called on another input, and read any unit.
+        why = f"{asleep[0]!r} is not called on the example and might read it"
+        return Gates([], left_alone | dict.fromkeys(order, why))
     with torch.no_grad():
-        reaches = _measure(probed, probe, x, order)
-    left_alone = {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
-    for name, module in net.named_modules():
-        if is_matrix(module) and name not in probe.clean:
-            left_alone[name] = "is not called, or shares its weight with another layer"
-    gates = [_gate(probed, group) for group in _groups([r for r in reaches if not r.problem])]
-    del probe, probed
+        reaches = _measure(probe.net, probe, x, order)
+    left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
+    gates = [_gate(probe.net, group) for group in _groups([r for r in reaches if not r.problem])]
+    del probe
     # A gate on features stands just before the layer that reads them.
     place = {name: index for index, name in enumerate(order)}
     gates.sort(key=lambda gate: place[gate.writers[0].layer])
@@ -437,5 +524,37 @@ def find_gates(net: nn.Module, example_input: Any, input_features: Sequence[str]
         gates.insert(position + sum(not g.writers for g in gates[:position]), gate)
     proven: list[Gate] = []
     if gates:
-        _Proof(net, convert(example_input, torch.float64, cpu)).keep(gates, proven, left_alone)
+        _Proof(net, x, awake).keep(gates, proven, left_alone)
     return Gates(proven, left_alone)
+
+
+def _matrices(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if is_matrix(module)]
+
+
+def _record(net: nn.Module, x: Any, awake: bool) -> _Probe:
+    """Call a copy of the network once, and watch its layers."""
+    try:
+        probe = _Probe(_copy(net, torch.float32, awake))
+        with torch.no_grad(), repeatable(torch.float32), probe:
+            output = call(probe.net, convert(x, torch.float32))
+        list(tensors_of(output))
+    except Exception as error:  # a network's own code may raise anything
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x)) or "no tensor"
+        raise ValueError(
+            f"{type(net).__name__} cannot be called on the example input ({shapes}): "
+            f"{first_line(error)}"
+        ) from error
+    return probe
+
+
+def _why_unknown(net: nn.Module, name: str, probe: _Probe) -> str:
+    """Why a matrix layer was not seen at work."""
+    if name in probe.asleep:
+        return "is not called on the example"
+    parent = net.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "belongs to an nn.MultiheadAttention, see separate_attention"
+    if "weight" not in net.get_submodule(name)._parameters:
+        return "computes its weight"
+    return "has a weight that is used elsewhere"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.benchmarking import count_macs
-from pyro_sbp.gates import Gate, GatedNetwork, call, convert, tensors_of
+from pyro_sbp.gates import Gate, GatedNetwork, call, convert, repeatable, tensors_of
 from pyro_sbp.guides import TruncatedLogNormalGuide
 from pyro_sbp.models import GatedModel
 from pyro_sbp.surgery import (
@@ -118,6 +118,8 @@ def choose_units(
             raise ValueError(f"{name} is {value}; expected an integer >= {least}")
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+    if not gates:
+        raise ValueError("there is no gate to choose units of")
     snr = {name: value.detach().cpu() for name, value in snr.items()}
     levels = torch.cat([snr[gate.name] for gate in gates]).unique()
 
@@ -177,10 +179,17 @@ def _macs_ratios(
     net: nn.Module, gates: Sequence[Gate], example_input: Any
 ) -> Callable[[Mapping[str, Units]], float]:
     """From what remains of the units to how many times fewer MACs, counted without computing."""
-    shape = copy.deepcopy(net).to("meta")
-    x = convert(example_input, torch.float32, torch.device("meta"))
-    shape.float()
-    dense = count_macs(shape, x)
+    device = torch.device("meta")
+    while True:
+        shape = copy.deepcopy(net).to(device, torch.float32)
+        x = convert(example_input, torch.float32, device)
+        try:
+            dense = count_macs(shape, x)
+            break
+        except Exception:  # some networks need numbers to be called
+            if device.type == "cpu":
+                raise
+            device = torch.device("cpu")
 
     def ratio(units: Mapping[str, Units]) -> float:
         small = copy.deepcopy(shape)
@@ -210,22 +219,33 @@ def checked_shrink(
     Raises:
         EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
     """
-    x = convert(example_input, torch.float64)
-    # The masked outputs first, so that there are never more than two copies at a time.
+    # One copy after the other, so that there are never many of them at a time.
     with torch.no_grad():
-        masked = _masked(copy.deepcopy(net).eval(), gates, theta, example_input)
-        exact = copy.deepcopy(net).double().eval()
+        net_eval = copy.deepcopy(net).eval()
+        with repeatable(torch.get_default_dtype()):
+            masked = _masked(net_eval, gates, theta, copy.deepcopy(example_input))
+        exact = net_eval.double()
         theta64 = convert(dict(theta), torch.float64)
-        masked64 = _masked(exact, gates, theta64, x)
+        with repeatable(torch.float64):
+            masked64 = _masked(exact, gates, theta64, convert(example_input, torch.float64))
         shrink_in_place(exact, gates, theta64, units)
-        relative = relative_difference(masked64, call(exact, x))
+        with repeatable(torch.float64):
+            relative = relative_difference(
+                masked64, call(exact, convert(example_input, torch.float64))
+            )
+    state = exact.state_dict()
+    del exact, net_eval
     small = copy.deepcopy(net)
-    shrink_in_place(small, gates, theta, units)
-    small.load_state_dict(exact.state_dict())
-    with torch.no_grad():
-        pruned = call(copy.deepcopy(small).eval(), example_input)
+    cut(small, gates, surviving_units(gates, theta) if units is None else units)
+    small.load_state_dict(state)
+    del state
+    training = {name: module.training for name, module in small.named_modules()}
+    with torch.no_grad(), repeatable(torch.get_default_dtype()):
+        pruned = call(small.eval(), copy.deepcopy(example_input))
+    for name, module in small.named_modules():
+        module.training = training[name]
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
-    absolute = max(float((a - b).abs().max()) for a, b in pairs)
+    absolute = max(float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs)
     if not relative <= TOLERANCE:
         raise EquivalenceError(
             f"the pruned network differs from the masked one by {relative:.1e} of the largest "

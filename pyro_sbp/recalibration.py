@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,9 +32,12 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("there is no batch to measure batch norm statistics on")
     before = {module: module.training for module in net.modules()}
     momentum = [norm.momentum for norm in norms]
-    count = 0
     try:
         net.eval()
         for norm in norms:
@@ -41,12 +45,10 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # a cumulative average
             norm.train()
         with torch.no_grad():
-            for count, batch in enumerate(batches, 1):  # noqa: B007
+            for batch in itertools.chain([first], batches):
                 call(net, batch)
     finally:
         for norm, value in zip(norms, momentum, strict=True):
             norm.momentum = value
         for module, mode in before.items():
             module.training = mode
-    if not count:
-        raise ValueError("there is no batch to measure batch norm statistics on")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -75,11 +74,17 @@ def save(
                 change[attribute] = getattr(found, attribute)
         if change:
             layers[layer] = change
-    partial = path.with_name(path.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: tensor.contiguous() for name, tensor in small.state_dict().items()}
-    save_file(tensors, partial / "model.safetensors")
+    # A tensor that has two names is stored once.
+    tensors: dict[str, torch.Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name_, tensor in small.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            same[name_] = first[key]
+        else:
+            first[key] = name_
+            tensors[name_] = tensor.contiguous()
     network = {
         "format": 1,
         "constructor": name,
@@ -87,13 +92,22 @@ def save(
         "input_shape": None if input_shape is None else list(input_shape),
         "separate_attention": separate,
         "layers": layers,
+        "same": same,
     }
-    (partial / "network.json").write_text(json.dumps(network, indent=2) + "\n", encoding="utf-8")
-    if units is not None:
-        (partial / "units.json").write_text(json.dumps(units) + "\n", encoding="utf-8")
-    if path.exists():
-        path.rmdir()
-    os.replace(partial, path)
+    partial = path.with_name(path.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors")
+        text = json.dumps(network, indent=2) + "\n"
+        (partial / "network.json").write_text(text, encoding="utf-8")
+        if units is not None:
+            (partial / "units.json").write_text(json.dumps(units) + "\n", encoding="utf-8")
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(
@@ -116,6 +130,7 @@ def load(
         state = load_file(path / "model.safetensors")
         name, kwargs, layers = network["constructor"], network["kwargs"], network["layers"]
         version = network["format"]
+        state.update({name: state[first] for name, first in network.get("same", {}).items()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path} holds no whole saved network: {error}") from error
     if version != 1:
@@ -150,7 +165,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
             state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path} to take weights from") from error
-    except (EOFError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is none may raise anything
         raise RequestError(f"{path} cannot be read as weights: {first_line(error)}") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(v, torch.Tensor) for v in state.values()

@@ -70,7 +70,7 @@ def train(
             last one that was good.
         Interrupted: it was asked to stop.
     """
-    job = _prepare(request, data)
+    job = _prepare(request, data, directory)
     _begin(directory, request)
     loop = Loop(request, job.method, job.data, directory, watch, stop)
     # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
@@ -100,7 +100,7 @@ def prune_again(
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
     """
-    job = _prepare(request, data)
+    job = _prepare(request, data, directory)
     loop = Loop(request, job.method, job.data, directory)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         loop.replay()
@@ -140,7 +140,7 @@ class _Job:
     parameters: int
 
 
-def _prepare(request: Request, data: ImageData) -> _Job:
+def _prepare(request: Request, data: ImageData, directory: Path) -> _Job:
     """Build the network and the method that are asked for; nothing is written."""
     torch.manual_seed(request.seed)
     device = torch.device(request.device)
@@ -149,7 +149,8 @@ def _prepare(request: Request, data: ImageData) -> _Job:
     kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
     example, _ = data.test.batch(slice(0, 8))
     dense = _build(architecture.resolve(), kwargs, example, len(data.classes))
-    if request.weights is not None:
+    # A checkpoint has taken over what it was started from.
+    if request.weights is not None and not (directory / "checkpoint.pt").exists():
         load_weights(dense, Path(request.weights))
     if has_attention(dense):
         dense = separate_attention(dense)

@@ -64,7 +64,7 @@ class Method(ABC):
 
     Args:
         net: the network; it is trained in place.
-        example_input: an input of it.
+        example_input: a batch of its inputs, a tensor.
         recipe: the settings.
         num_data: the size of the training data.
         input_features: dense layers whose inputs are gated one by one.
