@@ -1,6 +1,7 @@
 """Networks that are not a straight line: what is gated, and that cutting it is exact."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -336,3 +337,142 @@ def test_a_u_net_with_its_own_likelihood_is_pruned():
             getattr(guide.log_scales, name)[1:3] = 4.0
     small = sbp.prune(model, guide, x)
     assert small.a.out_channels == 4 and small.up.out_channels == 3 and small.b.in_channels == 4
+
+
+def check(net, x, size=6):
+    """Gates of a network whose first layer `a` must not be cut."""
+    gates = find_gates(net, x)
+    assert "a" not in [gate.name for gate in gates], gates
+    return gates.left_alone["a"]
+
+
+def two(width=6, **more):
+    return {"a": nn.Linear(4, width), "head": nn.Linear(width, 3), **more}
+
+
+def test_a_large_output_hides_nothing():
+    def forward(n, x):
+        h = n.a(x).relu()
+        h = h / (1 + (h > 0).to(h.dtype).sum(1, keepdim=True))
+        return n.head(h).masked_fill(torch.tensor([True, False, False]), -1e9)
+
+    assert "changes the output" in check(Net(forward, **two()), torch.randn(5, 4))
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+def test_outputs_in_dataclasses_count_and_other_objects_are_refused():
+    def forward(n, x):
+        h = n.a(x).relu()
+        return Output(n.head(h), h)
+
+    assert "output" in check(Net(forward, **two()), torch.randn(2, 4))
+    net = Net(lambda n, x: object(), **two())
+    with pytest.raises(ValueError, match="cannot look into a object"):
+        find_gates(net, torch.randn(2, 4))
+
+
+def test_a_layer_that_the_example_does_not_call_forbids_gates():
+    def forward(n, x):
+        h = n.a(x).relu()
+        return n.head(h) if x.sum() > 0 else n.other(h)
+
+    net = Net(forward, **two(other=nn.Linear(6, 3)))
+    assert "'other' is not called" in check(net, torch.ones(2, 4))
+    assert sizes(find_gates(net, torch.ones(2, 4), ignore=["other"])) == {"a": 6}
+
+
+def sizes(gates):
+    return {gate.name: gate.size for gate in gates}
+
+
+def test_heads_of_training_mode_are_cut_with_the_rest():
+    def forward(n, x):
+        h = n.a(x).relu()
+        return (n.head(h), n.aux(h)) if n.training else n.head(h)
+
+    net, x = Net(forward, **two(aux=nn.Linear(6, 2))), torch.randn(2, 4)
+    gates = find_gates(net, x)
+    assert {span.layer for span in gates[0].readers} == {"head", "aux"}
+    small = shrink(net.train(), gates, {"a": torch.tensor([0.0, 1, 0, 1, 1, 1])}, x)
+    assert small.aux.in_features == 4 and len(small(x)) == 2
+
+
+@pytest.mark.parametrize("width", [6, 8, 12, 16])
+def test_code_that_counts_on_a_width_is_found_out(width):
+    def halves(n, x):
+        first, second = n.a(x).relu().chunk(2, 1)
+        return n.head(first) + n.head(second)
+
+    check(Net(halves, a=nn.Linear(4, width), head=nn.Linear(width // 2, 3)), torch.randn(2, 4))
+
+
+def test_a_squeeze_that_one_unit_would_fall_to_is_found_out():
+    net = Net(lambda n, x: n.head(n.a(x).mean((2, 3), keepdim=True).squeeze()),
+              a=conv(2, 6), head=nn.Linear(6, 3))  # fmt: skip
+    assert "cutting it" in check(net, image(2, 4, 4))
+
+
+def test_an_embedding_that_normalises_its_rows_is_left_alone():
+    net = Net(lambda n, t: n.head(n.words(t)), words=nn.Embedding(9, 6, max_norm=1.0),
+              head=nn.Linear(6, 2))  # fmt: skip
+    assert find_gates(net, torch.randint(9, (2, 3))) == []
+
+
+def test_computed_weights_are_left_alone_every_time():
+    for _ in range(10):
+        net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+        nn.utils.parametrizations.weight_norm(net[1])
+        gates = find_gates(net, torch.randn(2, 4))
+        assert sizes(gates) == {"2": 4} and gates.left_alone["1"] == "computes its weight"
+
+
+def test_what_nan_leads_astray_is_left_alone():
+    def forward(n, x):
+        h = n.a(x)
+        return n.head(h.relu()) if h.sum() > -1e9 else n.other(h)
+
+    net, x = Net(forward, **two(other=nn.Linear(6, 3))), torch.ones(2, 4)
+    gates = find_gates(net, x, ignore=["other"])
+    assert gates == [] and "astray" in gates.left_alone["a"]
+
+
+def test_random_numbers_and_inputs_stay_as_they_were():
+    def forward(n, x):
+        x -= 1
+        h = n.a(x).relu()
+        return n.head(h) + torch.randn(3)
+
+    net, x = Net(forward, **two()), torch.ones(2, 4)
+    state = torch.get_rng_state()
+    assert sizes(find_gates(net, x)) == {"a": 6}
+    assert torch.equal(x, torch.ones(2, 4)) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_shared_attention_stays_shared_and_encoders_take_padding():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    net = separate_attention(nn.ModuleList([nn.ModuleDict({"x": attention, "y": attention})]))
+    assert net[0]["x"] is net[0]["y"] and isinstance(net[0]["x"], Attention)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.zeros(2, 4).bool()
+    padding[0, 3] = True
+    with torch.no_grad():
+        ours = separate_attention(plain)(x, src_key_padding_mask=padding)
+        plain.use_nested_tensor = False  # torch warns of it
+        theirs = plain(x, src_key_padding_mask=padding)
+    assert torch.allclose(ours[0, :3], theirs[0, :3], atol=1e-5)
+    assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "words"), [(["head", "head"], "twice"), (["idle"], "not called")]
+)
+def test_input_features_must_be_called_and_named_once(features, words):
+    net = Net(lambda n, x: n.head(n.a(x)), **two(idle=nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=words):
+        find_gates(net, torch.randn(2, 4), features, ignore=["idle"])

@@ -157,3 +157,19 @@ def test_grouped_and_transposed_convolutions_are_saved(tmp_path):
     assert (small[1].groups, small[2].in_channels, small[3].num_parameters) == (3, 6, 3)
     sbp.save(small, tmp_path / "net", constructor=grouped)
     assert torch.equal(sbp.load(tmp_path / "net", constructor=grouped)(x), small(x))
+
+
+def tied():
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    net[1].weight = net[0].weight
+    return net
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    net, x = tied().eval(), torch.rand(2, 4)
+    sbp.save(net, tmp_path / "net", constructor=tied)
+    loaded = sbp.load(tmp_path / "net", constructor=tied)
+    assert torch.equal(loaded(x), net(x)) and loaded[1].weight is loaded[0].weight
+    with pytest.raises(TypeError):
+        sbp.save(net, tmp_path / "other", constructor=tied, units={"a": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
