@@ -337,4 +337,5 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return float("inf")
     difference = (a - b).abs()
     differs = difference > ROUNDING * whole
-    return float(difference[differs].max() / a[differs].abs().max()) if differs.any() else 0.0
+    scale = a[differs].abs().max() if bool(differs.any()) else whole
+    return float(difference.max() / scale)

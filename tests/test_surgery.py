@@ -130,3 +130,20 @@ def test_what_stays_of_two_gates_that_lost_all_units_is_joined():
     small = shrink(net, gates, theta, x)
     assert small.conv.out_channels == 1 and small.fc.layer.in_features == 1
     assert torch.allclose(small(x), net.fc.bias)
+
+
+def test_each_output_is_compared_on_its_own_scale():
+    a = torch.tensor([1.0, -1e9, -torch.inf, 0.0], dtype=torch.float64)
+    b = a.clone()
+    assert relative_difference((a, a[:1]), (b, b[:1])) == 0
+    b[0] += 0.1
+    assert relative_difference(a, b) == pytest.approx(0.1)
+    assert relative_difference((a, a[:1]), (a, b[:1])) == pytest.approx(0.1)
+    b = a * (1 + 1e-15)
+    assert 0 < relative_difference(a, b) < 1e-14
+    for other in (a[:3], a.clone().fill_(-torch.inf)):
+        assert relative_difference(a, other) == float("inf")
+    assert relative_difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert relative_difference(a > 0, a > 0) == 0
+    with pytest.raises(ValueError, match="no tensor"):
+        relative_difference((), ())
