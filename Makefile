@@ -12,8 +12,8 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	rm -rf runs/demo
-	$(BIN)/pyro-sbp train --arch lenet5 --dataset digits --output-dir runs/demo
-	$(BIN)/pyro-sbp bench runs/demo
+	$(BIN)/pyro-sbp train --arch lenet5 --dataset digits --threads 1 --output-dir runs/demo
+	$(BIN)/pyro-sbp bench runs/demo --threads 1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

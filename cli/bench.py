@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_run, table
+from pyro_sbp.cli.common import find_network, table
 from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_json
 
@@ -23,10 +23,25 @@ FIELDS = ("device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup",
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, default=(1, 128)
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 128),
+    help="Examples a call; may be given again.  [default: 1, 128]",
 )
-@click.option("--threads", type=click.IntRange(1), multiple=True, help="CPU threads.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    multiple=True,
+    help="CPU threads; may be given again.  [default: 1, and all cores]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    help="How long to measure each.  [default: 2]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def bench(
     run: Path | None,
@@ -35,12 +50,16 @@ def bench(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Measure the latency of the dense and the pruned network of RUN, in turn, on every device."""
-    run = find_run(run)
+    """Measure how much faster the pruned network is.
+
+    RUN is a run directory, or one of its pruned-… networks; the newest run if it is left out. The
+    dense and the pruned network are measured in turn, on the CPU and the GPU where there is one.
+    """
+    run, saved = find_network(run)
     try:
         recipe = json.loads((run / "recipe.json").read_text("utf-8"))
         architecture = find_architecture(recipe["arch"])
-        network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
+        network = json.loads((saved / "network.json").read_text("utf-8"))
         kwargs, shape = network["kwargs"], network["input_shape"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{run} holds no whole run: {error}") from error
@@ -53,7 +72,7 @@ def bench(
 
     constructor = architecture.resolve()
     try:
-        pruned = load(run / "pruned", constructor)
+        pruned = load(saved, constructor)
     except ValueError as error:
         raise RequestError(str(error)) from error
     dense = constructor(**kwargs).eval()
@@ -72,7 +91,7 @@ def bench(
         seconds=seconds,
     )
     rows = [asdict(latency) for latency in result.latencies]
-    write_json(run / "bench.json", rows)
+    write_json((run if saved == run / "pruned" else saved) / "bench.json", rows)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

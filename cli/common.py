@@ -12,7 +12,14 @@ from typing import Any
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes import Request
 
-__all__ = ["check_device", "closing_table", "find_run", "read_request", "table"]
+__all__ = [
+    "check_device",
+    "closing_table",
+    "find_network",
+    "find_run",
+    "read_request",
+    "table",
+]
 
 DEVICES = ("auto", "cpu", "cuda")
 #: How many layers without a gate the closing table names.
@@ -46,6 +53,18 @@ def _cuda_devices() -> int:
     return count.value
 
 
+def find_network(path: Path | None) -> tuple[Path, Path]:
+    """The run directory and the saved network that are meant: its own, or one that `prune` made.
+
+    Raises:
+        RequestError: there is none, or the run has not finished.
+    """
+    if path is not None and (path / "network.json").is_file():
+        return find_run(path.parent), path
+    run = find_run(path)
+    return run, run / "pruned"
+
+
 def find_run(run: Path | None) -> Path:
     """The run directory that is meant: the given one, or the newest under runs/.
 
@@ -70,6 +89,8 @@ def read_request(directory: Path) -> Request:
     Raises:
         RequestError: the directory holds no run, or one that is damaged.
     """
+    if not (directory / "recipe.json").is_file():
+        raise RequestError(f"{directory} holds no run: it has no recipe.json")
     try:
         return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
@@ -118,4 +139,10 @@ def closing_table(summary: dict[str, Any]) -> str:
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    return "\n\n".join((units, *(["\n".join(left)] if left else []), errors, sizes))
+    hint = []
+    if summary["macs"]["ratio"] < 1.05:
+        hint = [
+            "Little was removed: more epochs, a larger kl_scale or a larger noise learning rate"
+        ]
+        hint[0] += "\nin the recipe remove more; pyro-sbp prune cuts this network further."
+    return "\n\n".join((units, *(["\n".join(left)] if left else []), errors, sizes, *hint))

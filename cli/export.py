@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_run, read_request
+from pyro_sbp.cli.common import find_network, read_request
 from pyro_sbp.errors import RequestError
 
 __all__ = ["export"]
@@ -18,16 +18,20 @@ __all__ = ["export"]
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--format", required=True, type=click.Choice(["onnx", "pt2"]))
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="The file.  [default: RUN/pruned.FORMAT]"
+    "--output", type=click.Path(path_type=Path), help="The file.  [default: beside the network]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(run: Path | None, format: str, output: Path | None, as_json: bool) -> None:
-    """Write the pruned network of RUN as ONNX or pt2, with a dynamic batch size, and check it."""
-    run = find_run(run)
-    output = output or run / f"pruned.{format}"
+    """Write the pruned network as ONNX or pt2.
+
+    RUN is a run directory, or one of its pruned-… networks; the newest run if it is left out. The
+    program takes any batch size, and is run and compared before it gets its name.
+    """
+    run, saved = find_network(run)
+    output = output or run / f"{saved.name}.{format}"
     architecture = find_architecture(read_request(run).arch)
     try:
-        network = json.loads((run / "pruned" / "network.json").read_text("utf-8"))
+        network = json.loads((saved / "network.json").read_text("utf-8"))
         shape = [int(size) for size in network["input_shape"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{run} holds no whole run: {error}") from error
@@ -36,7 +40,7 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     from pyro_sbp.saving import load
 
     try:
-        net = load(run / "pruned", architecture.resolve())
+        net = load(saved, architecture.resolve())
     except ValueError as error:
         raise RequestError(str(error)) from error
     difference = exporting.export(net, output, shape, format)

@@ -18,8 +18,8 @@ __all__ = ["prune"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--threshold", type=float, help="Keep units with this signal-to-noise ratio or more.")
-@click.option("--macs-ratio", type=float, help="Keep what leaves this many times fewer MACs.")
+@click.option("--threshold", type=float, help="Least signal-to-noise ratio of a unit.")
+@click.option("--macs-ratio", type=float, help="At least this many times fewer MACs.")
 @click.option("--round-to", type=int, default=1, help="Keep a multiple of this many units a gate.")
 @click.option("--min-units", type=int, default=1, help="Keep at least this many units a gate.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -31,10 +31,16 @@ def prune(
     min_units: int,
     as_json: bool,
 ) -> None:
-    """Prune the network of RUN by other settings, without fine-tuning, into RUN/pruned-…"""
+    """Prune a finished run by other settings.
+
+    The network goes to RUN/pruned-…, without fine-tuning; RUN is the newest run if it is left out.
+    """
     run = find_run(run)
-    if (threshold is None) == (macs_ratio is None):
-        raise RequestError("give one of --threshold and --macs-ratio")
+    if threshold is not None and macs_ratio is not None:
+        raise RequestError("give --threshold or --macs-ratio, not both")
+    if threshold is None and macs_ratio is None and round_to == min_units == 1:
+        raise RequestError("give --threshold, --macs-ratio, --round-to or --min-units")
+    request = read_request(run)
     settings: dict[str, Any] = {"round_to": round_to, "min_units": min_units}
     name = "pruned"
     if threshold is not None:
@@ -46,7 +52,8 @@ def prune(
     target = run / name
     if target.exists():
         raise RequestError(f"{target} is there already; delete it to prune so again")
-    request = read_request(run)
+    if macs_ratio is None and threshold is None:
+        settings["threshold"] = request.recipe.threshold
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir)

@@ -39,6 +39,7 @@ __all__ = ["train"]
 @click.option("--learning-rate", type=float, help="Adam's, for the weights.")
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
 )
@@ -51,8 +52,11 @@ __all__ = ["train"]
     "--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(resume: Path | None, as_json: bool, **options: Any) -> None:
-    """Train a network with noise on its units, prune those that carry no signal, fine-tune."""
+def train(resume: Path | None, as_json: bool, threads: int | None, **options: Any) -> None:
+    """Train a network with noise, and prune it.
+
+    Its units get multiplicative noise; those that carry no signal are removed.
+    """
     if resume is None:
         request = _request(**options)
         directory = options["output_dir"] or _directory(request)
@@ -76,6 +80,8 @@ def train(resume: Path | None, as_json: bool, **options: Any) -> None:
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
     data = load_dataset(request.dataset, data_dir, architecture.image_size)
@@ -105,7 +111,8 @@ def _request(
     **changes: Any,
 ) -> Request:
     if arch is None:
-        raise RequestError(f"--arch is missing; expected {', '.join(ARCHITECTURES)}")
+        names = ", ".join(ARCHITECTURES)
+        raise RequestError(f"--arch is missing; expected {names} or package.module:callable")
     architecture = find_architecture(arch)
     dataset = dataset or architecture.dataset
     if dataset is None:
@@ -121,7 +128,7 @@ def _request(
     device = check_device(device or "auto")
     seed = 0 if seed is None else seed
     if not 0 <= seed < 2**63:
-        raise RequestError(f"seed is {seed}; expected an integer >= 0")
+        raise RequestError(f"seed is {seed}; expected an integer from 0 to 2^63 - 1")
     start = None if weights is None else str(weights)
     return Request(arch, dataset, method, chosen, seed, device, str(data_dir or "data"), start)
 
@@ -142,7 +149,9 @@ def _directory(request: Request) -> Path:
 
 
 def _check_free(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.is_file():
+        raise RequestError(f"{directory} is a file; give another --output-dir")
+    if directory.exists() and any(directory.iterdir()):
         hint = f"go on with it by --resume {directory}, or " if _unfinished(directory) else ""
         raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
     parent = directory

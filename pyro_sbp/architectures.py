@@ -38,7 +38,11 @@ class Architecture:
     def kwargs(self, channels: int, num_classes: int) -> dict[str, int]:
         """The arguments that fit the constructor to the data."""
         kwargs = {}
-        parameters = inspect.signature(self.resolve()).parameters.values()
+        constructor = self.resolve()
+        try:
+            parameters = list(inspect.signature(constructor).parameters.values())
+        except ValueError as error:
+            raise RequestError(f"{self.constructor!r} of --arch builds no network") from error
         if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
             kwargs["num_classes"] = num_classes
         if self.input_argument == "in_channels":

@@ -63,7 +63,7 @@ class Span:
         return padded.index_select(-1, units % padded.shape[-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gate:
     """A set of units that one noise variable theta ``[size]`` multiplies.
 
@@ -80,6 +80,13 @@ class Gate:
     readers: tuple[Span, ...]
     writers: tuple[Span, ...] = ()
     channelwise: tuple[Span, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = [repr(self.name), f"{self.size} units"]
+        for kind in ("writers", "readers", "channelwise"):
+            layers = ", ".join(span.layer for span in getattr(self, kind))
+            parts += [f"{kind}: {layers}"] if layers else []
+        return f"Gate({'; '.join(parts)})"
 
 
 def tensors_of(x: Any) -> Iterator[Tensor]:

@@ -69,8 +69,8 @@ class GatedModel(PyroModule):
             With weights other than 1 the loss is no bound on the evidence any more.
 
     Raises:
-        ValueError: `num_data`, `noise_per` or `kl_scale` is out of range, `kl_scale` names no
-            gate, or a gate has a name of the model's own: data, noise, obs.
+        ValueError: there are no gates, `num_data`, `noise_per` or `kl_scale` is out of range,
+            `kl_scale` names no gate, or a gate has a name of the model's own: data, noise, obs.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class GatedModel(PyroModule):
             raise ValueError(f"num_data is {num_data}; expected the size of the data set")
         if noise_per not in ("batch", "example"):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
+        if not gates:
+            raise ValueError("there are no gates; gates.left_alone of find_gates says why")
         taken = {"data", "noise", "obs"} & {gate.name for gate in gates}
         if taken:
             raise ValueError(f"a gate is named {taken.pop()!r}, as a site of the model is: rename")

@@ -90,7 +90,7 @@ def choose_units(
     snr: Mapping[str, Tensor],
     example_input: Any,
     *,
-    threshold: float = 1.0,
+    threshold: float | None = None,
     macs_ratio: float | None = None,
     round_to: int = 1,
     min_units: int = 1,
@@ -102,8 +102,8 @@ def choose_units(
         gates: its gates.
         mean, snr: from gate name to a tensor ``[units]``.
         example_input: an input of the network, at whose size MACs are counted.
-        threshold: units with SNR >= threshold are kept.
-        macs_ratio: instead of the threshold: keep as much as leaves the network with at least this
+        threshold: units with SNR >= threshold are kept; 1 if neither this nor a budget is given.
+        macs_ratio: instead of the threshold, keep as much as leaves the network with at least this
             many times fewer MACs.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
@@ -116,6 +116,9 @@ def choose_units(
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+    if threshold is not None and macs_ratio is not None:
+        raise ValueError("give a threshold or a macs_ratio, not both")
+    threshold = 1.0 if threshold is None else threshold
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
     if not gates:
@@ -143,8 +146,9 @@ def choose_units(
     most = chosen(float(levels[-1]))
     if ratio(most.units) < macs_ratio:
         raise ValueError(
-            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units the network has "
-            f"{ratio(most.units):.2f} times fewer MACs"
+            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units (min_units "
+            f"{min_units}, round_to {round_to}) the network has {ratio(most.units):.2f} times "
+            "fewer MACs"
         )
     low, high = 0, len(levels) - 1  # the answer is at most at high
     while low < high:
@@ -263,7 +267,7 @@ def prune(
     model: GatedModel,
     guide: TruncatedLogNormalGuide,
     example_input: Any,
-    threshold: float = 1.0,
+    threshold: float | None = None,
     *,
     macs_ratio: float | None = None,
     round_to: int = 1,

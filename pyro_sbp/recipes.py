@@ -95,7 +95,7 @@ class Recipe:
             bound = f"{'>' if above else '>='} {least}"
             bound += f" and <= {most}" if most < float("inf") else ""
             noun = "a number" if kind is float else "an integer"
-            raise RequestError(f"{name.replace('_', ' ')} is {value}; expected {noun} {bound}")
+            raise RequestError(f"{name.replace('_', ' ')} is {value!r}; expected {noun} {bound}")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other values; a change to None is left out."""

@@ -25,6 +25,10 @@ from pyro_sbp.surgery import Select
 __all__ = ["load", "load_weights", "save"]
 
 
+#: What a saved network may consist of.
+FILES = ("model.safetensors", "network.json", "units.json")
+
+
 def save(
     small: nn.Module,
     directory: str | os.PathLike[str],
@@ -32,6 +36,7 @@ def save(
     kwargs: Mapping[str, Any] | None = None,
     units: Mapping[str, Any] | None = None,
     input_shape: Sequence[int] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a pruned network to a directory, which appears whole or not at all.
 
@@ -45,14 +50,17 @@ def save(
         kwargs: the constructor's arguments, plain values.
         units: of every gate, what is left: its total and the kept and zeroed indices.
         input_shape: the shape of one example, for those who load the network.
+        overwrite: a saved network in the directory gives way.
 
     Raises:
-        FileExistsError: the directory is there and not empty.
+        FileExistsError: the directory is there and not empty, or holds more than a saved network.
         ValueError: the constructor builds a network of other layers.
     """
     path = Path(directory)
-    if path.exists() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty; a saved network needs a directory of its own")
+    there = {file.name for file in path.iterdir()} if path.exists() else set()
+    if there and not (overwrite and there <= set(FILES)):
+        hint = "it holds other files" if overwrite else "give another, or overwrite=True"
+        raise FileExistsError(f"{path} is not empty: {hint}")
     name = constructor if isinstance(constructor, str) else _name(constructor)
     build = _resolve(name) if isinstance(constructor, str) else constructor
     layers = {}
@@ -104,7 +112,7 @@ def save(
         if units is not None:
             (partial / "units.json").write_text(json.dumps(units) + "\n", encoding="utf-8")
         if path.exists():
-            path.rmdir()
+            shutil.rmtree(path)
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -166,7 +174,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
     except FileNotFoundError as error:
         raise RequestError(f"there is no file {path} to take weights from") from error
     except Exception as error:  # a file that is none may raise anything
-        raise RequestError(f"{path} cannot be read as weights: {first_line(error)}") from error
+        raise RequestError(
+            f"{path} cannot be read as weights; expected safetensors, or a state dict of torch.save"
+        ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(v, torch.Tensor) for v in state.values()
     ):

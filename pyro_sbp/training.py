@@ -173,6 +173,11 @@ def _build(
 ) -> nn.Module:
     try:
         net = constructor(**kwargs)
+    except Exception as error:  # a network's own code may raise anything
+        raise RequestError(f"the network cannot be built: {first_line(error)}") from error
+    if not isinstance(net, nn.Module):
+        raise RequestError(f"--arch builds a {type(net).__name__}; expected a torch.nn.Module")
+    try:
         with torch.no_grad():
             output = call(net.eval(), example.cpu())
     except Exception as error:  # a network's own code may raise anything

@@ -108,6 +108,15 @@ def test_tampered_layers_are_refused(small, tmp_path, change):
         sbp.load(tmp_path / "net")
 
 
+def test_a_saved_network_gives_way_if_it_is_told_to(small, tmp_path):
+    net, *_ = small
+    for _ in range(2):
+        sbp.save(net, tmp_path / "net", constructor=sbp.networks.LeNet5, overwrite=True)
+    (tmp_path / "net" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="other files"):
+        sbp.save(net, tmp_path / "net", constructor=sbp.networks.LeNet5, overwrite=True)
+
+
 def test_nothing_is_written_over(small, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not empty"):

@@ -62,8 +62,8 @@ def test_a_budget_is_met_beside_the_run(finished):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give one of --threshold and --macs-ratio"),
-        (["--threshold", "1", "--macs-ratio", "2"], "give one of"),
+        ([], "give --threshold, --macs-ratio, --round-to or --min-units"),
+        (["--threshold", "1", "--macs-ratio", "2"], "not both"),
         (["--threshold", "-1"], "expected a signal-to-noise ratio >= 0"),
         (["--threshold", "1e9"], "removes every unit of every gate"),
         (["--macs-ratio", "1e9"], "times fewer MACs"),
@@ -75,3 +75,16 @@ def test_bad_requests_write_nothing(finished, args, words):
     result = run("prune", finished, *args)
     assert result.exit_code == 2 and words in result.stderr
     assert set(finished.iterdir()) == before
+
+
+def test_what_it_made_can_be_measured_and_exported(finished):
+    assert run("prune", finished, "--round-to", "16").exit_code == 0
+    network = finished / "pruned-round-16"
+    result = run("bench", network, "--seconds", "0.05", "--threads", "1", "--batch-size", "1")
+    assert result.exit_code == 0 and (network / "bench.json").exists()
+    assert not (finished / "bench.json").exists()
+    result = run("export", network, "--format", "pt2", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["file"] == str(finished / "pruned-round-16.pt2")
+    (network / "network.json").write_text('{"input_shape": null}')
+    assert run("export", network, "--format", "pt2").exit_code == 2

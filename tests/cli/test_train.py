@@ -260,7 +260,9 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
     for args, words in (
         (["--arch", "lenet5", "--recipe", "recipe.toml"], "'conv9'; the gates are conv1"),
         (["--arch", "torch.nn:ReLU"], "does not give logits"),
-        (["--arch", "torch.nn:Linear"], "does not take images"),
+        (["--arch", "torch.nn:Linear"], "the network cannot be built: "),
+        (["--arch", "torch.nn:Dropout"], "does not give logits"),
+        (["--arch", "collections:OrderedDict"], "of --arch builds no network"),
         (["--arch", "torch.nn:Nothing"], "module 'torch.nn' of --arch has no 'Nothing'"),
     ):
         result = run("train", *args, "--dataset", "digits", "--device", "cpu")
