@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_sbp.datasets import load_dataset
+from pyro_sbp.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,4 +60,11 @@ def test_the_commands_exist():
     commands = re.findall(r"^pyro-sbp (\w+)", "".join(SHELL), flags=re.M)
     assert commands and set(commands) <= set(cli.commands)
     for option in set(re.findall(r"`--([a-z-]+)", README)):
-        assert any(f"--{option}" in p.opts for p in cli.commands["train"].params), option
+        commands = cli.commands.values()
+        assert any(f"--{option}" in p.opts for c in commands for p in c.params), option
+
+
+def test_the_recipe_is_one(tmp_path):
+    (text,) = re.findall(r"^```toml\n(.*?)^```", README, flags=re.M | re.S)
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_recipe(tmp_path / "mine.toml").kl_scale == 4.0
