@@ -123,10 +123,9 @@ def torch_pruning(name: str) -> dict[str, Any]:
         span = gate.writers[0]
         layer = net.get_submodule(span.layer)
         gone = torch.nonzero(theta[gate.name][span.units] == 0).flatten().tolist()
-        group = graph.get_pruning_group(layer, tp.prune_conv_out_channels, idxs=gone)
-        if isinstance(layer, nn.Linear):
-            group = graph.get_pruning_group(layer, tp.prune_linear_out_channels, idxs=gone)
-        group.prune()
+        linear = isinstance(layer, nn.Linear)
+        cut = tp.prune_linear_out_channels if linear else tp.prune_conv_out_channels
+        graph.get_pruning_group(layer, cut, idxs=gone).prune()
     seconds = time.perf_counter() - start
     with torch.no_grad():
         difference = relative_difference(expected, call(net.eval(), x))
