@@ -107,13 +107,15 @@ def choose_units(
             many times fewer MACs.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
-        min_units: every gate keeps its best so many units, whatever the threshold.
+        min_units: every gate keeps its best so many units, whatever the threshold. With 0 a gate
+            may lose all, and a residual branch with it all that it adds but a constant; one column
+            of zeros stays for the shape.
 
     Raises:
         ValueError: a setting is out of range, the threshold removes every unit of every gate, or
             the budget cannot be met; the message says what can.
     """
-    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 1)):
+    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected an integer >= {least}")
     if threshold is not None and macs_ratio is not None:

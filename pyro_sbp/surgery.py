@@ -60,6 +60,11 @@ class Units:
     physical: Tensor
 
     @property
+    def removed(self) -> Tensor:
+        """Units that are not there any more, bool ``[size]``."""
+        return ~self.physical
+
+    @property
     def zeroed(self) -> Tensor:
         """Units that remain as a column of zeros, bool ``[size]``."""
         return self.physical & ~self.kept
@@ -118,7 +123,7 @@ def surviving_units(
     Args:
         gates: the gates.
         theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
-        min_units: how many units of every gate remain at least.
+        min_units: how many units of every gate remain at least; one does in any case.
         round_to: the number of units that remain is a multiple of this, or all of the gate.
         score: from gate name to a tensor ``[units]``: of the units that are to go, those with the
             highest score remain where more have to remain; the first ones where it is not given.
@@ -165,7 +170,7 @@ def _physical(
         changed = False
         for gate in gates:
             count = int(physical[gate.name].sum())
-            least = min(max(count, min_units), gate.size)
+            least = min(max(count, min_units, 1), gate.size)
             missing = min(-(-least // round_to) * round_to, gate.size) - count
             if missing > 0:
                 # Units that are still joined to what remains of the other gates come first.

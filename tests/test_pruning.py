@@ -163,9 +163,18 @@ def test_every_gate_keeps_its_best_unit(lenet):
     assert torch.equal(small.conv1.weight[0], model.gated.net.conv1.weight[channel])
     assert sbp.prune(model, guide, x, min_units=5).conv1.out_channels == 5
 
+    nothing = sbp.prune(model, guide, x, min_units=0)
+    assert nothing.conv1.out_channels == 1 and torch.equal(nothing(x)[0], nothing(x)[1])
 
-@pytest.mark.parametrize("options", [{"round_to": 0}, {"min_units": 0}])
+
+@pytest.mark.parametrize("options", [{"round_to": 0}, {"min_units": -1}])
 def test_settings_out_of_range_are_refused(lenet, options):
     model, guide, x = lenet
-    with pytest.raises(ValueError, match="expected an integer >= 1"):
+    with pytest.raises(ValueError, match="expected an integer >= "):
         sbp.prune(model, guide, x, **options)
+
+
+def test_a_threshold_and_a_budget_together_are_refused(lenet):
+    model, guide, x = lenet
+    with pytest.raises(ValueError, match="not both"):
+        sbp.prune(model, guide, x, threshold=1.0, macs_ratio=2.0)

@@ -76,7 +76,7 @@ def test_nothing_kept_leaves_one_column_of_zeros(lenet):
     net, x, gates, theta = lenet
     theta["conv1"][:] = 0
     units = surviving_units(gates, theta)["conv1"]
-    assert units.kept.sum() == 0 and units.zeroed.sum() == 1
+    assert units.kept.sum() == 0 and units.zeroed.sum() == 1 and units.removed.sum() == 19
     small = shrink(net, gates, theta, x)
     assert small.conv1.out_channels == 1
     assert torch.allclose(small(x)[0], small(x)[1]), "nothing of the input is left"
