@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates import Gate, call
@@ -153,6 +152,9 @@ def benchmark(
 def _latency(
     nets: Mapping[str, nn.Module], x: Tensor, device: torch.device, threads: int, seconds: float
 ) -> Latency:
+    # Its import warns on machines that have CUDA's compiler but no GPU.
+    from torch.utils.benchmark import Timer
+
     rounds = 5
     times: dict[str, list[float]] = {name: [] for name in nets}
     with torch.inference_mode():
