@@ -16,6 +16,8 @@ from pyro_sbp.files import write_json
 
 __all__ = ["bench"]
 
+#: A spread over which a row says little.
+NOISY = 0.3
 #: What `bench.json` holds of every measurement (DESIGN: fixed names), and the floor.
 FIELDS = ("device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread")
 
@@ -113,6 +115,8 @@ def bench(
             ],
         )
     )
+    if any(latency.spread > NOISY for latency in result.latencies):
+        click.echo(f"a spread over {NOISY:.0%}: the machine was busy, measure again")
     click.echo(
         "ms a call, median; spread: half the interquartile range; floor: one unit in every gate\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
