@@ -18,8 +18,6 @@ __all__ = ["bench"]
 
 #: A spread over which a row says little.
 NOISY = 0.3
-#: What `bench.json` holds of every measurement (DESIGN: fixed names), and the floor.
-FIELDS = ("device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread")
 
 
 @click.command()

@@ -289,6 +289,8 @@ class Loop:
             saved = torch.load(path, weights_only=True, map_location="cpu")
         except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
+        if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
+            raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
         if saved["request"] != json.dumps(self.request.to_dict()):
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]

@@ -179,6 +179,9 @@ def test_a_refused_resume_keeps_the_run(finished, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
     result = run("train", "--resume", tmp_path)
     assert result.exit_code == 2 and "checkpoint.pt is damaged" in result.stderr
+    torch.save({"request": "{}"}, tmp_path / "checkpoint.pt")
+    result = run("train", "--resume", tmp_path)
+    assert result.exit_code == 2 and "it is no checkpoint of a run" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.json", "checkpoint.pt"}
     for text in ("[]", "5", "{"):
         (tmp_path / "recipe.json").write_text(text)
