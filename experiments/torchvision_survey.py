@@ -30,7 +30,7 @@ from pyro_sbp.surgery import relative_difference, shrink_in_place, surviving_uni
 __all__ = ["main", "survey"]
 
 #: Image sizes of families that do not take 64 x 64.
-SIZES = {"inception": 96, "maxvit": 224}
+SIZES = {"inception": 299, "maxvit": 224}
 #: What the table calls the reasons for which layers are left alone.
 REASONS = {
     "several": "its units are mixed",
