@@ -173,7 +173,7 @@ def by_family(rows: list[dict[str, Any]]) -> Iterator[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left.items())
         gates, macs = (
             f"{min(values):{spec}} to {max(values):{spec}}"
-            if len(own) > 1
+            if min(values) < max(values)
             else f"{values[0]:{spec}}"
             for values, spec in (
                 ([row["gates"] for row in own], ""),
