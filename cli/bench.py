@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, table
+from pyro_sbp.cli.common import find_network, read_network, read_request, table
 from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_json
 
@@ -56,13 +56,8 @@ def bench(
     dense and the pruned network are measured in turn, on the CPU and the GPU where there is one.
     """
     run, saved = find_network(run)
-    try:
-        recipe = json.loads((run / "recipe.json").read_text("utf-8"))
-        architecture = find_architecture(recipe["arch"])
-        network = json.loads((saved / "network.json").read_text("utf-8"))
-        kwargs, shape = network["kwargs"], network["input_shape"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{run} holds no whole run: {error}") from error
+    architecture = find_architecture(read_request(run).arch)
+    kwargs, shape = read_network(saved)
 
     import torch
 

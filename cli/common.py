@@ -17,6 +17,7 @@ __all__ = [
     "closing_table",
     "find_network",
     "find_run",
+    "read_network",
     "read_request",
     "table",
 ]
@@ -24,6 +25,9 @@ __all__ = [
 DEVICES = ("auto", "cpu", "cuda")
 #: How many layers without a gate the closing table names.
 MOST_LEFT_ALONE = 6
+LITTLE_REMOVED = """\
+Little was removed: more epochs, a larger kl_scale or a larger noise learning rate
+in the recipe remove more; pyro-sbp prune cuts this network further."""
 
 
 def check_device(name: str) -> str:
@@ -63,6 +67,19 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
         return find_run(path.parent), path
     run = find_run(path)
     return run, run / "pruned"
+
+
+def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
+    """The constructor's arguments of a saved network, and the shape of one example.
+
+    Raises:
+        RequestError: the network is missing or damaged.
+    """
+    try:
+        network = json.loads((saved / "network.json").read_text("utf-8"))
+        return network["kwargs"], [int(size) for size in network["input_shape"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{saved.parent} holds no whole run: {error}") from error
 
 
 def find_run(run: Path | None) -> Path:
@@ -139,10 +156,6 @@ def closing_table(summary: dict[str, Any]) -> str:
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    hint = []
-    if summary["macs"]["ratio"] < 1.05:
-        hint = [
-            "Little was removed: more epochs, a larger kl_scale or a larger noise learning rate"
-        ]
-        hint[0] += "\nin the recipe remove more; pyro-sbp prune cuts this network further."
-    return "\n\n".join((units, *(["\n".join(left)] if left else []), errors, sizes, *hint))
+    hint = LITTLE_REMOVED if summary["macs"]["ratio"] < 1.05 else ""
+    parts = (units, "\n".join(left), errors, sizes, hint)
+    return "\n\n".join(part for part in parts if part)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_request
+from pyro_sbp.cli.common import find_network, read_network, read_request
 from pyro_sbp.errors import RequestError
 
 __all__ = ["export"]
@@ -30,11 +30,7 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     run, saved = find_network(run)
     output = output or run / f"{saved.name}.{format}"
     architecture = find_architecture(read_request(run).arch)
-    try:
-        network = json.loads((saved / "network.json").read_text("utf-8"))
-        shape = [int(size) for size in network["input_shape"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{run} holds no whole run: {error}") from error
+    _, shape = read_network(saved)
 
     from pyro_sbp import exporting
     from pyro_sbp.saving import load

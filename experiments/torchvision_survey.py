@@ -24,7 +24,8 @@ from pyro_sbp.attention import has_attention, separate_attention
 from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates import GatedNetwork, call
-from pyro_sbp.probing import Gates, enliven, find_gates
+from pyro_sbp.probing import Gates, find_gates
+from pyro_sbp.proving import enliven
 from pyro_sbp.surgery import relative_difference, shrink_in_place, surviving_units
 
 __all__ = ["main", "survey"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_sbp.gates import Gate, call
+from pyro_sbp.gates import Gate, call, evaluating
 from pyro_sbp.surgery import shrink
 
 __all__ = [
@@ -68,12 +68,9 @@ class Comparison:
 
 def count_macs(net: nn.Module, example_input: Any) -> int:
     """Multiply-accumulates of the convolutions and matrix products in one call, without biases."""
-    training = {module: module.training for module in net.modules()}
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        call(net.eval(), example_input)
-    for module, mode in training.items():
-        module.training = mode
+    with torch.no_grad(), evaluating(net), counter:
+        call(net, example_input)
     return counter.get_total_flops() // 2
 
 

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,11 @@ def _pt2(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx needs it)
-    except ImportError as error:
-        raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'") from error
+    needed = ("onnx", "onnxruntime", "onnxscript")
+    if any(find_spec(name) is None for name in needed):
+        raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'")
+    import onnxruntime
+
     try:
         program = torch.onnx.export(
             net,

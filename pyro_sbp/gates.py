@@ -28,6 +28,7 @@ __all__ = [
     "call",
     "check_theta",
     "convert",
+    "evaluating",
     "factors",
     "fold",
     "repeatable",
@@ -123,6 +124,18 @@ def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> A
         values = [convert(value, dtype, device) for value in x]
         return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
     return x
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Inside, a network is in evaluation mode; then every module has its own mode again."""
+    before = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 @contextmanager

@@ -149,9 +149,7 @@ class Loop:
         for index, phase in enumerate(self.method.phases()):
             if index < len(self.finished):
                 phase.module.load_state_dict(self.finished[index])
-                phase.finish()
-                if phase.prunes:
-                    self.recalibrate()
+                self._finish(phase)
                 continue
             optimizer = torch.optim.Adam(phase.groups)
             steps = -(-len(self.data.train) // self.recipe.batch_size)
@@ -165,12 +163,15 @@ class Loop:
             while place.epoch < phase.epochs:
                 self._epoch(phase, place, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
-            phase.module.eval()
-            predictors = phase.finish()
-            if phase.prunes:
-                self.recalibrate()
-            for name, predict in predictors.items():
+            for name, predict in self._finish(phase).items():
                 self.errors[name] = self.error_of(predict)
+
+    def _finish(self, phase: Phase) -> dict[str, Predict]:
+        phase.module.eval()
+        predictors = phase.finish()
+        if phase.prunes:
+            self.recalibrate()
+        return predictors
 
     def _epoch(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
         """Go on to the end of the epoch."""

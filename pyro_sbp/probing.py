@@ -9,9 +9,8 @@ by one channel, whose number the bits spell. Writers that reach no column in com
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates import Gate, GatedNetwork, Span, call, convert, repeatable, tensors_of
+from pyro_sbp.gates import Gate, Span, call, convert, repeatable, tensors_of
 from pyro_sbp.layers import (
     channel_dim,
     groups_of,
@@ -32,12 +31,9 @@ from pyro_sbp.layers import (
     num_rows,
     serves,
 )
-from pyro_sbp.surgery import relative_difference, shrink_in_place
+from pyro_sbp.proving import Proof, copy_for_measurement
 
-__all__ = ["Gates", "enliven", "find_gates"]
-
-#: The largest relative difference of the shrunk from the masked network in a proof, in float64.
-TOLERANCE = 1e-10
+__all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
@@ -96,7 +92,7 @@ class _Probe(TorchFunctionMode):
         self.awaited = None if until is None else set(until)
 
     @property
-    def asleep(self) -> list[str]:
+    def uncalled(self) -> list[str]:
         """Matrix layers of whose weight nothing made use in the first pass."""
         names = []
         for name in _matrices(self.net):
@@ -366,95 +362,6 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size)),))
 
 
-def _a_third(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(size, generator=generator)[: -(-size // 3)]
-
-
-def _first_half(size: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(size // 2)
-
-
-def _all_but_one(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(size, generator=generator)[1:]
-
-
-class _Proof:
-    """Shrinks a network by random theta and compares it with the masked one, in float64.
-
-    Which units go decides whether code that counts on the width of something is found out: some
-    here and there, those that come first, all but one.
-    """
-
-    def __init__(self, net: nn.Module, x: Any, awake: bool) -> None:
-        self.net, self.x, self.awake = net, x, awake
-
-    def problem(self, gates: Sequence[Gate]) -> str | None:
-        """Why the shrunk network differs from the masked one; None if it does not."""
-        problems = (self._try(gates, gone) for gone in (_a_third, _first_half, _all_but_one))
-        return next((problem for problem in problems if problem is not None), None)
-
-    def _try(
-        self, gates: Sequence[Gate], gone: Callable[[int, torch.Generator], Tensor]
-    ) -> str | None:
-        generator = torch.Generator().manual_seed(0)
-        theta = {}
-        for gate in gates:
-            values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
-            values[gone(gate.size, generator)] = 0
-            theta[gate.name] = values
-        net = _copy(self.net, torch.float64, self.awake)
-        enliven(net, generator)
-        each = {name: value[None] for name, value in theta.items()}
-        try:
-            with torch.no_grad():
-                with repeatable(torch.float64):
-                    masked = GatedNetwork(net, gates)(convert(self.x, torch.float64), each)
-                shrink_in_place(net, gates, theta)
-                with repeatable(torch.float64):
-                    small = call(net, convert(self.x, torch.float64))
-            difference = relative_difference(masked, small)
-        except Exception as error:  # a network's own code may raise anything
-            return f"cutting it fails: {first_line(error)}"
-        if not difference <= TOLERANCE:
-            return f"cutting it changes the output by {difference:.1e}"
-        return None
-
-    def keep(self, gates: Sequence[Gate], proven: list[Gate], left_alone: dict[str, str]) -> None:
-        """Add to `proven` what goes with it, found by halving; the rest is left alone."""
-        problem = self.problem([*proven, *gates])
-        if problem is None:
-            proven += gates
-        elif len(gates) == 1:
-            left_alone[gates[0].name] = problem
-        else:
-            half = len(gates) // 2
-            self.keep(gates[:half], proven, left_alone)
-            self.keep(gates[half:], proven, left_alone)
-
-
-def _copy(net: nn.Module, dtype: torch.dtype, awake: bool = False) -> nn.Module:
-    """A copy for measurements: on the CPU, as in evaluation, without gradients.
-
-    Awake, modules that hold others are in training mode: some call heads of theirs only there.
-    """
-    net = copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
-    for module in net.modules():
-        module.training = awake and any(True for _ in module.children())
-    return net
-
-
-def enliven(net: nn.Module, generator: torch.Generator) -> None:
-    """Give parameters that are (nearly) zero an ordinary size: behind a head or a layer scale of
-    zeros every difference would vanish."""
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.is_floating_point() or parameter.numel() == 0:
-                continue
-            if float(parameter.abs().max()) < 1e-3:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(noise, alpha=0.1)
-
-
 def find_gates(
     net: nn.Module,
     example_input: Any,
@@ -489,16 +396,16 @@ def find_gates(
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
     features = [_feature_gate(net, layer) for layer in input_features]
     x = convert(example_input, torch.float32, torch.device("cpu"))
-    awake = False
-    probe = _record(net, x, awake)
-    if probe.asleep:
+    training_paths = False
+    probe = _record(net, x, training_paths)
+    if probe.uncalled:
         try:
-            other = _record(net, x, awake=True)
+            other = _record(net, x, training_paths=True)
         except ValueError:
             other = probe
-        if len(other.asleep) < len(probe.asleep):
-            probe, awake = other, True
-    asleep = [name for name in probe.asleep if name not in ignore]
+        if len(other.uncalled) < len(probe.uncalled):
+            probe, training_paths = other, True
+    uncalled = [name for name in probe.uncalled if name not in ignore]
     order = list(probe.clean)
     for layer in input_features:
         if layer not in order:
@@ -506,9 +413,9 @@ def find_gates(
     left_alone = {
         name: _why_unknown(net, name, probe) for name in _matrices(net) if name not in order
     }
-    if asleep:
+    if uncalled:
         # What is not called on the example may be called on another input, and read any unit.
-        why = f"{asleep[0]!r} is not called on the example and might read it"
+        why = f"{uncalled[0]!r} is not called on the example and might read it"
         return Gates([], left_alone | dict.fromkeys(order, why))
     with torch.no_grad():
         reaches = _measure(probe.net, probe, x, order)
@@ -524,7 +431,7 @@ def find_gates(
         gates.insert(position + sum(not g.writers for g in gates[:position]), gate)
     proven: list[Gate] = []
     if gates:
-        _Proof(net, x, awake).keep(gates, proven, left_alone)
+        Proof(net, x, training_paths).keep(gates, proven, left_alone)
     return Gates(proven, left_alone)
 
 
@@ -532,10 +439,10 @@ def _matrices(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if is_matrix(module)]
 
 
-def _record(net: nn.Module, x: Any, awake: bool) -> _Probe:
+def _record(net: nn.Module, x: Any, training_paths: bool) -> _Probe:
     """Call a copy of the network once, and watch its layers."""
     try:
-        probe = _Probe(_copy(net, torch.float32, awake))
+        probe = _Probe(copy_for_measurement(net, torch.float32, training_paths))
         with torch.no_grad(), repeatable(torch.float32), probe:
             output = call(probe.net, convert(x, torch.float32))
         list(tensors_of(output))
@@ -550,7 +457,7 @@ def _record(net: nn.Module, x: Any, awake: bool) -> _Probe:
 
 def _why_unknown(net: nn.Module, name: str, probe: _Probe) -> str:
     """Why a matrix layer was not seen at work."""
-    if name in probe.asleep:
+    if name in probe.uncalled:
         return "is not called on the example"
     parent = net.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.benchmarking import count_macs
-from pyro_sbp.gates import Gate, GatedNetwork, call, convert, repeatable, tensors_of
+from pyro_sbp.gates import (
+    Gate,
+    GatedNetwork,
+    call,
+    convert,
+    evaluating,
+    repeatable,
+    tensors_of,
+)
 from pyro_sbp.guides import TruncatedLogNormalGuide
 from pyro_sbp.models import GatedModel
 from pyro_sbp.surgery import (
@@ -54,6 +62,11 @@ class Equivalence:
     max_abs_diff: float
 
 
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+
+
 def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
     """E[theta] of units with SNR >= threshold and 0 of the others, by site.
 
@@ -62,8 +75,7 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
     Raises:
         ValueError: the threshold is negative or not finite.
     """
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+    _check_threshold(threshold)
     snr = guide.snr()
     return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
 
@@ -121,8 +133,7 @@ def choose_units(
     if threshold is not None and macs_ratio is not None:
         raise ValueError("give a threshold or a macs_ratio, not both")
     threshold = 1.0 if threshold is None else threshold
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+    _check_threshold(threshold)
     if not gates:
         raise ValueError("there is no gate to choose units of")
     snr = {name: value.detach().cpu() for name, value in snr.items()}
@@ -245,11 +256,8 @@ def checked_shrink(
     cut(small, gates, surviving_units(gates, theta) if units is None else units)
     small.load_state_dict(state)
     del state
-    training = {name: module.training for name, module in small.named_modules()}
-    with torch.no_grad(), repeatable(torch.get_default_dtype()):
-        pruned = call(small.eval(), copy.deepcopy(example_input))
-    for name, module in small.named_modules():
-        module.training = training[name]
+    with torch.no_grad(), evaluating(small), repeatable(torch.get_default_dtype()):
+        pruned = call(small, copy.deepcopy(example_input))
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
     absolute = max(float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs)
     if not relative <= TOLERANCE:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_sbp.gates import call
+from pyro_sbp.gates import call, evaluating
 
 __all__ = ["recalibrate_batch_norm"]
 
@@ -36,19 +36,15 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     first = next(batches, None)
     if first is None:
         raise ValueError("there is no batch to measure batch norm statistics on")
-    before = {module: module.training for module in net.modules()}
     momentum = [norm.momentum for norm in norms]
-    try:
-        net.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
-            norm.train()
-        with torch.no_grad():
+    with torch.no_grad(), evaluating(net):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
             for batch in itertools.chain([first], batches):
                 call(net, batch)
-    finally:
-        for norm, value in zip(norms, momentum, strict=True):
-            norm.momentum = value
-        for module, mode in before.items():
-            module.training = mode
+        finally:
+            for norm, value in zip(norms, momentum, strict=True):
+                norm.momentum = value

@@ -300,10 +300,8 @@ def _integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     half = 0.5 * (right - left)
     r = _spread(num_nodes, left, half)
     density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
-    if len(_ORIGINS[num_nodes]) > 1:
-        origin = (-left / half - 1).mul_(4).round_().clamp(-4, 0).mul_(0.25)
-    else:
-        origin = torch.full_like(left, _ORIGINS[num_nodes][0])
+    origins = _ORIGINS[num_nodes]
+    origin = (-left / half - 1).mul_(4).round_().mul_(0.25).clamp(origins[0], origins[-1])
     total, *y = _window_sums(density, origin)
     y1, y2, y3, y4 = (x / total for x in y)
     square = y1 * y1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates import Gate, Span, call, check_theta, factors, tensors_of
+from pyro_sbp.gates import Gate, Span, call, check_theta, evaluating, factors, tensors_of
 from pyro_sbp.layers import resize
 
 __all__ = [
@@ -256,11 +256,8 @@ def shrink(
     """
     small = copy.deepcopy(net)
     shrink_in_place(small, gates, theta, units)
-    training = {name: module.training for name, module in small.named_modules()}
-    with torch.no_grad():
-        call(small.eval(), example_input)
-    for name, module in small.named_modules():
-        module.training = training[name]
+    with torch.no_grad(), evaluating(small):
+        call(small, example_input)
     return small
 
 
