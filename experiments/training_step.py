@@ -75,7 +75,7 @@ def steps(
     gates = find_gates(make(), torch.rand(2, *shape), features)
 
     def stepper(parameters: list[Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> Callable:
-        optimizer = torch.optim.Adam(parameters)
+        optimizer = torch.optim.Adam(parameters, fused=True)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.layers import channel_dim, column_factor, serves
@@ -223,8 +222,9 @@ def factors(
         yield f"{layer}.weight", weight, column_factor(net.get_submodule(layer), scale)
 
 
-class _ScaleInputs(TorchFunctionMode):
-    """Multiply the inputs of readers, each known by its weight, by one factor per example."""
+class _Gating(TorchFunctionMode):
+    """Scale the columns of readers, each known by its weight: by ``[columns]`` in the weight or in
+    the input, whichever has fewer elements, by ``[batch, columns]`` in the input."""
 
     def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -233,24 +233,34 @@ class _ScaleInputs(TorchFunctionMode):
         self.scales = scales
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        given = dict(kwargs or {})
+        weight = args[1] if len(args) > 1 else given.get("weight")
         name, layer = self.readers.get(id(weight), ("", None))
-        if layer is not None and serves(func, layer):
-            x, scale = args[0] if args else kwargs["input"], self.scales[name]
-            dim = channel_dim(layer, x)
-            shared = scale.shape[0] == 1
-            if not shared and (dim == 0 or x.shape[0] != scale.shape[0]):
-                raise ValueError(
-                    f"layer {name!r} gets an input of shape {list(x.shape)}, without the "
-                    f"batch of {scale.shape[0]} in dimension 0, which noise per example needs"
-                )
-            shape = [1] * x.ndim
-            shape[0] = len(scale)
-            shape[dim] = scale.shape[1]
-            x = x * scale.to(x.dtype).view(shape)
-            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
-        return func(*args, **kwargs)
+        if layer is None or not serves(func, layer):
+            return func(*args, **given)
+        x, scale = args[0] if args else given["input"], self.scales[name]
+        if scale.ndim == 1 and weight.numel() < x.numel():
+            weight = weight * column_factor(layer, scale.to(weight.dtype))
+        else:
+            x = _scaled_input(name, layer, x, scale)
+        if len(args) > 1:
+            return func(x, weight, *args[2:], **given)
+        given["weight"] = weight
+        return func(x, **given) if args else func(**{**given, "input": x})
+
+
+def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    dim = channel_dim(layer, x)
+    shape = [1] * x.ndim
+    shape[dim] = scale.shape[-1]
+    if scale.ndim == 2 and len(scale) > 1:
+        if dim == 0 or x.shape[0] != len(scale):
+            raise ValueError(
+                f"layer {name!r} gets an input of shape {list(x.shape)}, without the batch of "
+                f"{len(scale)} in dimension 0, which noise per example needs"
+            )
+        shape[0] = len(scale)
+    return x * scale.to(x.dtype).view(shape)
 
 
 class GatedNetwork(nn.Module):
@@ -271,35 +281,13 @@ class GatedNetwork(nn.Module):
 
         Args:
             x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
-            theta: from gate name to ``[units]`` (one draw for the batch, folded into the weights)
-                or ``[batch, units]`` (one for each example, multiplying the activations; a batch
-                of one row is the same for all).
+            theta: from gate name to ``[units]`` (one draw for the batch) or ``[batch, units]``
+                (one for each example; a batch of one row is the same for all).
 
         Raises:
             ValueError: theta names an unknown gate, has a wrong shape, or is given per example
                 where a reader's input has no batch in dimension 0.
         """
         check_theta(self.gates, theta)
-        shared = {name: value for name, value in theta.items() if value.ndim == 1}
-        each = {name: value for name, value in theta.items() if value.ndim == 2}
-        args, kwargs = _arguments(x)
-        parameters = fold(self.net, self.gates, shared)
-        if not each:
-            return functional_call(self.net, parameters, args, kwargs)
-        # Readers are known by their weight, which functional_call puts in place.
-        call_scaled = _Scaled(self.net, _column_scales(self.gates, each))
-        parameters = {f"net.{name}": value for name, value in parameters.items()}
-        return functional_call(call_scaled, parameters, args, kwargs)
-
-
-class _Scaled(nn.Module):
-    """Calls a network with the inputs of its readers scaled."""
-
-    def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.net = net
-        self.scales = dict(scales)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _ScaleInputs(self.net, self.scales):
-            return self.net(*args, **kwargs)
+        with _Gating(self.net, _column_scales(self.gates, theta)):
+            return call(self.net, x)

@@ -87,14 +87,28 @@ class TruncatedLogNormalGuide(AutoGuide):
                 shape[frame.dim - prior.event_dim] = frame.full_size or frame.size
         return shape
 
-    def _posterior(self, name: str) -> TruncatedLogNormal:
+    def _in_the_box(self, name: str) -> tuple[Tensor, Tensor]:
+        """Location and log scale of a site, put back into the box."""
         get = attrgetter(name)
         loc, log_scale = get(self.locs), get(self.log_scales)
         low, high = self._bounds[name]
         with torch.no_grad():
             loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
             log_scale.clamp_(*LOG_SCALE_RANGE)
-        return TruncatedLogNormal(loc, log_scale.exp(), low, high)
+        return loc, log_scale
+
+    def _posterior(self, name: str) -> TruncatedLogNormal:
+        loc, log_scale = self._in_the_box(name)
+        return TruncatedLogNormal(loc, log_scale.exp(), *self._bounds[name])
+
+    def _joint_posteriors(self) -> dict[str, TruncatedLogNormal]:
+        """The posteriors of a `GatedModel`, which draw and compute together."""
+        bounds = set(self._bounds.values())
+        if len(bounds) > 1:
+            return self.posteriors()
+        locs, log_scales = zip(*map(self._in_the_box, self._bounds), strict=True)
+        whole = TruncatedLogNormal(torch.cat(locs), torch.cat(log_scales).exp(), *bounds.pop())
+        return dict(zip(self._bounds, whole.split([len(loc) for loc in locs]), strict=True))
 
     def posteriors(self) -> dict[str, TruncatedLogNormal]:
         """The posterior of every site, from site name to a distribution over its elements."""
@@ -103,7 +117,7 @@ class TruncatedLogNormalGuide(AutoGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site from its posterior, with the arguments of the model."""
         if isinstance(self.model, GatedModel):
-            return self.model.sample_sites(self._posterior, *args[:1])
+            return self.model.sample_sites(self._joint_posteriors().__getitem__, *args[:1])
         plates = self._create_plates(*args, **kwargs)
         values = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():

@@ -18,13 +18,13 @@ from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 @register_kl(TruncatedNormal, Uniform)
 def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    loc, scale, low, high = p._parameters
+    low, high = (without_copies(bound) for bound in p._parameters[2:])
     low_q, high_q = without_copies(q.low), without_copies(q.high)
     wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
     contained = (low >= low_q) & (high <= high_q)
     outside = torch.where(contained, wider.log(), torch.inf)
-    kl = special.kl_to_uniform(loc, scale, low, high) + outside
-    return kl.to(loc.dtype).expand(shape)
+    kl = p._compute(special.kl_to_uniform) + outside
+    return kl.to(p._dtype).expand(shape)
 
 
 @register_kl(TruncatedNormal, TruncatedNormal)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro.distributions.torch import TransformedDistribution
 from torch import Tensor
@@ -24,6 +26,7 @@ from pyro_sbp.distributions.log_bounds import (
     is_within,
     log_within,
 )
+from pyro_sbp.distributions.together import Part, Whole
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 
 __all__ = ["TruncatedLogNormal"]
@@ -53,6 +56,7 @@ class TruncatedLogNormal(TransformedDistribution):
         "log_high": constraints.dependent(is_discrete=False, event_dim=0),
     }
     base_dist: TruncatedNormal
+    _part: Part | None = None
 
     def __init__(
         self,
@@ -77,7 +81,20 @@ class TruncatedLogNormal(TransformedDistribution):
         """A new instance of the batch shape, as `TruncatedNormal.expand`."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogNormal, _instance)
+        new._part = self._part
         return super().expand(batch_shape, _instance=new)
+
+    def split(self, sizes: Sequence[int]) -> list[TruncatedLogNormal]:
+        """Distributions of batch shape ``[size]``, as `TruncatedNormal.split`."""
+        whole = Whole(sizes, self.base_dist._compute, self.rsample)
+        parts = []
+        for index, base in enumerate(self.base_dist.split(sizes)):
+            part = TruncatedLogNormal(*base._parameters, validate_args=False)
+            part.base_dist = base
+            part._validate_args = self._validate_args
+            part._part = Part(whole, index)
+            parts.append(part)
+        return parts
 
     @property
     def loc(self) -> Tensor:
@@ -110,7 +127,9 @@ class TruncatedLogNormal(TransformedDistribution):
     @property
     def stddev(self) -> Tensor:
         # By the SNR, since the variance may be too small for float32.
-        return self.base_dist._statistic(lambda *p: special.exp_mean(*p) / special.exp_snr(*p))
+        base = self.base_dist
+        stddev = base._compute(special.exp_mean) / base._compute(special.exp_snr)
+        return stddev.to(self._dtype).expand(self.batch_shape)
 
     @property
     def snr(self) -> Tensor:
@@ -119,16 +138,12 @@ class TruncatedLogNormal(TransformedDistribution):
 
     @property
     def mode(self) -> Tensor:
-        # The Jacobian 1 / theta moves the mode of log theta down by the variance.
-        return self.base_dist._statistic(
-            lambda loc, scale, low, high: torch.minimum(
-                torch.maximum(loc.double() - scale.double().square(), low), high
-            ).exp()
-        )
+        return self.base_dist._statistic(_mode)
 
     def entropy(self) -> Tensor:
         """Differential entropy of theta in nats, of the batch shape."""
-        return self.base_dist._statistic(lambda *p: special.entropy(*p) + special.mean(*p))
+        entropy = self.base_dist._compute(special.entropy) + self.base_dist._compute(special.mean)
+        return entropy.to(self._dtype).expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of theta in nats at `value`, which broadcasts against the batch shape.
@@ -165,6 +180,9 @@ class TruncatedLogNormal(TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
+        shape = self._extended_shape(sample_shape)
+        if self._part is not None and self._part.draws(shape):
+            return self._part.draw()
         # exp() before rounding: log theta in float32 would cost theta 1e-6 of its size.
         theta = self.base_dist._rsample64(sample_shape).exp()
         return clamp_theta(theta, self.log_low, self.log_high)
@@ -183,3 +201,9 @@ class TruncatedLogNormal(TransformedDistribution):
 
     def _validate_sample(self, value: Tensor) -> None:
         require_in_support(self, value, lambda x: is_within(x, self.log_low, self.log_high))
+
+
+def _mode(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    # The Jacobian 1 / theta moves the mode of log theta down by the variance.
+    mode = loc.double() - scale.double().square()
+    return torch.minimum(torch.maximum(mode, low), high).exp()

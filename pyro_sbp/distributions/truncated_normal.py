@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -20,6 +20,7 @@ from pyro_sbp.distributions.checks import (
     require_in_support,
     validates,
 )
+from pyro_sbp.distributions.together import Part, Whole
 
 __all__ = ["TruncatedNormal"]
 
@@ -44,6 +45,7 @@ class TruncatedNormal(TorchDistribution):
     """
 
     has_rsample = True
+    _part: Part | None = None
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
         "loc": constraints.real,
         "scale": constraints.positive,
@@ -73,10 +75,26 @@ class TruncatedNormal(TorchDistribution):
         new = self._get_checked_instance(TruncatedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
         check_expand(self, batch_shape)
-        new._parameters = self._parameters
+        new._parameters, new._part = self._parameters, self._part
         super(TruncatedNormal, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    def split(self, sizes: Sequence[int]) -> list[TruncatedNormal]:
+        """Distributions of batch shape ``[size]`` that this one, ``[sum of sizes]``, consists of.
+
+        They compute together: a sample, the KL or a statistic of one is computed for all, and a
+        gradient may be taken through it once, for all.
+        """
+        whole = Whole(sizes, self._compute, lambda: self._rsample64(torch.Size()))
+        parts = []
+        split = zip(*(x.split(whole.sizes) for x in self._parameters), strict=True)
+        for index, parameters in enumerate(split):
+            part = TruncatedNormal(*parameters, validate_args=False)
+            part._validate_args = self._validate_args
+            part._part = Part(whole, index)
+            parts.append(part)
+        return parts
 
     @property
     def loc(self) -> Tensor:
@@ -109,9 +127,15 @@ class TruncatedNormal(TorchDistribution):
     def _dtype(self) -> torch.dtype:
         return self._parameters[0].dtype
 
+    def _compute(self, function: Callable[..., Tensor]) -> Tensor:
+        """``function(loc, scale, low, high)`` in float64 and the shape of the parameters."""
+        if self._part is not None:
+            return self._part.statistic(function)
+        return function(*self._parameters)
+
     def _statistic(self, function: Callable[..., Tensor]) -> Tensor:
         """``function(loc, scale, low, high)`` in the parameters' dtype and the batch shape."""
-        value = function(*self._parameters)
+        value = self._compute(function)
         return value.to(self._dtype).expand(self.batch_shape)
 
     @property
@@ -124,14 +148,13 @@ class TruncatedNormal(TorchDistribution):
 
     @property
     def stddev(self) -> Tensor:
-        return self._statistic(lambda *parameters: special.variance(*parameters).sqrt())
+        return self._compute(special.variance).sqrt().to(self._dtype).expand(self.batch_shape)
 
     @property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio, mean over standard deviation; negative where the mean is."""
-        return self._statistic(
-            lambda *parameters: special.mean(*parameters) / special.variance(*parameters).sqrt()
-        )
+        snr = self._compute(special.mean) / self._compute(special.variance).sqrt()
+        return snr.to(self._dtype).expand(self.batch_shape)
 
     @property
     def mode(self) -> Tensor:
@@ -181,6 +204,8 @@ class TruncatedNormal(TorchDistribution):
     def _rsample64(self, sample_shape: torch.Size) -> Tensor:
         """Samples before they are rounded to the dtype of the parameters."""
         shape = self._extended_shape(sample_shape)
+        if self._part is not None and self._part.draws(shape):
+            return self._part.draw()
         device = self._parameters[0].device
         if self._dtype != torch.float64:
             return fast_sampling.quantile(fast_sampling.uniform(shape, device), *self._parameters)

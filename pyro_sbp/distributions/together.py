@@ -1,0 +1,66 @@
+"""Parts of one distribution that compute together what they are asked for one by one.
+
+The gates of a network are sample sites of their own, and a draw or a KL is some forty small
+operations whatever the number of units: done for all gates at once they cost what one gate costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Part", "Whole"]
+
+
+class Whole:
+    """A distribution of batch shape ``[n]``, and what has been computed for all of it.
+
+    Args:
+        sizes: of its parts, ``n`` together.
+        statistic: from a function of the parameters to its values ``[n]``.
+        draw: gives a sample ``[n]``.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        statistic: Callable[[Callable[..., Tensor]], Tensor],
+        draw: Callable[[], Tensor],
+    ) -> None:
+        self.sizes = list(sizes)
+        self._statistic, self._draw = statistic, draw
+        self._statistics: dict[Callable[..., Tensor], Sequence[Tensor]] = {}
+        self._draws: dict[int, Tensor] = {}
+
+    def statistic(self, function: Callable[..., Tensor], part: int) -> Tensor:
+        """What the function of the parameters is on a part, computed once."""
+        if function not in self._statistics:
+            self._statistics[function] = self._statistic(function).split(self.sizes)
+        return self._statistics[function][part]
+
+    def draw(self, part: int) -> Tensor:
+        """A sample of a part. Every part takes a draw once; who asks again begins the next."""
+        if part not in self._draws:
+            self._draws = dict(enumerate(self._draw().split(self.sizes)))
+        return self._draws.pop(part)
+
+
+class Part:
+    """One part of a `Whole`, for the distribution that stands for it."""
+
+    def __init__(self, whole: Whole, index: int) -> None:
+        self.whole, self.index = whole, index
+
+    def statistic(self, function: Callable[..., Tensor]) -> Tensor:
+        """As `Whole.statistic`."""
+        return self.whole.statistic(function, self.index)
+
+    def draws(self, shape: torch.Size) -> bool:
+        """Whether a sample of this shape is drawn together: many examples are work enough alone."""
+        return shape == (self.whole.sizes[self.index],)
+
+    def draw(self) -> Tensor:
+        """As `Whole.draw`."""
+        return self.whole.draw(self.index)
