@@ -15,7 +15,8 @@ from pyro_sbp.cli.common import check_device, closing_table, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
+from pyro_sbp.processes import is_first, num_processes
+from pyro_sbp.recipes import METHODS, PRECISIONS, Recipe, Request, read_recipe
 from pyro_sbp.sources import SOURCES, check_dataset
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ __all__ = ["train"]
 @click.option("--learning-rate", type=float, help="Adam's, for the weights.")
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
+@click.option(
+    "--devices", type=click.IntRange(1), help="Processes, each on a device.  [default: 1]"
+)
+@click.option("--precision", help=f"{', '.join(PRECISIONS)}.  [default: 32-true]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
@@ -60,7 +65,8 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
     if resume is None:
         request = _request(**options)
         directory = options["output_dir"] or _directory(request)
-        _check_free(directory)
+        if is_first():
+            _check_free(directory)
     else:
         given = [
             f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None
@@ -79,18 +85,23 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
 
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
+    from pyro_sbp.devices import launch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
-    data = load_dataset(request.dataset, data_dir, architecture.image_size)
-    with _Bar(quiet=as_json) as bar, StopWhenDone() as stop:
+    fabric = launch(request.device, request.devices, request.precision)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with fabric.rank_zero_first():  # it may have to be downloaded
+        data = load_dataset(request.dataset, data_dir, architecture.image_size)
+    with _Bar(quiet=as_json or not is_first()) as bar, StopWhenDone() as stop:
         try:
-            summary = training.train(request, data, directory, bar.update, stop)
+            summary = training.train(request, data, directory, bar.update, stop, fabric)
         except training.Interrupted as error:
             hint = f"stopped; go on by pyro-sbp train --resume {directory}"
             raise Stopped(stop.number or 0, hint) from error
+    if not is_first():
+        return
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
@@ -108,6 +119,8 @@ def _request(
     data_dir: Path | None,
     output_dir: Path | None,
     weights: Path | None,
+    devices: int | None,
+    precision: str | None,
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -129,8 +142,20 @@ def _request(
     seed = 0 if seed is None else seed
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; expected an integer from 0 to 2^63 - 1")
-    start = None if weights is None else str(weights)
-    return Request(arch, dataset, method, chosen, seed, device, str(data_dir or "data"), start)
+    if precision is not None and precision not in PRECISIONS:
+        raise RequestError(f"unknown precision {precision!r}; expected {', '.join(PRECISIONS)}")
+    return Request(
+        arch,
+        dataset,
+        method,
+        chosen,
+        seed,
+        device,
+        str(data_dir or "data"),
+        weights=None if weights is None else str(weights),
+        devices=devices or num_processes() or 1,
+        precision=precision or "32-true",
+    )
 
 
 def _recipe(name: str | None, arch: str, dataset: str, method: str) -> Recipe:

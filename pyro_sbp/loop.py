@@ -6,14 +6,17 @@ import dataclasses
 import json
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_sbp.datasets import ImageData, Split
+from pyro_sbp.devices import dtype_of, gather
+from pyro_sbp.elbo import Parts
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.files import write_text, write_whole
 from pyro_sbp.methods import Method, Phase
@@ -29,6 +32,8 @@ TEST_BATCH = 500
 RECALIBRATE_ON = 10_000
 #: Seconds after which a checkpoint is written within an epoch.
 SAVE_EVERY = 120.0
+#: Steps after which several processes agree on whether to stop or to write one.
+AGREE_EVERY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class _Place:
 
     Attributes:
         order: state of the generator of the order of the data, at the start of the epoch.
-        total: sums of NLL and KL over the examples of the epoch.
+        total: sums of NLL and KL over the examples of the epoch, of all processes.
         epoch: whole epochs.
         step: steps of the epoch that are done.
         seen: examples of the epoch that are done.
@@ -77,6 +82,17 @@ class _Place:
         self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
 
 
+class _Step(nn.Module):
+    """The loss of a phase as the call of a module, which Fabric can wrap."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.module, self.loss = phase.module, phase.loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Parts:
+        return self.loss(x, y)
+
+
 def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
     where = f"in epoch {epoch + 1} of phase {phase.name!r}"
     for name, parameter in phase.module.named_parameters():
@@ -94,8 +110,9 @@ class Loop:
     Args:
         request: what to do.
         method: how.
-        data: on what, on the device of the request.
+        data: on what, on the device of `fabric`.
         directory: where the checkpoint and the metrics lie.
+        fabric: the devices and the precision, from `launch`.
         watch: told of the progress.
         stop: asked after every step whether to leave a checkpoint and raise `Interrupted`.
     """
@@ -106,13 +123,15 @@ class Loop:
         method: Method,
         data: ImageData,
         directory: Path,
+        fabric: Fabric,
         watch: Callable[[Progress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.request, self.recipe = request, request.recipe
         self.method, self.data = method, data
         self.watch, self.stop = watch, stop
-        self.device = torch.device(request.device)
+        self.fabric, self.device = fabric, fabric.device
+        self.dtype = dtype_of(request.precision)
         self.directory = directory
         self.errors: dict[str, float | None] = {}
         self.seconds = 0.0
@@ -140,7 +159,7 @@ class Loop:
             return
         size, data = self.recipe.batch_size, self.data.train
         starts = range(0, min(len(data), RECALIBRATE_ON), size)
-        batches = (data.batch(slice(start, start + size))[0] for start in starts)
+        batches = (self._batch(data, slice(start, start + size))[0] for start in starts)
         recalibrate_batch_norm(self.method.small, batches)
 
     def go(self) -> None:
@@ -151,8 +170,8 @@ class Loop:
                 phase.module.load_state_dict(self.finished[index])
                 self._finish(phase)
                 continue
-            optimizer = torch.optim.Adam(phase.groups)
-            steps = -(-len(self.data.train) // self.recipe.batch_size)
+            optimizer = torch.optim.Adam(phase.groups, fused=True)
+            steps = len(self._batches(torch.arange(len(self.data.train))))
             schedule = _linear_decay(optimizer, phase.epochs * steps, self.recipe.decay)
             place = _Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
@@ -160,8 +179,9 @@ class Loop:
                 optimizer.load_state_dict(saved["optimizer"])
                 schedule.load_state_dict(saved["schedule"])
                 place, saved = _Place(**saved["place"]), None
+            step = self.fabric.setup_module(_Step(phase))
             while place.epoch < phase.epochs:
-                self._epoch(phase, place, optimizer, schedule)
+                self._epoch(phase, step, place, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
             for name, predict in self._finish(phase).items():
                 self.errors[name] = self.error_of(predict)
@@ -173,32 +193,60 @@ class Loop:
             self.recalibrate()
         return predictors
 
-    def _epoch(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
+    def _batch(self, data: Split, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        x, y = data.batch(index)
+        return x.to(self.dtype), y
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        """The examples of each step, of all processes together."""
+        batches = list(order.split(self.recipe.batch_size))
+        # A last batch of one has no batch statistics: it joins the one before.
+        if len(batches) > 1 and len(batches[-1]) <= self.fabric.world_size:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def _epoch(
+        self, phase: Phase, step: nn.Module, place: _Place, optimizer: Any, schedule: Any
+    ) -> None:
         """Go on to the end of the epoch."""
         started = saved = time.perf_counter()
         before = place.seconds
         phase.train_mode()
-        total = place.total.to(self.device)
+        # The sums of all processes are the first one's to begin with.
+        total = place.total.to(self.device) * self.fabric.is_global_zero
         self.order.set_state(place.order)
-        batches = list(_batches(self.data.train, self.recipe.batch_size, self.order))
-        for index in batches[place.step :]:
-            x, y = self.data.train.batch(index.to(self.device))
-            parts = phase.loss(x, y)
+        order = torch.randperm(len(self.data.train), generator=self.order)
+        batches = self._batches(order)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        for batch in batches[place.step :]:
+            index = batch[rank::world]
+            x, y = self._batch(self.data.train, index.to(self.device))
+            parts = step(x, y)
+            # The gradients are averaged over the processes, whose shares may differ by one.
+            loss = parts.nll * (world * len(index) / len(batch)) + parts.kl
             optimizer.zero_grad(set_to_none=True)
-            parts.loss.backward()
+            self.fabric.backward(loss)
             optimizer.step()
             schedule.step()
             total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(index)
-            place.seen += len(index)
+            place.seen += len(batch)
             if place.step % 50 == 0:
-                self._tell(phase, place, len(batches), total / place.seen)
+                self._tell(phase, place, len(batches), total * world / place.seen)
             place.step += 1
             now = time.perf_counter()
-            if self.stop() or now - saved > SAVE_EVERY:
-                place.total, place.seconds, saved = total.cpu(), before + now - started, now
+            stop, save = self._agree(
+                place.step % AGREE_EVERY == 0 or place.step == len(batches),
+                self.stop(),
+                now - saved > SAVE_EVERY,
+            )
+            if stop or save:
+                place.total, place.seconds = self._sum(total).cpu(), before + now - started
+                saved = now
                 self._save(phase, place, optimizer, schedule)
-                if self.stop():
-                    raise Interrupted
+            if stop:
+                raise Interrupted
+        total = self._sum(total)
+        self._same_buffers(phase.module)
         phase.module.eval()
         mean = total / place.seen
         nll, kl = mean.tolist()
@@ -220,10 +268,29 @@ class Loop:
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
-        text = "".join(json.dumps(x) + "\n" for x in self.lines)
-        write_text(self.directory / "metrics.jsonl", text)
+        if self.fabric.is_global_zero:
+            text = "".join(json.dumps(x) + "\n" for x in self.lines)
+            write_text(self.directory / "metrics.jsonl", text)
         place.next_epoch(self.order.get_state())
         self._save(phase, place, optimizer, schedule)
+
+    def _agree(self, now: bool, stop: bool, save: bool) -> tuple[bool, bool]:
+        """Whether to stop, and to write a checkpoint: what any process asks for, when they meet."""
+        if self.fabric.world_size == 1:
+            return stop, save
+        if not now:
+            return False, False
+        asked = self._sum(torch.tensor([stop, save], dtype=torch.float32, device=self.device))
+        return bool(asked[0]), bool(asked[1])
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return self.fabric.all_reduce(value.clone(), reduce_op="sum")
+
+    def _same_buffers(self, module: nn.Module) -> None:
+        """The running statistics of batch norms differ by the shares: the first one's count."""
+        if self.fabric.world_size > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _tell(
         self,
@@ -256,13 +323,21 @@ class Loop:
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start in range(0, len(self.data.test), TEST_BATCH):
-            x, y = self.data.test.batch(slice(start, start + TEST_BATCH))
-            wrong += (predict(x).argmax(1) != y).sum()
-        return round(100 * int(wrong) / len(self.data.test), 6)
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        with self.fabric.autocast():
+            for start in range(rank * TEST_BATCH, len(self.data.test), world * TEST_BATCH):
+                x, y = self._batch(self.data.test, slice(start, start + TEST_BATCH))
+                wrong += (predict(x).argmax(1) != y).sum()
+        return round(100 * int(self._sum(wrong)) / len(self.data.test), 6)
 
     def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
         _check_finite(phase, float(place.total.sum()), place.epoch)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        random_of_all = gather(self.fabric, random)
+        if not self.fabric.is_global_zero:
+            return
         checkpoint = {
             "request": json.dumps(self.request.to_dict()),
             "finished": self.finished,
@@ -274,10 +349,7 @@ class Loop:
             "seconds": self.seconds,
             "lines": self.lines,
             "order": self.order.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": (
-                torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            ),
+            "random": random_of_all,
         }
         path = self.directory / "checkpoint.pt"
         write_whole(path, lambda partial: torch.save(checkpoint, partial))
@@ -292,23 +364,16 @@ class Loop:
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
         if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
             raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
-        if saved["request"] != json.dumps(self.request.to_dict()):
+        if Request.from_dict(json.loads(saved["request"])) != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
         self.seconds, self.lines = saved["seconds"], saved["lines"]
         self.order.set_state(saved["order"].cpu())
-        torch.set_rng_state(saved["rng"].cpu())
-        if saved["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.device)
+        random = saved["random"][self.fabric.global_rank]
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
         return saved
-
-
-def _batches(data: Split, size: int, order: torch.Generator) -> Iterator[Tensor]:
-    batches = list(torch.randperm(len(data), generator=order).split(size))
-    # A last batch of one has no batch statistics: it joins the one before.
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    yield from batches
 
 
 def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:

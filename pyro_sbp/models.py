@@ -26,7 +26,8 @@ LOG_LOW, LOG_HIGH = -20.0, 0.0
 
 def categorical(logits: Tensor) -> dist.Categorical:
     """The likelihood of class labels ``[batch]`` under logits ``[batch, classes]``."""
-    return dist.Categorical(logits=logits)
+    # The log of a sum loses too much in bfloat16.
+    return dist.Categorical(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 _numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -11,10 +11,12 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError
 
-__all__ = ["METHODS", "Recipe", "Request", "read_recipe"]
+__all__ = ["METHODS", "PRECISIONS", "Recipe", "Request", "read_recipe"]
 
 #: Where the class of every method is found.
 METHODS = {"sbp": "pyro_sbp.methods.sbp:SBP"}
+#: Mixed: parameters are float32, the network's matrix products bfloat16.
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class Request:
     device: str = "cpu"
     data_dir: str = "data"
     weights: str | None = None
+    devices: int = 1
+    precision: str = "32-true"
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""

@@ -14,12 +14,14 @@ from typing import Any
 
 import pyro
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.attention import has_attention, separate_attention
 from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData
+from pyro_sbp.devices import dtype_of, launch
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.files import write_json
 from pyro_sbp.gates import call
@@ -47,6 +49,7 @@ def train(
     directory: Path,
     watch: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    fabric: Fabric | None = None,
 ) -> dict[str, Any]:
     """Train, prune and fine-tune a network as requested, and write a run directory.
 
@@ -58,6 +61,7 @@ def train(
         directory: the run directory; it is made where it is missing.
         watch: told of the progress.
         stop: asked after every step whether to leave a checkpoint and stop.
+        fabric: what to compute with, from `launch`; it is launched here if not given.
 
     Returns:
         The content of `summary.json`.
@@ -70,18 +74,30 @@ def train(
             last one that was good.
         Interrupted: it was asked to stop.
     """
-    job = _prepare(request, data, directory)
-    _begin(directory, request)
-    loop = Loop(request, job.method, job.data, directory, watch, stop)
+    fabric = fabric or _launch(request)
+    job = _prepare(request, data, directory, fabric)
+    if fabric.is_global_zero:
+        _begin(directory, request)
+    else:
+        # The first process goes on with the random numbers of the construction.
+        torch.manual_seed(request.seed + fabric.global_rank)
+    fabric.barrier()
+    loop = Loop(request, job.method, job.data, directory, fabric, watch, stop)
     # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
     # a loss that is not finite in its own words, and costs a sixth of a step.
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         loop.go()
-    # Left by a run that was stopped between this and its summary.
-    shutil.rmtree(directory / "pruned", ignore_errors=True)
-    summary = _hand_over(job, loop, directory / "pruned")
-    write_json(directory / "summary.json", summary)
-    return summary
+    summary: dict[str, Any] = {}
+    if fabric.is_global_zero:
+        # Left by a run that was stopped between this and its summary.
+        shutil.rmtree(directory / "pruned", ignore_errors=True)
+        summary = _hand_over(job, loop, directory / "pruned")
+        write_json(directory / "summary.json", summary)
+    return fabric.broadcast(summary)
+
+
+def _launch(request: Request) -> Fabric:
+    return launch(request.device, request.devices, request.precision)
 
 
 def prune_again(
@@ -100,8 +116,9 @@ def prune_again(
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
     """
-    job = _prepare(request, data, directory)
-    loop = Loop(request, job.method, job.data, directory)
+    fabric = launch(request.device, precision=request.precision)
+    job = _prepare(request, data, directory, fabric)
+    loop = Loop(request, job.method, job.data, directory, fabric)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         loop.replay()
         try:
@@ -140,11 +157,10 @@ class _Job:
     parameters: int
 
 
-def _prepare(request: Request, data: ImageData, directory: Path) -> _Job:
+def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> _Job:
     """Build the network and the method that are asked for; nothing is written."""
     torch.manual_seed(request.seed)
-    device = torch.device(request.device)
-    data = data.to(device)
+    data = data.to(fabric.device)
     architecture = find_architecture(request.arch)
     kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
     example, _ = data.test.batch(slice(0, 8))
@@ -154,9 +170,11 @@ def _prepare(request: Request, data: ImageData, directory: Path) -> _Job:
         load_weights(dense, Path(request.weights))
     if has_attention(dense):
         dense = separate_attention(dense)
+    dtype = dtype_of(request.precision)
+    dense, example = dense.to(dtype), example.to(dtype)
     try:
         method = pkgutil.resolve_name(METHODS[request.method])(
-            dense.to(device),
+            dense.to(fabric.device),
             example,
             request.recipe,
             len(data.train),
@@ -196,6 +214,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
         for name, u in method.units.items()
     }
+    small = small.float()
     save(
         small,
         target,
@@ -204,7 +223,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         units=units,
         input_shape=job.data.image_shape,
     )
-    macs, parameters = count_macs(small, example[:1]), count_parameters(small)
+    macs, parameters = count_macs(small, example[:1].float()), count_parameters(small)
     names = ("dense", "mean", "pruned", "finetuned")
     return {
         "arch": job.request.arch,
