@@ -89,8 +89,11 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self.loss = phase.module, phase.loss
 
-    def forward(self, x: Tensor, y: Tensor) -> Parts:
-        return self.loss(x, y)
+    def forward(self, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Parts]:
+        """The loss of which the processes' average counts, by this one's share, and its parts."""
+        # Not outside, where Fabric has made float32 of it.
+        parts = self.loss(x, y)
+        return parts.nll * share + parts.kl, parts
 
 
 def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
@@ -221,9 +224,8 @@ class Loop:
         for batch in batches[place.step :]:
             index = batch[rank::world]
             x, y = self._batch(self.data.train, index.to(self.device))
-            parts = step(x, y)
-            # The gradients are averaged over the processes, whose shares may differ by one.
-            loss = parts.nll * (world * len(index) / len(batch)) + parts.kl
+            # Gradients are averaged over the processes, whose shares may differ by an example.
+            loss, parts = step(x, y, world * len(index) / len(batch))
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
             optimizer.step()

@@ -1,0 +1,102 @@
+"""A run on two processes is the run on one: by --devices, and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+RECIPE = """
+dense_epochs = 1
+epochs = 1
+finetune_epochs = 1
+batch_size = 101
+kl_scale = 30.0
+noise_learning_rate = 1e-9
+"""
+PYRO_SBP = [sys.executable, "-m", "pyro_sbp.cli"]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "pyro_sbp.cli"),
+]
+
+
+def start(command, *arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [*command, *arguments], env=environment, text=True, stderr=subprocess.PIPE, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same request on one process, on two, and on two that torchrun starts."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "recipe.toml").write_text(RECIPE)
+    arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits"]
+    arguments += ["--recipe", str(root / "recipe.toml"), "--precision", "64-true", "--json"]
+    found = {}
+    for name, command, more in (
+        ("one", PYRO_SBP, []),
+        ("two", PYRO_SBP, ["--devices", "2"]),
+        ("torchrun", TORCHRUN, []),
+    ):
+        out = ["--output-dir", str(root / name)]
+        process = start(command, *arguments, *more, *out, stdout=subprocess.PIPE)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert json.loads(output) == json.loads((root / name / "summary.json").read_text())
+        found[name] = root / name
+    return found
+
+
+def dense(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)["finished"][0]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_without_noise_two_processes_reach_the_parameters_of_one(runs, name):
+    one, two = dense(runs["one"]), dense(runs[name])
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
+    first, second = metrics(runs["one"])[0], metrics(runs[name])[0]
+    assert second["nll"] == pytest.approx(first["nll"], rel=1e-6)
+    assert second["error"] == first["error"]
+
+
+@pytest.mark.parametrize("name", ["two", "torchrun"])
+def test_with_noise_the_kl_counts_once_and_each_draws_its_own(runs, name):
+    one, two = metrics(runs["one"])[1], metrics(runs[name])[1]
+    assert one["phase"] == two["phase"] == "gated"
+    assert two["weighted_kl"] == pytest.approx(one["weighted_kl"], rel=1e-6)
+    assert two["kl"] == pytest.approx(one["kl"], rel=1e-6)
+    assert two["nll"] != one["nll"]
+    random = torch.load(runs[name] / "checkpoint.pt", weights_only=True)["random"]
+    assert len(random) == 2 and not torch.equal(random[0]["cpu"], random[1]["cpu"])
+
+
+def test_they_write_one_run_directory(runs):
+    for name in ("two", "torchrun"):
+        assert {path.name for path in runs[name].iterdir()} == {
+            path.name for path in runs["one"].iterdir()
+        }
+        assert (runs[name] / "pruned" / "model.safetensors").is_file()
+        assert json.loads((runs[name] / "recipe.json").read_text())["devices"] == 2
+        summary = json.loads((runs[name] / "summary.json").read_text())
+        assert summary["equivalence"]["max_rel_diff_float64"] < 1e-10
+
+
+def test_a_run_resumes_on_as_many_processes_as_it_had(runs, tmp_path):
+    recipe = runs["two"] / "recipe.json"
+    (tmp_path / "recipe.json").write_text(recipe.read_text())
+    process = start([*TORCHRUN[:5], "1", *TORCHRUN[6:]], "train", "--resume", str(tmp_path))
+    assert "the run is for 2 devices, and torchrun started 1" in process.communicate(timeout=120)[1]
+    assert process.returncode != 0
