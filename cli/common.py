@@ -153,9 +153,10 @@ def closing_table(summary: dict[str, Any]) -> str:
             for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
         ],
     )
+    held = [f"all units under the threshold, the best kept: {g}" for g in summary.get("held", ())]
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
     hint = LITTLE_REMOVED if summary["macs"]["ratio"] < 1.05 else ""
-    parts = (units, "\n".join(left), errors, sizes, hint)
+    parts = (units, "\n".join(held), "\n".join(left), errors, sizes, hint)
     return "\n\n".join(part for part in parts if part)

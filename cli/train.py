@@ -13,8 +13,9 @@ import click
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+from pyro_sbp.files import LOCK
 from pyro_sbp.processes import is_first, num_processes
 from pyro_sbp.recipes import METHODS, PRECISIONS, Recipe, Request, read_recipe
 from pyro_sbp.sources import SOURCES, check_dataset
@@ -100,6 +101,9 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
         except training.Interrupted as error:
             hint = f"stopped; go on by pyro-sbp train --resume {directory}"
             raise Stopped(stop.number or 0, hint) from error
+        except OSError as error:
+            hint = f"; go on by pyro-sbp train --resume {directory}"
+            raise OSError(first_line(error) + hint * _unfinished(directory)) from error
     if not is_first():
         return
     if as_json:
@@ -176,7 +180,7 @@ def _directory(request: Request) -> Path:
 def _check_free(directory: Path) -> None:
     if directory.is_file():
         raise RequestError(f"{directory} is a file; give another --output-dir")
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         hint = f"go on with it by --resume {directory}, or " if _unfinished(directory) else ""
         raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
     parent = directory
@@ -213,6 +217,8 @@ class _Bar:
         if progress.error is not None and progress.units is not None:
             left = "-".join(str(count) for count in progress.units.values())
             text += f"  error {progress.error:.2f} %  units {left}"
+            if progress.held:
+                text += f"  (all under the threshold: {', '.join(progress.held)})"
         title = f"{progress.phase} {progress.epoch}/{progress.epochs}"
         if not self.live:
             if progress.error is not None:

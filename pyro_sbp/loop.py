@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pickle
 import time
@@ -50,6 +51,7 @@ class Progress:
     kl: float
     error: float | None = None
     units: dict[str, int] | None = None
+    held: tuple[str, ...] = ()
 
 
 class Interrupted(Exception):
@@ -257,7 +259,8 @@ class Loop:
         units = phase.units()
         seconds = before + time.perf_counter() - started
         self.seconds += seconds
-        self._tell(phase, place, len(batches), mean, error, units)
+        held = phase.held()
+        self._tell(phase, place, len(batches), mean, error, units, held)
         line = {
             "phase": phase.name,
             "epoch": place.epoch + 1,
@@ -267,6 +270,7 @@ class Loop:
             "weighted_kl": kl,
             "error": error,
             "units": units,
+            "held": list(held),
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
@@ -302,6 +306,7 @@ class Loop:
         mean: Tensor,
         error: float | None = None,
         units: dict[str, int] | None = None,
+        held: tuple[str, ...] = (),
     ) -> None:
         nll, kl = mean.tolist()
         self.watch(
@@ -316,6 +321,7 @@ class Loop:
                 kl,
                 error,
                 units,
+                held,
             )
         )
 
@@ -353,8 +359,10 @@ class Loop:
             "order": self.order.get_state(),
             "random": random_of_all,
         }
-        path = self.directory / "checkpoint.pt"
-        write_whole(path, lambda partial: torch.save(checkpoint, partial))
+        # torch tells of a disk that is full in words of its own.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(self.directory / "checkpoint.pt", content.getbuffer())
 
     def _load(self) -> dict[str, Any] | None:
         path = self.directory / "checkpoint.pt"

@@ -88,11 +88,13 @@ class Choice:
         theta: from gate name to ``[units]``, 0 where a unit is to go.
         units: what remains of them, by gate.
         threshold: the signal-to-noise ratio that decided.
+        held: the gates of which no unit reaches it, and which keep the fewest allowed.
     """
 
     theta: dict[str, Tensor]
     units: dict[str, Units]
     threshold: float
+    held: tuple[str, ...] = ()
 
 
 def choose_units(
@@ -141,10 +143,11 @@ def choose_units(
 
     def chosen(level: float) -> Choice:
         mask = {gate.name: snr[gate.name] >= level for gate in gates}
+        held = tuple(name for name, kept in mask.items() if min_units and not kept.any())
         _bring_back(gates, mask, snr, round_to, min_units)
         theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
         units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
-        return Choice(theta, units, level)
+        return Choice(theta, units, level, held)
 
     if macs_ratio is None:
         if threshold > float(levels[-1]):

@@ -114,6 +114,8 @@ def save(
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -7,7 +7,8 @@ import os
 import pkgutil
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData
 from pyro_sbp.devices import dtype_of, launch
 from pyro_sbp.errors import RequestError, first_line
-from pyro_sbp.files import write_json
+from pyro_sbp.files import lock, write_json
 from pyro_sbp.gates import call
 from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
@@ -74,30 +75,25 @@ def train(
             last one that was good.
         Interrupted: it was asked to stop.
     """
-    fabric = fabric or _launch(request)
+    fabric = fabric or launch(request.device, request.devices, request.precision)
     job = _prepare(request, data, directory, fabric)
-    if fabric.is_global_zero:
-        _begin(directory, request)
-    else:
-        # The first process goes on with the random numbers of the construction.
-        torch.manual_seed(request.seed + fabric.global_rank)
-    fabric.barrier()
-    loop = Loop(request, job.method, job.data, directory, fabric, watch, stop)
-    # Pyro's store of parameters, shared by the process, is left as it was. Validation would refuse
-    # a loss that is not finite in its own words, and costs a sixth of a step.
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        loop.go()
-    summary: dict[str, Any] = {}
-    if fabric.is_global_zero:
-        # Left by a run that was stopped between this and its summary.
-        shutil.rmtree(directory / "pruned", ignore_errors=True)
-        summary = _hand_over(job, loop, directory / "pruned")
-        write_json(directory / "summary.json", summary)
+    with _begun(directory, request) if fabric.is_global_zero else nullcontext():
+        fabric.barrier()
+        if not fabric.is_global_zero:
+            # The first process goes on with the random numbers of the construction.
+            torch.manual_seed(request.seed + fabric.global_rank)
+        loop = Loop(request, job.method, job.data, directory, fabric, watch, stop)
+        # Pyro's store of parameters, shared by the process, is left as it was. Validation would
+        # refuse a loss that is not finite in its own words, and costs a sixth of a step.
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            loop.go()
+        summary: dict[str, Any] = {}
+        if fabric.is_global_zero:
+            # Left by a run that was stopped between this and its summary.
+            shutil.rmtree(directory / "pruned", ignore_errors=True)
+            summary = _hand_over(job, loop, directory / "pruned")
+            write_json(directory / "summary.json", summary)
     return fabric.broadcast(summary)
-
-
-def _launch(request: Request) -> Fabric:
-    return launch(request.device, request.devices, request.precision)
 
 
 def prune_again(
@@ -131,17 +127,20 @@ def prune_again(
     return _hand_over(job, loop, target)
 
 
-def _begin(directory: Path, request: Request) -> None:
-    """Make the run directory, or find it."""
+@contextmanager
+def _begun(directory: Path, request: Request) -> Iterator[None]:
+    """Make the run directory, or find it, and keep it for this process."""
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     machine = f"{device_name(torch.device(request.device))}, {cores}"
     asked = {**request.to_dict(), "versions": versions(), "machine": machine}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "recipe.json").exists():
-            write_json(directory / "recipe.json", asked)
     except OSError as error:
         raise RequestError(f"cannot write {directory}: {error.strerror}") from error
+    with lock(directory):
+        if not (directory / "recipe.json").exists():
+            write_json(directory / "recipe.json", asked)
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +242,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
             }
             for name, unit in units.items()
         ],
+        "held": list(method.held),
         "left_alone": method.left_alone,
         "macs": {"dense": job.macs, "pruned": macs, "ratio": job.macs / macs},
         "parameters": {

@@ -33,6 +33,7 @@ class Phase:
         predict: from images to logits, deterministic, for the test error of every epoch.
         finish: called once after the last epoch; gives what to measure the test error of, by name.
         units: the units left of every gate.
+        held: the gates of which no unit reaches the threshold, and the best stays nevertheless.
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
         prunes: it leaves a posterior, and `finish` the network pruned by it.
@@ -46,6 +47,7 @@ class Phase:
     predict: Predict
     finish: Callable[[], dict[str, Predict]]
     units: Callable[[], dict[str, int]] = field(default=dict)
+    held: Callable[[], tuple[str, ...]] = field(default=tuple)
     kl: Callable[[], float] = field(default=float)
     freeze_batch_norm: bool = False
     prunes: bool = False
@@ -96,5 +98,7 @@ class Method(ABC):
     small: nn.Module
     #: What became of the units of every gate.
     units: dict[str, Units]
+    #: The gates that would have lost all units, and kept the fewest allowed.
+    held: tuple[str, ...] = ()
     #: How far the smaller network was from the masked one when it was cut.
     equivalence: Equivalence

@@ -69,6 +69,7 @@ class SBP(Method):
             predict=self._masked(recipe.threshold),
             finish=self._finish,
             units=self._units_left,
+            held=self._held,
             kl=lambda: sum(float(kl.sum()) for kl in self.guide.kl().values()),
             freeze_batch_norm=True,
             prunes=True,
@@ -117,6 +118,10 @@ class SBP(Method):
         units = surviving_units(self.model.gates, masked_mean(self.guide, self.recipe.threshold))
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
 
+    def _held(self) -> tuple[str, ...]:
+        snr = self.guide.snr()
+        return tuple(n for n, value in snr.items() if not (value >= self.recipe.threshold).any())
+
     def prune(self, **settings: Any) -> None:
         """Make the smaller network, by `choose_units` with these settings."""
         gates = self.model.gates
@@ -128,7 +133,7 @@ class SBP(Method):
             self.example_input,
             **settings,
         )
-        self.units = choice.units
+        self.units, self.held = choice.units, choice.held
         self.small, self.equivalence = checked_shrink(
             self.net, gates, choice.theta, self.example_input, choice.units
         )

@@ -1,0 +1,305 @@
+"""What breaks a run from outside, and what is left of it: one line, a status, and all earlier work.
+
+Other faults are in test_train.py (signals, parameters that are not finite, damaged checkpoints) and
+test_streamed.py (images that cannot be decoded, workers that are killed).
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pyro_sbp import training
+from pyro_sbp.cli import cli
+from pyro_sbp.cli.stopping import Stopped
+from pyro_sbp.datasets import load_dataset
+from pyro_sbp.files import lock
+
+RECIPE = """
+dense_epochs = 2
+epochs = 3
+finetune_epochs = 1
+batch_size = 64
+kl_scale = 30.0
+"""
+#: How often a run is killed; PYRO_SBP_KILLS=20 for the long proof.
+KILLS = int(os.environ.get("PYRO_SBP_KILLS", "3"))
+#: A program that kills itself at the n-th time that a file is synced, or is renamed.
+SELF_KILLING = """
+import os, signal, sys
+from pyro_sbp import files
+from pyro_sbp.cli import main
+
+name, left = sys.argv[1], int(sys.argv[2])
+function = getattr(os, name)
+
+def dying(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+
+setattr(os, name, dying)
+sys.argv = ["pyro-sbp", *sys.argv[3:]]
+main()
+"""
+NORMAL = "from pyro_sbp.cli import main; main()"
+#: A program whose steps take a minute each from the 60th on.
+SLOW = """
+import sys, time, torch
+from pyro_sbp.cli import main
+
+step, count = torch.optim.Adam.step, 0
+
+def slow(self, *args):
+    global count
+    count += 1
+    if count > 60:
+        print("slow", file=sys.stderr, flush=True)
+        time.sleep(60)
+    return step(self, *args)
+
+torch.optim.Adam.step = slow
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "quick.toml"
+    path.write_text(RECIPE)
+    return ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", str(path),
+            "--device", "cpu", "--threads", "1"]  # fmt: skip
+
+
+def run(*args):
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def start(program, *args):
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(process, word):
+    """Read what a program says up to a line with a word."""
+    lines = []
+    while not lines or word not in lines[-1]:
+        lines.append(process.stderr.readline())
+        assert lines[-1], f"it ended: {lines}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "run"
+    with start(NORMAL, *arguments, "--output-dir", directory, "--json") as process:
+        assert process.wait(120) == 0, process.stderr.read()
+    return directory
+
+
+@pytest.fixture
+def stopped(arguments, tmp_path, monkeypatch):
+    """A run that was stopped in its second epoch, and the arguments that go on with it."""
+    train = training.train
+    asked = iter([False] * 30)
+    stop = lambda: next(asked, True)  # noqa: E731
+    monkeypatch.setattr(
+        training, "train", lambda request, data, directory, watch, _, fabric:
+        train(request, data, directory, watch, stop, fabric))  # fmt: skip
+    with pytest.raises(Stopped):
+        run(*arguments, "--output-dir", tmp_path / "run")
+    monkeypatch.undo()
+    return tmp_path / "run"
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+
+def parameters(directory):
+    saved = torch.load(directory / "checkpoint.pt", weights_only=True)
+    for state in (*saved["finished"], saved["module"]):
+        yield from state.values()
+
+
+def one_line(result, status):
+    assert result.exit_code == status, result.output
+    lines = [line for line in result.stderr.strip().splitlines() if "loss" not in line]
+    assert len(lines) == 1 and "Traceback" not in result.stderr
+    return lines[0]
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """No file may grow beyond `size` bytes: the system refuses the write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(arguments, undisturbed, tmp_path):
+    directory = tmp_path / "run"
+    args = [*arguments, "--output-dir", directory, "--json"]
+    chance = random.Random(0)
+    kinds = []
+    for kill in range(KILLS):
+        if (directory / "recipe.json").exists():
+            args = ["train", "--resume", directory, "--threads", "1", "--json"]
+        kind = ("fsync", "replace", "time")[kill % 3]
+        if kind == "time":
+            process = start(NORMAL, *args)
+            # From before the first import to long after the first checkpoint.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(1, 8))
+            process.kill()
+        else:
+            process = start(SELF_KILLING, kind, chance.randint(2, 5), *args)
+        with process:
+            status = process.wait(120)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, process.stderr.read()
+        kinds.append(kind)
+    assert len(kinds) >= min(KILLS, 3)
+    if not (directory / "summary.json").exists():
+        result = run("train", "--resume", directory, "--threads", "1")
+        assert result.exit_code == 0, result.output
+    for ours, expected in zip(parameters(directory), parameters(undisturbed), strict=True):
+        assert torch.equal(ours, expected)
+    for name in ("model.safetensors", "network.json", "units.json"):
+        path = f"pruned/{name}"
+        assert (directory / path).read_bytes() == (undisturbed / path).read_bytes()
+
+
+def test_a_full_disk_loses_nothing(stopped):
+    before = files(stopped)
+    with small_disk(100_000):
+        line = one_line(run("train", "--resume", stopped), 1)
+    assert (
+        "checkpoint.pt: File too large" in line
+        and f"go on by pyro-sbp train --resume {stopped}" in line
+    )
+    after = files(stopped)
+    assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
+    assert run("train", "--resume", stopped).exit_code == 0
+
+
+def test_a_full_disk_at_the_very_end_can_be_gone_on_from(undisturbed, tmp_path):
+    for name in ("recipe.json", "checkpoint.pt", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
+    with small_disk(20_000):
+        line = one_line(run("train", "--resume", tmp_path), 1)
+    assert "cannot write" in line and "pruned" in line and "--resume" in line
+    assert not (tmp_path / "pruned").exists() and not (tmp_path / "summary.json").exists()
+    assert run("train", "--resume", tmp_path).exit_code == 0
+    name = "pruned/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_directory_is_written_by_one_run_at_a_time(stopped):
+    before = files(stopped)
+    with lock(stopped):
+        line = one_line(run("train", "--resume", stopped), 2)
+    assert line == f"Error: another process is writing {stopped}"
+    assert files(stopped) == before
+    with start(NORMAL, "train", "--resume", stopped, "--threads", "1") as first:
+        wait_for(first, "gated")
+        line = one_line(run("train", "--resume", stopped), 2)
+        assert line == f"Error: another process is writing {stopped}"
+        first.stderr.read()
+        assert first.wait(60) == 0
+
+
+def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint(arguments, tmp_path):
+    args = [*arguments, "--epochs", "1000", "--output-dir", tmp_path / "run"]
+    with start(SLOW, *args) as process:
+        wait_for(process, "slow")
+        saved = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(20) == 128 + signal.SIGINT
+    assert rest.strip().splitlines() == ["stopped"]
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
+
+
+EXPLOSIVE = """
+from torch import nn
+
+class Explosive(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 20), nn.Linear(20, 20), nn.Linear(20, 10))
+
+    def forward(self, x):
+        flatten, first, second, third = self
+        return third(second(first(flatten(x)).exp()).exp())
+"""
+
+
+def test_a_learning_rate_that_explodes_is_told(arguments, tmp_path, monkeypatch):
+    (tmp_path / "explosive.py").write_text(EXPLOSIVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = [*arguments, "--arch", "explosive:Explosive", "--output-dir", tmp_path / "run"]
+    line = one_line(run(*args, "--learning-rate", "1"), 1)
+    assert "in epoch 1 of phase 'dense': a lower learning rate may help" in line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_data_that_are_not_finite_are_told(arguments, tmp_path, monkeypatch):
+    def poisoned(*args):
+        data = load_dataset(*args)
+        images = data.train.images.float()
+        images[700] = torch.nan
+        object.__setattr__(data.train, "images", images)
+        return data
+
+    monkeypatch.setattr("pyro_sbp.datasets.load_dataset", poisoned)
+    line = one_line(run(*arguments, "--output-dir", tmp_path / "run"), 1)
+    assert "not finite in epoch 1 of phase 'dense'" in line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("where", ["/proc/run", "/sys/run"])
+def test_a_directory_that_cannot_be_written_is_refused(arguments, where):
+    if not os.path.isdir(os.path.dirname(where)):
+        pytest.skip(f"{os.path.dirname(where)} is of Linux")
+    assert "cannot write" in one_line(run(*arguments, "--output-dir", where), 2)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload-ran",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another recipe", "with a payload"])
+def test_a_checkpoint_is_trusted_with_nothing(stopped, damage, monkeypatch):
+    monkeypatch.chdir(stopped)
+    path = stopped / "checkpoint.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "with a payload":
+        torch.save({"request": Payload()}, path)
+    else:
+        recipe = json.loads((stopped / "recipe.json").read_text())
+        recipe["seed"] = 1
+        (stopped / "recipe.json").write_text(json.dumps(recipe))
+    before = files(stopped)
+    line = one_line(run("train", "--resume", stopped), 2)
+    assert "checkpoint.pt is damaged" in line or "is of another request" in line
+    assert files(stopped) == before
