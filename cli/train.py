@@ -41,6 +41,12 @@ __all__ = ["train"]
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that read a folder's images as they are needed; 0 loads all into memory."
+    "  [default: 0, or up to 4 where memory is short]",
+)
+@click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
 )
 @click.option(
@@ -52,7 +58,13 @@ __all__ = ["train"]
     "--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(resume: Path | None, as_json: bool, threads: int | None, **options: Any) -> None:
+def train(
+    resume: Path | None,
+    as_json: bool,
+    threads: int | None,
+    workers: int | None,
+    **options: Any,
+) -> None:
     """Train a network with noise, and prune it.
 
     Its units get multiplicative noise; those that carry no signal are removed.
@@ -72,25 +84,30 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
             raise RequestError(f"{resume} is a finished run: nothing is left to do")
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
-    check_dataset(request.dataset, data_dir)
+    check_dataset(request.dataset, data_dir, workers)
     check_device(request.device)
 
     import torch
 
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
+    from pyro_sbp.streaming import StreamedSplit, WorkerDied
 
     if threads is not None:
         torch.set_num_threads(threads)
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
-    data = load_dataset(request.dataset, data_dir, architecture.image_size)
+    data = load_dataset(request.dataset, data_dir, architecture.image_size, workers, request.device)
+    if isinstance(data.train, StreamedSplit) and not as_json:
+        click.echo(f"images stay on disk, read by {data.train.workers} workers", err=True)
     with _Bar(quiet=as_json) as bar, StopWhenDone() as stop:
         try:
             summary = training.train(request, data, directory, bar.update, stop)
         except training.Interrupted as error:
             hint = f"stopped; go on by pyro-sbp train --resume {directory}"
             raise Stopped(stop.number or 0, hint) from error
+        except WorkerDied as error:
+            raise WorkerDied(f"{error}; go on by pyro-sbp train --resume {directory}") from error
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:

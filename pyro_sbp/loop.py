@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.augmentation import Augmentation
 from pyro_sbp.datasets import ImageData, Split
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.files import write_text, write_whole
@@ -113,6 +114,7 @@ class Loop:
         self.method, self.data = method, data
         self.watch, self.stop = watch, stop
         self.device = torch.device(request.device)
+        self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
         self.errors: dict[str, float | None] = {}
         self.seconds = 0.0
@@ -139,9 +141,10 @@ class Loop:
         if not self.recipe.recalibrate:
             return
         size, data = self.recipe.batch_size, self.data.train
-        starts = range(0, min(len(data), RECALIBRATE_ON), size)
-        batches = (data.batch(slice(start, start + size))[0] for start in starts)
-        recalibrate_batch_norm(self.method.small, batches)
+        # At random: a folder's images lie class by class.
+        order = torch.Generator().manual_seed(self.request.seed)
+        indices = list(_batches(data, size, order))[: -(-RECALIBRATE_ON // size)]
+        recalibrate_batch_norm(self.method.small, (x for x, _ in data.batches(indices)))
 
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
@@ -181,15 +184,14 @@ class Loop:
         total = place.total.to(self.device)
         self.order.set_state(place.order)
         batches = list(_batches(self.data.train, self.recipe.batch_size, self.order))
-        for index in batches[place.step :]:
-            x, y = self.data.train.batch(index.to(self.device))
+        for x, y in self.data.train.batches(batches[place.step :], self.augment):
             parts = phase.loss(x, y)
             optimizer.zero_grad(set_to_none=True)
             parts.loss.backward()
             optimizer.step()
             schedule.step()
-            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(index)
-            place.seen += len(index)
+            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(y)
+            place.seen += len(y)
             if place.step % 50 == 0:
                 self._tell(phase, place, len(batches), total / place.seen)
             place.step += 1
@@ -256,8 +258,7 @@ class Loop:
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        for start in range(0, len(self.data.test), TEST_BATCH):
-            x, y = self.data.test.batch(slice(start, start + TEST_BATCH))
+        for x, y in self.data.test.batches(torch.arange(len(self.data.test)).split(TEST_BATCH)):
             wrong += (predict(x).argmax(1) != y).sum()
         return round(100 * int(wrong) / len(self.data.test), 6)
 
