@@ -27,6 +27,9 @@ __all__ = [
     "workers_watched",
 ]
 
+#: Seconds that a worker goes on for after a SIGTERM.
+GRACE = 60
+
 
 class WorkerDied(RuntimeError):
     """A process that reads images was killed; what was trained since the checkpoint is lost."""
@@ -132,6 +135,7 @@ class StreamedSplit(Split):
 
         Raises:
             RequestError: a file is no image.
+        WorkerDied: a worker was killed. Mostly torch tells that elsewhere: see `workers_watched`.
         """
         device = self.labels.device
         loader = DataLoader(
@@ -150,9 +154,12 @@ class StreamedSplit(Split):
                 if isinstance(images, str):
                     raise RequestError(images)
                 yield images.to(device, non_blocking=True)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # A batch is fetched from the memory of the worker that made it.
+            raise _died(error) from error
         finally:
-            # Now, not when the last traceback that holds the iterator goes: the workers do not
-            # hear a SIGTERM, by which the interpreter would end them.
+            # Now, not when the last traceback that holds the iterator goes: at the exit of the
+            # program the workers would take their time.
             if self.workers and len(indices):
                 batches._shutdown_workers()
 
@@ -160,7 +167,7 @@ class StreamedSplit(Split):
 def _leave_signals_to_main(worker: int) -> None:
     """Ctrl-C and a stop of the whole group come to workers too, while main ends its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 @contextmanager
@@ -174,7 +181,11 @@ def workers_watched() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise WorkerDied(f"a data loader worker died ({first_line(error).rstrip('. ')})") from error
+        raise _died(error) from error
+
+
+def _died(error: Exception) -> WorkerDied:
+    return WorkerDied(f"a data loader worker died ({first_line(error).rstrip('. ')})")
 
 
 def default_workers() -> int:

@@ -1,12 +1,14 @@
 """pyro-sbp train on an image folder that stays on disk, standardised and augmented."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,67 +135,74 @@ def test_what_was_not_standardised_tells_nothing(root, tmp_path):
         assert "standardize" not in json.loads((tmp_path / "run" / name).read_text())
 
 
-def test_a_damaged_image_ends_the_run_in_one_line(root, tmp_path):
+@pytest.fixture
+def stopped(root, tmp_path, monkeypatch):
+    """A folder of one's own, and a run on it that was stopped in its second epoch."""
+    from pyro_sbp import training
+
     shutil.copytree(root / "data", tmp_path / "data")
     shutil.copy(root / "recipe.toml", tmp_path)
-    # It is seen in the test of the first epoch, when there is no checkpoint.
+    train = training.train
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(8)))
+        run(*arguments(tmp_path, "--workers", WORKERS, "--output-dir", tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
+    # It is standardised on training images only, so this one is met at the end of the epoch.
     (tmp_path / "data/test/red/11.png").write_bytes(b"no image")
-    (tmp_path / "recipe.toml").write_text(RECIPE.replace("standardize = true", ""))
-    result = run(*arguments(tmp_path, "--workers", WORKERS, "--output-dir", tmp_path / "run"))
-    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 2
-    last = result.stderr.strip().splitlines()[-1]
+    before = (stopped / "checkpoint.pt").read_bytes()
+    result = run("train", "--resume", stopped, "--workers", WORKERS)
+    first, last = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and first.startswith("images stay on disk")
     assert "red/11.png cannot be read as an image" in last
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"recipe.json"}
+    assert (stopped / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.fixture
-def process(root, tmp_path):
-    """A long streamed run, in a process group of its own, after its first epochs."""
+def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
+    from pyro_sbp import training
+
+    def kill_worker():
+        multiprocessing.active_children()[0].kill()
+        return False
+
+    before = (stopped / "checkpoint.pt").read_bytes()
+    train = training.train
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=kill_worker))
+        result = run("train", "--resume", stopped, "--workers", WORKERS)
+    assert result.exit_code == 1
+    _, last = result.stderr.strip().splitlines()
+    assert last.startswith("Error: a data loader worker died (")
+    assert last.endswith(f"; go on by pyro-sbp train --resume {stopped}")
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+    assert run("train", "--resume", stopped, "--workers", WORKERS).exit_code == 0
+
+
+def workers_of(process):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if found:
+            return found
+    raise AssertionError("no worker was seen")
+
+
+def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint(root, tmp_path):
     more = ("--epochs", 1000, "--workers", WORKERS, "--output-dir", tmp_path / "run")
     command = [sys.executable, "-c", "from pyro_sbp.cli import main; main()"]
     command += map(str, arguments(root, *more))
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        try:
-            for line in process.stderr:
-                if "gated 2/1000" in line:
-                    break
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def workers_of(process):
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for thread in os.listdir(f"/proc/{process.pid}/task"):
-            with open(f"/proc/{process.pid}/task/{thread}/children") as file:
-                found = file.read().split()
-            if found:
-                return [int(number) for number in found]
-    raise AssertionError("no worker was seen")
-
-
-def test_a_killed_worker_ends_the_run_in_one_line(process, tmp_path):
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    rest = process.stderr.read()
-    assert process.wait(60) == 1
-    last = rest.splitlines()[-1]
-    assert last.startswith("Error: a data loader worker died (DataLoader worker ")
-    assert last.endswith(f"; go on by pyro-sbp train --resume {tmp_path / 'run'}")
-    assert "Traceback" not in rest
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["place"]["epoch"] >= 2 and saved["place"]["step"] == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_leaves_a_checkpoint(process, tmp_path, number):
-    workers = workers_of(process)
-    os.killpg(process.pid, number)
-    rest = process.stderr.read()
-    assert process.wait(60) == 128 + number
+        for line in process.stderr:
+            if "gated 1/1000" in line:
+                break
+        workers = workers_of(process)
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGINT
     assert rest.splitlines()[-1].startswith("stopped; go on by pyro-sbp train --resume ")
     assert "Traceback" not in rest and (tmp_path / "run" / "checkpoint.pt").exists()
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
