@@ -162,6 +162,10 @@ class StreamedSplit(Split):
             # program the workers would take their time.
             if self.workers and len(indices):
                 batches._shutdown_workers()
+                # One may be stuck at a lock that a killed one held.
+                for worker in batches._workers:
+                    if worker.is_alive():
+                        worker.kill()
 
 
 def _leave_signals_to_main(worker: int) -> None:
