@@ -62,7 +62,7 @@ def prune(
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
 
-    data = load_dataset(request.dataset, data_dir, architecture.image_size)
+    data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
     summary = training.prune_again(request, data, run, target, **settings)
     if as_json:
         click.echo(json.dumps(summary, indent=2))

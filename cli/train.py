@@ -47,6 +47,12 @@ __all__ = ["train"]
 @click.option("--precision", help=f"{', '.join(PRECISIONS)}.  [default: 32-true]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that read a folder's images as they are needed; 0 loads all into memory."
+    "  [default: 0, or up to 4 where memory is short]",
+)
+@click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
 )
 @click.option(
@@ -58,7 +64,13 @@ __all__ = ["train"]
     "--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train(resume: Path | None, as_json: bool, threads: int | None, **options: Any) -> None:
+def train(
+    resume: Path | None,
+    as_json: bool,
+    threads: int | None,
+    workers: int | None,
+    **options: Any,
+) -> None:
     """Train a network with noise, and prune it.
 
     Its units get multiplicative noise; those that carry no signal are removed.
@@ -79,7 +91,7 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
             raise RequestError(f"{resume} is a finished run: nothing is left to do")
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
-    check_dataset(request.dataset, data_dir)
+    check_dataset(request.dataset, data_dir, workers)
     check_device(request.device)
 
     import torch
@@ -87,6 +99,7 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
     from pyro_sbp.devices import launch
+    from pyro_sbp.streaming import StreamedSplit, WorkerDied
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
@@ -94,13 +107,20 @@ def train(resume: Path | None, as_json: bool, threads: int | None, **options: An
     if threads is not None:
         torch.set_num_threads(threads)
     with fabric.rank_zero_first():  # it may have to be downloaded
-        data = load_dataset(request.dataset, data_dir, architecture.image_size)
-    with _Bar(quiet=as_json or not is_first()) as bar, StopWhenDone() as stop:
+        data = load_dataset(
+            request.dataset, data_dir, architecture.image_size, workers, fabric.device
+        )
+    quiet = as_json or not is_first()
+    if isinstance(data.train, StreamedSplit) and not quiet:
+        click.echo(f"images stay on disk, read by {data.train.workers} workers", err=True)
+    with _Bar(quiet) as bar, StopWhenDone() as stop:
         try:
             summary = training.train(request, data, directory, bar.update, stop, fabric)
         except training.Interrupted as error:
             hint = f"stopped; go on by pyro-sbp train --resume {directory}"
             raise Stopped(stop.number or 0, hint) from error
+        except WorkerDied as error:
+            raise WorkerDied(f"{error}; go on by pyro-sbp train --resume {directory}") from error
         except OSError as error:
             hint = f"; go on by pyro-sbp train --resume {directory}"
             raise OSError(first_line(error) + hint * _unfinished(directory)) from error

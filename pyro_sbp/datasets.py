@@ -1,39 +1,31 @@
-"""Labelled images, held as tensors."""
+"""Data sets: labelled images to train and to test on, in memory or streamed from disk."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.memory import available_memory
 from pyro_sbp.sources import SOURCES, check_dataset, folder_classes
+from pyro_sbp.splits import Split
+from pyro_sbp.standardization import Standardization
+from pyro_sbp.streaming import ImageFiles, StreamedSplit, default_workers, image_size_of
 
 __all__ = ["ImageData", "Split", "load_dataset"]
 
-
-@dataclass(frozen=True)
-class Split:
-    """Images ``[examples, channels, height, width]``, uint8; labels ``[examples]``, int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> Split:
-        """The same on a device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
-    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Some examples: images as float32 in [0, 1], and labels."""
-        return self.images[index].float().div(255), self.labels[index]
+#: A folder is streamed that would take more than this share of the available memory.
+MEMORY_SHARE = 0.25
+#: How many training images mean and standard deviation are measured on, drawn by a fixed seed.
+STANDARDIZE_ON = 10_000
 
 
 @dataclass(frozen=True)
@@ -48,14 +40,30 @@ class ImageData:
         """The same on a device."""
         return ImageData(self.train.to(device), self.test.to(device), self.classes)
 
+    def standardized(self) -> ImageData:
+        """The same, every channel standardised by its mean and deviation over training images.
+
+        Of more than `STANDARDIZE_ON` training images, a sample is measured: the same one whether
+        they are streamed or not.
+        """
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        sample = order[:STANDARDIZE_ON].sort().values
+        measured = Standardization.measure(self.train.pixels(sample.split(100)))
+        parts = (dataclasses.replace(x, standardization=measured) for x in (self.train, self.test))
+        return ImageData(*parts, self.classes)
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
-        return tuple(self.train.images.shape[1:])
+        return self.train.image_shape
 
 
 def load_dataset(
-    name: str, data_dir: str | Path = "data", image_size: int | None = None
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> ImageData:
     """Load a data set, downloading it under `data_dir` where it is missing.
 
@@ -64,16 +72,23 @@ def load_dataset(
         data_dir: where torchvision's data sets lie.
         image_size: height and width to which images of another size are resized (bilinear); None
             keeps them.
+        workers: for a folder: 0 loads its images into memory, more are processes that read them
+            from disk while they are needed. None reads from disk, by up to four, where the decoded
+            images would take more than `MEMORY_SHARE` of the available memory. Batches are the
+            same either way.
+        device: where the data will go (`ImageData.to`); the memory of a GPU counts too.
 
     Raises:
-        RequestError: the data set is unknown, missing or damaged.
+        RequestError: the data set is unknown, missing or damaged, or none that can be streamed.
+            An image that is streamed and damaged raises it when its batch is due.
     """
     data_dir = Path(data_dir)
-    check_dataset(name, data_dir)
+    check_dataset(name, data_dir, workers)
     if name == "digits":
         data = _digits()
     elif name.startswith("folder:"):
-        data = _folder(Path(name.removeprefix("folder:")), image_size)
+        root = Path(name.removeprefix("folder:"))
+        data = _folder(root, image_size, workers, torch.device(device))
     else:
         data = _torchvision(name, data_dir)
     if image_size is None or data.image_shape[1:] == (image_size, image_size):
@@ -103,7 +118,7 @@ def _digits() -> ImageData:
     return ImageData(
         Split(images[~test], labels[~test]),
         Split(images[test], labels[test]),
-        tuple(str(digit) for digit in range(10)),
+        tuple(str(name) for name in bunch.target_names),
     )
 
 
@@ -137,28 +152,27 @@ def _images(data: Any) -> Tensor:
     return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
 
 
-def _folder(root: Path, image_size: int | None) -> ImageData:
-    from PIL.Image import Resampling
+def _folder(
+    root: Path, image_size: int | None, workers: int | None, device: torch.device
+) -> ImageData:
     from torchvision.datasets import ImageFolder
 
-    size = image_size
-    splits = []
-    for part in ("train", "test"):
-        folder = ImageFolder(str(root / part))
-        images = []
-        for path, _ in folder.samples:
-            try:
-                image = folder.loader(path)
-            except (OSError, SyntaxError) as error:
-                raise RequestError(
-                    f"{path} cannot be read as an image: {first_line(error)}"
-                ) from error
-            # The first image decides, where the network does not.
-            shape = (size, size) if isinstance(size, int) else size or image.size
-            size = shape if size is None else size
-            if image.size != shape:
-                image = image.resize(shape, Resampling.BILINEAR)
-            images.append(np.asarray(image))
-        labels = torch.tensor([label for _, label in folder.samples])
-        splits.append(Split(_images(np.stack(images)), labels))
-    return ImageData(splits[0], splits[1], tuple(folder_classes(root)))
+    samples = [ImageFolder(str(root / part)).samples for part in ("train", "test")]
+    # The first image decides, where the network does not.
+    size = image_size_of(samples[0][0][0]) if image_size is None else (image_size, image_size)
+    files = [ImageFiles([path for path, _ in part], size) for part in samples]
+    labels = [torch.tensor([label for _, label in part]) for part in samples]
+    if workers is None:
+        workers = default_workers() if _too_large(files, device) else 0
+    if workers:
+        splits = [StreamedSplit(f, y, workers=workers) for f, y in zip(files, labels, strict=True)]
+    else:
+        splits = [Split(f.read(range(len(f.paths))), y) for f, y in zip(files, labels, strict=True)]
+    return ImageData(*splits, tuple(folder_classes(root)))
+
+
+def _too_large(files: Sequence[ImageFiles], device: torch.device) -> bool:
+    """Whether the decoded images would take more than their share of the memory."""
+    available = available_memory(device)
+    decoded = sum(math.prod(part.shape) for part in files)
+    return available is not None and decoded > MEMORY_SHARE * available

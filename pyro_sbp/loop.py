@@ -15,7 +15,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from pyro_sbp.datasets import ImageData, Split
+from pyro_sbp.augmentation import Augmentation
+from pyro_sbp.datasets import ImageData
 from pyro_sbp.devices import dtype_of, gather
 from pyro_sbp.elbo import Parts
 from pyro_sbp.errors import RequestError, first_line
@@ -137,6 +138,7 @@ class Loop:
         self.watch, self.stop = watch, stop
         self.fabric, self.device = fabric, fabric.device
         self.dtype = dtype_of(request.precision)
+        self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
         self.errors: dict[str, float | None] = {}
         self.seconds = 0.0
@@ -163,9 +165,11 @@ class Loop:
         if not self.recipe.recalibrate:
             return
         size, data = self.recipe.batch_size, self.data.train
-        starts = range(0, min(len(data), RECALIBRATE_ON), size)
-        batches = (self._batch(data, slice(start, start + size))[0] for start in starts)
-        recalibrate_batch_norm(self.method.small, batches)
+        # At random: a folder's images lie class by class.
+        order = torch.Generator().manual_seed(self.request.seed)
+        sample = torch.randperm(len(data), generator=order)[:RECALIBRATE_ON]
+        batches = data.batches(sample.split(size))
+        recalibrate_batch_norm(self.method.small, (x.to(self.dtype) for x, _ in batches))
 
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
@@ -198,10 +202,6 @@ class Loop:
             self.recalibrate()
         return predictors
 
-    def _batch(self, data: Split, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        x, y = data.batch(index)
-        return x.to(self.dtype), y
-
     def _batches(self, order: Tensor) -> list[Tensor]:
         """The examples of each step, of all processes together."""
         batches = list(order.split(self.recipe.batch_size))
@@ -222,17 +222,17 @@ class Loop:
         self.order.set_state(place.order)
         order = torch.randperm(len(self.data.train), generator=self.order)
         batches = self._batches(order)
+        left = batches[place.step :]
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        for batch in batches[place.step :]:
-            index = batch[rank::world]
-            x, y = self._batch(self.data.train, index.to(self.device))
+        shares = self.data.train.batches([batch[rank::world] for batch in left], self.augment)
+        for batch, (x, y) in zip(left, shares, strict=True):
             # Gradients are averaged over the processes, whose shares may differ by an example.
-            loss, parts = step(x, y, world * len(index) / len(batch))
+            loss, parts = step(x.to(self.dtype), y, world * len(y) / len(batch))
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
             optimizer.step()
             schedule.step()
-            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(index)
+            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(y)
             place.seen += len(batch)
             if place.step % 50 == 0:
                 self._tell(phase, place, len(batches), total * world / place.seen)
@@ -332,10 +332,10 @@ class Loop:
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
+        batches = torch.arange(len(self.data.test)).split(TEST_BATCH)[rank::world]
         with self.fabric.autocast():
-            for start in range(rank * TEST_BATCH, len(self.data.test), world * TEST_BATCH):
-                x, y = self._batch(self.data.test, slice(start, start + TEST_BATCH))
-                wrong += (predict(x).argmax(1) != y).sum()
+            for x, y in self.data.test.batches(batches):
+                wrong += (predict(x.to(self.dtype)).argmax(1) != y).sum()
         return round(100 * int(self._sum(wrong)) / len(self.data.test), 6)
 
     def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:

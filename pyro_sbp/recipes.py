@@ -41,6 +41,10 @@ class Recipe:
         threshold: units with a signal-to-noise ratio under it are removed.
         recalibrate: measure the batch norm statistics of the pruned network anew, and let them
             move in fine-tuning. Otherwise they stay those that the noise was trained with.
+        standardize: take from every channel its mean over the training images, and divide by its
+            standard deviation.
+        crop: pad training images by so many zero pixels, and cut back at a random offset each.
+        flip: mirror training images left and right at random.
 
     Raises:
         RequestError: a value is out of its range.
@@ -62,9 +66,12 @@ class Recipe:
     init_log_scale: float = -5.0
     threshold: float = 1.0
     recalibrate: bool = False
+    standardize: bool = False
+    crop: int = 0
+    flip: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "finetune_epochs"):
+        for name in ("dense_epochs", "finetune_epochs", "crop"):
             self._number(name, int, 0)
         for name in ("epochs", "batch_size"):
             self._number(name, int, 1)
@@ -81,8 +88,9 @@ class Recipe:
                 raise RequestError(f"kl_scale {gate} is {value!r}; expected a number")
             if not 0 <= value < float("inf"):
                 raise RequestError(f"kl_scale {gate} is {value}; expected a number >= 0")
-        if not isinstance(self.recalibrate, bool):
-            raise RequestError(f"recalibrate is {self.recalibrate!r}; expected true or false")
+        for name in ("recalibrate", "standardize", "flip"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
         if self.noise_per not in ("batch", "example"):
             raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
 

@@ -20,6 +20,7 @@ from pyro_sbp import networks
 from pyro_sbp.attention import Attention, has_attention, separate_attention
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.layers import SIZE_ATTRIBUTES
+from pyro_sbp.standardization import Standardization
 from pyro_sbp.surgery import Select
 
 __all__ = ["load", "load_weights", "save"]
@@ -37,6 +38,7 @@ def save(
     units: Mapping[str, Any] | None = None,
     input_shape: Sequence[int] | None = None,
     overwrite: bool = False,
+    standardization: Standardization | None = None,
 ) -> None:
     """Write a pruned network to a directory, which appears whole or not at all.
 
@@ -51,6 +53,7 @@ def save(
         units: of every gate, what is left: its total and the kept and zeroed indices.
         input_shape: the shape of one example, for those who load the network.
         overwrite: a saved network in the directory gives way.
+        standardization: what images in [0, 1] go through before the network, for those who load it.
 
     Raises:
         FileExistsError: the directory is there and not empty, or holds more than a saved network.
@@ -102,6 +105,8 @@ def save(
         "layers": layers,
         "same": same,
     }
+    if standardization is not None:
+        network["standardize"] = standardization.to_dict()
     partial = path.with_name(path.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -78,20 +78,23 @@ SOURCES = {
 }
 
 
-def check_dataset(name: str, data_dir: Path) -> None:
+def check_dataset(name: str, data_dir: Path, workers: int | None = None) -> None:
     """See that a data set is there, whole as far as its sizes tell, or can be downloaded.
 
     Raises:
-        RequestError: it is unknown, missing, truncated, or a folder that holds no usable images.
+        RequestError: it is unknown, missing, truncated, or a folder that holds no usable images;
+            or there are workers, and it is no folder.
     """
-    if name == "digits":
-        return
     if name.startswith("folder:"):
         folder_classes(Path(name.removeprefix("folder:")))
         return
-    if name not in SOURCES:
+    if name not in (*SOURCES, "digits"):
         names = ", ".join([*SOURCES, "digits"])
         raise RequestError(f"unknown data set {name!r}; expected {names} or folder:PATH")
+    if workers:
+        raise RequestError(f"--workers is for folder:PATH; {name} is held in memory, leave it out")
+    if name == "digits":
+        return
     source = SOURCES[name]
     present = [data_dir / source.folder / file for file in source.files]
     if all(path.is_file() for path in present):

@@ -30,6 +30,7 @@ from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
 from pyro_sbp.recipes import METHODS, Request
 from pyro_sbp.saving import load_weights, save
+from pyro_sbp.streaming import workers_watched
 
 __all__ = ["Interrupted", "Progress", "prune_again", "train", "versions"]
 
@@ -44,6 +45,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@workers_watched()
 def train(
     request: Request,
     data: ImageData,
@@ -73,6 +75,7 @@ def train(
         EquivalenceError: the pruned network does not compute what the masked one computes.
         FloatingPointError: the loss or a parameter is not finite any more; the checkpoint is the
             last one that was good.
+        WorkerDied: a process that reads images was killed; the checkpoint is the last one.
         Interrupted: it was asked to stop.
     """
     fabric = fabric or launch(request.device, request.devices, request.precision)
@@ -96,6 +99,7 @@ def train(
     return fabric.broadcast(summary)
 
 
+@workers_watched()
 def prune_again(
     request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
 ) -> dict[str, Any]:
@@ -159,7 +163,14 @@ class _Job:
 def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> _Job:
     """Build the network and the method that are asked for; nothing is written."""
     torch.manual_seed(request.seed)
+    if request.recipe.crop >= min(data.image_shape[1:]):
+        height, width = data.image_shape[1:]
+        raise RequestError(
+            f"crop is {request.recipe.crop}; expected less than the images' {height} x {width}"
+        )
     data = data.to(fabric.device)
+    if request.recipe.standardize:
+        data = data.standardized()
     architecture = find_architecture(request.arch)
     kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
     example, _ = data.test.batch(slice(0, 8))
@@ -209,6 +220,7 @@ def _build(
 def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
     """Save the smaller network, and say what became of the dense one."""
     method, small, example = job.method, job.method.small, job.example
+    standardization = job.data.train.standardization
     units = {
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
         for name, u in method.units.items()
@@ -221,6 +233,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         kwargs=job.kwargs,
         units=units,
         input_shape=job.data.image_shape,
+        standardization=standardization,
     )
     macs, parameters = count_macs(small, example[:1].float()), count_parameters(small)
     names = ("dense", "mean", "pruned", "finetuned")
@@ -252,6 +265,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
             "ratio": job.parameters / parameters,
         },
         "equivalence": dataclasses.asdict(method.equivalence),
+        **({} if standardization is None else {"standardize": standardization.to_dict()}),
     }
 
 

@@ -23,6 +23,7 @@ finetune_epochs = 1
 batch_size = 64
 kl_scale = 1.0
 noise_learning_rate = 0.1
+crop = 1
 """
 
 
@@ -239,6 +240,8 @@ BAD = [
     (["--arch", "lenet5", "--learning-rate", "-1"], "learning rate is -1.0; expected a number > 0"),
     (["--arch", "lenet5", "--seed", "-1"], "seed is -1"),
     (["--arch", "lenet5", "--data-dir", "nowhere"], "--dataset digits"),
+    (["--arch", "lenet5", "--dataset", "digits", "--workers", "2"], "--workers is for folder:PATH"),
+    (["--arch", "lenet5", "--workers", "-1"], "-1 is not in the range x>=0"),
     (["--arch", "torchvision.models:resnet18"], "--dataset is missing"),
     (["--resume", "nowhere"], "nowhere holds no run"),
     (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),
@@ -260,8 +263,10 @@ def test_bad_requests_get_one_line_and_nothing_is_written(
 def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text("kl_scale = {conv9 = 3.0}")
+    Path("crop.toml").write_text("crop = 28")
     for args, words in (
         (["--arch", "lenet5", "--recipe", "recipe.toml"], "'conv9'; the gates are conv1"),
+        (["--arch", "lenet5", "--recipe", "crop.toml"], "expected less than the images' 28 x 28"),
         (["--arch", "torch.nn:ReLU"], "does not give logits"),
         (["--arch", "torch.nn:Linear"], "the network cannot be built: "),
         (["--arch", "torch.nn:Dropout"], "does not give logits"),

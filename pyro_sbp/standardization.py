@@ -1,0 +1,64 @@
+"""The mean and the standard deviation of every channel, measured on the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Standardization"]
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """Takes the mean from every channel and divides by the standard deviation.
+
+    Attributes:
+        mean: of pixels in [0, 1], ``[channels, 1, 1]``, float32.
+        std: likewise; 1 for a channel that is constant, which becomes zero.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def measure(cls, batches: Iterable[Tensor]) -> Standardization:
+        """Of all pixels of uint8 images ``[batch, channels, height, width]``.
+
+        Sums are of integers and exact, so neither the batches nor the device change the result.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        count, sums, squares = 0, None, None
+        for batch in batches:
+            # Exact in float64 up to 2^53: 10^11 pixels a channel.
+            x = batch.double()
+            first, second = x.sum((0, 2, 3)), x.square().sum((0, 2, 3))
+            sums = first if sums is None else sums + first
+            squares = second if squares is None else squares + second
+            count += x.shape[0] * x.shape[2] * x.shape[3]
+        if sums is None or squares is None:
+            raise ValueError("there is no image to measure mean and standard deviation on")
+        means, stds = [], []
+        for total, square in zip(sums.tolist(), squares.tolist(), strict=True):
+            # Integers, as the difference cancels.
+            spread = count * int(square) - int(total) ** 2
+            means.append(total / count / 255)
+            stds.append(math.sqrt(spread) / count / 255 if spread else 1.0)
+        return cls(*(torch.tensor(x)[:, None, None].to(sums.device) for x in (means, stds)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images ``[batch, channels, height, width]`` in [0, 1], standardised."""
+        return (x - self.mean) / self.std
+
+    def to(self, device: torch.device) -> Standardization:
+        """The same on a device."""
+        return Standardization(self.mean.to(device), self.std.to(device))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """``mean`` and ``std`` as plain values, one a channel."""
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
