@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -151,12 +152,15 @@ def _latency(
 ) -> Latency:
     # Its import warns on machines that have CUDA's compiler but no GPU.
     from torch.utils.benchmark import Timer
+    from torch.utils.benchmark import timer as synchronizing
 
+    # Without need this one asks for a GPU at every reading, which may take longer than the network.
+    clock = synchronizing if device.type == "cuda" else time.perf_counter
     rounds = 5
     times: dict[str, list[float]] = {name: [] for name in nets}
     with torch.inference_mode():
         timers = {
-            name: Timer("net(x)", globals={"net": net, "x": x}, num_threads=threads)
+            name: Timer("net(x)", timer=clock, globals={"net": net, "x": x}, num_threads=threads)
             for name, net in nets.items()
         }
         for timer in timers.values():
