@@ -45,6 +45,11 @@ __all__ = ["train"]
     "--devices", type=click.IntRange(1), help="Processes, each on a device.  [default: 1]"
 )
 @click.option("--precision", help=f"{', '.join(PRECISIONS)}.  [default: 32-true]")
+@click.option(
+    "--channels-last/--no-channels-last",
+    default=None,
+    help="Lay images out with their channels last, which suits some devices and networks.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option(
     "--workers",
@@ -145,6 +150,7 @@ def _request(
     weights: Path | None,
     devices: int | None,
     precision: str | None,
+    channels_last: bool | None,
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -179,6 +185,7 @@ def _request(
         weights=None if weights is None else str(weights),
         devices=devices or num_processes() or 1,
         precision=precision or "32-true",
+        channels_last=bool(channels_last),
     )
 
 

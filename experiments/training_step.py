@@ -3,7 +3,8 @@
 Milliseconds a step of the dense network, of SBP written by hand in torch with the formulas of
 `pyro_sbp.special`, and of this package with its ELBO, with Pyro's, and with Pyro's SVI. All are
 measured in turn, in one run, so that a busy moment of the machine hits all; ratios to the dense
-step count, not milliseconds.
+step count, not milliseconds. `--parts` tells where the time of the closed form goes,
+`--batch-sizes` how it grows with the batch.
 """
 
 from __future__ import annotations
@@ -102,7 +103,57 @@ def steps(
     return found
 
 
-def _measure(found: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> str:
+def parts(
+    name: str, batch_size: int, noise_per: str, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """The dense step and the closed form, and what of it can be done alone, by name."""
+    found = steps(name, batch_size, noise_per, device)
+    make, shape, features = NETWORKS[name]
+    x = torch.rand(batch_size, *shape, device=device)
+    y = torch.randint(10, (batch_size,), device=device)
+    gates = find_gates(make(), torch.rand(2, *shape), features)
+    net = _frozen(make().to(device))
+    gated = GatedNetwork(net, gates)
+    batch = (batch_size,) if noise_per == "example" else ()
+    theta = {g.name: torch.rand(*batch, g.size, device=device, requires_grad=True) for g in gates}
+    optimizer = torch.optim.Adam([*net.parameters(), *theta.values()], fused=True)
+
+    def with_noise() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(gated(x, theta), y).backward()
+        optimizer.step()
+
+    guide = TruncatedLogNormalGuide(GatedModel(net, gates, NUM_DATA)).to(device)
+    sizes = [gate.size for gate in gates]
+    low, high = (torch.full((), bound, device=device) for bound in (LOG_LOW, LOG_HIGH))
+
+    def noise() -> None:
+        loc = torch.cat(list(guide.locs.parameters()))
+        scale = torch.cat(list(guide.log_scales.parameters())).exp()
+        whole = TruncatedLogNormal(loc, scale, low, high, validate_args=False)
+        draws = [q.rsample(batch).sum() for q in (whole.split(sizes) if not batch else [whole])]
+        (special.kl_to_uniform(loc, scale, low, high).sum() + sum(draws)).backward()
+
+    return {
+        "dense": found["dense"],
+        "by given noise": with_noise,
+        "draw and KL": noise,
+        "closed form": found["closed form"],
+    }
+
+
+def _parts_line(times: dict[str, list[float]]) -> str:
+    median = {name: statistics.median(values) for name, values in times.items()}
+    multiply = median["by given noise"] - median["dense"]
+    rest = median["closed form"] - median["by given noise"] - median["draw and KL"]
+    values = (median["dense"], multiply, median["draw and KL"], rest)
+    return " | ".join(f"{ms:.2f} ({ms / median['dense']:.2f}x)" for ms in values)
+
+
+def _measure(
+    found: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of every step, by name."""
     times: dict[str, list[float]] = {name: [] for name in found}
     for index in range(rounds + 2):
         for name, step in found.items():
@@ -112,6 +163,10 @@ def _measure(found: dict[str, Callable[[], object]], rounds: int, device: torch.
                 torch.cuda.synchronize(device)
             if index >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _line(times: dict[str, list[float]], batch_size: int) -> str:
     median = {name: statistics.median(values) for name, values in times.items()}
     spread = {}
     for name, values in times.items():
@@ -120,9 +175,10 @@ def _measure(found: dict[str, Callable[[], object]], rounds: int, device: torch.
     cells = [f"{median['dense']:.2f} ± {spread['dense']:.2f}"]
     cells += [
         f"{median[name]:.2f} ± {spread[name]:.2f} ({median[name] / median['dense']:.2f}x)"
-        for name in found
+        for name in times
         if name != "dense"
     ]
+    cells.append(f"{1e3 * batch_size / median['closed form']:,.0f}")
     return " | ".join(cells)
 
 
@@ -131,19 +187,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=", ".join(NETWORKS))
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="[default: 128, or 32]")
+    parser.add_argument("--parts", action="store_true", help="where the time goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     pyro.enable_validation(False)
     print(f"{device_name(device)}, {torch.get_num_threads()} thread(s), {options.rounds} rounds,")
     print("ms a step, median ± half the interquartile range (times the dense step)\n")
-    print("| network, batch | noise per | dense | by hand | closed form | mean field | SVI |")
-    print("|---|---|---|---|---|---|---|")
+    if options.parts:
+        head = "dense | noise into the network | draw and KL | Pyro and the rest"
+    else:
+        head = "dense | by hand | closed form | mean field | SVI | images/s of the closed form"
+    print(f"| network, batch | noise per | {head} |")
+    print(f"|---|---|{'---|' * (head.count('|') + 1)}")
     for name in options.networks:
-        size = 32 if name == "vgg-like" and device.type == "cpu" else 128
-        for noise_per in ("batch", "example"):
-            row = _measure(steps(name, size, noise_per, device), options.rounds, device)
-            print(f"| {name}, {size} | {noise_per} | {row} |", flush=True)
+        usual = 32 if name == "vgg-like" and device.type == "cpu" else 128
+        for size in options.batch_sizes or [usual]:
+            for noise_per in ("batch", "example"):
+                found = (parts if options.parts else steps)(name, size, noise_per, device)
+                times = _measure(found, options.rounds, device)
+                row = _parts_line(times) if options.parts else _line(times, size)
+                print(f"| {name}, {size} | {noise_per} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ class Loop:
         self.watch, self.stop = watch, stop
         self.fabric, self.device = fabric, fabric.device
         self.dtype = dtype_of(request.precision)
+        last = request.channels_last
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
         self.errors: dict[str, float | None] = {}
@@ -169,7 +171,7 @@ class Loop:
         order = torch.Generator().manual_seed(self.request.seed)
         sample = torch.randperm(len(data), generator=order)[:RECALIBRATE_ON]
         batches = data.batches(sample.split(size))
-        recalibrate_batch_norm(self.method.small, (x.to(self.dtype) for x, _ in batches))
+        recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
 
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
@@ -202,6 +204,9 @@ class Loop:
             self.recalibrate()
         return predictors
 
+    def _input(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype, memory_format=self.memory_format)
+
     def _batches(self, order: Tensor) -> list[Tensor]:
         """The examples of each step, of all processes together."""
         batches = list(order.split(self.recipe.batch_size))
@@ -227,7 +232,7 @@ class Loop:
         shares = self.data.train.batches([batch[rank::world] for batch in left], self.augment)
         for batch, (x, y) in zip(left, shares, strict=True):
             # Gradients are averaged over the processes, whose shares may differ by an example.
-            loss, parts = step(x.to(self.dtype), y, world * len(y) / len(batch))
+            loss, parts = step(self._input(x), y, world * len(y) / len(batch))
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
             optimizer.step()
@@ -335,7 +340,7 @@ class Loop:
         batches = torch.arange(len(self.data.test)).split(TEST_BATCH)[rank::world]
         with self.fabric.autocast():
             for x, y in self.data.test.batches(batches):
-                wrong += (predict(x.to(self.dtype)).argmax(1) != y).sum()
+                wrong += (predict(self._input(x)).argmax(1) != y).sum()
         return round(100 * int(self._sum(wrong)) / len(self.data.test), 6)
 
     def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:

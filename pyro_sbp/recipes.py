@@ -150,6 +150,7 @@ class Request:
     weights: str | None = None
     devices: int = 1
     precision: str = "32-true"
+    channels_last: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""

@@ -182,6 +182,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
         dense = separate_attention(dense)
     dtype = dtype_of(request.precision)
     dense, example = dense.to(dtype), example.to(dtype)
+    if request.channels_last:
+        dense = dense.to(memory_format=torch.channels_last)
     try:
         method = pkgutil.resolve_name(METHODS[request.method])(
             dense.to(fabric.device),
@@ -225,7 +227,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
         for name, u in method.units.items()
     }
-    small = small.float()
+    small = small.to(torch.float32, memory_format=torch.contiguous_format)
     save(
         small,
         target,

@@ -7,6 +7,11 @@ import sys
 
 import pytest
 import torch
+from click.testing import CliRunner
+
+import pyro_sbp as sbp
+from pyro_sbp.cli import cli
+from pyro_sbp.datasets import load_dataset
 
 RECIPE = """
 dense_epochs = 1
@@ -100,3 +105,21 @@ def test_a_run_resumes_on_as_many_processes_as_it_had(runs, tmp_path):
     process = start([*TORCHRUN[:5], "1", *TORCHRUN[6:]], "train", "--resume", str(tmp_path))
     assert "the run is for 2 devices, and torchrun started 1" in process.communicate(timeout=120)[1]
     assert process.returncode != 0
+
+
+@pytest.mark.parametrize("options", [["--channels-last"], ["--precision", "bf16-mixed"]])
+def test_layout_and_precision_change_the_speed_and_little_else(options, tmp_path):
+    (tmp_path / "recipe.toml").write_text("dense_epochs = 6\nepochs = 1\nfinetune_epochs = 1\n")
+    arguments = ["train", "--arch", "lenet5", "--dataset", "digits", "--threads", "1"]
+    arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--output-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["equivalence"]["max_rel_diff_float64"] < 1e-10
+    assert summary["error"]["finetuned"] < 15
+    small = sbp.load(tmp_path / "run" / "pruned").eval()
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in small.parameters())
+    x, y = load_dataset("digits", image_size=28).test.batch(slice(None))
+    error = 100 * float((small(x).argmax(1) != y).float().mean())
+    # bfloat16 may decide a digit or two otherwise.
+    assert error == pytest.approx(summary["error"]["finetuned"], abs=1)
