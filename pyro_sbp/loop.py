@@ -379,7 +379,11 @@ class Loop:
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
         if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
             raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
-        if Request.from_dict(json.loads(saved["request"])) != self.request:
+        try:
+            request = Request.from_dict(json.loads(saved["request"]))
+        except (TypeError, ValueError, KeyError) as error:
+            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
+        if request != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
         self.seconds, self.lines = saved["seconds"], saved["lines"]

@@ -282,6 +282,21 @@ def test_a_directory_that_cannot_be_written_is_refused(arguments, where):
     assert "cannot write" in one_line(run(*arguments, "--output-dir", where), 2)
 
 
+def test_a_gate_that_would_lose_all_its_units_is_held_and_named(arguments, tmp_path):
+    (tmp_path / "wide.toml").write_text(RECIPE + "init_log_scale = 1.0\nthreshold = 1e4\n")
+    recipe = ["--recipe", tmp_path / "wide.toml", "--output-dir", tmp_path / "run"]
+    result = run(*arguments, *recipe)
+    assert result.exit_code == 0, result.output
+    assert "(all under the threshold: fc1_input, fc1, fc2)" in result.stderr
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2])
+    assert line["phase"] == "gated" and line["held"] == ["fc1_input", "fc1", "fc2"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # The best unit of all is above the threshold that its gate is pruned by.
+    assert len(summary["held"]) == 2 and all(unit["kept"] >= 1 for unit in summary["units"])
+    for gate in summary["held"]:
+        assert f"all units under the threshold, the best kept: {gate}" in result.stdout
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch payload-ran",)
