@@ -29,6 +29,8 @@ __all__ = [
 
 #: Seconds that a worker goes on for after a SIGTERM.
 GRACE = 60
+#: The signals by which a run is asked to stop.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerDied(RuntimeError):
@@ -148,7 +150,8 @@ class StreamedSplit(Split):
             # Its own: a seed for the workers would be drawn from the one of training.
             generator=torch.Generator(),
         )
-        batches = iter(loader)
+        with _signals_held():
+            batches = iter(loader)
         try:
             for images in batches:
                 if isinstance(images, str):
@@ -168,10 +171,21 @@ class StreamedSplit(Split):
                         worker.kill()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A worker that is started inside gets no signal before it knows what to do with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_main(worker: int) -> None:
     """Ctrl-C and a stop of the whole group come to workers too, while main ends its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 @contextmanager
