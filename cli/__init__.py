@@ -13,7 +13,7 @@ from pyro_sbp.cli.export import export
 from pyro_sbp.cli.prune import prune
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import OfOneProcess, RequestError, first_line
 from pyro_sbp.processes import is_first
 
 __all__ = ["cli", "main"]
@@ -32,22 +32,18 @@ class _Group(click.Group):
         except (FloatingPointError, OSError, RuntimeError) as error:
             if isinstance(error, click.exceptions.Exit):
                 raise
-            raise click.ClickException(_words(error)) from error
+            raise _Failure(first_line(error)) from error
 
 
-def _words(error: Exception) -> str:
-    if "closed by peer" in str(error) or "reset by peer" in str(error):
-        return "another process of this run has ended; go on by --resume"
-    return first_line(error)
-
-
-class _Refusal(click.ClickException):
-    exit_code = 2
-
+class _Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         """Say it once, where several processes find the same fault."""
-        if is_first():
+        if is_first() or isinstance(self.__cause__, OfOneProcess):
             super().show(file)
+
+
+class _Refusal(_Failure):
+    exit_code = 2
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

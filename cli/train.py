@@ -13,7 +13,7 @@ import click
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import Elsewhere, RequestError, first_line
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.files import LOCK
 from pyro_sbp.processes import is_first, num_processes
@@ -21,6 +21,7 @@ from pyro_sbp.recipes import METHODS, PRECISIONS, Recipe, Request, read_recipe
 from pyro_sbp.sources import SOURCES, check_dataset
 
 if TYPE_CHECKING:
+    from pyro_sbp.datasets import ImageData
     from pyro_sbp.training import Progress
 
 __all__ = ["train"]
@@ -103,7 +104,7 @@ def train(
 
     from pyro_sbp import training
     from pyro_sbp.datasets import load_dataset
-    from pyro_sbp.devices import launch
+    from pyro_sbp.devices import launch, on_first
     from pyro_sbp.streaming import StreamedSplit, WorkerDied
 
     if request.device == "cuda" and not torch.cuda.is_available():
@@ -111,10 +112,12 @@ def train(
     fabric = launch(request.device, request.devices, request.precision)
     if threads is not None:
         torch.set_num_threads(threads)
-    with fabric.rank_zero_first():  # it may have to be downloaded
-        data = load_dataset(
-            request.dataset, data_dir, architecture.image_size, workers, fabric.device
-        )
+
+    def load() -> ImageData:
+        size, device = architecture.image_size, fabric.device
+        return load_dataset(request.dataset, data_dir, size, workers, device)
+
+    data = on_first(fabric, load) or load()  # it may have to be downloaded, once
     quiet = as_json or not is_first()
     if isinstance(data.train, StreamedSplit) and not quiet:
         click.echo(f"images stay on disk, read by {data.train.workers} workers", err=True)
@@ -124,11 +127,10 @@ def train(
         except training.Interrupted as error:
             hint = f"stopped; go on by pyro-sbp train --resume {directory}"
             raise Stopped(stop.number or 0, hint) from error
-        except WorkerDied as error:
-            raise WorkerDied(f"{error}; go on by pyro-sbp train --resume {directory}") from error
-        except OSError as error:
+        except (OSError, WorkerDied, Elsewhere) as error:
             hint = f"; go on by pyro-sbp train --resume {directory}"
-            raise OSError(first_line(error) + hint * _unfinished(directory)) from error
+            kind = OSError if isinstance(error, OSError) else type(error)
+            raise kind(first_line(error) + hint * _unfinished(directory)) from error
     if not is_first():
         return
     if as_json:
@@ -172,6 +174,12 @@ def _request(
     seed = 0 if seed is None else seed
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed is {seed}; expected an integer from 0 to 2^63 - 1")
+    devices = devices or num_processes() or 1
+    if devices > 1 and chosen.batch_size < 2 * devices:
+        raise RequestError(
+            f"batch size is {chosen.batch_size}; expected at least two examples for each of "
+            f"{devices} devices"
+        )
     if precision is not None and precision not in PRECISIONS:
         raise RequestError(f"unknown precision {precision!r}; expected {', '.join(PRECISIONS)}")
     return Request(
@@ -183,7 +191,7 @@ def _request(
         device,
         str(data_dir or "data"),
         weights=None if weights is None else str(weights),
-        devices=devices or num_processes() or 1,
+        devices=devices,
         precision=precision or "32-true",
         channels_last=bool(channels_last),
     )

@@ -8,16 +8,21 @@ Fabric starts the others by running the same command again, or `torchrun` has st
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import Elsewhere, RequestError
 from pyro_sbp.processes import num_processes, processes_here
 
-__all__ = ["dtype_of", "gather", "launch"]
+__all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
+
+#: What gloo says where the process at the other end is gone.
+GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
@@ -57,6 +62,40 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
 def dtype_of(precision: str) -> torch.dtype:
     """Of the parameters, and of what a network is given; autocast decides what is mixed."""
     return torch.float64 if precision == "64-true" else torch.float32
+
+
+_Result = TypeVar("_Result")
+
+
+def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
+    """What a function returns on the first process, while the others wait; None on those.
+
+    Raises:
+        Elsewhere: it failed there, and this is another process.
+    """
+    result, failure = None, None
+    if fabric.is_global_zero:
+        try:
+            result = function()
+        except BaseException as error:  # it is raised below, when the others know
+            failure = error
+    failed = fabric.broadcast(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Elsewhere
+    return result
+
+
+@contextmanager
+def in_step(fabric: Fabric) -> Iterator[None]:
+    """Inside, the end of another process raises `Elsewhere`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not any(words in str(error) for words in GONE):
+            raise
+        raise Elsewhere from error
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:

@@ -1,10 +1,21 @@
-"""The error of a request that cannot be met as it was made."""
+"""The errors of requests that cannot be met as they were made, and of several processes."""
 
-__all__ = ["RequestError", "first_line"]
+__all__ = ["Elsewhere", "OfOneProcess", "RequestError", "first_line"]
 
 
 class RequestError(ValueError):
     """The request is wrong: the message says in one line what is, and what would be right."""
+
+
+class OfOneProcess(Exception):
+    """A failure that the other processes of a run know nothing of, so that this one has to tell."""
+
+
+class Elsewhere(RuntimeError):
+    """Another process of the run has failed, and told why unless it was killed."""
+
+    def __init__(self, message: str = "another process of this run has ended") -> None:
+        super().__init__(message)
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from pyro_sbp.errors import RequestError
 
 __all__ = ["LOCK", "lock", "write_json", "write_text", "write_whole"]
 
-#: The file that a process holds while it writes a directory; one that is killed leaves it, empty.
+#: The file that a process holds while it writes a directory; it stays behind, empty.
 LOCK = ".lock"
 
 
@@ -34,7 +34,6 @@ def lock(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)  # while it is held: nobody else has opened it
         held.release()
 
 

@@ -8,6 +8,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.augmentation import Augmentation
 from pyro_sbp.datasets import ImageData
-from pyro_sbp.devices import dtype_of, gather
+from pyro_sbp.devices import dtype_of, gather, on_first
 from pyro_sbp.elbo import Parts
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.files import write_text, write_whole
@@ -36,6 +37,13 @@ RECALIBRATE_ON = 10_000
 SAVE_EVERY = 120.0
 #: Steps after which several processes agree on whether to stop or to write one.
 AGREE_EVERY = 20
+
+
+#: What a checkpoint consists of.
+CONTENT = {
+    *("request", "finished", "module", "optimizer", "schedule", "place"),
+    *("errors", "seconds", "lines", "order", "random"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +178,8 @@ class Loop:
         # At random: a folder's images lie class by class.
         order = torch.Generator().manual_seed(self.request.seed)
         sample = torch.randperm(len(data), generator=order)[:RECALIBRATE_ON]
-        batches = data.batches(sample.split(size))
-        recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
+        with closing(data.batches(sample.split(size))) as batches:
+            recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
 
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
@@ -210,8 +218,8 @@ class Loop:
     def _batches(self, order: Tensor) -> list[Tensor]:
         """The examples of each step, of all processes together."""
         batches = list(order.split(self.recipe.batch_size))
-        # A last batch of one has no batch statistics: it joins the one before.
-        if len(batches) > 1 and len(batches[-1]) <= self.fabric.world_size:
+        # A share of one has no batch statistics: such a last batch joins the one before.
+        if len(batches) > 1 and len(batches[-1]) < 2 * self.fabric.world_size:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
@@ -222,38 +230,39 @@ class Loop:
         started = saved = time.perf_counter()
         before = place.seconds
         phase.train_mode()
-        # The sums of all processes are the first one's to begin with.
-        total = place.total.to(self.device) * self.fabric.is_global_zero
+        total = place.total.to(self.device) / self.fabric.world_size  # a part of all each
         self.order.set_state(place.order)
         order = torch.randperm(len(self.data.train), generator=self.order)
         batches = self._batches(order)
         left = batches[place.step :]
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        shares = self.data.train.batches([batch[rank::world] for batch in left], self.augment)
-        for batch, (x, y) in zip(left, shares, strict=True):
-            # Gradients are averaged over the processes, whose shares may differ by an example.
-            loss, parts = step(self._input(x), y, world * len(y) / len(batch))
-            optimizer.zero_grad(set_to_none=True)
-            self.fabric.backward(loss)
-            optimizer.step()
-            schedule.step()
-            total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(y)
-            place.seen += len(batch)
-            if place.step % 50 == 0:
-                self._tell(phase, place, len(batches), total * world / place.seen)
-            place.step += 1
-            now = time.perf_counter()
-            stop, save = self._agree(
-                place.step % AGREE_EVERY == 0 or place.step == len(batches),
-                self.stop(),
-                now - saved > SAVE_EVERY,
-            )
-            if stop or save:
-                place.total, place.seconds = self._sum(total).cpu(), before + now - started
-                saved = now
-                self._save(phase, place, optimizer, schedule)
-            if stop:
-                raise Interrupted
+        indices = [batch[rank::world] for batch in left]
+        # At once, not when a failure's traceback goes, end the processes that read images.
+        with closing(self.data.train.batches(indices, self.augment)) as shares:
+            for batch, (x, y) in zip(left, shares, strict=True):
+                # Gradients are averaged over the processes, whose shares may differ by an example.
+                loss, parts = step(self._input(x), y, world * len(y) / len(batch))
+                optimizer.zero_grad(set_to_none=True)
+                self.fabric.backward(loss)
+                optimizer.step()
+                schedule.step()
+                total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(y)
+                place.seen += len(batch)
+                if place.step % 50 == 0:
+                    self._tell(phase, place, len(batches), total * world / place.seen)
+                place.step += 1
+                now = time.perf_counter()
+                stop, save = self._agree(
+                    place.step % AGREE_EVERY == 0 or place.step == len(batches),
+                    self.stop(),
+                    now - saved > SAVE_EVERY,
+                )
+                if stop or save:
+                    place.total, place.seconds = self._sum(total).cpu(), before + now - started
+                    saved = now
+                    self._save(phase, place, optimizer, schedule)
+                if stop:
+                    raise Interrupted
         total = self._sum(total)
         self._same_buffers(phase.module)
         phase.module.eval()
@@ -279,9 +288,8 @@ class Loop:
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
-        if self.fabric.is_global_zero:
-            text = "".join(json.dumps(x) + "\n" for x in self.lines)
-            write_text(self.directory / "metrics.jsonl", text)
+        text = "".join(json.dumps(x) + "\n" for x in self.lines)
+        on_first(self.fabric, lambda: write_text(self.directory / "metrics.jsonl", text))
         place.next_epoch(self.order.get_state())
         self._save(phase, place, optimizer, schedule)
 
@@ -338,8 +346,8 @@ class Loop:
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         batches = torch.arange(len(self.data.test)).split(TEST_BATCH)[rank::world]
-        with self.fabric.autocast():
-            for x, y in self.data.test.batches(batches):
+        with self.fabric.autocast(), closing(self.data.test.batches(batches)) as shares:
+            for x, y in shares:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
         return round(100 * int(self._sum(wrong)) / len(self.data.test), 6)
 
@@ -349,8 +357,6 @@ class Loop:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         random_of_all = gather(self.fabric, random)
-        if not self.fabric.is_global_zero:
-            return
         checkpoint = {
             "request": json.dumps(self.request.to_dict()),
             "finished": self.finished,
@@ -364,10 +370,7 @@ class Loop:
             "order": self.order.get_state(),
             "random": random_of_all,
         }
-        # torch tells of a disk that is full in words of its own.
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_whole(self.directory / "checkpoint.pt", content.getbuffer())
+        on_first(self.fabric, lambda: _write(checkpoint, self.directory / "checkpoint.pt"))
 
     def _load(self) -> dict[str, Any] | None:
         path = self.directory / "checkpoint.pt"
@@ -377,7 +380,7 @@ class Loop:
             saved = torch.load(path, weights_only=True, map_location="cpu")
         except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
-        if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
+        if not isinstance(saved, dict) or not saved.keys() >= CONTENT:
             raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
         try:
             request = Request.from_dict(json.loads(saved["request"]))
@@ -393,6 +396,13 @@ class Loop:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)
         return saved
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    # In memory first: torch tells of a disk that is full in words of its own.
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_whole(path, content.getbuffer())
 
 
 def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:

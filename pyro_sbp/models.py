@@ -61,7 +61,7 @@ class GatedModel(PyroModule):
         net: the network; its parameters are shared, not copied.
         gates: where noise stands, from `find_gates`.
         num_data: how many examples the whole data set has.
-        noise_per: "batch" draws theta once for the minibatch and folds it into the weights;
+        noise_per: "batch" draws theta once for the minibatch, for weights or inputs of readers;
             "example" draws it for every example, which has less variance and costs more. The input
             then needs the batch in dimension 0.
         likelihood: from the network's output to the distribution of the labels, with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,9 @@ class Split:
             augment: what is done to images in [0, 1] on the device, before they are standardised;
                 it is called when the batch is taken, so its random numbers are drawn in order.
         """
-        for index, pixels in zip(indices, self.pixels(indices), strict=True):
-            yield self._values(pixels, augment), self.labels[index.to(self.labels.device)]
+        with closing(self.pixels(indices)) as stored:
+            for index, pixels in zip(indices, stored, strict=True):
+                yield self._values(pixels, augment), self.labels[index.to(self.labels.device)]
 
     def _values(self, pixels: Tensor, augment: Callable[[Tensor], Tensor] | None) -> Tensor:
         x = pixels.float().div(255)

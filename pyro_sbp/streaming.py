@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import OfOneProcess, RequestError, first_line
 from pyro_sbp.splits import Split
 
 __all__ = [
@@ -33,7 +33,11 @@ GRACE = 60
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class WorkerDied(RuntimeError):
+class DamagedImage(OfOneProcess, RequestError):
+    """A file is no image; the message names it."""
+
+
+class WorkerDied(OfOneProcess, RuntimeError):
     """A process that reads images was killed; what was trained since the checkpoint is lost."""
 
 
@@ -58,7 +62,7 @@ class ImageFiles(Dataset):
         """Some images, uint8 ``[len(index), 3, height, width]``.
 
         Raises:
-            RequestError: a file is no image; the message names it.
+            DamagedImage: a file is no image; the message names it.
         """
         images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
         for image, i in zip(images, index, strict=True):
@@ -69,7 +73,7 @@ class ImageFiles(Dataset):
         """As `read`, for a worker: a refusal is its message, which crosses to the main process."""
         try:
             return self.read(index)
-        except RequestError as error:
+        except DamagedImage as error:
             return str(error)
 
 
@@ -79,14 +83,14 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with Image.open(path) as file:
             yield file
     except Exception as error:  # a file that is none may raise anything
-        raise RequestError(f"{path} cannot be read as an image: {first_line(error)}") from error
+        raise DamagedImage(f"{path} cannot be read as an image: {first_line(error)}") from error
 
 
 def image_size_of(path: str) -> tuple[int, int]:
     """Height and width of an image file.
 
     Raises:
-        RequestError: it is no image.
+        DamagedImage: it is no image.
     """
     with _opened(path) as file:
         return file.height, file.width
@@ -126,7 +130,7 @@ class StreamedSplit(Split):
         """As of `Split`.
 
         Raises:
-            RequestError: a file is no image.
+            DamagedImage: a file is no image.
         """
         numbers = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
         pixels = self.images.read(numbers.tolist()).to(self.labels.device)
@@ -136,7 +140,7 @@ class StreamedSplit(Split):
         """As of `Split`; the workers live as long as the iterator.
 
         Raises:
-            RequestError: a file is no image.
+            DamagedImage: a file is no image.
         WorkerDied: a worker was killed. Mostly torch tells that elsewhere: see `workers_watched`.
         """
         device = self.labels.device
@@ -155,7 +159,7 @@ class StreamedSplit(Split):
         try:
             for images in batches:
                 if isinstance(images, str):
-                    raise RequestError(images)
+                    raise DamagedImage(images)
                 yield images.to(device, non_blocking=True)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             # A batch is fetched from the memory of the worker that made it.

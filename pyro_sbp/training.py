@@ -8,7 +8,7 @@ import pkgutil
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.attention import has_attention, separate_attention
 from pyro_sbp.benchmarking import count_macs, count_parameters, device_name
 from pyro_sbp.datasets import ImageData
-from pyro_sbp.devices import dtype_of, launch
+from pyro_sbp.devices import dtype_of, in_step, launch, on_first
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.files import lock, write_json
 from pyro_sbp.gates import call
@@ -80,8 +80,8 @@ def train(
     """
     fabric = fabric or launch(request.device, request.devices, request.precision)
     job = _prepare(request, data, directory, fabric)
-    with _begun(directory, request) if fabric.is_global_zero else nullcontext():
-        fabric.barrier()
+    with in_step(fabric), ExitStack() as stack:
+        on_first(fabric, lambda: stack.enter_context(_begun(directory, request)))
         if not fabric.is_global_zero:
             # The first process goes on with the random numbers of the construction.
             torch.manual_seed(request.seed + fabric.global_rank)
@@ -90,13 +90,15 @@ def train(
         # refuse a loss that is not finite in its own words, and costs a sixth of a step.
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             loop.go()
-        summary: dict[str, Any] = {}
-        if fabric.is_global_zero:
-            # Left by a run that was stopped between this and its summary.
-            shutil.rmtree(directory / "pruned", ignore_errors=True)
-            summary = _hand_over(job, loop, directory / "pruned")
-            write_json(directory / "summary.json", summary)
-    return fabric.broadcast(summary)
+        return fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+
+
+def _finish(job: _Job, loop: Loop, directory: Path) -> dict[str, Any]:
+    # Left by a run that was stopped between this and its summary.
+    shutil.rmtree(directory / "pruned", ignore_errors=True)
+    summary = _hand_over(job, loop, directory / "pruned")
+    write_json(directory / "summary.json", summary)
+    return summary
 
 
 @workers_watched()
@@ -142,7 +144,8 @@ def _begun(directory: Path, request: Request) -> Iterator[None]:
     except OSError as error:
         raise RequestError(f"cannot write {directory}: {error.strerror}") from error
     with lock(directory):
-        if not (directory / "recipe.json").exists():
+        # A run that left no checkpoint left nothing to go on with.
+        if not (directory / "checkpoint.pt").exists():
             write_json(directory / "recipe.json", asked)
         yield
 

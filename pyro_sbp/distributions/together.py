@@ -31,20 +31,24 @@ class Whole:
     ) -> None:
         self.sizes = list(sizes)
         self._statistic, self._draw = statistic, draw
-        self._statistics: dict[Callable[..., Tensor], Sequence[Tensor]] = {}
-        self._draws: dict[int, Tensor] = {}
+        # What was computed without gradients does not serve those who want them.
+        self._statistics: dict[tuple[Callable[..., Tensor], bool], Sequence[Tensor]] = {}
+        self._draws: dict[tuple[int, bool], Tensor] = {}
 
     def statistic(self, function: Callable[..., Tensor], part: int) -> Tensor:
         """What the function of the parameters is on a part, computed once."""
-        if function not in self._statistics:
-            self._statistics[function] = self._statistic(function).split(self.sizes)
-        return self._statistics[function][part]
+        key = function, torch.is_grad_enabled()
+        if key not in self._statistics:
+            self._statistics[key] = self._statistic(function).split(self.sizes)
+        return self._statistics[key][part]
 
     def draw(self, part: int) -> Tensor:
         """A sample of a part. Every part takes a draw once; who asks again begins the next."""
-        if part not in self._draws:
-            self._draws = dict(enumerate(self._draw().split(self.sizes)))
-        return self._draws.pop(part)
+        grad = torch.is_grad_enabled()
+        if (part, grad) not in self._draws:
+            draws = self._draw().split(self.sizes)
+            self._draws.update({(index, grad): draw for index, draw in enumerate(draws)})
+        return self._draws.pop((part, grad))
 
 
 class Part:

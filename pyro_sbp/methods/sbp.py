@@ -44,7 +44,7 @@ class SBP(Method):
         )
         self.guide = TruncatedLogNormalGuide(
             self.model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
-        ).to(next(net.parameters()).device)
+        ).to(next(net.parameters()))
 
     def phases(self) -> Iterator[Phase]:
         """The dense phase, the gated one, and the fine-tuning of the pruned network."""

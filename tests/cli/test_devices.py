@@ -1,17 +1,21 @@
 """A run on two processes is the run on one: by --devices, and under torchrun."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import pyro_sbp as sbp
 from pyro_sbp.cli import cli
 from pyro_sbp.datasets import load_dataset
+from pyro_sbp.files import lock
 
 RECIPE = """
 dense_epochs = 1
@@ -123,3 +127,61 @@ def test_layout_and_precision_change_the_speed_and_little_else(options, tmp_path
     error = 100 * float((small(x).argmax(1) != y).float().mean())
     # bfloat16 may decide a digit or two otherwise.
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1)
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
+    recipe = str(runs["two"].parent / "recipe.toml")
+    arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", recipe]
+    arguments += ["--precision", "64-true", "--devices", "2", "--output-dir", str(tmp_path / "run")]
+    with start(PYRO_SBP, *arguments) as process:
+        while "dense 1/1" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read().strip().splitlines()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert rest == [f"stopped; go on by pyro-sbp train --resume {tmp_path / 'run'}"]
+    with start(PYRO_SBP, "train", "--resume", str(tmp_path / "run"), "--json") as process:
+        assert process.wait(120) == 0, process.stderr.read()
+    states = [
+        torch.load(run / "checkpoint.pt", weights_only=True)
+        for run in (runs["two"], tmp_path / "run")
+    ]
+    for first, second in zip(*(state["finished"] for state in states), strict=True):
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    lines = [{**line, "seconds": 0} for line in metrics(runs["two"])]
+    assert [{**line, "seconds": 0} for line in metrics(tmp_path / "run")] == lines
+
+
+def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path):
+    (tmp_path / "recipe.json").write_text((runs["two"] / "recipe.json").read_text())
+    with lock(tmp_path), start(PYRO_SBP, "train", "--resume", str(tmp_path)) as process:
+        errors = process.stderr.read()
+        assert process.wait(60) == 2
+    assert errors == f"Error: another process is writing {tmp_path}\n"
+
+
+def test_what_only_another_process_finds_is_told_by_it(tmp_path):
+    for part, name in itertools.product(("train", "test"), ("a", "b")):
+        (tmp_path / "images" / part / name).mkdir(parents=True)
+        for i in range(10):
+            image = Image.new("RGB", (28, 28), (9 * i, 0, 0))
+            image.save(tmp_path / "images" / part / name / f"{i}.png")
+    # By the order of seed 0 and two processes, in the share of the second.
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:8]
+    index = int(order[1])
+    path = tmp_path / "images" / "train" / "ab"[index // 10] / f"{index % 10}.png"
+    path.write_bytes(b"no image")
+    (tmp_path / "recipe.toml").write_text("dense_epochs = 1\nepochs = 1\nbatch_size = 8\n")
+    arguments = ["train", "--arch", "lenet5", "--dataset", f"folder:{tmp_path / 'images'}"]
+    arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--workers", "1", "--devices", "2"]
+    with start(PYRO_SBP, *arguments, "--output-dir", str(tmp_path / "run")) as process:
+        errors = process.stderr.read()
+        status = process.wait(60)
+    assert f"Error: {path} cannot be read as an image" in errors and "Traceback" not in errors
+    assert "Error: another process of this run has ended; go on by" in errors and status == 1
+
+
+def test_a_batch_too_small_for_all_is_refused():
+    arguments = ["train", "--arch", "lenet5", "--batch-size", "3", "--devices", "2"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2 and "at least two examples for each of 2 devices" in result.stderr

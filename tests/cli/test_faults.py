@@ -33,14 +33,15 @@ kl_scale = 30.0
 """
 #: How often a run is killed; PYRO_SBP_KILLS=20 for the long proof.
 KILLS = int(os.environ.get("PYRO_SBP_KILLS", "3"))
-#: A program that kills itself at the n-th time that a file is synced, or is renamed.
+EPOCHS = 2 * KILLS
+#: A program that kills itself at the n-th sync of a file, renaming of one, or step.
 SELF_KILLING = """
-import os, signal, sys
-from pyro_sbp import files
+import os, signal, sys, torch
 from pyro_sbp.cli import main
 
 name, left = sys.argv[1], int(sys.argv[2])
-function = getattr(os, name)
+owner = torch.optim.Adam if name == "step" else os
+function = getattr(owner, name)
 
 def dying(*args):
     global left
@@ -49,7 +50,7 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return function(*args)
 
-setattr(os, name, dying)
+setattr(owner, name, dying)
 sys.argv = ["pyro-sbp", *sys.argv[3:]]
 main()
 """
@@ -103,7 +104,8 @@ def wait_for(process, word):
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "run"
-    with start(NORMAL, *arguments, "--output-dir", directory, "--json") as process:
+    args = [*arguments, "--epochs", EPOCHS, "--output-dir", directory, "--json"]
+    with start(NORMAL, *args) as process:
         assert process.wait(120) == 0, process.stderr.read()
     return directory
 
@@ -153,31 +155,18 @@ def small_disk(size):
 
 def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(arguments, undisturbed, tmp_path):
     directory = tmp_path / "run"
-    args = [*arguments, "--output-dir", directory, "--json"]
+    args = [*arguments, "--epochs", EPOCHS, "--output-dir", directory, "--json"]
     chance = random.Random(0)
-    kinds = []
     for kill in range(KILLS):
         if (directory / "recipe.json").exists():
             args = ["train", "--resume", directory, "--threads", "1", "--json"]
-        kind = ("fsync", "replace", "time")[kill % 3]
-        if kind == "time":
-            process = start(NORMAL, *args)
-            # From before the first import to long after the first checkpoint.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(1, 8))
-            process.kill()
-        else:
-            process = start(SELF_KILLING, kind, chance.randint(2, 5), *args)
-        with process:
-            status = process.wait(120)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, process.stderr.read()
-        kinds.append(kind)
-    assert len(kinds) >= min(KILLS, 3)
-    if not (directory / "summary.json").exists():
-        result = run("train", "--resume", directory, "--threads", "1")
-        assert result.exit_code == 0, result.output
+        kind = ("fsync", "replace", "step")[kill % 3]
+        # Of 23 steps an epoch, and two files after each.
+        count = chance.randint(1, 40) if kind == "step" else chance.randint(1, 5)
+        with start(SELF_KILLING, kind, count, *args) as process:
+            assert process.wait(120) == -signal.SIGKILL, process.stderr.read()
+    result = run("train", "--resume", directory, "--threads", "1")
+    assert result.exit_code == 0, result.output
     for ours, expected in zip(parameters(directory), parameters(undisturbed), strict=True):
         assert torch.equal(ours, expected)
     for name in ("model.safetensors", "network.json", "units.json"):

@@ -4,12 +4,8 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from pyro_sbp.distributions import (
-    TruncatedLogNormal,
-    TruncatedLogUniform,
-    TruncatedNormal,
-    together,
-)
+from pyro_sbp import special
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform, TruncatedNormal
 
 SIZES = [3, 1, 4]
 STATISTICS = {
@@ -61,17 +57,24 @@ def test_the_kl_and_its_gradient_are_those_of_each_alone(parameters):
 
 
 def test_the_kl_is_computed_once_for_all(parameters, monkeypatch):
-    calls = []
-    original = together.Whole.statistic
+    sizes = []
+    original = special.kl_to_uniform
 
-    def counting(self, function, part):
-        calls.append(function in self._statistics)
-        return original(self, function, part)
+    def counting(loc, *rest):
+        sizes.append(len(loc))
+        return original(loc, *rest)
 
-    monkeypatch.setattr(together.Whole, "statistic", counting)
+    monkeypatch.setattr(special, "kl_to_uniform", counting)
     for q in TruncatedLogNormal(*parameters, -20.0, 0.0).split(SIZES):
         kl_divergence(q, TruncatedLogUniform().expand(q.batch_shape))
-    assert calls == [False, True, True]
+    assert sizes == [8]
+
+
+def test_what_is_asked_for_without_gradients_leaves_the_others_theirs(make, parameters):
+    first, second, _ = make(*parameters, -20.0, 0.0).split(SIZES)
+    with torch.no_grad():
+        assert not first.rsample().requires_grad and not first.mean.requires_grad
+    assert second.rsample().requires_grad and second.mean.requires_grad
 
 
 def test_a_draw_is_one_of_the_whole_and_the_next_is_another(make, parameters):
