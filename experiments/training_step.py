@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{device_name(device)}, {torch.get_num_threads()} thread(s), {options.rounds} rounds,")
     print("ms a step, median ± half the interquartile range (times the dense step)\n")
     if options.parts:
-        head = "dense | noise into the network | draw and KL | Pyro and the rest"
+        head = "dense | noise into the network | draw and KL | the rest, mostly Pyro"
     else:
         head = "dense | by hand | closed form | mean field | SVI | images/s of the closed form"
     print(f"| network, batch | noise per | {head} |")
