@@ -10,6 +10,7 @@ import click
 
 from pyro_sbp.cli.bench import bench
 from pyro_sbp.cli.export import export
+from pyro_sbp.cli.inspect import inspect
 from pyro_sbp.cli.prune import prune
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
@@ -57,6 +58,7 @@ def cli() -> None:
 
 
 cli.add_command(train)
+cli.add_command(inspect)
 cli.add_command(prune)
 cli.add_command(bench)
 cli.add_command(export)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_sbp.augmentation import Augmentation
+from pyro_sbp.checkpoints import read_checkpoint
 from pyro_sbp.datasets import ImageData
 from pyro_sbp.devices import dtype_of, gather
 from pyro_sbp.elbo import Parts
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_text, write_whole
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
@@ -373,12 +373,7 @@ class Loop:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
-        if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
-            raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
+        saved = read_checkpoint(path)
         if Request.from_dict(json.loads(saved["request"])) != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]

@@ -1,0 +1,28 @@
+"""A run's checkpoint as values: tensors, numbers and strings, read without running any code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_sbp.errors import RequestError, first_line
+
+__all__ = ["read_checkpoint"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a `checkpoint.pt`, on the CPU.
+
+    Raises:
+        RequestError: it is damaged, or no checkpoint of a run.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RequestError(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(saved, dict) or not saved.keys() >= {"request", "finished", "place"}:
+        raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
+    return saved
