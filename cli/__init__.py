@@ -12,6 +12,7 @@ from pyro_sbp.cli.bench import bench
 from pyro_sbp.cli.export import export
 from pyro_sbp.cli.inspect import inspect
 from pyro_sbp.cli.prune import prune
+from pyro_sbp.cli.report import report
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import RequestError, first_line
@@ -62,6 +63,7 @@ cli.add_command(inspect)
 cli.add_command(prune)
 cli.add_command(bench)
 cli.add_command(export)
+cli.add_command(report)
 
 
 def main() -> None:

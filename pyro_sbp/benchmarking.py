@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates import Gate, call, evaluating
-from pyro_sbp.surgery import shrink
+from pyro_sbp.surgery import Select, shrink
 
 __all__ = [
     "Comparison",
@@ -91,8 +91,8 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     """
     layers = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters(False))]
     # The first input's selection of a pruned layer wraps it: it is still the layer of that name.
-    names = {layer: layer.removesuffix(".layer") for layer in layers}
-    counter = FlopCounterMode(net, display=False)
+    names = {layer: _wrapped(net, layer) for layer in layers}
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), evaluating(net), counter:
         call(net, example_input)
     counts, top = counter.get_flop_counts(), type(net).__name__
@@ -106,6 +106,12 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     macs = sum(counts["Global"].values()) // 2 - sum(macs for macs, _ in costs.values())
     rest = macs, count_parameters(net) - sum(parameters for _, parameters in costs.values())
     return costs if rest == (0, 0) else {**costs, "": rest}
+
+
+def _wrapped(net: nn.Module, layer: str) -> str:
+    parent, _, leaf = layer.rpartition(".")
+    selects = isinstance(getattr(net.get_submodule(parent), "select", None), Select)
+    return parent if leaf == "layer" and selects else layer
 
 
 def device_name(device: torch.device) -> str:

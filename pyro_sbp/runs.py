@@ -34,6 +34,7 @@ class Run:
     Attributes:
         directory: where it lies.
         request: what was asked for.
+        asked: the whole of `recipe.json`, with versions and the machine.
         metrics: the lines of `metrics.jsonl`, in order; empty before the first epoch has ended.
         summary: of `summary.json`; None until the run has finished.
         network: of `pruned/network.json`; None until then.
@@ -43,6 +44,7 @@ class Run:
 
     directory: Path
     request: Request
+    asked: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None
     network: dict[str, Any] | None
@@ -64,6 +66,7 @@ class Run:
         return cls(
             path,
             request,
+            _json(path / "recipe.json", dict),
             _lines(path / "metrics.jsonl"),
             summary,
             _json(pruned / "network.json", dict),
