@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["details", "heading", "page", "paragraph", "picture", "table"]
+__all__ = ["details", "heading", "page", "paragraph", "picture", "side", "table"]
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #22262b; --soft: #5b636d;
@@ -28,7 +28,8 @@ p { max-width: 44rem; margin: .6rem 0; }
 .side > * { min-width: 0; max-width: 100%; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: .3rem; }
+caption { text-align: left; color: var(--soft); font-size: .9rem; padding-bottom: .3rem;
+  position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -98,6 +99,11 @@ def picture(light: bytes, dark: bytes, words: str, caption: str = "") -> str:
 
 def _data(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
+
+
+def side(parts: Sequence[str]) -> str:
+    """Parts beside one another where the page is wide enough."""
+    return f'<div class="side">{"".join(parts)}</div>'
 
 
 def details(title: str, parts: Sequence[str]) -> str:

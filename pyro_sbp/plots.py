@@ -113,15 +113,16 @@ def _plain(axis: Any) -> None:
 
 
 def _minor(axis: Any) -> None:
-    """Name 2 and 5 between the powers of ten, as an axis of one decade has few of these."""
+    """Name some numbers between the powers of ten, where an axis has few of these."""
     from matplotlib.ticker import FuncFormatter
 
     low, high = sorted(axis.get_view_interval())
-    few = math.log10(high / low) < 1.8
+    decades = math.log10(high / low)
+    named = (2, 3, 5) if decades < 1.4 else (2, 5) if decades < 2.2 else ()
 
     def word(value: float, _: Any) -> str:
         first = round(value / 10 ** math.floor(math.log10(value)))
-        return f"{value:,.10g}" if few and first in (2, 3, 5) else ""
+        return f"{value:,.10g}" if first in named else ""
 
     axis.set_minor_formatter(FuncFormatter(word))
 

@@ -188,7 +188,7 @@ def _result(summary: dict[str, Any]) -> str:
         f"{check['max_abs_diff']:.1e} in the network's own precision.",
         "soft",
     )
-    return f'<div class="side">{errors}{sizes}</div>{checked}'
+    return pages.side([errors, sizes]) + checked
 
 
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
@@ -254,7 +254,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
                 run,
             )
         )
-    parts.append(f'<div class="side">{"".join(drawn)}</div>')
+    parts.append(pages.side(drawn))
     parts.append(
         pages.details(
             f"Units nearest the threshold {threshold:g}",
@@ -308,7 +308,7 @@ def _training(found: Findings, pictures: _Pictures) -> list[str]:
         for name, line in last.items()
     ]
     head = ("phase", "epochs", "loss", "NLL", "KL", "test error", "units", "time")
-    return [
+    parts = [
         pages.table(head, rows, "Every phase at its end; nats per example, KL without its weights"),
         pictures(
             "training",
@@ -317,6 +317,7 @@ def _training(found: Findings, pictures: _Pictures) -> list[str]:
             found.run,
         ),
     ]
+    return [pages.side(parts)]
 
 
 def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
@@ -363,7 +364,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     return [
         pages.paragraph(SWEEP_WORDS),
         pages.table(head, rows, "Thresholds, errors and units kept"),
-        f'<div class="side">{"".join(drawn)}</div>',
+        pages.side(drawn),
     ]
 
 
@@ -386,7 +387,7 @@ def _layers(found: Findings, pictures: _Pictures) -> list[str]:
         f"{name or 'elsewhere'}: {cost['dense'][0]:,} to {cost['pruned'][0]:,} MACs"
         for name, cost in list(found.costs.items())[:12]
     )
-    return [
+    parts = [
         whole if len(rows) <= 20 else pages.details(f"All {len(rows)} layers", [whole]),
         pictures(
             "layers",
@@ -396,6 +397,7 @@ def _layers(found: Findings, pictures: _Pictures) -> list[str]:
             found.costs,
         ),
     ]
+    return [pages.side(parts)]
 
 
 def _latency(found: Findings, pictures: _Pictures) -> list[str]:
@@ -420,12 +422,13 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
     ]
     head = ("device", "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
     words = "; ".join(f"{r[0]}, batch {r[2]}, {r[1]} threads: {r[5]}" for r in rows)
-    return [
+    parts = [
         pages.table(
             head, rows, "Milliseconds a call, median; spread: half the interquartile range"
         ),
         pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
     ]
+    return [pages.side(parts)]
 
 
 def _asked(found: Findings, pictures: _Pictures) -> list[str]:
