@@ -55,11 +55,14 @@ def write_report(
     target = runs[0].directory
     pictures = _Pictures(target / "report")
     body = []
-    for run in runs:
+    names = [run.name for run in runs]
+    for index, run in enumerate(runs):
         watch(f"{run.directory}: looking at it")
         found = find(run, data_dir, sweep)
         watch(f"{run.directory}: drawing")
-        pictures.prefix = f"{run.name}-" if len(runs) > 1 else ""
+        # Directories may have the same name in different places.
+        number = f"{index}-" if names.count(run.name) > 1 else ""
+        pictures.prefix = f"{number}{run.name}-" if len(runs) > 1 else ""
         body += _of_run(found, pictures, 2 if len(runs) > 1 else 1)
     pictures.prefix = ""
     several = []
