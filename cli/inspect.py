@@ -65,14 +65,13 @@ def _text(description: dict[str, Any]) -> str:
         (f"nearest {description['threshold']:g}: unit (SNR)", "under", "at or over"),
         [(gate["gate"], _units(gate["under"]), _units(gate["over"])) for gate in gates],
     )
-    held = [
-        f"all units under the threshold, the best kept: {g['gate']}" for g in gates if g["held"]
-    ]
+    held = ", ".join(g["gate"] for g in gates if g["held"])
+    held = f"all units under the threshold, the best kept: {held}" if held else ""
     if description["left_alone"] is None:
         left = ["not gated: told when the run has finished"]
     else:
         left = [f"not gated: {name}, {why}" for name, why in description["left_alone"].items()]
-    return "\n\n".join(p for p in (values, nearest, "\n".join(held), "\n".join(left)) if p)
+    return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)
 
 
 def _units(nearest: list[dict[str, Any]]) -> str:

@@ -19,10 +19,8 @@ __all__ = ["report"]
     type=click.Path(path_type=Path),
     help="Where the data sets lie.  [default: where each run was trained from]",
 )
-@click.option(
-    "--sweep/--no-sweep", default=True, help="Measure errors at other thresholds.  [default: yes]"
-)
-def report(runs: tuple[Path, ...], data_dir: Path | None, sweep: bool) -> None:
+@click.option("--no-sweep", is_flag=True, help="Leave out the errors at other thresholds.")
+def report(runs: tuple[Path, ...], data_dir: Path | None, no_sweep: bool) -> None:
     """Write report.html into the directory of a run, and its pictures into report/.
 
     RUN is a run directory, finished or not; the newest run if it is left out. With several the page
@@ -32,5 +30,5 @@ def report(runs: tuple[Path, ...], data_dir: Path | None, sweep: bool) -> None:
 
     from pyro_sbp.report import write_report
 
-    page = write_report(found, data_dir, sweep, lambda words: click.echo(words, err=True))
+    page = write_report(found, data_dir, not no_sweep, lambda words: click.echo(words, err=True))
     click.echo(f"report: {page}")

@@ -165,13 +165,18 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
         ax.axvline(threshold, color=colors[1], linestyle="--")
         ax.set(xscale="log", yscale="log")
         ax.set_ylim(0.5, None)
-        ax.set_title(f"{name}: {len(kept)} of {len(values)} at or over {threshold:g}", fontsize=9)
+        words = f"{name}: {len(kept)} of {len(values)}"
+        words += f" at or over {threshold:g}" if columns == 1 else ""
+        ax.set_title(words, fontsize=9 if columns == 1 else 8)
         _plain(ax.xaxis)
         _plain(ax.yaxis)
     for ax in list(axes.flat)[len(names) :]:
         ax.set_visible(False)
     for ax in axes[-1]:
         _minor(ax.xaxis)
+    left_out = _of(len(names), len(snr), "gates")
+    if left_out:
+        figure.suptitle(left_out, fontsize=9)
     figure.supxlabel("signal-to-noise ratio of theta", fontsize=10)
     figure.supylabel("units", fontsize=10)
     return figure
@@ -218,7 +223,7 @@ def training_curves(source: Run | str | Path) -> Figure:
         style = "-" if index < len(LIGHT_CYCLE) else "--"
         units.plot(epochs, share, style, label=name, marker=marker)
     units.set(ylabel="units left, %", xlabel="epoch", ylim=(0, 105))
-    units.legend(fontsize=9, ncols=2)
+    units.legend(fontsize=9, ncols=2, title=_of(len(names), len(totals), "gates"))
     _plain(loss.yaxis)
     units.set_xlim(0.5 - 0.02 * len(lines), len(lines) + 0.5)
     units.xaxis.get_major_locator().set_params(integer=True)
@@ -302,7 +307,7 @@ def _sweep_line(
 
 @_draws
 def layer_costs(source: Run | str | Path, costs: Mapping[str, Any] | None = None) -> Figure:
-    """MACs and parameters of every layer before and after, on logarithmic axes.
+    """MACs and parameters of every layer that multiplies, before and after; logarithmic axes.
 
     Args:
         source: a finished run or its directory.
@@ -311,15 +316,23 @@ def layer_costs(source: Run | str | Path, costs: Mapping[str, Any] | None = None
     from pyro_sbp.findings import costs_of
 
     costs = costs_of(_run(source)) if costs is None else costs
-    names = sorted(costs, key=lambda name: -max(costs[name]["dense"]))[:MOST_LAYERS]
+    # Norms multiply nothing, and have few parameters.
+    costs = {name: cost for name, cost in costs.items() if cost["dense"][0]}
+    names = sorted(costs, key=lambda name: -costs[name]["dense"][0])[:MOST_LAYERS]
     names = [name for name in costs if name in names]
     figure, axes = _figure(1.6 + 0.75 * len(names), 2, sharey=True)
     for index, (ax, label) in enumerate(zip(axes[:, 0], ("MACs", "parameters"), strict=True)):
         bars = {part: [costs[name][part][index] for name in names] for part in ("dense", "pruned")}
         _bars(ax, [name or "elsewhere" for name in names], bars)
         ax.set_xlabel(label)
-    axes[0, 0].legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    title = _of(len(names), len(costs), "layers")
+    axes[0, 0].legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, title=title)
     return figure
+
+
+def _of(shown: int, total: int, what: str) -> str | None:
+    """That a picture leaves some out, where it does."""
+    return f"the largest {shown} of {total} {what}" if shown < total else None
 
 
 def _bars(ax: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:

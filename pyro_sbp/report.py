@@ -221,11 +221,10 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             ("gate", "kept", "of", "zeroed", *percents, "E[theta]", "KL"), rows, "Units by gate"
         ),
     ]
-    parts += [
-        pages.paragraph(f"{g['gate']}: no unit reaches the threshold; the best is kept.", "note")
-        for g in gates
-        if g["held"]
-    ]
+    held = ", ".join(g["gate"] for g in gates if g["held"])
+    if held:
+        words = f"Gates of which no unit reaches the threshold, and the best is kept: {held}."
+        parts.append(pages.paragraph(words, "note"))
     counts = "; ".join(f"{g['gate']} keeps {g['kept']} of {g['total']}" for g in gates)
     run = found.run
     drawn = [

@@ -138,6 +138,7 @@ def test_layers_and_latencies_are_bars(dense_run):
     costs = {
         "fc1": {"dense": (400, 410), "pruned": (40, 44)},
         "": {"dense": (9, 0), "pruned": (0, 0)},
+        "bn": {"dense": (0, 8), "pruned": (0, 4)},
     }
     macs, parameters = plots.layer_costs(dense_run, costs).axes
     assert [bar.get_width() for bar in macs.patches] == [400, 9, 40, 0]
