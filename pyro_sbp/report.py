@@ -22,6 +22,8 @@ __all__ = ["write_report"]
 
 #: Dots an inch of the PNG files.
 DPI = 150
+#: A spread of latencies over which a row says little.
+NOISY = 0.3
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold measures them: all training images "
@@ -423,6 +425,10 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         for row in run.bench
     ]
     head = ("device", "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
+    noisy = []
+    if any(row["spread"] > NOISY for row in run.bench):
+        words = f"A spread over {NOISY:.0%}: the machine was busy, measure again."
+        noisy = [pages.paragraph(words, "note")]
     words = "; ".join(f"{r[0]}, batch {r[2]}, {r[1]} threads: {r[5]}" for r in rows)
     parts = [
         pages.table(
@@ -430,7 +436,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         ),
         pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
     ]
-    return [pages.side(parts)]
+    return [*noisy, pages.side(parts)]
 
 
 def _asked(found: Findings, pictures: _Pictures) -> list[str]:
