@@ -10,7 +10,9 @@ import click
 
 from pyro_sbp.cli.bench import bench
 from pyro_sbp.cli.export import export
+from pyro_sbp.cli.inspect import inspect
 from pyro_sbp.cli.prune import prune
+from pyro_sbp.cli.report import report
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import OfOneProcess, RequestError, first_line
@@ -53,9 +55,11 @@ def cli() -> None:
 
 
 cli.add_command(train)
+cli.add_command(inspect)
 cli.add_command(prune)
 cli.add_command(bench)
 cli.add_command(export)
+cli.add_command(report)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes import Request
+from pyro_sbp.runs import read_request
 
 __all__ = [
     "check_device",
@@ -82,8 +82,12 @@ def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
         raise RequestError(f"{saved.parent} holds no whole run: {error}") from error
 
 
-def find_run(run: Path | None) -> Path:
+def find_run(run: Path | None, finished: bool = True) -> Path:
     """The run directory that is meant: the given one, or the newest under runs/.
+
+    Args:
+        run: the given one.
+        finished: whether it must have finished.
 
     Raises:
         RequestError: there is none, or it has not finished.
@@ -95,23 +99,9 @@ def find_run(run: Path | None) -> Path:
         run = found[-1].parent
     if not (run / "recipe.json").is_file():
         raise RequestError(f"{run} is no run directory: it has no recipe.json")
-    if not (run / "summary.json").is_file():
+    if finished and not (run / "summary.json").is_file():
         raise RequestError(f"{run} has not finished; go on by pyro-sbp train --resume {run}")
     return run
-
-
-def read_request(directory: Path) -> Request:
-    """What a run was asked for.
-
-    Raises:
-        RequestError: the directory holds no run, or one that is damaged.
-    """
-    if not (directory / "recipe.json").is_file():
-        raise RequestError(f"{directory} holds no run: it has no recipe.json")
-    try:
-        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{directory} holds no run: {error}") from error
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

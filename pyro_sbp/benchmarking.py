@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates import Gate, call, evaluating
-from pyro_sbp.surgery import shrink
+from pyro_sbp.surgery import Select, shrink
 
 __all__ = [
     "Comparison",
     "Latency",
     "benchmark",
+    "costs_by_layer",
     "count_macs",
     "count_parameters",
     "device_name",
@@ -78,6 +79,39 @@ def count_macs(net: nn.Module, example_input: Any) -> int:
 def count_parameters(net: nn.Module) -> int:
     """How many numbers the network's parameters hold."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
+    """MACs in one call and parameters of every layer that has weights of its own.
+
+    Returns:
+        From a layer's name to its MACs and its parameters, in the order of the network. What is
+        counted outside of these layers, such as the products inside attention, has the name "".
+        A parameter that two layers share counts for the first.
+    """
+    layers = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters(False))]
+    # The first input's selection of a pruned layer wraps it: it is still the layer of that name.
+    names = {layer: _wrapped(net, layer) for layer in layers}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), evaluating(net), counter:
+        call(net, example_input)
+    counts, top = counter.get_flop_counts(), type(net).__name__
+    seen: set[int] = set()
+    costs: dict[str, tuple[int, int]] = {}
+    for layer, name in names.items():
+        new = [p for p in net.get_submodule(layer).parameters(False) if id(p) not in seen]
+        seen.update(map(id, new))
+        macs = sum(counts.get(f"{top}.{layer}", {}).values()) // 2
+        costs[name] = macs, sum(p.numel() for p in new)
+    macs = sum(counts["Global"].values()) // 2 - sum(macs for macs, _ in costs.values())
+    rest = macs, count_parameters(net) - sum(parameters for _, parameters in costs.values())
+    return costs if rest == (0, 0) else {**costs, "": rest}
+
+
+def _wrapped(net: nn.Module, layer: str) -> str:
+    parent, _, leaf = layer.rpartition(".")
+    selects = isinstance(getattr(net.get_submodule(parent), "select", None), Select)
+    return parent if leaf == "layer" and selects else layer
 
 
 def device_name(device: torch.device) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import pickle
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,10 +16,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_sbp.augmentation import Augmentation
+from pyro_sbp.checkpoints import read_checkpoint
 from pyro_sbp.datasets import ImageData
 from pyro_sbp.devices import dtype_of, gather, on_first
 from pyro_sbp.elbo import Parts
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_text, write_whole
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
@@ -37,13 +37,6 @@ RECALIBRATE_ON = 10_000
 SAVE_EVERY = 120.0
 #: Steps after which several processes agree on whether to stop or to write one.
 AGREE_EVERY = 20
-
-
-#: What a checkpoint consists of.
-CONTENT = {
-    *("request", "finished", "module", "optimizer", "schedule", "place"),
-    *("errors", "seconds", "lines", "order", "random"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,17 +369,8 @@ class Loop:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
-        if not isinstance(saved, dict) or not saved.keys() >= CONTENT:
-            raise RequestError(f"{path} is damaged: it is no checkpoint of a run")
-        try:
-            request = Request.from_dict(json.loads(saved["request"]))
-        except (TypeError, ValueError, KeyError) as error:
-            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
-        if request != self.request:
+        saved = read_checkpoint(path)
+        if saved["request"] != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
         self.seconds, self.lines = saved["seconds"], saved["lines"]

@@ -35,6 +35,7 @@ __all__ = [
     "Choice",
     "Equivalence",
     "EquivalenceError",
+    "NothingLeft",
     "checked_shrink",
     "choose_units",
     "masked_mean",
@@ -47,6 +48,10 @@ TOLERANCE = 1e-10
 
 class EquivalenceError(RuntimeError):
     """A pruned network does not compute what the masked network computes."""
+
+
+class NothingLeft(ValueError):
+    """A threshold removes every unit of every gate."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def choose_units(
 
     if macs_ratio is None:
         if threshold > float(levels[-1]):
-            raise ValueError(
+            raise NothingLeft(
                 f"threshold {threshold:g} removes every unit of every gate; "
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
             )

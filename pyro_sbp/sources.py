@@ -78,8 +78,14 @@ SOURCES = {
 }
 
 
-def check_dataset(name: str, data_dir: Path, workers: int | None = None) -> None:
+def check_dataset(
+    name: str, data_dir: Path, workers: int | None = None, download: bool = True
+) -> None:
     """See that a data set is there, whole as far as its sizes tell, or can be downloaded.
+
+    Args:
+        name, data_dir, workers: as for `load_dataset`.
+        download: whether it may be downloaded; otherwise it must lie there unpacked.
 
     Raises:
         RequestError: it is unknown, missing, truncated, or a folder that holds no usable images;
@@ -102,6 +108,8 @@ def check_dataset(name: str, data_dir: Path, workers: int | None = None) -> None
             if path.name.endswith("-ubyte"):
                 _check_idx(path)
         return
+    if not download:
+        raise RequestError(f"{name} is not under {data_dir}; give --data-dir")
     if all((data_dir / archive).is_file() for archive in source.archives):
         return
     if not _reachable(source.host):

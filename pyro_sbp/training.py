@@ -7,7 +7,7 @@ import os
 import pkgutil
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +28,15 @@ from pyro_sbp.files import lock, write_json
 from pyro_sbp.gates import call
 from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
+from pyro_sbp.pruning import NothingLeft
 from pyro_sbp.recipes import METHODS, Request
 from pyro_sbp.saving import load_weights, save
 from pyro_sbp.streaming import workers_watched
 
-__all__ = ["Interrupted", "Progress", "prune_again", "train", "versions"]
+__all__ = ["THRESHOLDS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
+
+#: Where a sweep looks, beside the recipe's own threshold: the same for all runs, to compare them.
+THRESHOLDS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 
 
 def versions() -> dict[str, str]:
@@ -118,11 +122,7 @@ def prune_again(
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
     """
-    fabric = launch(request.device, precision=request.precision)
-    job = _prepare(request, data, directory, fabric)
-    loop = Loop(request, job.method, job.data, directory, fabric)
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        loop.replay()
+    with _replayed(request, data, directory) as (job, loop):
         try:
             job.method.prune(**settings)
         except ValueError as error:
@@ -131,6 +131,72 @@ def prune_again(
         loop.errors["pruned"] = loop.error_of(job.method.small)
         loop.errors["finetuned"] = None
     return _hand_over(job, loop, target)
+
+
+@workers_watched()
+def sweep(
+    request: Request,
+    data: ImageData,
+    directory: Path,
+    thresholds: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """What a run's network would be at other thresholds, without fine-tuning; nothing is written.
+
+    Errors are of the test set: all training images were trained on, so there are none between. They
+    show how much room there is. Whoever chooses a threshold by them must measure the error of the
+    choice on other images.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+        thresholds: signal-to-noise ratios; those that would remove every unit of every gate are
+            left out. By default `THRESHOLDS` and the recipe's own.
+
+    Returns:
+        By rising threshold: {`threshold`, `error` in percent, `macs`, `ratio`, `parameters`,
+        `units` (kept, by gate), `held` (gates of which the best stay though under it)}.
+
+    Raises:
+        RequestError: the run has no whole checkpoint, or a threshold is negative.
+    """
+    if thresholds is None:
+        thresholds = (*THRESHOLDS, request.recipe.threshold)
+    rows = []
+    with _replayed(request, data, directory) as (job, loop):
+        method = job.method
+        for threshold in sorted(set(thresholds)):
+            try:
+                method.prune(threshold=threshold)
+            except NothingLeft:
+                break
+            except ValueError as error:
+                raise RequestError(str(error)) from error
+            loop.recalibrate()
+            error = loop.error_of(method.small)  # before its precision changes
+            small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
+            macs = count_macs(small, job.example[:1].float())
+            rows.append(
+                {
+                    "threshold": threshold,
+                    "error": error,
+                    "macs": macs,
+                    "ratio": job.macs / macs,
+                    "parameters": count_parameters(small),
+                    "units": {name: int(unit.kept.sum()) for name, unit in method.units.items()},
+                    "held": list(method.held),
+                }
+            )
+    return rows
+
+
+@contextmanager
+def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[_Job, Loop]]:
+    """A run with its posterior, as the phases left it."""
+    fabric = launch(request.device, precision=request.precision)
+    job = _prepare(request, data, directory, fabric)
+    loop = Loop(request, job.method, job.data, directory, fabric)
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        loop.replay()
+        yield job, loop
 
 
 @contextmanager

@@ -5,7 +5,13 @@ import torch
 from ptflops import get_model_complexity_info
 
 from pyro_sbp import networks
-from pyro_sbp.benchmarking import benchmark, count_macs, count_parameters, one_unit_network
+from pyro_sbp.benchmarking import (
+    benchmark,
+    costs_by_layer,
+    count_macs,
+    count_parameters,
+    one_unit_network,
+)
 from pyro_sbp.probing import find_gates
 
 
@@ -70,3 +76,28 @@ def test_benchmark_reports_every_setting():
     for row in result.latencies:
         assert row.speedup == row.dense_ms / row.pruned_ms > 0
         assert row.device.startswith("cpu: ") and row.spread >= 0
+
+
+class Gram(torch.nn.Module):
+    """A layer, and a product and a parameter that belong to none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 4)
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.scale[0] * y @ y.T
+
+
+def test_costs_by_layer():
+    costs = costs_by_layer(networks.LeNet5(), torch.rand(1, 1, 28, 28))
+    assert costs == {
+        "conv1": (24**2 * 25 * 20, 25 * 20 + 20),
+        "conv2": (8**2 * 25 * 20 * 50, 25 * 20 * 50 + 50),
+        "fc1": (800 * 500, 800 * 500 + 500),
+        "fc2": (500 * 10, 500 * 10 + 10),
+    }
+    costs = costs_by_layer(Gram(), torch.rand(5, 6))
+    assert costs == {"layer": (5 * 6 * 4, 28), "": (5 * 4 * 5, 3)}

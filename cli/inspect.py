@@ -1,0 +1,78 @@
+"""pyro-sbp inspect: what the posterior of a run says about every unit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_sbp.cli.common import find_run, table
+from pyro_sbp.runs import Run
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def inspect(run: Path | None, as_json: bool) -> None:
+    """Show what the posterior says about the units of every gate.
+
+    RUN is a run directory, finished or stopped with noise; the newest run if it is left out. It
+    needs neither the data nor the code of the network.
+    """
+    found = Run.read(find_run(run, finished=False))
+
+    from pyro_sbp.posterior import describe, read_posterior
+
+    description = describe(found, read_posterior(found.directory))
+    if as_json:
+        click.echo(json.dumps({"run": str(found.directory), **description}, indent=2))
+    else:
+        click.echo(f"{found.directory}: {state(description)}\n")
+        click.echo(_text(description))
+
+
+def state(description: dict[str, Any]) -> str:
+    """How far the run is that a posterior is of, in words."""
+    epochs = f"{description['epoch']} of {description['epochs']} epochs with noise"
+    if description["finished"]:
+        return f"finished, {epochs}"
+    return f"not finished, stands at {epochs}; kept is what reaches the threshold now"
+
+
+def _text(description: dict[str, Any]) -> str:
+    gates = description["gates"]
+    percents = list(gates[0]["snr"])
+    values = table(
+        ("gate", "kept", "of", "zeroed", *(f"SNR {p} %" for p in percents), "E[theta]", "KL, nats"),
+        [
+            (
+                gate["gate"],
+                gate["kept"],
+                gate["total"],
+                "-" if gate["zeroed"] is None else gate["zeroed"],
+                *(f"{value:.3g}" for value in gate["snr"].values()),
+                f"{gate['mean']:.3f}",
+                f"{gate['kl']:.1f}",
+            )
+            for gate in gates
+        ],
+    )
+    nearest = table(
+        (f"nearest {description['threshold']:g}: unit (SNR)", "under", "at or over"),
+        [(gate["gate"], _units(gate["under"]), _units(gate["over"])) for gate in gates],
+    )
+    held = ", ".join(g["gate"] for g in gates if g["held"])
+    held = f"all units under the threshold, the best kept: {held}" if held else ""
+    if description["left_alone"] is None:
+        left = ["not gated: told when the run has finished"]
+    else:
+        left = [f"not gated: {name}, {why}" for name, why in description["left_alone"].items()]
+    return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)
+
+
+def _units(nearest: list[dict[str, Any]]) -> str:
+    return "  ".join(f"{n['unit']} ({n['snr']:.3g})" for n in nearest) or "-"
