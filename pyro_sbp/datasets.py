@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,43 @@ STANDARDIZE_ON = 10_000
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: what is trained on, what is tested on, and the names of the classes."""
+    """A data set.
+
+    Attributes:
+        train: what is trained on.
+        test: what is tested on.
+        classes: their names.
+        validation: what choices are made by, if it was held out of the training data.
+    """
 
     train: Split
     test: Split
     classes: tuple[str, ...]
+    validation: Split | None = None
+
+    def _each(self, change: Callable[[Split], Split]) -> ImageData:
+        validation = None if self.validation is None else change(self.validation)
+        return ImageData(change(self.train), change(self.test), self.classes, validation)
 
     def to(self, device: torch.device) -> ImageData:
         """The same on a device."""
-        return ImageData(self.train.to(device), self.test.to(device), self.classes)
+        return self._each(lambda split: split.to(device))
+
+    def held_out(self, count: int) -> ImageData:
+        """The same with so many training images for validation: the same ones for every seed.
+
+        Raises:
+            RequestError: fewer than two would be left to train on.
+        """
+        if count > len(self.train) - 2:
+            raise RequestError(
+                f"holdout is {count}; expected less than the {len(self.train)} training images"
+            )
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1))
+        train, validation = order[count:].sort().values, order[:count].sort().values
+        return ImageData(
+            self.train.part(train), self.test, self.classes, self.train.part(validation)
+        )
 
     def standardized(self) -> ImageData:
         """The same, every channel standardised by its mean and deviation over training images.
@@ -49,8 +77,7 @@ class ImageData:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         sample = order[:STANDARDIZE_ON].sort().values
         measured = Standardization.measure(self.train.pixels(sample.split(100)))
-        parts = (dataclasses.replace(x, standardization=measured) for x in (self.train, self.test))
-        return ImageData(*parts, self.classes)
+        return self._each(lambda split: dataclasses.replace(split, standardization=measured))
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict
 from pyro_sbp.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes import Request
+from pyro_sbp.splits import Split
 
 __all__ = ["Interrupted", "Loop", "Progress"]
 
@@ -144,6 +145,7 @@ class Loop:
         self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
         self.errors: dict[str, float | None] = {}
+        self.validation_errors: dict[str, float | None] = {}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
         self.finished: list[dict[str, Tensor]] = []
@@ -196,7 +198,7 @@ class Loop:
                 self._epoch(phase, step, place, optimizer, schedule)
             self.finished.append(_copy(phase.module.state_dict()))
             for name, predict in self._finish(phase).items():
-                self.errors[name] = self.error_of(predict)
+                self.measure(name, predict)
 
     def _finish(self, phase: Phase) -> dict[str, Predict]:
         phase.module.eval()
@@ -331,18 +333,26 @@ class Loop:
             )
         )
 
+    def measure(self, name: str, predict: Predict) -> None:
+        """Note the error under a name, on the test set and on what is held out."""
+        self.errors[name] = self.error_of(predict)
+        if self.data.validation is not None:
+            self.validation_errors[name] = self.error_of(predict, self.data.validation)
+
     @torch.no_grad()
-    def error_of(self, predict: Predict) -> float:
-        """The share of the test set that is classified wrongly, in percent."""
+    def error_of(self, predict: Predict, split: Split | None = None) -> float:
+        """The share of a split, the test set if none is given, that is classified wrongly, in
+        percent."""
+        split = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = torch.arange(len(self.data.test)).split(TEST_BATCH)[rank::world]
-        with self.fabric.autocast(), closing(self.data.test.batches(batches)) as shares:
+        batches = torch.arange(len(split)).split(TEST_BATCH)[rank::world]
+        with self.fabric.autocast(), closing(split.batches(batches)) as shares:
             for x, y in shares:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
-        return round(100 * int(self._sum(wrong)) / len(self.data.test), 6)
+        return round(100 * int(self._sum(wrong)) / len(split), 6)
 
     def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
         _check_finite(phase, float(place.total.sum()), place.epoch)
@@ -358,6 +368,7 @@ class Loop:
             "schedule": schedule.state_dict(),
             "place": dataclasses.asdict(place),
             "errors": self.errors,
+            "validation_errors": self.validation_errors,
             "seconds": self.seconds,
             "lines": self.lines,
             "order": self.order.get_state(),
@@ -373,6 +384,7 @@ class Loop:
         if saved["request"] != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
+        self.validation_errors = saved["validation_errors"]
         self.seconds, self.lines = saved["seconds"], saved["lines"]
         self.order.set_state(saved["order"].cpu())
         random = saved["random"][self.fabric.global_rank]

@@ -260,7 +260,7 @@ def _totals(run: Run) -> dict[str, int]:
 
 @_draws
 def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float = 1.0) -> Figure:
-    """Test error at other thresholds.
+    """Error at other thresholds, of the images that the sweep was measured on.
 
     Args:
         rows: from `sweep`.
@@ -279,7 +279,7 @@ def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float 
 
 @_draws
 def error_against_macs(rows: Sequence[Mapping[str, Any]], threshold: float = 1.0) -> Figure:
-    """Test error against how many times fewer MACs, at other thresholds; arguments as above."""
+    """Error against how many times fewer MACs, at other thresholds; arguments as above."""
     figure, axes = _figure(3.2)
     ax = axes[0, 0]
     _sweep_line(ax, rows, "ratio", threshold)
@@ -303,6 +303,7 @@ def _sweep_line(
         )
         ax.legend(fontsize=9)
     _error_axis(ax, [row["error"] for row in rows])
+    ax.set_ylabel(f"{rows[0]['split']} error, %")
 
 
 @_draws

@@ -43,6 +43,8 @@ class Recipe:
             move in fine-tuning. Otherwise they stay those that the noise was trained with.
         standardize: take from every channel its mean over the training images, and divide by its
             standard deviation.
+        holdout: so many training images, drawn at random, are not trained on: errors of theirs are
+            for choices, a threshold or a recipe, which the test images must not decide.
         crop: pad training images by so many zero pixels, and cut back at a random offset each.
         flip: mirror training images left and right at random.
 
@@ -67,11 +69,12 @@ class Recipe:
     threshold: float = 1.0
     recalibrate: bool = False
     standardize: bool = False
+    holdout: int = 0
     crop: int = 0
     flip: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "finetune_epochs", "crop"):
+        for name in ("dense_epochs", "finetune_epochs", "holdout", "crop"):
             self._number(name, int, 0)
         for name in ("epochs", "batch_size"):
             self._number(name, int, 1)

@@ -24,6 +24,11 @@ __all__ = ["write_report"]
 DPI = 150
 #: A spread of latencies over which a row says little.
 NOISY = 0.3
+HELD_OUT_WORDS = (
+    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "measured on the {count:,} training images that were held out, so a threshold may be chosen "
+    "here; the test images then tell its error."
+)
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold measures them: all training images "
@@ -329,7 +334,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
-    threshold = found.run.request.recipe.threshold
+    recipe = found.run.request.recipe
+    threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
     # A network of many gates has its sums alone.
     shown = gates if len(gates) <= 6 else []
@@ -344,7 +350,14 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         )
         for row in found.sweep
     ]
-    head = ("threshold", "test error", "MACs", "ratio", *(shown or ["units"]), "held at one unit")
+    head = (
+        "threshold",
+        f"{kind} error",
+        "MACs",
+        "ratio",
+        *(shown or ["units"]),
+        "held at one unit",
+    )
     words = "; ".join(
         f"{row['threshold']:g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
         for row in found.sweep
@@ -353,20 +366,22 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "error-threshold",
             plots.error_against_threshold,
-            f"Test error against the threshold. {words}.",
+            f"{kind.capitalize()} error against the threshold. {words}.",
             found.sweep,
             threshold,
         ),
         pictures(
             "error-macs",
             plots.error_against_macs,
-            f"Test error against times fewer MACs, by threshold. {words}.",
+            f"{kind.capitalize()} error against times fewer MACs, by threshold. {words}.",
             found.sweep,
             threshold,
         ),
     ]
     return [
-        pages.paragraph(SWEEP_WORDS),
+        pages.paragraph(
+            HELD_OUT_WORDS.format(count=recipe.holdout) if recipe.holdout else SWEEP_WORDS
+        ),
         pages.table(head, rows, "Thresholds, errors and units kept"),
         pages.side(drawn),
     ]

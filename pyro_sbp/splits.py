@@ -46,6 +46,11 @@ class Split:
             standardization=None if last is None else last.to(device),
         )
 
+    def part(self, index: Tensor) -> Split:
+        """Some of the examples, as a split of their own."""
+        index = index.to(self.labels.device)
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+
     def pixels(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images as they are stored, uint8, on the device: a batch for every index tensor."""
         return (self.images[index.to(self.images.device)] for index in indices)

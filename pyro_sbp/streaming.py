@@ -126,6 +126,12 @@ class StreamedSplit(Split):
             standardization=None if last is None else last.to(device),
         )
 
+    def part(self, index: Tensor) -> StreamedSplit:
+        """As of `Split`."""
+        files = ImageFiles([self.images.paths[i] for i in index.tolist()], self.images.size)
+        labels = self.labels[index.to(self.labels.device)]
+        return dataclasses.replace(self, images=files, labels=labels)
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """As of `Split`.
 

@@ -128,8 +128,9 @@ def prune_again(
         except ValueError as error:
             raise RequestError(str(error)) from error
         loop.recalibrate()
-        loop.errors["pruned"] = loop.error_of(job.method.small)
+        loop.measure("pruned", job.method.small)
         loop.errors["finetuned"] = None
+        loop.validation_errors["finetuned"] = None
     return _hand_over(job, loop, target)
 
 
@@ -142,9 +143,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """What a run's network would be at other thresholds, without fine-tuning; nothing is written.
 
-    Errors are of the test set: all training images were trained on, so there are none between. They
-    show how much room there is. Whoever chooses a threshold by them must measure the error of the
-    choice on other images.
+    Errors are of the images that the recipe held out, to choose a threshold by. Without such they
+    are of the test set, and show how much room there is: whoever chooses by them must measure the
+    error of the choice on other images.
 
     Args:
         request, data, directory: of the run, as for `train`.
@@ -152,8 +153,9 @@ def sweep(
             left out. By default `THRESHOLDS` and the recipe's own.
 
     Returns:
-        By rising threshold: {`threshold`, `error` in percent, `macs`, `ratio`, `parameters`,
-        `units` (kept, by gate), `held` (gates of which the best stay though under it)}.
+        By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
+        `parameters`, `units` (kept, by gate), `held` (gates of which the best stay though under
+        it)}.
 
     Raises:
         RequestError: the run has no whole checkpoint, or a threshold is negative.
@@ -171,13 +173,14 @@ def sweep(
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
-            error = loop.error_of(method.small)  # before its precision changes
+            error = loop.error_of(method.small, job.data.validation)  # as it was trained
             small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
             macs = count_macs(small, job.example[:1].float())
             rows.append(
                 {
                     "threshold": threshold,
                     "error": error,
+                    "split": "test" if job.data.validation is None else "validation",
                     "macs": macs,
                     "ratio": job.macs / macs,
                     "parameters": count_parameters(small),
@@ -238,6 +241,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
             f"crop is {request.recipe.crop}; expected less than the images' {height} x {width}"
         )
     data = data.to(fabric.device)
+    if request.recipe.holdout:
+        data = data.held_out(request.recipe.holdout)
     if request.recipe.standardize:
         data = data.standardized()
     architecture = find_architecture(request.arch)
@@ -317,6 +322,11 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         "device": job.request.device,
         "train_seconds": round(loop.seconds, 1),
         "error": {name: loop.errors.get(name) for name in names},
+        **(
+            {"validation_error": {name: loop.validation_errors.get(name) for name in names}}
+            if job.data.validation is not None
+            else {}
+        ),
         "units": [
             {
                 "gate": name,

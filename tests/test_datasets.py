@@ -48,6 +48,25 @@ def make_folder(root, parts=("train", "test"), classes=("cat", "dog"), count=3):
                 Image.fromarray(pixels).save(root / part / name / f"{i}.png")
 
 
+def test_images_are_held_out_of_the_training_ones_alone(tmp_path):
+    make_folder(tmp_path, count=20)
+    held = [load_dataset(f"folder:{tmp_path}", workers=n).held_out(9) for n in (0, 1)]
+    for data in held:
+        assert (len(data.train), len(data.validation), len(data.test)) == (31, 9, 40)
+    memory, streamed = held
+    every = slice(None)
+    for part in ("train", "validation"):
+        for ours, theirs in zip(
+            getattr(memory, part).batch(every), getattr(streamed, part).batch(every), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    whole = load_dataset(f"folder:{tmp_path}", workers=0).train.batch(every)[0]
+    parts = torch.cat([memory.train.batch(every)[0], memory.validation.batch(every)[0]])
+    assert len(parts.flatten(1).unique(dim=0)) == len(whole.flatten(1).unique(dim=0)) == 40
+    with pytest.raises(RequestError, match="holdout is 39; expected less than the 40"):
+        load_dataset(f"folder:{tmp_path}", workers=0).held_out(39)
+
+
 def test_digits_are_split_without_overlap():
     data = load_dataset("digits", Path("nowhere"), 28)
     assert data.image_shape == (1, 28, 28)

@@ -125,7 +125,7 @@ def test_a_run_without_an_epoch_is_refused(dense_run):
 
 def test_the_sweep_marks_the_recipe_s_threshold():
     rows = [
-        {"threshold": t, "error": e, "ratio": r}
+        {"threshold": t, "error": e, "ratio": r, "split": "test"}
         for t, e, r in ((0.0, 1.0, 1.0), (1.0, 1.2, 9.0), (2.0, 30.0, 40.0))
     ]
     (ax,) = plots.error_against_threshold(rows, 1.0).axes

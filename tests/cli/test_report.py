@@ -172,6 +172,29 @@ def test_the_sweep_has_the_numbers_of_prune(finished):
         training.sweep(found.request, data, finished, thresholds=(-1.0,))
 
 
+def test_what_was_held_out_is_what_a_sweep_measures(tmp_path):
+    (tmp_path / "quick.toml").write_text(QUICK + "holdout = 300\n")
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--device", "cpu"]
+    result = run(*args, "--recipe", tmp_path / "quick.toml", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation_error"].keys() == summary["error"].keys()
+    found = Run.read(tmp_path / "run")
+    rows = training.sweep(
+        found.request, load_dataset("digits", Path("nowhere"), 28), found.directory
+    )
+    assert {row["split"] for row in rows} == {"validation"}
+    row = rows[5]
+    result = run("prune", tmp_path / "run", "--threshold", row["threshold"], "--json")
+    assert row["error"] == json.loads(result.stdout)["validation_error"]["pruned"]
+    # In three hundredths: there are so many images.
+    assert row["error"] * 3 == pytest.approx(round(row["error"] * 3), abs=1e-4)
+    assert run("report", tmp_path / "run").exit_code == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "measured on the 300 training images that were held out" in page
+    assert "validation error" in page
+
+
 def test_the_layers_sum_to_the_network(finished):
     summary = json.loads((finished / "summary.json").read_text())
     costs = costs_of(Run.read(finished))
