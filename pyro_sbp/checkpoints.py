@@ -17,7 +17,7 @@ __all__ = ["read_checkpoint"]
 #: What a checkpoint consists of.
 CONTENT = {
     *("request", "finished", "module", "optimizer", "schedule", "place"),
-    *("errors", "validation_errors", "seconds", "lines", "order", "random"),
+    *("errors", "seconds", "lines", "order", "random"),
 }
 
 

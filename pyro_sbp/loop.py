@@ -384,7 +384,7 @@ class Loop:
         if saved["request"] != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
-        self.validation_errors = saved["validation_errors"]
+        self.validation_errors = saved.get("validation_errors") or {}
         self.seconds, self.lines = saved["seconds"], saved["lines"]
         self.order.set_state(saved["order"].cpu())
         random = saved["random"][self.fabric.global_rank]
