@@ -3,6 +3,7 @@ bad requests answer at once."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -65,6 +66,8 @@ cli.add_command(report)
 def main() -> None:
     """Run the command line as a program."""
     stop_at_once()
+    # As for `python -m`: --arch may name a module that lies here.
+    sys.path.append(os.getcwd())
     try:
         cli.main(prog_name="pyro-sbp")
     except Stopped as stopped:

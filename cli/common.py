@@ -117,7 +117,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def closing_table(summary: dict[str, Any]) -> str:
+def closing_table(summary: dict[str, Any], hint: bool = True) -> str:
     """The result of a run as a text table, from its summary."""
     units = table(
         ("gate", "kept", "of", "zeroed"),
@@ -147,6 +147,6 @@ def closing_table(summary: dict[str, Any]) -> str:
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    hint = LITTLE_REMOVED if summary["macs"]["ratio"] < 1.05 else ""
-    parts = (units, "\n".join(held), "\n".join(left), errors, sizes, hint)
+    little = LITTLE_REMOVED if hint and summary["macs"]["ratio"] < 1.05 else ""
+    parts = (units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

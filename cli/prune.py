@@ -67,5 +67,5 @@ def prune(
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        click.echo(closing_table(summary))
+        click.echo(closing_table(summary, hint=False))
         click.echo(f"network: {target}")

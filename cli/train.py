@@ -113,24 +113,28 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def load() -> ImageData:
-        size, device = architecture.image_size, fabric.device
-        return load_dataset(request.dataset, data_dir, size, workers, device)
+    # From here on a signal waits for a checkpoint; one process alone would leave the others behind.
+    with StopWhenDone() as stop:
 
-    data = on_first(fabric, load) or load()  # it may have to be downloaded, once
-    quiet = as_json or not is_first()
-    if isinstance(data.train, StreamedSplit) and not quiet:
-        click.echo(f"images stay on disk, read by {data.train.workers} workers", err=True)
-    with _Bar(quiet) as bar, StopWhenDone() as stop:
-        try:
-            summary = training.train(request, data, directory, bar.update, stop, fabric)
-        except training.Interrupted as error:
-            hint = f"stopped; go on by pyro-sbp train --resume {directory}"
-            raise Stopped(stop.number or 0, hint) from error
-        except (OSError, WorkerDied, Elsewhere) as error:
-            hint = f"; go on by pyro-sbp train --resume {directory}"
-            kind = OSError if isinstance(error, OSError) else type(error)
-            raise kind(first_line(error) + hint * _unfinished(directory)) from error
+        def load() -> ImageData:
+            size, device = architecture.image_size, fabric.device
+            return load_dataset(request.dataset, data_dir, size, workers, device)
+
+        data = on_first(fabric, load) or load()  # it may have to be downloaded, once
+        quiet = as_json or not is_first()
+        if isinstance(data.train, StreamedSplit) and not quiet:
+            readers = f"{data.train.workers} worker{'s' * (data.train.workers > 1)}"
+            click.echo(f"images stay on disk, read by {readers}", err=True)
+        with _Bar(quiet) as bar:
+            try:
+                summary = training.train(request, data, directory, bar.update, stop, fabric)
+            except training.Interrupted as error:
+                hint = f"stopped; go on by pyro-sbp train --resume {directory}"
+                raise Stopped(stop.number or 0, hint) from error
+            except (OSError, WorkerDied, Elsewhere) as error:
+                hint = f"; go on by pyro-sbp train --resume {directory}"
+                kind = OSError if isinstance(error, OSError) else type(error)
+                raise kind(first_line(error) + hint * _unfinished(directory)) from error
     if not is_first():
         return
     if as_json:

@@ -8,8 +8,10 @@ Fabric starts the others by running the same command again, or `torchrun` has st
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -55,8 +57,24 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
         strategy=strategy,
         precision=precision,
     )
-    fabric.launch()
+    with _ended_by_signals() if devices > 1 else nullcontext():
+        fabric.launch()
     return fabric
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end the process: it waits for others where Python runs nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def dtype_of(precision: str) -> torch.dtype:
