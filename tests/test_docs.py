@@ -22,9 +22,12 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glo
 NOTEBOOKS = {path.name: json.loads(path.read_text("utf-8")) for path in DOCS.glob("*.ipynb")}
 
 
+# `plt.show()` has nowhere to show a figure.
+pytestmark = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
     pyro.clear_param_store()
 
@@ -46,8 +49,13 @@ def page(name):
 
 
 def notebook(name):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
     cells = NOTEBOOKS[name]["cells"]
-    return executed(name, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    try:
+        return executed(name, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    finally:
+        plt.close("all")
 
 
 def table(page, first):
