@@ -67,7 +67,8 @@ class GatedModel(PyroModule):
         likelihood: from the network's output to the distribution of the labels, with
             ``batch_shape`` ``[batch]``.
         kl_scale: the weight of the KL of every gate, or of each by name (1 where it is not named).
-            With weights other than 1 the loss is no bound on the evidence any more.
+            With weights other than 1 the loss is not the negative ELBO; with one under 1 it is no
+            bound on the evidence either.
 
     Raises:
         ValueError: there are no gates, `num_data`, `noise_per` or `kl_scale` is out of range,

@@ -1,0 +1,203 @@
+"""What docs/ says is so, and its notebooks run and come to the right results."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from torch.distributions import kl_divergence
+
+from pyro_sbp import benchmarking
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
+from pyro_sbp.experiments.recipes import RECIPES
+from pyro_sbp.recipes import Recipe, read_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+NOTEBOOKS = {path.name: json.loads(path.read_text("utf-8")) for path in DOCS.glob("*.ipynb")}
+
+
+# `plt.show()` has nowhere to show a figure.
+pytestmark = pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pyro.clear_param_store()
+
+
+def fenced(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.M | re.S)
+
+
+def executed(name, pieces):
+    space = {"__name__": "docs"}
+    for piece in pieces:
+        exec(compile(piece, name, "exec"), space)
+    return space
+
+
+def page(name):
+    """The names that the Python of a page leaves, all its blocks executed in order."""
+    return executed(name, fenced(name, "python"))
+
+
+def notebook(name):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    cells = NOTEBOOKS[name]["cells"]
+    try:
+        return executed(name, ["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
+    finally:
+        plt.close("all")
+
+
+def table(page, first):
+    """The rows of the table whose header begins with `first`, as lists of cells."""
+    (found,) = re.findall(rf"^\| {first} \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], flags=re.M)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()]
+
+
+def test_the_formulas_of_the_method():
+    space = page("method.md")  # it asserts them itself
+    assert space["parts"].kl > 0 and space["small"].fc1.in_features == 64
+    assert [gate.name for gate in space["gates"]] == ["fc1", "fc2"]
+
+
+def test_the_constants_of_the_method():
+    prior = TruncatedLogUniform(-20.0, 0.0)
+    start = TruncatedLogNormal(torch.tensor(0.0).double(), math.exp(-5), -20.0, 0.0)
+    first, last = table("method.md", "a unit")
+    numbers = [float(kl_divergence(start, prior)), float(start.mean), float(start.snr)]
+    assert first[1:] == [f"{numbers[0]:.3f}", f"{numbers[1]:.4f}", f"{numbers[2]:.1f}"]
+    assert last[1:] == ["0", f"{float(prior.mean):.4f}", f"{float(prior.snr):.4f}"]
+
+
+def test_the_limits():
+    space = page("limits.md")
+    assert [gate.name for gate in space["gates"]] == ["2"]
+    assert space["gates"].left_alone["0"].startswith("several of its units reach the same column")
+    assert space["gates"].left_alone["4"] == "reaches an output of the network"
+    assert "removes every unit of every gate" in space["refused"]
+
+
+def test_the_reasons_are_those_of_the_code():
+    code = "".join((ROOT / "pyro_sbp" / n).read_text("utf-8") for n in ("probing.py", "proving.py"))
+    for words, _ in table("limits.md", "`left_alone` says"):
+        for reason in re.findall(r"`(.+?)`", words):
+            assert reason in code, reason
+
+
+def test_the_settings_of_a_recipe():
+    rows = {cells[0].strip("`"): cells[1].strip("`") for cells in table("recipes.md", "setting")}
+    defaults = dataclasses.asdict(Recipe())
+    assert list(rows) == list(defaults)
+    assert {name: json.loads(value) for name, value in rows.items()} == defaults
+
+
+def test_the_recipes_with_a_name():
+    rows = table("recipes.md", "name")
+    assert {row[0].strip("`") for row in rows} == set(RECIPES)
+    for name, *numbers, scales, _ in rows:
+        recipe = RECIPES[name.strip("`")]
+        values = recipe.dense_epochs, recipe.epochs, recipe.finetune_epochs, recipe.batch_size
+        assert tuple(map(int, numbers)) == values
+        if isinstance(recipe.kl_scale, float):
+            assert float(scales) == recipe.kl_scale
+        else:
+            given = dict(part.split() for part in scales.split(", "))
+            assert {gate: float(value) for gate, value in given.items()} == recipe.kl_scale
+
+
+def test_the_recipe_file(tmp_path):
+    (text,) = fenced("recipes.md", "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    recipe = read_recipe(tmp_path / "mine.toml")
+    assert recipe.epochs == 40 and recipe.kl_scale == {"conv1": 15.0, "conv2": 4.0}
+
+
+def test_the_commands_exist():
+    from pyro_sbp.cli import cli
+
+    lines = [line for name in PAGES for text in fenced(name, "sh") for line in text.splitlines()]
+    assert lines
+    for line in lines:
+        program, command, *words = line.split()
+        assert program == "pyro-sbp"
+        options = {name for option in cli.commands[command].params for name in option.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_and_link_is_checked(name):
+    languages = set(re.findall(r"^```(\w+)$", PAGES[name], flags=re.M))
+    assert languages <= {"python", "toml", "sh", "math"}
+    for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
+        assert (DOCS / link).exists(), link
+    tested = {"method.md": 3, "limits.md": 2}
+    assert len(fenced(name, "python")) == tested.get(name, 0)
+
+
+def test_the_readme_links_them():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in [*PAGES, *NOTEBOOKS]:
+        assert f"(docs/{name})" in readme
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_whole_and_has_no_outputs(name):
+    content = NOTEBOOKS[name]
+    assert content["nbformat"] == 4 and content["nbformat_minor"] >= 5
+    assert content["metadata"]["kernelspec"]["language"] == "python"
+    identifiers = [cell["id"] for cell in content["cells"]]
+    assert len(set(identifiers)) == len(identifiers)
+    for cell in content["cells"]:
+        assert all(isinstance(line, str) for line in cell["source"])
+        expected = {"cell_type", "id", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            expected |= {"outputs", "execution_count"}
+        assert set(cell) == expected
+
+
+def test_own_model():
+    space = notebook("own_model.ipynb")
+    truth = space["truth"]
+    assert torch.equal(space["found"], truth > 0)
+    assert float((space["mean"] - truth)[truth > 0].abs().max()) < 0.05
+    assert bool((space["low"] < space["high"]).all())
+    assert space["draws"]["factor"].shape[0] == 300
+    assert 0.85 < float(space["inside"]) < 0.96
+    assert abs(float(space["draws"]["offset"].mean()) - 0.5) < 0.05
+    # The normal site has a KL too.
+    assert 0 < float(space["kl_by_signal"].sum()) <= float(space["parts"].kl)
+    assert float(space["kl_by_signal"][truth > 0].min()) > float(
+        space["kl_by_signal"][truth == 0].max()
+    )
+
+
+def test_prune_your_network():
+    space = notebook("prune_your_network.ipynb")
+    x, y = space["x_test"], space["y_test"]
+    assert [gate.name for gate in space["gates"]] == ["conv1", "conv2", "fc1"]
+    assert space["dense_error"] < 4
+    assert space["small_error"] < 5
+    wrong = (space["small"](x).argmax(1) != y).float().mean()
+    assert space["small_error"] == pytest.approx(100 * float(wrong))
+    assert space["result"].macs_ratio > 3
+    ratio = benchmarking.count_macs(space["net"], x[:1]) / benchmarking.count_macs(
+        space["tiny"], x[:1]
+    )
+    assert space["tiny_ratio"] == pytest.approx(ratio) and ratio >= 2 * space["result"].macs_ratio
+    assert space["small"].conv1.out_channels == space["kept"]["conv1"]
+    assert len(space["histograms"].axes) == 3
+    with torch.no_grad():
+        assert torch.equal(space["same"](x), space["small"](x))
+    nll, kl = space["history"][-1]
+    assert nll < 0.2 and kl < space["history"][0][1]
