@@ -44,23 +44,10 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
+    from pyro_sbp.posterior import gate_table
+
     gates = description["gates"]
-    percents = list(gates[0]["snr"])
-    values = table(
-        ("gate", "kept", "of", "zeroed", *(f"SNR {p} %" for p in percents), "E[theta]", "KL, nats"),
-        [
-            (
-                gate["gate"],
-                gate["kept"],
-                gate["total"],
-                "-" if gate["zeroed"] is None else gate["zeroed"],
-                *(f"{value:.3g}" for value in gate["snr"].values()),
-                f"{gate['mean']:.3f}",
-                f"{gate['kl']:.1f}",
-            )
-            for gate in gates
-        ],
-    )
+    values = table(*gate_table(gates))
     nearest = table(
         (f"nearest {description['threshold']:g}: unit (SNR)", "under", "at or over"),
         [(gate["gate"], _units(gate["under"]), _units(gate["over"])) for gate in gates],

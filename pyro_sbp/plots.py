@@ -519,7 +519,7 @@ def frontier(sources: Sequence[Run | str | Path]) -> Figure:
         for run in runs:
             if (run.request.arch, run.request.dataset) == (arch, dataset):
                 assert run.summary is not None
-                ratio = run.summary["macs"]["ratio"]
+                ratio = run.macs_ratio
                 ax.plot(ratio, run.error, "o", color=colors[0], markersize=8, label=label)
                 points.append((ratio, run.error, run.name, "o"))
                 if run.summary["error"]["dense"] is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE
 from pyro_sbp.models import LOG_HIGH, LOG_LOW
 from pyro_sbp.runs import Run
 
-__all__ = ["Posterior", "describe", "read_posterior"]
+__all__ = ["Posterior", "describe", "gate_table", "read_posterior"]
 
 #: How many units are named on either side of the threshold.
 NEAREST = 3
@@ -152,6 +152,24 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "gates": gates,
         "left_alone": None if run.summary is None else run.summary["left_alone"],
     }
+
+
+def gate_table(gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The head and the rows of a table of the gates that `describe` gives."""
+    head = ["gate", "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
+    rows = [
+        (
+            gate["gate"],
+            gate["kept"],
+            gate["total"],
+            "-" if gate["zeroed"] is None else gate["zeroed"],
+            *(f"{value:.3g}" for value in gate["snr"].values()),
+            f"{gate['mean']:.3f}",
+            f"{gate['kl']:.1f}",
+        )
+        for gate in gates
+    ]
+    return [*head, "E[theta]", "KL, nats"], rows
 
 
 def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from pyro_sbp import pages, plots
 from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_text, write_whole
 from pyro_sbp.findings import Findings, find
+from pyro_sbp.posterior import gate_table
 from pyro_sbp.published import PUBLISHED
 from pyro_sbp.runs import Run
 
@@ -202,31 +203,17 @@ def _result(summary: dict[str, Any]) -> str:
 
 
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
-    if found.description is None:
+    if found.description is None or found.posterior is None:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
     gates, threshold = found.description["gates"], found.description["threshold"]
-    rows = [
-        (
-            gate["gate"],
-            gate["kept"],
-            gate["total"],
-            "-" if gate["zeroed"] is None else gate["zeroed"],
-            *(f"{value:.3g}" for value in gate["snr"].values()),
-            f"{gate['mean']:.3f}",
-            f"{gate['kl']:.1f}",
-        )
-        for gate in gates
-    ]
-    percents = [f"SNR {percent} %" for percent in gates[0]["snr"]]
+    head, rows = gate_table(gates)
     near = [(g["gate"], _named(g["under"]), _named(g["over"])) for g in gates]
     parts = [
         pages.paragraph(
             f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:g} or more. Quantiles "
             "of it, the mean of E[theta] over the units, and the KL of the gate in nats:"
         ),
-        pages.table(
-            ("gate", "kept", "of", "zeroed", *percents, "E[theta]", "KL"), rows, "Units by gate"
-        ),
+        pages.table(head, rows, "Units by gate"),
     ]
     held = ", ".join(g["gate"] for g in gates if g["held"])
     if held:
@@ -254,7 +241,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
                 run,
             )
         )
-    if any(value.ndim == 4 for value in found.posterior.weights.values()):  # type: ignore[union-attr]
+    if any(value.ndim == 4 for value in found.posterior.weights.values()):
         drawn.append(
             pictures(
                 "filters",
@@ -499,8 +486,7 @@ def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
     if not papers and len(finished) == 1:
         return []
     mine = "; ".join(
-        f"{run.name}: {_percent(run.error)} at {run.summary['macs']['ratio']:.1f} times"  # type: ignore[index]
-        for run in finished
+        f"{run.name}: {_percent(run.error)} at {run.macs_ratio:.1f} times" for run in finished
     )
     theirs = "; ".join(f"{p.method}: {p.error} % at {p.macs_ratio:.1f} times" for p in papers)
     parts = [

@@ -87,6 +87,11 @@ class Run:
         error = self.summary["error"]
         return error["pruned"] if error["finetuned"] is None else error["finetuned"]
 
+    @property
+    def macs_ratio(self) -> float | None:
+        """How many times fewer MACs that network has; None until the run finished."""
+        return None if self.summary is None else self.summary["macs"]["ratio"]
+
 
 def _json(path: Path, kind: type) -> Any:
     """A file's content, or None where there is no such file."""

@@ -17,6 +17,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import StopAfter
 
 from pyro_sbp import training
 from pyro_sbp.cli import cli
@@ -114,11 +115,9 @@ def undisturbed(arguments, tmp_path_factory):
 def stopped(arguments, tmp_path, monkeypatch):
     """A run that was stopped in its second epoch, and the arguments that go on with it."""
     train = training.train
-    asked = iter([False] * 30)
-    stop = lambda: next(asked, True)  # noqa: E731
     monkeypatch.setattr(
         training, "train", lambda request, data, directory, watch, _, fabric:
-        train(request, data, directory, watch, stop, fabric))  # fmt: skip
+        train(request, data, directory, watch, StopAfter(31), fabric))  # fmt: skip
     with pytest.raises(Stopped):
         run(*arguments, "--output-dir", tmp_path / "run")
     monkeypatch.undo()

@@ -6,10 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import StopAfter, run
 from scipy import integrate
 
-from pyro_sbp.cli import cli
 from pyro_sbp.cli.stopping import Stopped
 
 QUICK = """
@@ -22,21 +21,6 @@ noise_learning_rate = 0.1
 """
 # 23 steps an epoch: in the dense phase, in the second epoch with noise, in fine-tuning.
 STEPS = {"dense": 10, "gated": 60, "finetuned": 100}
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
-
-
-class StopAfter:
-    """Asks to stop after some steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def __call__(self):
-        self.steps -= 1
-        return self.steps <= 0
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import run
 
 from pyro_sbp import saving
-from pyro_sbp.cli import cli
 from pyro_sbp.datasets import load_dataset
 
 NETWORK = """
@@ -50,10 +49,6 @@ noise_learning_rate = 0.1
 init_log_scale = -1.0
 kl_scale = 6.0
 """
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")

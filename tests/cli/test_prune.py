@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from helpers import run
 
 from pyro_sbp import saving
-from pyro_sbp.cli import cli
 from pyro_sbp.datasets import load_dataset
 
 QUICK = """
@@ -18,10 +17,6 @@ finetune_epochs = 1
 batch_size = 64
 noise_learning_rate = 0.1
 """
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")

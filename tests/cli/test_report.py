@@ -1,6 +1,5 @@
 """pyro-sbp report: one page that needs nothing else, in process and in a browser."""
 
-import importlib.util
 import json
 import shutil
 import socket
@@ -8,10 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from browser import Browser
+from helpers import run
 
 from pyro_sbp import plots, training
-from pyro_sbp.cli import cli
 from pyro_sbp.datasets import load_dataset
 from pyro_sbp.errors import RequestError
 from pyro_sbp.findings import costs_of
@@ -26,10 +25,6 @@ batch_size = 64
 noise_learning_rate = 0.1
 """
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -261,10 +256,7 @@ def test_refusals_are_one_line_and_write_nothing(finished, tmp_path, monkeypatch
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 def test_a_browser_draws_the_page_and_asks_for_nothing(reported, tmp_path):
-    spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    browser = module.Browser(CHROMIUM, tmp_path / "profile")
+    browser = Browser(CHROMIUM, tmp_path / "profile")
     try:
         backgrounds = set()
         for scheme, width in (("light", 1200), ("dark", 1200), ("light", 375), ("dark", 375)):

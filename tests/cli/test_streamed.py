@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import StopAfter, run
 from PIL import Image
 
 from pyro_sbp import saving
-from pyro_sbp.cli import cli
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets import load_dataset
 from pyro_sbp.streaming import default_workers
@@ -34,10 +33,6 @@ standardize = true
 crop = 2
 flip = true
 """
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +79,6 @@ def test_streamed_or_not_a_run_ends_the_same(root, held, tmp_path):
     assert f"images stay on disk, read by {WORKERS} workers" in result.stderr
     assert_same_end(held, tmp_path / "run")
     assert (tmp_path / "run/recipe.json").read_text() == (held / "recipe.json").read_text()
-
-
-class StopAfter:
-    """Asks to stop after some steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def __call__(self):
-        self.steps -= 1
-        return self.steps <= 0
 
 
 # With 6 steps an epoch: within the dense phase, and at the end of an epoch with noise.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from helpers import StopAfter, run
 
 from pyro_sbp import saving, sources
-from pyro_sbp.cli import cli, common
+from pyro_sbp.cli import common
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets import load_dataset
 
@@ -25,10 +25,6 @@ kl_scale = 1.0
 noise_learning_rate = 0.1
 crop = 1
 """
-
-
-def run(*args):
-    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +97,6 @@ def test_the_same_seed_gives_the_same_summary(finished, tmp_path):
     result = run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--json", "--device", "cpu")
     first = json.loads((directory / "summary.json").read_text())
     assert without_times(json.loads(result.stdout)) == without_times(first)
-
-
-class StopAfter:
-    """Asks to stop after some steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def __call__(self):
-        self.steps -= 1
-        return self.steps <= 0
 
 
 # With 23 steps an epoch: in the dense phase, at the end of an epoch, with noise, in fine-tuning.
