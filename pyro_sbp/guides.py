@@ -20,6 +20,7 @@ from pyro_sbp.models import GatedModel, unique_name
 
 __all__ = ["TruncatedLogNormalGuide"]
 
+_PRIORS = (TruncatedLogUniform, TruncatedLogNormal)
 #: How far loc may leave the support of log theta, and the range of log scale: the box in which the
 #: numerics of the truncated normal are proven.
 LOC_MARGIN = 5.0
@@ -35,8 +36,8 @@ class TruncatedLogNormalGuide(AutoGuide):
 
     Args:
         model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
-            prior (hide other sites with `pyro.poutine.block`, and combine guides in an
-            `AutoGuideList`).
+            or `TruncatedLogNormal` prior with constant bounds (hide other sites with
+            `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
         example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
         init_loc: the initial location of log theta.
         init_log_scale: the initial log scale of log theta.
@@ -63,18 +64,22 @@ class TruncatedLogNormalGuide(AutoGuide):
             raise ValueError("the model has no latent site to infer")
         self.locs, self.log_scales = PyroModule(), PyroModule()
         self._bounds: dict[str, tuple[float, float]] = {}
+        self._priors: dict[str, TruncatedLogNormal] = {}  # those that are not log-uniform
         for name, prior in priors.items():
             base = _base(prior)
-            if not isinstance(base, TruncatedLogUniform):
+            if not isinstance(base, _PRIORS):
                 raise ValueError(
                     f"site {name!r} has the prior {type(base).__name__}; this guide is for "
-                    "TruncatedLogUniform sites: hide the others with pyro.poutine.block"
+                    "TruncatedLogUniform and TruncatedLogNormal sites: hide the others with "
+                    "pyro.poutine.block"
                 )
             shape = self._full_shape(name, prior)
             low, high = float(base.log_low.min()), float(base.log_high.max())
             if low != float(base.log_low.max()) or high != float(base.log_high.min()):
                 raise ValueError(f"site {name!r} has several bounds; this guide takes one pair")
             self._bounds[name] = low, high
+            if isinstance(base, TruncatedLogNormal):
+                self._priors[name] = base
             like = base.log_low
             _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
             _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
@@ -141,12 +146,22 @@ class TruncatedLogNormalGuide(AutoGuide):
         return self._statistic(lambda q: q.snr)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence from prior to posterior of every element in nats, by site."""
-        return self._statistic(
-            lambda q: torch.distributions.kl_divergence(
-                q, TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
-            )
-        )
+        """The KL divergence from prior to posterior of every element in nats, by site.
+
+        The prior is the one that the site had when the guide was made.
+        """
+        with torch.no_grad():
+            return {
+                name: torch.distributions.kl_divergence(q, self._prior(name, q))
+                for name, q in self.posteriors().items()
+            }
+
+    def _prior(self, name: str, q: TruncatedLogNormal) -> TruncatedLogUniform | TruncatedLogNormal:
+        if name not in self._priors:
+            return TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
+        p = self._priors[name]
+        loc, scale = (x.detach().to(q.loc) for x in (p.loc, p.scale))
+        return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior median of every element, by site."""
@@ -178,6 +193,6 @@ def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
 
 def _base(distribution: Any) -> Any:
     """The distribution inside `to_event` and `mask`."""
-    while hasattr(distribution, "base_dist") and not isinstance(distribution, TruncatedLogUniform):
+    while hasattr(distribution, "base_dist") and not isinstance(distribution, _PRIORS):
         distribution = distribution.base_dist
     return distribution

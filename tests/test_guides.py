@@ -11,7 +11,7 @@ from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
 
 import pyro_sbp as sbp
-from pyro_sbp.distributions import TruncatedLogUniform
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 
 TRUTH = torch.tensor([0.9, 0.0, 0.4, 0.0, 0.0])
 NOISE = 0.5
@@ -157,3 +157,21 @@ def test_it_composes_with_other_guides(data):
 def test_a_model_without_latent_sites_is_refused(data):
     with pytest.raises(ValueError, match="no latent site"):
         sbp.TruncatedLogNormalGuide(lambda: None)
+
+
+def test_a_prior_that_leans_to_zero(data):
+    def model(x, y=None):
+        with pyro.plate("features", 5):
+            theta = pyro.sample("theta", TruncatedLogNormal(-20.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ theta, NOISE), obs=y)
+
+    guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    for _ in range(600):
+        svi.step(*data)
+    check(guide, data[0])
+    prior = TruncatedLogNormal(torch.tensor(-20.0), 3.0).expand([5])
+    expected = torch.distributions.kl_divergence(guide.posteriors()["theta"], prior)
+    torch.testing.assert_close(guide.kl()["theta"], expected.detach())
+    assert bool((guide.kl()["theta"][TRUTH > 0] > 20).all())
