@@ -37,7 +37,7 @@ __all__ = ["train"]
     type=click.Path(path_type=Path),
     help="A state dict to start from, instead of a dense phase.",
 )
-@click.option("--epochs", type=int, help="Epochs of the gated phase.")
+@click.option("--epochs", type=int, help="Epochs with noise.")
 @click.option("--batch-size", type=int, help="Examples a step.")
 @click.option("--learning-rate", type=float, help="Adam's, for the weights.")
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")

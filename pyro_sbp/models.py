@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates import Gate, GatedNetwork, tensors_of
 
-__all__ = ["GatedModel", "categorical", "scales_by_gate", "theta_prior", "unique_name"]
+__all__ = [
+    "GatedModel",
+    "categorical",
+    "check_prior",
+    "scales_by_gate",
+    "theta_prior",
+    "unique_name",
+]
 
 #: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
 LOG_LOW, LOG_HIGH = -20.0, 0.0
@@ -155,6 +162,18 @@ def theta_prior(
         return TruncatedLogUniform(low, high).expand([size])
     width = torch.full((), scale, device=like.device)
     return TruncatedLogNormal(low, width, low, high).expand([size])
+
+
+def check_prior(scale: float | None, threshold: float) -> None:
+    """Raise ValueError where a unit that falls to its prior would not be under a threshold."""
+    if scale is None:
+        return
+    snr = float(theta_prior(scale, 1, torch.zeros(())).snr)
+    if 0 < threshold <= snr:
+        raise ValueError(
+            f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit that "
+            f"falls to this prior has a signal-to-noise ratio of {snr:.3g} and would stay"
+        )
 
 
 def scales_by_gate(

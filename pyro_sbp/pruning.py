@@ -113,6 +113,7 @@ def choose_units(
     macs_ratio: float | None = None,
     round_to: int = 1,
     min_units: int = 1,
+    dense: nn.Module | None = None,
 ) -> Choice:
     """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
 
@@ -129,6 +130,7 @@ def choose_units(
         min_units: every gate keeps its best so many units, whatever the threshold. With 0 a gate
             may lose all, and a residual branch with it all that it adds but a constant; one column
             of zeros stays for the shape.
+        dense: the network whose MACs a budget counts from, where `net` was cut before.
 
     Raises:
         ValueError: a setting is out of range, the threshold removes every unit of every gate, or
@@ -163,7 +165,7 @@ def choose_units(
         return chosen(threshold)
     if not 1 <= macs_ratio < float("inf"):
         raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
-    ratio = _macs_ratios(net, gates, example_input)
+    ratio = _macs_ratios(net, gates, example_input, dense)
     most = chosen(float(levels[-1]))
     if ratio(most.units) < macs_ratio:
         raise ValueError(
@@ -201,7 +203,7 @@ def _bring_back(
 
 
 def _macs_ratios(
-    net: nn.Module, gates: Sequence[Gate], example_input: Any
+    net: nn.Module, gates: Sequence[Gate], example_input: Any, whole: nn.Module | None
 ) -> Callable[[Mapping[str, Units]], float]:
     """From what remains of the units to how many times fewer MACs, counted without computing."""
     device = torch.device("meta")
@@ -210,6 +212,8 @@ def _macs_ratios(
         x = convert(example_input, torch.float32, device)
         try:
             dense = count_macs(shape, x)
+            if whole is not None:
+                dense = count_macs(copy.deepcopy(whole).to(device, torch.float32), x)
             break
         except Exception:  # some networks need numbers to be called
             if device.type == "cpu":

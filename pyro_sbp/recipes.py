@@ -14,7 +14,9 @@ from pyro_sbp.errors import RequestError
 __all__ = ["METHODS", "PRECISIONS", "Recipe", "Request", "read_recipe"]
 
 #: Where the class of every method is found.
-METHODS = {"sbp": "pyro_sbp.methods.sbp:SBP"}
+METHODS = {"sbp": "pyro_sbp.methods.sbp:SBP", "rbp": "pyro_sbp.methods.rbp:RBP"}
+#: In which order RBP takes the gates.
+ORDERS = ("forward", "reversed", "together")
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
@@ -26,7 +28,7 @@ class Recipe:
     Attributes:
         name: what the recipe is called.
         dense_epochs: epochs of ordinary training before the noise comes in.
-        epochs: epochs of the gated phase.
+        epochs: epochs with noise; RBP shares them out among the gates.
         finetune_epochs: epochs of ordinary training of the pruned network.
         batch_size: examples a step.
         learning_rate: Adam's, for weights in the dense and the gated phase.
@@ -36,6 +38,10 @@ class Recipe:
         decay: the last share of every phase, over which learning rates fall linearly to zero.
         kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named).
         noise_per: "batch" or "example", as for `GatedModel`.
+        prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
+            nearer to a point mass there. None for the log-uniform prior.
+        order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
+            "together", all in one phase.
         init_loc: initial location of log theta.
         init_log_scale: initial log scale of log theta.
         threshold: units with a signal-to-noise ratio under it are removed.
@@ -64,6 +70,8 @@ class Recipe:
     decay: float = 0.5
     kl_scale: float | Mapping[str, float] = 1.0
     noise_per: str = "batch"
+    prior_scale: float | None = None
+    order: str = "forward"
     init_loc: float = 0.0
     init_log_scale: float = -5.0
     threshold: float = 1.0
@@ -83,6 +91,8 @@ class Recipe:
         self._number("weight_decay", float, 0)
         self._number("decay", float, 0, most=1)
         self._number("threshold", float, 0)
+        if self.prior_scale is not None:
+            self._number("prior_scale", float, 0, above=True, most=1e6)
         self._number("init_loc", float, -25, most=5)
         self._number("init_log_scale", float, -10, most=5)
         scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}
@@ -94,6 +104,8 @@ class Recipe:
         for name in ("recalibrate", "standardize", "flip"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.order not in ORDERS:
+            raise RequestError(f"order is {self.order!r}; expected {', '.join(ORDERS)}")
         if self.noise_per not in ("batch", "example"):
             raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,7 +16,7 @@ from pyro_sbp.pruning import Equivalence
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units
 
-__all__ = ["Method", "Phase", "Predict"]
+__all__ = ["Method", "Phase", "Predict", "plain_phase", "weights_group"]
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -37,6 +38,9 @@ class Phase:
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
         prunes: it leaves a posterior, and `finish` the network pruned by it.
+        kept: what of the module stays in checkpoints once the phase has ended; None for all.
+        restore: called in the place of `finish` when a run goes on whose checkpoint has only `kept`
+            of this phase: it does all but what needs the weights, which a later phase has.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Phase:
     kl: Callable[[], float] = field(default=float)
     freeze_batch_norm: bool = False
     prunes: bool = False
+    kept: nn.Module | None = None
+    restore: Callable[[], None] | None = None
 
     def train_mode(self) -> None:
         """Put the module into training mode."""
@@ -59,6 +65,48 @@ class Phase:
             for module in self.module.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+
+
+def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> dict[str, Any]:
+    """The parameter group of a network's weights."""
+    return {"params": list(net.parameters()), "lr": learning_rate, "weight_decay": weight_decay}
+
+
+def plain_phase(
+    name: str,
+    epochs: int,
+    net: nn.Module,
+    recipe: Recipe,
+    units: Callable[[], dict[str, int]],
+    learning_rate: float | None = None,
+    frozen: bool = False,
+) -> Phase:
+    """Ordinary training of a network.
+
+    Args:
+        name, epochs, units: of the phase.
+        net: what is trained.
+        recipe: the settings.
+        learning_rate: by default the recipe's.
+        frozen: leave the statistics of batch norms as they are.
+    """
+
+    def loss(x: Tensor, y: Tensor) -> Parts:
+        nll = F.cross_entropy(net(x), y)
+        return Parts(nll, nll.new_zeros(()))
+
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    return Phase(
+        name,
+        epochs,
+        net,
+        [weights_group(net, rate, recipe.weight_decay)],
+        loss,
+        predict=net,
+        finish=lambda: {name: net},
+        units=units,
+        freeze_batch_norm=frozen,
+    )
 
 
 class Method(ABC):

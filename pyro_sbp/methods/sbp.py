@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.guides import TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase
-from pyro_sbp.models import GatedModel
+from pyro_sbp.methods.phase import Method, Phase, plain_phase, weights_group
+from pyro_sbp.models import GatedModel, check_prior
 from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
@@ -39,8 +38,14 @@ class SBP(Method):
         if not gates:
             raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
         self.left_alone = gates.left_alone
+        check_prior(recipe.prior_scale, recipe.threshold)
         self.model = GatedModel(
-            net, gates, num_data, noise_per=recipe.noise_per, kl_scale=recipe.kl_scale
+            net,
+            gates,
+            num_data,
+            noise_per=recipe.noise_per,
+            kl_scale=recipe.kl_scale,
+            prior_scale=recipe.prior_scale,
         )
         self.guide = TruncatedLogNormalGuide(
             self.model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
@@ -50,7 +55,8 @@ class SBP(Method):
         """The dense phase, the gated one, and the fine-tuning of the pruned network."""
         recipe = self.recipe
         if recipe.dense_epochs:
-            yield self._plain("dense", recipe.dense_epochs, self.net, recipe.learning_rate)
+            sizes = {gate.name: gate.size for gate in self.model.gates}
+            yield plain_phase("dense", recipe.dense_epochs, self.net, recipe, lambda: sizes)
         elbo = ClosedFormELBO()
 
         def loss(x: Tensor, y: Tensor) -> Parts:
@@ -62,7 +68,7 @@ class SBP(Method):
             recipe.epochs,
             nn.ModuleList([self.net, self.guide]),
             groups=[
-                self._weights(self.net, recipe.learning_rate),
+                weights_group(self.net, recipe.learning_rate, recipe.weight_decay),
                 {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
             loss=loss,
@@ -75,41 +81,16 @@ class SBP(Method):
             prunes=True,
         )
         if recipe.finetune_epochs:
-            rate = recipe.finetune_learning_rate
-            frozen = not recipe.recalibrate
-            yield self._plain("finetuned", recipe.finetune_epochs, self.small, rate, frozen)
-
-    def _weights(self, net: nn.Module, learning_rate: float) -> dict[str, Any]:
-        return {
-            "params": list(net.parameters()),
-            "lr": learning_rate,
-            "weight_decay": self.recipe.weight_decay,
-        }
-
-    def _plain(
-        self, name: str, epochs: int, net: nn.Module, learning_rate: float, frozen: bool = False
-    ) -> Phase:
-        """Ordinary training of a network."""
-
-        def loss(x: Tensor, y: Tensor) -> Parts:
-            nll = F.cross_entropy(net(x), y)
-            return Parts(nll, nll.new_zeros(()))
-
-        return Phase(
-            name,
-            epochs,
-            net,
-            [self._weights(net, learning_rate)],
-            loss,
-            predict=net,
-            finish=lambda: {name: net},
-            units=lambda: (
-                {gate.name: gate.size for gate in self.model.gates}
-                if net is self.net
-                else {name: int(units.kept.sum()) for name, units in self.units.items()}
-            ),
-            freeze_batch_norm=frozen,
-        )
+            left = {name: int(units.kept.sum()) for name, units in self.units.items()}
+            yield plain_phase(
+                "finetuned",
+                recipe.finetune_epochs,
+                self.small,
+                recipe,
+                lambda: left,
+                recipe.finetune_learning_rate,
+                frozen=not recipe.recalibrate,
+            )
 
     def _masked(self, threshold: float) -> Any:
         return lambda x: self.model.gated(x, masked_mean(self.guide, threshold))
