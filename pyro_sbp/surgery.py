@@ -293,7 +293,8 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         arrives = arriving.get(layer, torch.ones_like(columns))
         before = _select_before(net, layer)
         if before is not None:
-            before.index = before.index[columns.to(before.index.device)]
+            # By numbers, as a mask does not index where nothing is computed.
+            before.index = before.index[torch.nonzero(columns).flatten().to(before.index.device)]
         elif not torch.equal(arrives, columns):
             weight = module.get_parameter("weight")
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))

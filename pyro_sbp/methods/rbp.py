@@ -200,7 +200,8 @@ class RBP(Method):
             small, exactness = checked_shrink(
                 stage.net, stage.gates, choice.theta, self.example_input, choice.units
             )
-            turn.exactness.copy_(torch.tensor(dataclasses.astuple(exactness)))
+            values = dataclasses.astuple(exactness)
+            turn.exactness.copy_(torch.tensor(values, dtype=torch.float64))
             self._end(stage.after(choice, snr, small, exactness))
             mean = {"mean": lambda x: model.gated(x, guide.mean())}
             return {**mean, "pruned": small} if last else {}
