@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pyro
 import pytest
@@ -214,7 +213,7 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
     assert prune("met", macs_ratio=0.9 * ratio)[0]["units"] == summary["units"]
     half = prune("half", macs_ratio=2 * ratio)[0]["macs"]["ratio"]
     assert 2 * ratio <= half < 4 * ratio
-    with pytest.raises(RequestError, match="cannot be met: .* the network has"):
+    with pytest.raises(RequestError, match=r"cannot be met: .* the network has"):
         prune("no", macs_ratio=1e6)
     rows = training.sweep(request(), digits, directory, [0.5, 1.0, 3.0])
     assert [row["macs"] for row in rows[:2]] == [summary["macs"]["pruned"]] * 2
