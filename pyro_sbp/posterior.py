@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.checkpoints import read_checkpoint
-from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.errors import RequestError
-from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE
-from pyro_sbp.models import LOG_HIGH, LOG_LOW
+from pyro_sbp.recipes import METHODS
 from pyro_sbp.runs import Run
 
 __all__ = ["Posterior", "describe", "gate_table", "read_posterior"]
@@ -23,7 +21,8 @@ __all__ = ["Posterior", "describe", "gate_table", "read_posterior"]
 #: How many units are named on either side of the threshold.
 NEAREST = 3
 QUANTILES = (0, 25, 50, 75, 100)
-_LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
+#: The phases whose epochs have no noise.
+WITHOUT_NOISE = ("dense", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,38 @@ class Posterior:
     """The posterior of a run's noise; `mean`, `snr` and `kl` are those of the guide.
 
     Attributes:
-        gates: from gate name to the distribution of theta over its units.
+        sites: from the name of a gate, of SparseVD a layer, to the distribution over its elements.
+        priors: of every site.
         weights: the network's state at that time, from parameter name to tensor.
-        epoch: how many epochs the phase that leaves it has ended.
-        epochs: how many it was asked for.
+        epoch: how many epochs with noise have ended.
+        epochs: how many were asked for.
+        left_alone: the layers that have no noise, and why; None where the run does not tell.
     """
 
-    gates: dict[str, TruncatedLogNormal]
+    sites: dict[str, Any]
+    priors: dict[str, Any]
     weights: dict[str, Tensor]
     epoch: int
     epochs: int
+    left_alone: dict[str, str] | None = None
 
-    def _statistic(self, function: Callable[[TruncatedLogNormal], Tensor]) -> dict[str, Tensor]:
-        return {name: function(q) for name, q in self.gates.items()}
+    def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        return {name: function(q) for name, q in self.sites.items()}
 
     def mean(self) -> dict[str, Tensor]:
-        """E[theta] of every unit, by gate."""
+        """The mean of every element, by site."""
         return self._statistic(lambda q: q.mean)
 
     def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratio of every unit, by gate."""
+        """The signal-to-noise ratio of every element, by site."""
         return self._statistic(lambda q: q.snr)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence of every unit from the prior in nats, by gate."""
-        prior = TruncatedLogUniform(LOG_LOW, LOG_HIGH)
-        return self._statistic(
-            lambda q: torch.distributions.kl_divergence(q, prior.expand(q.batch_shape))
-        )
+        """The KL divergence of every element from the prior in nats, by site."""
+        return {
+            name: torch.distributions.kl_divergence(q, self.priors[name])
+            for name, q in self.sites.items()
+        }
 
 
 def read_posterior(directory: Path) -> Posterior:
@@ -71,39 +74,29 @@ def read_posterior(directory: Path) -> Posterior:
     if not path.is_file():
         raise RequestError(f"{directory} has no posterior yet: there is no checkpoint.pt")
     saved = read_checkpoint(path)
+    request = saved["request"]
+    read = pkgutil.resolve_name(METHODS[request.method]).read
+    sites: dict[str, Any] = {}
+    priors: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
     try:
-        epochs = saved["request"].recipe.epochs
-        states = [*saved["finished"], saved["module"]]
-        for index, state in enumerate(states):
-            gates, weights = _split(state)
-            if gates:
-                whole = index < len(saved["finished"])
-                epoch = epochs if whole else saved["place"]["epoch"]
-                return Posterior(gates, weights, epoch, epochs)
+        # A later phase goes on with what an earlier one left, or has sites of its own.
+        for state in [*saved["finished"], saved["module"]]:
+            found = read(state, request.recipe)
+            if found.posteriors:
+                sites.update(found.posteriors)
+                priors.update(found.priors)
+                weights = found.weights
+        ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
+        left_alone = saved.get("left_alone")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
-    raise RequestError(
-        f"{directory} has no posterior yet: it was stopped before there was noise; "
-        f"go on by pyro-sbp train --resume {directory}"
-    )
-
-
-def _split(
-    state: Mapping[str, Tensor],
-) -> tuple[dict[str, TruncatedLogNormal], dict[str, Tensor]]:
-    """What a phase trained: the posteriors of the guide, and the network's tensors."""
-    gates, guide = {}, None
-    for name, loc in state.items():
-        if match := _LOC.fullmatch(name):
-            guide = match["guide"]
-            log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
-            # The box in which the guide keeps them, whatever the last step did.
-            loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
-            scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
-            gates[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
-    # Beside the guide, in the phase's list of modules, is the network.
-    rest = {name: v for name, v in state.items() if guide is None or not name.startswith(guide)}
-    return gates, {name.removeprefix("0."): value for name, value in rest.items()}
+    if not sites:
+        raise RequestError(
+            f"{directory} has no posterior yet: it was stopped before there was noise; "
+            f"go on by pyro-sbp train --resume {directory}"
+        )
+    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone)
 
 
 def describe(run: Run, posterior: Posterior) -> dict[str, Any]:

@@ -336,6 +336,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
             }
             for name, unit in units.items()
         ],
+        **method.summary(),
         "held": list(method.held),
         "left_alone": method.left_alone,
         "macs": {"dense": job.macs, "pruned": macs, "ratio": job.macs / macs},

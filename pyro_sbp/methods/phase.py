@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,7 +16,7 @@ from pyro_sbp.pruning import Equivalence
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units
 
-__all__ = ["Method", "Phase", "Predict"]
+__all__ = ["Method", "Phase", "Predict", "Sites", "noise_phases", "plain_phase"]
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -37,6 +38,8 @@ class Phase:
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
         prunes: it leaves a posterior, and `finish` the network pruned by it.
+        kl_weight: what the KL counts at the first step and after the last, and linearly between.
+        decays: whether learning rates fall at the end, as the recipe says.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Phase:
     kl: Callable[[], float] = field(default=float)
     freeze_batch_norm: bool = False
     prunes: bool = False
+    kl_weight: tuple[float, float] = (1.0, 1.0)
+    decays: bool = True
 
     def train_mode(self) -> None:
         """Put the module into training mode."""
@@ -59,6 +64,79 @@ class Phase:
             for module in self.module.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+
+
+def noise_phases(recipe: Recipe, phase: Phase) -> Iterator[Phase]:
+    """A phase with noise, of all of the recipe's epochs, after those in which its KL does not yet
+    count in full."""
+    before = {"finish": dict, "prunes": False, "decays": False}
+    free, rising = recipe.kl_free_epochs, recipe.kl_rising_epochs
+    if free:
+        yield replace(phase, name="kl-free", epochs=free, kl_weight=(0.0, 0.0), **before)
+    if rising:
+        yield replace(phase, name="kl-rising", epochs=rising, kl_weight=(0.0, 1.0), **before)
+    yield replace(phase, epochs=phase.epochs - free - rising)
+
+
+def plain_phase(
+    name: str,
+    epochs: int,
+    net: nn.Module,
+    recipe: Recipe,
+    units: Callable[[], dict[str, int]],
+    learning_rate: float | None = None,
+    frozen: bool = False,
+) -> Phase:
+    """Ordinary training of a network.
+
+    Weights that are zero when it begins, single ones and columns that stand for a removed unit,
+    stay so.
+
+    Args:
+        name, epochs, units: of the phase.
+        net: what is trained.
+        recipe: the settings.
+        learning_rate: by default the recipe's.
+        frozen: leave the statistics of batch norms as they are.
+    """
+    # Not vectors, of which many begin as zeros: biases, and gains of residual branches.
+    matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+    hooks = [
+        p.register_hook(lambda grad, mask=mask: grad * mask)
+        for p, mask in matrices
+        if not bool(mask.all())
+    ]
+
+    def loss(x: Tensor, y: Tensor) -> Parts:
+        nll = F.cross_entropy(net(x), y)
+        return Parts(nll, nll.new_zeros(()))
+
+    def finish() -> dict[str, Predict]:
+        for hook in hooks:
+            hook.remove()
+        return {name: net}
+
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    groups = [
+        {"params": list(net.parameters()), "lr": rate, "weight_decay": recipe.weight_decay},
+    ]
+    return Phase(
+        name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen
+    )
+
+
+class Sites(NamedTuple):
+    """What a phase has trained.
+
+    Attributes:
+        posteriors: of every site, over its elements; none in a phase without noise.
+        priors: of every site.
+        weights: the network's tensors, from their names.
+    """
+
+    posteriors: dict[str, Any]
+    priors: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class Method(ABC):
@@ -89,6 +167,15 @@ class Method(ABC):
     @abstractmethod
     def prune(self, **settings: Any) -> None:
         """Set `small`, `units` and `equivalence` by the posterior and `choose_units`' settings."""
+
+    @staticmethod
+    @abstractmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """What the state of a phase's module says, without the network."""
+
+    def summary(self) -> dict[str, Any]:
+        """What is to be told of the smaller network besides its units, as plain values."""
+        return {}
 
     #: The network that has the gates.
     net: nn.Module

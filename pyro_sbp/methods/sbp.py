@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.elbo import ClosedFormELBO, Parts
-from pyro_sbp.guides import TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase
-from pyro_sbp.models import GatedModel
+from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.methods.phase import Method, Phase, Sites, noise_phases, plain_phase
+from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel
 from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
 
 __all__ = ["SBP"]
+
+_LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
 
 
 class SBP(Method):
@@ -50,19 +53,24 @@ class SBP(Method):
         """The dense phase, the gated one, and the fine-tuning of the pruned network."""
         recipe = self.recipe
         if recipe.dense_epochs:
-            yield self._plain("dense", recipe.dense_epochs, self.net, recipe.learning_rate)
+            sizes = {gate.name: gate.size for gate in self.model.gates}
+            yield plain_phase("dense", recipe.dense_epochs, self.net, recipe, lambda: sizes)
         elbo = ClosedFormELBO()
 
         def loss(x: Tensor, y: Tensor) -> Parts:
             nll, kl = elbo.parts(self.model, self.guide, x, y)
             return Parts(nll / self.model.num_data, kl / self.model.num_data)
 
-        yield Phase(
+        gated = Phase(
             "gated",
             recipe.epochs,
             nn.ModuleList([self.net, self.guide]),
             groups=[
-                self._weights(self.net, recipe.learning_rate),
+                {
+                    "params": list(self.net.parameters()),
+                    "lr": recipe.learning_rate,
+                    "weight_decay": recipe.weight_decay,
+                },
                 {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
             loss=loss,
@@ -74,42 +82,18 @@ class SBP(Method):
             freeze_batch_norm=True,
             prunes=True,
         )
+        yield from noise_phases(recipe, gated)
         if recipe.finetune_epochs:
-            rate = recipe.finetune_learning_rate
-            frozen = not recipe.recalibrate
-            yield self._plain("finetuned", recipe.finetune_epochs, self.small, rate, frozen)
-
-    def _weights(self, net: nn.Module, learning_rate: float) -> dict[str, Any]:
-        return {
-            "params": list(net.parameters()),
-            "lr": learning_rate,
-            "weight_decay": self.recipe.weight_decay,
-        }
-
-    def _plain(
-        self, name: str, epochs: int, net: nn.Module, learning_rate: float, frozen: bool = False
-    ) -> Phase:
-        """Ordinary training of a network."""
-
-        def loss(x: Tensor, y: Tensor) -> Parts:
-            nll = F.cross_entropy(net(x), y)
-            return Parts(nll, nll.new_zeros(()))
-
-        return Phase(
-            name,
-            epochs,
-            net,
-            [self._weights(net, learning_rate)],
-            loss,
-            predict=net,
-            finish=lambda: {name: net},
-            units=lambda: (
-                {gate.name: gate.size for gate in self.model.gates}
-                if net is self.net
-                else {name: int(units.kept.sum()) for name, units in self.units.items()}
-            ),
-            freeze_batch_norm=frozen,
-        )
+            kept = {name: int(units.kept.sum()) for name, units in self.units.items()}
+            yield plain_phase(
+                "finetuned",
+                recipe.finetune_epochs,
+                self.small,
+                recipe,
+                lambda: kept,
+                learning_rate=recipe.finetune_learning_rate,
+                frozen=not recipe.recalibrate,
+            )
 
     def _masked(self, threshold: float) -> Any:
         return lambda x: self.model.gated(x, masked_mean(self.guide, threshold))
@@ -143,3 +127,21 @@ class SBP(Method):
         largest = max(float(snr.max()) for snr in self.guide.snr().values())
         self.prune(threshold=min(self.recipe.threshold, largest))
         return {"mean": self._masked(0.0), "pruned": self.small}
+
+    @staticmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """The posterior of every gate, without the network."""
+        posteriors, guide = {}, None
+        for name, loc in state.items():
+            if match := _LOC.fullmatch(name):
+                guide = match["guide"]
+                log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
+                # The box in which the guide keeps them, whatever the last step did.
+                loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
+                scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
+                posteriors[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
+        prior = TruncatedLogUniform(LOG_LOW, LOG_HIGH)
+        priors = {name: prior.expand(q.batch_shape) for name, q in posteriors.items()}
+        # Beside the guide, in the phase's list of modules, is the network.
+        rest = {n: v for n, v in state.items() if guide is None or not n.startswith(guide)}
+        return Sites(posteriors, priors, {n.removeprefix("0."): v for n, v in rest.items()})
