@@ -16,7 +16,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes import METHODS
 from pyro_sbp.runs import Run
 
-__all__ = ["Posterior", "describe", "gate_table", "read_posterior"]
+__all__ = ["Posterior", "describe", "gate_table", "in_words", "read_posterior"]
 
 #: How many units are named on either side of the threshold.
 NEAREST = 3
@@ -44,6 +44,11 @@ class Posterior:
     epoch: int
     epochs: int
     left_alone: dict[str, str] | None = None
+
+    @property
+    def elements(self) -> str:
+        """What a site has a distribution over: units, or weights."""
+        return "weights" if any(len(q.batch_shape) > 1 for q in self.sites.values()) else "units"
 
     def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         return {name: function(q) for name, q in self.sites.items()}
@@ -107,49 +112,77 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         posterior: of that run.
 
     Returns:
-        `finished`, `epoch`, `epochs`, `threshold`, `left_alone` (the layers that have no gate and
-        why; None until the run has finished) and `gates`, a list of {`gate`, `total`, `kept`,
-        `zeroed` (None until the run has finished), `snr` (quantiles by percent), `mean` (of
-        E[theta] over the units), `kl` (sum over the units, in nats), `under` and `over` (the units
-        nearest the threshold: {`unit`, `snr`}), `held` (no unit reaches the threshold)}.
+        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
+        `left_alone` (the layers that have no noise and why; None where an old run does not tell)
+        and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
+        until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
+        elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in
+        nats), `under` and `over` (the elements nearest the threshold: {`unit`, `snr`}; a weight's
+        unit is a list, its place), `held` (no element reaches the threshold)}.
     """
     threshold = run.request.recipe.threshold
     mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()
-    done = {} if run.summary is None else {unit["gate"]: unit for unit in run.summary["units"]}
+    of_units = posterior.elements == "units"
+    done = {}
+    if run.summary is not None and of_units:
+        done = {unit["gate"]: unit for unit in run.summary["units"]}
     gates = []
     for name, values in snr.items():
         over = values >= threshold
-        points = torch.tensor(QUANTILES, dtype=torch.float64) / 100
+        count = int(over.sum())
         gates.append(
             {
                 "gate": name,
-                "total": len(values),
-                # The best stays where none reaches the threshold.
-                "kept": done[name]["kept"] if name in done else max(int(over.sum()), 1),
+                "total": values.numel(),
+                # The best unit stays where none reaches the threshold.
+                "kept": done[name]["kept"] if name in done else max(count, int(of_units)),
                 "zeroed": done[name]["zeroed"] if name in done else None,
-                "snr": dict(
-                    zip(map(str, QUANTILES), values.double().quantile(points).tolist(), strict=True)
-                ),
-                "mean": float(mean[name].double().mean()),
+                "snr": _quantiles(values),
+                "mean": float(mean[name].double().abs().mean()),
                 "kl": float(kl[name].double().sum()),
                 "under": _nearest(values, ~over, descending=True),
                 "over": _nearest(values, over, descending=False),
-                "held": not bool(over.any()),
+                "held": not count,
             }
         )
+    left_alone = posterior.left_alone
     return {
         "finished": run.summary is not None,
         "epoch": posterior.epoch,
         "epochs": posterior.epochs,
         "threshold": threshold,
+        "elements": posterior.elements,
         "gates": gates,
-        "left_alone": None if run.summary is None else run.summary["left_alone"],
+        "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
     }
 
 
-def gate_table(gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Any, ...]]]:
+def in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
+    """The elements nearest a threshold, each with its signal-to-noise ratio."""
+    places = [n["unit"] if isinstance(n["unit"], list) else [n["unit"]] for n in nearest]
+    return ", ".join(
+        f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
+        for place, n in zip(places, nearest, strict=True)
+    ) or "-"
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Quantiles by percent; torch's own takes no more than 16 million values."""
+    ordered = values.double().flatten().sort().values
+    found = {}
+    for percent in QUANTILES:
+        place = percent / 100 * (len(ordered) - 1)
+        low, share = int(place), place - int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found[str(percent)] = float(ordered[low] + share * (ordered[high] - ordered[low]))
+    return found
+
+
+def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """The head and the rows of a table of the gates that `describe` gives."""
-    head = ["gate", "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
+    gates, of_units = description["gates"], description["elements"] == "units"
+    first = "gate" if of_units else "layer"
+    head = [first, "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
     rows = [
         (
             gate["gate"],
@@ -162,10 +195,15 @@ def gate_table(gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tupl
         )
         for gate in gates
     ]
-    return [*head, "E[theta]", "KL, nats"], rows
+    return [*head, "E[theta]" if of_units else "|mean|", "KL, nats"], rows
 
 
 def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:
-    units = torch.nonzero(which).flatten()
-    order = snr[units].argsort(descending=descending, stable=True)[:NEAREST]
-    return [{"unit": int(unit), "snr": float(snr[unit])} for unit in units[order]]
+    places = torch.nonzero(which.flatten()).flatten()
+    values = snr.flatten()
+    best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
+    found = []
+    for place in places[best].tolist():
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), snr.shape)]
+        found.append({"unit": unit if len(unit) > 1 else unit[0], "snr": float(values[place])})
+    return found
