@@ -18,7 +18,7 @@ __all__ = ["inspect"]
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 def inspect(run: Path | None, as_json: bool) -> None:
-    """Show what the posterior says about the units of every gate.
+    """Show what the posterior says about the units of every gate, or the weights of every layer.
 
     RUN is a run directory, finished or stopped with noise; the newest run if it is left out. It
     needs neither the data nor the code of the network.
@@ -44,22 +44,22 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from pyro_sbp.posterior import gate_table
+    from pyro_sbp.posterior import gate_table, in_words
 
     gates = description["gates"]
-    values = table(*gate_table(gates))
+    values = table(*gate_table(description))
     nearest = table(
-        (f"nearest {description['threshold']:g}: unit (SNR)", "under", "at or over"),
-        [(gate["gate"], _units(gate["under"]), _units(gate["over"])) for gate in gates],
+        (
+            f"nearest {description['threshold']:.3g}: {description['elements'][:-1]} (SNR)",
+            "under",
+            "at or over",
+        ),
+        [(gate["gate"], in_words(gate["under"]), in_words(gate["over"])) for gate in gates],
     )
     held = ", ".join(g["gate"] for g in gates if g["held"])
-    held = f"all units under the threshold, the best kept: {held}" if held else ""
-    if description["left_alone"] is None:
-        left = ["not gated: told when the run has finished"]
+    if description["elements"] == "units":
+        held = f"all units under the threshold, the best kept: {held}" if held else ""
     else:
-        left = [f"not gated: {name}, {why}" for name, why in description["left_alone"].items()]
+        held = f"all weights under the threshold: {held}" if held else ""
+    left = [f"not gated: {name}, {why}" for name, why in (description["left_alone"] or {}).items()]
     return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)
-
-
-def _units(nearest: list[dict[str, Any]]) -> str:
-    return "  ".join(f"{n['unit']} ({n['snr']:.3g})" for n in nearest) or "-"

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.models import GatedModel, unique_name
+from pyro_sbp.site_statistics import SiteStatistics
 
 __all__ = ["TruncatedLogNormalGuide"]
 
@@ -27,7 +28,7 @@ LOC_MARGIN = 5.0
 LOG_SCALE_RANGE = (-10.0, 5.0)
 
 
-class TruncatedLogNormalGuide(AutoGuide):
+class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
     """Independent truncated log-normal posteriors (arXiv 1705.07283), one per element.
 
     The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
@@ -133,18 +134,6 @@ class TruncatedLogNormalGuide(AutoGuide):
                 values[name] = pyro.sample(name, posterior)
         return values
 
-    def _statistic(self, function: Callable[[TruncatedLogNormal], Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {name: function(q).detach() for name, q in self.posteriors().items()}
-
-    def mean(self) -> dict[str, Tensor]:
-        """E[theta] of every element, by site."""
-        return self._statistic(lambda q: q.mean)
-
-    def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratio E[theta] / sd[theta] of every element, by site."""
-        return self._statistic(lambda q: q.snr)
-
     def kl(self) -> dict[str, Tensor]:
         """The KL divergence from prior to posterior of every element in nats, by site.
 
@@ -162,23 +151,6 @@ class TruncatedLogNormalGuide(AutoGuide):
         p = self._priors[name]
         loc, scale = (x.detach().to(q.loc) for x in (p.loc, p.scale))
         return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of every element, by site."""
-        return {name: q[0] for name, q in self.quantiles([0.5]).items()}
-
-    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles, by site: a tensor ``[len(quantiles), *site shape]``.
-
-        Args:
-            quantiles: a list or tensor of probabilities between 0 and 1.
-        """
-
-        def of(q: TruncatedLogNormal) -> Tensor:
-            p = torch.as_tensor(quantiles, dtype=q.loc.dtype, device=q.loc.device)
-            return q.icdf(p.reshape(-1, *[1] * q.loc.ndim))
-
-        return self._statistic(of)
 
 
 def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:

@@ -16,11 +16,14 @@ __all__ = [
     "column_factor",
     "groups_of",
     "is_channelwise",
+    "is_linear_in_weight",
     "is_matrix",
     "is_reader",
+    "most_of_columns",
     "num_columns",
     "num_rows",
     "resize",
+    "rows_of",
     "serves",
 ]
 
@@ -78,6 +81,11 @@ def is_matrix(module: nn.Module) -> bool:
 def is_reader(module: nn.Module) -> bool:
     """Whether a layer is linear in units that it takes as columns of its weight."""
     return is_matrix(module) and not isinstance(module, nn.Embedding)
+
+
+def is_linear_in_weight(module: nn.Module) -> bool:
+    """Whether a layer's output is linear in its weight, and in its input: dense, convolution."""
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
 
 
 def is_channelwise(module: nn.Module) -> bool:
@@ -138,6 +146,20 @@ def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
     shape = [1] * weight.ndim
     shape[1 - _row_dim(module)] = -1
     return scale.view(shape)
+
+
+def rows_of(module: nn.Module, rows: Tensor) -> Tensor:
+    """Values ``[rows]`` of a matrix layer, of a shape that broadcasts over its weight."""
+    shape = [1] * module.get_parameter("weight").ndim
+    shape[_row_dim(module)] = -1
+    return rows.view(shape)
+
+
+def most_of_columns(module: nn.Module, values: Tensor) -> Tensor:
+    """The largest of values of the shape of a reader's weight, for every input column."""
+    values = values.transpose(0, _row_dim(module))
+    kernel = values.shape[2:].numel()
+    return values.reshape(groups_of(module), -1, values.shape[1], kernel).amax((1, 3)).flatten()
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

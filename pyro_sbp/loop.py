@@ -94,10 +94,12 @@ class _Step(nn.Module):
         super().__init__()
         self.module, self.loss = phase.module, phase.loss
 
-    def forward(self, x: Tensor, y: Tensor, share: float) -> tuple[Tensor, Parts]:
+    def forward(self, x: Tensor, y: Tensor, share: float, kl_weight: float) -> tuple[Tensor, Parts]:
         """The loss of which the processes' average counts, by this one's share, and its parts."""
         # Not outside, where Fabric has made float32 of it.
         parts = self.loss(x, y)
+        if kl_weight != 1:
+            parts = Parts(parts.nll, parts.kl * kl_weight)
         return parts.nll * share + parts.kl, parts
 
 
@@ -189,7 +191,9 @@ class Loop:
                 continue
             optimizer = torch.optim.Adam(phase.groups, fused=True)
             steps = len(self._batches(torch.arange(len(self.data.train))))
-            schedule = _linear_decay(optimizer, phase.epochs * steps, self.recipe.decay)
+            schedule = _linear_decay(
+                optimizer, phase.epochs * steps, self.recipe.decay if phase.decays else 0.0
+            )
             place = _Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
                 phase.module.load_state_dict(saved["module"])
@@ -251,7 +255,9 @@ class Loop:
         with closing(self.data.train.batches(indices, self.augment)) as shares:
             for batch, (x, y) in zip(left, shares, strict=True):
                 # Gradients are averaged over the processes, whose shares may differ by an example.
-                loss, parts = step(self._input(x), y, world * len(y) / len(batch))
+                share = world * len(y) / len(batch)
+                weight = _kl_weight(phase, place, len(batches))
+                loss, parts = step(self._input(x), y, share, weight)
                 optimizer.zero_grad(set_to_none=True)
                 self.fabric.backward(loss)
                 optimizer.step()
@@ -388,6 +394,7 @@ class Loop:
             "lines": self.lines,
             "order": self.order.get_state(),
             "random": random_of_all,
+            "left_alone": self.method.left_alone,
         }
         on_first(self.fabric, lambda: _write(checkpoint, self.directory / "checkpoint.pt"))
 
@@ -414,6 +421,12 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
     content = io.BytesIO()
     torch.save(checkpoint, content)
     write_whole(path, content.getbuffer())
+
+
+def _kl_weight(phase: Phase, place: _Place, steps: int) -> float:
+    """What the KL counts at the step where a phase stands."""
+    first, last = phase.kl_weight
+    return first + (last - first) * (place.epoch + place.step / steps) / phase.epochs
 
 
 def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:

@@ -21,10 +21,13 @@ from pyro_sbp.gates import Gate, GatedNetwork, tensors_of
 __all__ = [
     "GatedModel",
     "categorical",
+    "check_num_data",
     "check_prior",
-    "scales_by_gate",
+    "observe",
+    "scales_of",
     "theta_prior",
     "unique_name",
+    "weighted",
 ]
 
 #: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
@@ -50,8 +53,14 @@ def unique_name(kind: str) -> str:
     return f"{kind}_{number}" if number else kind
 
 
+def check_num_data(num_data: int) -> None:
+    """Raise ValueError unless this can be the size of a data set."""
+    if num_data < 1:
+        raise ValueError(f"num_data is {num_data}; expected the size of the data set")
+
+
 @contextmanager
-def _weighted(weight: float) -> Iterator[None]:
+def weighted(weight: float) -> Iterator[None]:
     """Weigh the sites inside; a weight of 0, which `poutine.scale` refuses, masks them out."""
     with poutine.mask(mask=False) if weight == 0 else poutine.scale(scale=weight):
         yield
@@ -98,8 +107,7 @@ class GatedModel(PyroModule):
         prior_scale: float | None = None,
     ) -> None:
         super().__init__(name=unique_name("GatedModel"))
-        if num_data < 1:
-            raise ValueError(f"num_data is {num_data}; expected the size of the data set")
+        check_num_data(num_data)
         if noise_per not in ("batch", "example"):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
         if not gates:
@@ -115,7 +123,7 @@ class GatedModel(PyroModule):
         self.num_data = num_data
         self.noise_per = noise_per
         self.likelihood = likelihood
-        self.kl_scale = scales_by_gate(self.gates, kl_scale)
+        self.kl_scale = scales_of(list(self._sizes), kl_scale)
         self.prior_scale = prior_scale
 
     def sample_sites(self, distribution: Callable[[str], Any], x: Any) -> dict[str, Tensor]:
@@ -135,7 +143,7 @@ class GatedModel(PyroModule):
                 stack.enter_context(pyro.plate("noise", size, dim=-1))
                 stack.enter_context(poutine.scale(scale=1 / size))
             for gate in self.gates:
-                with _weighted(self.kl_scale[gate.name]):
+                with weighted(self.kl_scale[gate.name]):
                     theta[gate.name] = pyro.sample(gate.name, distribution(gate.name).to_event(1))
         return theta
 
@@ -147,10 +155,7 @@ class GatedModel(PyroModule):
         """Sample theta, call the network, and sample or observe the labels, which are returned."""
         theta = self.sample_sites(self.prior, x)
         output = self.gated(x, theta)
-        size = len(next(tensors_of(x)))
-        # Not `subsample_size`, which would draw a permutation of all data at every step.
-        with poutine.scale(scale=self.num_data / size), pyro.plate("data", size, dim=-1):
-            return pyro.sample("obs", self.likelihood(output), obs=y)
+        return observe(self.likelihood(output), self.num_data, x, y)
 
 
 def theta_prior(
@@ -176,19 +181,28 @@ def check_prior(scale: float | None, threshold: float) -> None:
         )
 
 
-def scales_by_gate(
-    gates: Sequence[Gate], kl_scale: float | Mapping[str, float]
+def observe(likelihood: Any, num_data: int, x: Any, y: Any) -> Any:
+    """Sample or observe the labels of a minibatch `x`, which count for all of the data."""
+    size = len(next(tensors_of(x)))
+    # Not `subsample_size`, which would draw a permutation of all data at every step.
+    with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
+        return pyro.sample("obs", likelihood, obs=y)
+
+
+def scales_of(
+    names: Sequence[str], kl_scale: float | Mapping[str, float], kind: str = "gate"
 ) -> dict[str, float]:
-    """The weight of the KL of every gate, from one for all or from those that differ from 1.
+    """The weight of the KL of every site.
 
     Raises:
-        ValueError: it names no gate, or is out of range.
+        ValueError: one is negative or not finite, or `kl_scale` names no site.
     """
-    names = [gate.name for gate in gates]
     given = kl_scale if isinstance(kl_scale, Mapping) else dict.fromkeys(names, kl_scale)
     for name, value in given.items():
         if name not in names:
-            raise ValueError(f"kl_scale names the gate {name!r}; the gates are {', '.join(names)}")
+            raise ValueError(
+                f"kl_scale names the {kind} {name!r}; the {kind}s are {', '.join(names)}"
+            )
         if not 0 <= value < float("inf"):
-            raise ValueError(f"kl_scale of gate {name!r} is {value}; expected a number >= 0")
+            raise ValueError(f"kl_scale of {kind} {name!r} is {value}; expected a number >= 0")
     return {name: float(given.get(name, 1.0)) for name in names}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from pyro_sbp.posterior import Posterior
+
 __all__ = [
     "check_matplotlib",
     "error_against_macs",
@@ -127,16 +129,15 @@ def _minor(axis: Any) -> None:
     axis.set_minor_formatter(FuncFormatter(word))
 
 
-def _snr(source: Any, threshold: float | None) -> tuple[dict[str, Tensor], float]:
-    """The signal-to-noise ratios of a run or of anything that has them, and the threshold."""
+def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
+    """The posterior of a run, or anything that has signal-to-noise ratios, and the threshold."""
     if isinstance(source, Run | str | Path):
         from pyro_sbp.posterior import read_posterior
 
         run = _run(source)
         threshold = run.request.recipe.threshold if threshold is None else threshold
         source = read_posterior(run.directory)
-    snr = {name: value.detach().flatten().cpu().double() for name, value in source.snr().items()}
-    return snr, 1.0 if threshold is None else threshold
+    return source, 1.0 if threshold is None else threshold
 
 
 @_draws
@@ -147,7 +148,8 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
         source: a run, its directory, its posterior, or a guide.
         threshold: where kept units begin; by default that of the run's recipe, or 1.
     """
-    snr, threshold = _snr(source, threshold)
+    source, threshold = _posterior(source, threshold)
+    snr = {name: value.detach().flatten().cpu().double() for name, value in source.snr().items()}
     names = sorted(snr, key=lambda name: -len(snr[name]))[:MOST_GATES]
     names = [name for name in snr if name in names]
     columns = 1 if len(names) <= 8 else 2
@@ -166,7 +168,7 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
         ax.set(xscale="log", yscale="log")
         ax.set_ylim(0.5, None)
         words = f"{name}: {len(kept)} of {len(values)}"
-        words += f" at or over {threshold:g}" if columns == 1 else ""
+        words += f" at or over {threshold:.3g}" if columns == 1 else ""
         ax.set_title(words, fontsize=9 if columns == 1 else 8)
         _plain(ax.xaxis)
         _plain(ax.yaxis)
@@ -177,8 +179,8 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
     left_out = _of(len(names), len(snr), "gates")
     if left_out:
         figure.suptitle(left_out, fontsize=9)
-    figure.supxlabel("signal-to-noise ratio of theta", fontsize=10)
-    figure.supylabel("units", fontsize=10)
+    figure.supxlabel("signal-to-noise ratio", fontsize=10)
+    figure.supylabel(getattr(source, "elements", "units"), fontsize=10)
     return figure
 
 
@@ -405,9 +407,25 @@ def image_shape(run: Run) -> tuple[int, int, int] | None:
     return (3 if known.dataset == "cifar10" else 1), known.image_size, known.image_size
 
 
+def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
+    """The site that says what the pixels of the image carry, and their signal-to-noise ratios
+    ``[channels, height, width]``: of noise on weights, the best of those that read a pixel."""
+    shape = image_shape(run)
+    if shape is None:
+        return None
+    for name, value in posterior.snr().items():
+        if posterior.elements == "weights" and value.ndim == 2:
+            value = value.amax(0)
+        elif not name.endswith("_input"):
+            continue
+        if value.numel() == math.prod(shape):
+            return name, value.detach().double().cpu().reshape(shape)
+    return None
+
+
 @_draws
 def kept_pixels(source: Run | str | Path) -> Figure:
-    """The signal-to-noise ratio of a gate on the pixels of the image, and which pixels are kept.
+    """The signal-to-noise ratio of the pixels of the image, and which pixels are kept.
 
     Of an image with several channels, the largest ratio of each pixel.
     """
@@ -415,25 +433,24 @@ def kept_pixels(source: Run | str | Path) -> Figure:
     from matplotlib.patches import Patch
 
     run = _run(source)
-    snr, threshold = _snr(run, None)
-    shape = image_shape(run)
-    size = math.prod(shape) if shape else 0
-    found = [name for name, v in snr.items() if name.endswith("_input") and len(v) == size]
-    if not found:
-        raise RequestError(f"{run.directory} has no gate on the pixels of its images")
-    values = snr[found[0]].reshape(shape).amax(0).numpy()
+    posterior, threshold = _posterior(run, None)
+    found = pixel_snr(run, posterior)
+    if found is None:
+        raise RequestError(f"{run.directory} has no noise on the pixels of its images")
+    name, snr = found
+    values = snr.amax(0).numpy()
     figure, axes = _figure(3.0, 1, 2)
     left, right = axes[0]
     shown = left.imshow(values, cmap="cividis", norm=LogNorm())
-    left.set_title(f"SNR of {found[0]}", fontsize=9)
+    left.set_title(f"SNR of {name}", fontsize=9)
     bar = figure.colorbar(shown, cax=left.inset_axes((0, -0.12, 1, 0.05)), orientation="horizontal")
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= values.max()]
+    ticks = [tick for tick in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= values.max()]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
     colors = (REMOVED, _cycle()[0])
     right.imshow(values >= threshold, cmap=ListedColormap(colors), vmin=0, vmax=1)
-    kept = int((snr[found[0]] >= threshold).sum())
-    right.set_title(f"{kept} of {size} kept", fontsize=9)
+    kept = int((snr >= threshold).sum())
+    right.set_title(f"{kept} of {snr.numel()} kept", fontsize=9)
     handles = [
         Patch(color=color, label=word)
         for color, word in zip(colors, ("removed", "kept"), strict=True)
@@ -458,14 +475,16 @@ def first_filters(source: Run | str | Path) -> Figure:
 
     run = _run(source)
     posterior, shape = read_posterior(run.directory), image_shape(run)
-    snr, threshold = _snr(posterior, run.request.recipe.threshold)
+    threshold = run.request.recipe.threshold
+    # Of noise on weights, the best of a filter's.
+    snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
     found = [
         (name.removesuffix(".weight"), value)
         for name, value in posterior.weights.items()
         if value.ndim == 4 and name.endswith(".weight")
     ]
     if not found or found[0][0] not in snr or not shape or found[0][1].shape[1] != shape[0]:
-        raise RequestError(f"{run.directory} has no gate on a first convolution")
+        raise RequestError(f"{run.directory} has no noise on a first convolution")
     name, weight = found[0]
     if shape[0] not in (1, 3) or len(snr[name]) != len(weight) or weight.shape[-1] == 1:
         raise RequestError(f"the filters of {name} are no pictures of one or three channels")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.checkpoints import read_checkpoint
-from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.errors import RequestError
-from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE
-from pyro_sbp.models import LOG_HIGH, LOG_LOW
+from pyro_sbp.recipes import METHODS
 from pyro_sbp.runs import Run
 
-__all__ = ["Posterior", "describe", "gate_table", "read_posterior"]
+__all__ = ["Posterior", "describe", "gate_table", "in_words", "read_posterior"]
 
 #: How many units are named on either side of the threshold.
 NEAREST = 3
 QUANTILES = (0, 25, 50, 75, 100)
-_LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
+#: The phases whose epochs have no noise.
+WITHOUT_NOISE = ("dense", "finetuned")
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,43 @@ class Posterior:
     """The posterior of a run's noise; `mean`, `snr` and `kl` are those of the guide.
 
     Attributes:
-        gates: from gate name to the distribution of theta over its units.
+        sites: from the name of a gate, of SparseVD a layer, to the distribution over its elements.
+        priors: of every site.
         weights: the network's state at that time, from parameter name to tensor.
-        epoch: how many epochs the phase that leaves it has ended.
-        epochs: how many it was asked for.
+        epoch: how many epochs with noise have ended.
+        epochs: how many were asked for.
+        left_alone: the layers that have no noise, and why; None where the run does not tell.
     """
 
-    gates: dict[str, TruncatedLogNormal]
+    sites: dict[str, Any]
+    priors: dict[str, Any]
     weights: dict[str, Tensor]
     epoch: int
     epochs: int
+    left_alone: dict[str, str] | None = None
 
-    def _statistic(self, function: Callable[[TruncatedLogNormal], Tensor]) -> dict[str, Tensor]:
-        return {name: function(q) for name, q in self.gates.items()}
+    @property
+    def elements(self) -> str:
+        """What a site has a distribution over: units, or weights."""
+        return "weights" if any(len(q.batch_shape) > 1 for q in self.sites.values()) else "units"
+
+    def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        return {name: function(q) for name, q in self.sites.items()}
 
     def mean(self) -> dict[str, Tensor]:
-        """E[theta] of every unit, by gate."""
+        """The mean of every element, by site."""
         return self._statistic(lambda q: q.mean)
 
     def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratio of every unit, by gate."""
+        """The signal-to-noise ratio of every element, by site."""
         return self._statistic(lambda q: q.snr)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence of every unit from the prior in nats, by gate."""
-        prior = TruncatedLogUniform(LOG_LOW, LOG_HIGH)
-        return self._statistic(
-            lambda q: torch.distributions.kl_divergence(q, prior.expand(q.batch_shape))
-        )
+        """The KL divergence of every element from the prior in nats, by site."""
+        return {
+            name: torch.distributions.kl_divergence(q, self.priors[name])
+            for name, q in self.sites.items()
+        }
 
 
 def read_posterior(directory: Path) -> Posterior:
@@ -71,39 +79,29 @@ def read_posterior(directory: Path) -> Posterior:
     if not path.is_file():
         raise RequestError(f"{directory} has no posterior yet: there is no checkpoint.pt")
     saved = read_checkpoint(path)
+    request = saved["request"]
+    read = pkgutil.resolve_name(METHODS[request.method]).read
+    sites: dict[str, Any] = {}
+    priors: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
     try:
-        epochs = saved["request"].recipe.epochs
-        states = [*saved["finished"], saved["module"]]
-        for index, state in enumerate(states):
-            gates, weights = _split(state)
-            if gates:
-                whole = index < len(saved["finished"])
-                epoch = epochs if whole else saved["place"]["epoch"]
-                return Posterior(gates, weights, epoch, epochs)
+        # A later phase goes on with what an earlier one left, or has sites of its own.
+        for state in [*saved["finished"], saved["module"]]:
+            found = read(state, request.recipe)
+            if found.posteriors:
+                sites.update(found.posteriors)
+                priors.update(found.priors)
+                weights = found.weights
+        ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
+        left_alone = saved.get("left_alone")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
-    raise RequestError(
-        f"{directory} has no posterior yet: it was stopped before there was noise; "
-        f"go on by pyro-sbp train --resume {directory}"
-    )
-
-
-def _split(
-    state: Mapping[str, Tensor],
-) -> tuple[dict[str, TruncatedLogNormal], dict[str, Tensor]]:
-    """What a phase trained: the posteriors of the guide, and the network's tensors."""
-    gates, guide = {}, None
-    for name, loc in state.items():
-        if match := _LOC.fullmatch(name):
-            guide = match["guide"]
-            log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
-            # The box in which the guide keeps them, whatever the last step did.
-            loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
-            scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
-            gates[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
-    # Beside the guide, in the phase's list of modules, is the network.
-    rest = {name: v for name, v in state.items() if guide is None or not name.startswith(guide)}
-    return gates, {name.removeprefix("0."): value for name, value in rest.items()}
+    if not sites:
+        raise RequestError(
+            f"{directory} has no posterior yet: it was stopped before there was noise; "
+            f"go on by pyro-sbp train --resume {directory}"
+        )
+    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone)
 
 
 def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
@@ -114,49 +112,77 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         posterior: of that run.
 
     Returns:
-        `finished`, `epoch`, `epochs`, `threshold`, `left_alone` (the layers that have no gate and
-        why; None until the run has finished) and `gates`, a list of {`gate`, `total`, `kept`,
-        `zeroed` (None until the run has finished), `snr` (quantiles by percent), `mean` (of
-        E[theta] over the units), `kl` (sum over the units, in nats), `under` and `over` (the units
-        nearest the threshold: {`unit`, `snr`}), `held` (no unit reaches the threshold)}.
+        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
+        `left_alone` (the layers that have no noise and why; None where an old run does not tell)
+        and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
+        until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
+        elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in
+        nats), `under` and `over` (the elements nearest the threshold: {`unit`, `snr`}; a weight's
+        unit is a list, its place), `held` (no element reaches the threshold)}.
     """
     threshold = run.request.recipe.threshold
     mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()
-    done = {} if run.summary is None else {unit["gate"]: unit for unit in run.summary["units"]}
+    of_units = posterior.elements == "units"
+    done = {}
+    if run.summary is not None and of_units:
+        done = {unit["gate"]: unit for unit in run.summary["units"]}
     gates = []
     for name, values in snr.items():
         over = values >= threshold
-        points = torch.tensor(QUANTILES, dtype=torch.float64) / 100
+        count = int(over.sum())
         gates.append(
             {
                 "gate": name,
-                "total": len(values),
-                # The best stays where none reaches the threshold.
-                "kept": done[name]["kept"] if name in done else max(int(over.sum()), 1),
+                "total": values.numel(),
+                # The best unit stays where none reaches the threshold.
+                "kept": done[name]["kept"] if name in done else max(count, int(of_units)),
                 "zeroed": done[name]["zeroed"] if name in done else None,
-                "snr": dict(
-                    zip(map(str, QUANTILES), values.double().quantile(points).tolist(), strict=True)
-                ),
-                "mean": float(mean[name].double().mean()),
+                "snr": _quantiles(values),
+                "mean": float(mean[name].double().abs().mean()),
                 "kl": float(kl[name].double().sum()),
                 "under": _nearest(values, ~over, descending=True),
                 "over": _nearest(values, over, descending=False),
-                "held": not bool(over.any()),
+                "held": not count,
             }
         )
+    left_alone = posterior.left_alone
     return {
         "finished": run.summary is not None,
         "epoch": posterior.epoch,
         "epochs": posterior.epochs,
         "threshold": threshold,
+        "elements": posterior.elements,
         "gates": gates,
-        "left_alone": None if run.summary is None else run.summary["left_alone"],
+        "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
     }
 
 
-def gate_table(gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Any, ...]]]:
+def in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
+    """The elements nearest a threshold, each with its signal-to-noise ratio."""
+    places = [n["unit"] if isinstance(n["unit"], list) else [n["unit"]] for n in nearest]
+    return ", ".join(
+        f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
+        for place, n in zip(places, nearest, strict=True)
+    ) or "-"
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Quantiles by percent; torch's own takes no more than 16 million values."""
+    ordered = values.double().flatten().sort().values
+    found = {}
+    for percent in QUANTILES:
+        place = percent / 100 * (len(ordered) - 1)
+        low, share = int(place), place - int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found[str(percent)] = float(ordered[low] + share * (ordered[high] - ordered[low]))
+    return found
+
+
+def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """The head and the rows of a table of the gates that `describe` gives."""
-    head = ["gate", "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
+    gates, of_units = description["gates"], description["elements"] == "units"
+    first = "gate" if of_units else "layer"
+    head = [first, "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
     rows = [
         (
             gate["gate"],
@@ -169,10 +195,15 @@ def gate_table(gates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tupl
         )
         for gate in gates
     ]
-    return [*head, "E[theta]", "KL, nats"], rows
+    return [*head, "E[theta]" if of_units else "|mean|", "KL, nats"], rows
 
 
 def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:
-    units = torch.nonzero(which).flatten()
-    order = snr[units].argsort(descending=descending, stable=True)[:NEAREST]
-    return [{"unit": int(unit), "snr": float(snr[unit])} for unit in units[order]]
+    places = torch.nonzero(which.flatten()).flatten()
+    values = snr.flatten()
+    best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
+    found = []
+    for place in places[best].tolist():
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), snr.shape)]
+        found.append({"unit": unit if len(unit) > 1 else unit[0], "snr": float(values[place])})
+    return found

@@ -36,8 +36,10 @@ __all__ = [
     "Equivalence",
     "EquivalenceError",
     "NothingLeft",
+    "check_threshold",
     "checked_shrink",
     "choose_units",
+    "least_level",
     "masked_mean",
     "prune",
 ]
@@ -67,7 +69,8 @@ class Equivalence:
     max_abs_diff: float
 
 
-def _check_threshold(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
 
@@ -80,7 +83,7 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
     Raises:
         ValueError: the threshold is negative or not finite.
     """
-    _check_threshold(threshold)
+    check_threshold(threshold)
     snr = guide.snr()
     return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
 
@@ -142,7 +145,7 @@ def choose_units(
     if threshold is not None and macs_ratio is not None:
         raise ValueError("give a threshold or a macs_ratio, not both")
     threshold = 1.0 if threshold is None else threshold
-    _check_threshold(threshold)
+    check_threshold(threshold)
     if not gates:
         raise ValueError("there is no gate to choose units of")
     snr = {name: value.detach().cpu() for name, value in snr.items()}
@@ -163,24 +166,48 @@ def choose_units(
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
+    units_at = lambda level: chosen(level).units  # noqa: E731
+    return chosen(least_level(net, gates, example_input, levels, macs_ratio, units_at, dense))
+
+
+def least_level(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    example_input: Any,
+    levels: Tensor,
+    macs_ratio: float,
+    units_at: Callable[[float], Mapping[str, Units]],
+    dense: nn.Module | None = None,
+) -> float:
+    """The lowest threshold at which a network has so many times fewer MACs.
+
+    Args:
+        net, gates, example_input: the network.
+        levels: the thresholds that make a difference, rising.
+        macs_ratio: how many times fewer.
+        units_at: from a threshold to what remains of the units.
+        dense: the network whose MACs count, where `net` was cut before.
+
+    Raises:
+        ValueError: the ratio is under 1 or not met by the highest threshold.
+    """
     if not 1 <= macs_ratio < float("inf"):
         raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
     ratio = _macs_ratios(net, gates, example_input, dense)
-    most = chosen(float(levels[-1]))
-    if ratio(most.units) < macs_ratio:
+    most = ratio(units_at(float(levels[-1])))
+    if most < macs_ratio:
         raise ValueError(
-            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units (min_units "
-            f"{min_units}, round_to {round_to}) the network has {ratio(most.units):.2f} times "
-            "fewer MACs"
+            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units that are allowed the "
+            f"network has {most:.2f} times fewer MACs"
         )
     low, high = 0, len(levels) - 1  # the answer is at most at high
     while low < high:
         middle = (low + high) // 2
-        if ratio(chosen(float(levels[middle])).units) >= macs_ratio:
+        if ratio(units_at(float(levels[middle]))) >= macs_ratio:
             high = middle
         else:
             low = middle + 1
-    return chosen(float(levels[high]))
+    return float(levels[high])
 
 
 def _bring_back(

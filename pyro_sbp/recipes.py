@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,16 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError
 
-__all__ = ["METHODS", "PRECISIONS", "Recipe", "Request", "read_recipe"]
+__all__ = ["METHODS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
 
 #: Where the class of every method is found.
-METHODS = {"sbp": "pyro_sbp.methods.sbp:SBP", "rbp": "pyro_sbp.methods.rbp:RBP"}
+METHODS = {
+    "sbp": "pyro_sbp.methods.sbp:SBP",
+    "sparse-vd": "pyro_sbp.methods.sparse_vd:SparseVD",
+    "rbp": "pyro_sbp.methods.rbp:RBP",
+}
+#: The signal-to-noise ratio of what a method keeps: of a unit; of a weight, where log alpha < 3.
+THRESHOLDS = {"sbp": 1.0, "sparse-vd": math.exp(-1.5), "rbp": 1.0}
 #: In which order RBP takes the gates.
 ORDERS = ("forward", "reversed", "together")
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
@@ -28,7 +35,10 @@ class Recipe:
     Attributes:
         name: what the recipe is called.
         dense_epochs: epochs of ordinary training before the noise comes in.
-        epochs: epochs with noise; RBP shares them out among the gates.
+        epochs: epochs of training with noise; RBP shares them out among the gates.
+        kl_free_epochs: the first of them, in which the KL does not count; not for RBP.
+        kl_rising_epochs: the next ones, in which its weight rises linearly to its full value; not
+            for RBP.
         finetune_epochs: epochs of ordinary training of the pruned network.
         batch_size: examples a step.
         learning_rate: Adam's, for weights in the dense and the gated phase.
@@ -36,15 +46,19 @@ class Recipe:
         finetune_learning_rate: Adam's, for the pruned network.
         weight_decay: on the weights, never on the noise.
         decay: the last share of every phase, over which learning rates fall linearly to zero.
-        kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named).
-        noise_per: "batch" or "example", as for `GatedModel`.
+        kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named); of
+            SparseVD, for layers.
+        exact_kl: of SparseVD, take the exact KL and not the paper's approximation.
+        noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. SparseVD
+            draws its noise for every example, in the layers' outputs.
         prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
-            nearer to a point mass there. None for the log-uniform prior.
+            nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
         order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
             "together", all in one phase.
         init_loc: initial location of log theta.
-        init_log_scale: initial log scale of log theta.
-        threshold: units with a signal-to-noise ratio under it are removed.
+        init_log_scale: initial log scale of log theta; of SparseVD, of every weight.
+        threshold: units, of SparseVD weights, with a signal-to-noise ratio under it are removed; by
+            default that of the method, in `THRESHOLDS`.
         recalibrate: measure the batch norm statistics of the pruned network anew, and let them
             move in fine-tuning. Otherwise they stay those that the noise was trained with.
         standardize: take from every channel its mean over the training images, and divide by its
@@ -61,6 +75,8 @@ class Recipe:
     name: str = "default"
     dense_epochs: int = 10
     epochs: int = 25
+    kl_free_epochs: int = 0
+    kl_rising_epochs: int = 0
     finetune_epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 1e-3
@@ -69,12 +85,13 @@ class Recipe:
     weight_decay: float = 0.0
     decay: float = 0.5
     kl_scale: float | Mapping[str, float] = 1.0
+    exact_kl: bool = False
     noise_per: str = "batch"
     prior_scale: float | None = None
     order: str = "forward"
     init_loc: float = 0.0
     init_log_scale: float = -5.0
-    threshold: float = 1.0
+    threshold: float | None = None
     recalibrate: bool = False
     standardize: bool = False
     holdout: int = 0
@@ -82,7 +99,10 @@ class Recipe:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "finetune_epochs", "holdout", "crop"):
+        for name in (
+            *("dense_epochs", "kl_free_epochs", "kl_rising_epochs", "finetune_epochs"),
+            *("holdout", "crop"),
+        ):
             self._number(name, int, 0)
         for name in ("epochs", "batch_size"):
             self._number(name, int, 1)
@@ -90,7 +110,8 @@ class Recipe:
             self._number(name, float, 0, above=True, most=1)
         self._number("weight_decay", float, 0)
         self._number("decay", float, 0, most=1)
-        self._number("threshold", float, 0)
+        if self.threshold is not None:
+            self._number("threshold", float, 0)
         if self.prior_scale is not None:
             self._number("prior_scale", float, 0, above=True, most=1e6)
         self._number("init_loc", float, -25, most=5)
@@ -101,7 +122,13 @@ class Recipe:
                 raise RequestError(f"kl_scale {gate} is {value!r}; expected a number")
             if not 0 <= value < float("inf"):
                 raise RequestError(f"kl_scale {gate} is {value}; expected a number >= 0")
-        for name in ("recalibrate", "standardize", "flip"):
+        before = self.kl_free_epochs + self.kl_rising_epochs
+        if before >= self.epochs:
+            raise RequestError(
+                f"epochs is {self.epochs}; expected more than the {before} before the KL counts "
+                "in full"
+            )
+        for name in ("recalibrate", "standardize", "flip", "exact_kl"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
         if self.order not in ORDERS:
@@ -166,6 +193,11 @@ class Request:
     devices: int = 1
     precision: str = "32-true"
     channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe.threshold is None:
+            recipe = self.recipe.replace(threshold=THRESHOLDS[self.method])
+            object.__setattr__(self, "recipe", recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""

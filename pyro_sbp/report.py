@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from pyro_sbp import pages, plots
 from pyro_sbp.errors import RequestError
 from pyro_sbp.files import write_text, write_whole
 from pyro_sbp.findings import Findings, find
-from pyro_sbp.posterior import gate_table
+from pyro_sbp.posterior import gate_table, in_words
 from pyro_sbp.published import PUBLISHED
 from pyro_sbp.runs import Run
 
@@ -29,6 +30,10 @@ HELD_OUT_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the {count:,} training images that were held out, so a threshold may be chosen "
     "here; the test images then tell its error."
+)
+ZERO_WORDS = (
+    "Single zeros alone make nothing faster: a dense layer multiplies by them. What does is that "
+    "units that no weight reads are removed, which the MACs count."
 )
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
@@ -199,40 +204,60 @@ def _result(summary: dict[str, Any]) -> str:
         f"{check['max_abs_diff']:.1e} in the network's own precision.",
         "soft",
     )
-    return pages.side([errors, sizes]) + checked
+    return pages.side([errors, sizes]) + _weights(summary) + checked
+
+
+def _weights(summary: dict[str, Any]) -> str:
+    """The single weights that a method kept, where it is one that removes such."""
+    if "weights" not in summary:
+        return ""
+    weights, files = summary["weights"], summary["files"]
+    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
+    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
+    return pages.table(("layer", "weights kept", "of"), rows, "Weights by layer") + pages.paragraph(
+        f"{weights['compression']:.1f} times fewer weights, as the paper counts them. {ZERO_WORDS} "
+        f"The file of the dense network has {files['dense']:,} bytes, that of the smaller one "
+        f"{files['pruned']:,}, and {files['sparse']:,} with its zeros left out."
+    )
 
 
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
     if found.description is None or found.posterior is None:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
-    gates, threshold = found.description["gates"], found.description["threshold"]
-    head, rows = gate_table(gates)
-    near = [(g["gate"], _named(g["under"]), _named(g["over"])) for g in gates]
+    description, run = found.description, found.run
+    gates, threshold = description["gates"], description["threshold"]
+    elements = description["elements"]
+    head, rows = gate_table(description)
+    near = [(g["gate"], in_words(g["under"]), in_words(g["over"])) for g in gates]
+    words = {
+        "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
+        "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
+        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more, "
+        f"which is a log alpha of {-2 * math.log(threshold or 1):.3g} or less. Quantiles of it, "
+        "the mean of the weights without their sign, and the KL of the layer in nats:",
+    }
     parts = [
-        pages.paragraph(
-            f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:g} or more. Quantiles "
-            "of it, the mean of E[theta] over the units, and the KL of the gate in nats:"
-        ),
-        pages.table(head, rows, "Units by gate"),
+        pages.paragraph(words[elements]),
+        pages.table(head, rows, f"{elements.capitalize()} by {head[0]}"),
     ]
     held = ", ".join(g["gate"] for g in gates if g["held"])
     if held:
-        words = f"Gates of which no unit reaches the threshold, and the best is kept: {held}."
+        kept = ", and the best is kept" if elements == "units" else ""
+        words = f"No {elements[:-1]} reaches the threshold{kept}: {held}."
         parts.append(pages.paragraph(words, "note"))
     counts = "; ".join(f"{g['gate']} keeps {g['kept']} of {g['total']}" for g in gates)
-    run = found.run
     drawn = [
         pictures(
             "snr",
             plots.snr_histograms,
-            "Histograms of the signal-to-noise ratio of every gate, with the threshold "
-            f"{threshold:g}. {counts}.",
+            f"Histograms of the signal-to-noise ratio of every {head[0]}, with the threshold "
+            f"{threshold:.3g}. {counts}.",
             found.posterior,
             threshold,
         )
     ]
     # Not every network has such gates: no words about those that it lacks.
-    if any(_size(found, g["gate"], g["total"]) for g in gates):
+    if plots.pixel_snr(run, found.posterior) is not None:
         drawn.append(
             pictures(
                 "pixels",
@@ -253,14 +278,18 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     parts.append(pages.side(drawn))
     parts.append(
         pages.details(
-            f"Units nearest the threshold {threshold:g}",
-            [pages.table(("gate", "under: unit (SNR)", "at or over"), near, "Nearest units")],
+            f"{elements.capitalize()} nearest the threshold {threshold:.3g}",
+            [
+                pages.table(
+                    (head[0], f"under: {elements[:-1]} (SNR)", "at or over"),
+                    near,
+                    f"Nearest {elements}",
+                )
+            ],
         )
     )
-    left = found.description["left_alone"]
-    if left is None:
-        parts.append(pages.paragraph("What was not gated is told when the run ends.", "soft"))
-    elif left:
+    left = description["left_alone"]
+    if left:
         rows = list(left.items())
         parts.append(
             pages.details(
@@ -269,15 +298,6 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             )
         )
     return parts
-
-
-def _size(found: Findings, gate: str, total: int) -> bool:
-    shape = plots.image_shape(found.run)
-    return gate.endswith("_input") and shape is not None and total == shape[0] * shape[1] * shape[2]
-
-
-def _named(nearest: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{n['unit']} ({n['snr']:.3g})" for n in nearest) or "-"
 
 
 def _training(found: Findings, pictures: _Pictures) -> list[str]:
@@ -328,7 +348,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
-            f"{row['threshold']:g}" + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            f"{row['threshold']:.3g}" + (" (the recipe's)" if row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
@@ -346,7 +366,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         "held at one unit",
     )
     words = "; ".join(
-        f"{row['threshold']:g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
+        f"{row['threshold']:.3g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
         for row in found.sweep
     )
     drawn = [

@@ -20,13 +20,14 @@ from pyro_sbp import networks
 from pyro_sbp.attention import Attention, has_attention, separate_attention
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.layers import SIZE_ATTRIBUTES, Select
+from pyro_sbp.sparse_files import read_sparse, write_sparse
 from pyro_sbp.standardization import Standardization
 
 __all__ = ["load", "load_weights", "save"]
 
 
 #: What a saved network may consist of.
-FILES = ("model.safetensors", "network.json", "units.json")
+FILES = ("model.safetensors", "sparse.safetensors", "network.json", "units.json")
 
 
 def save(
@@ -38,6 +39,7 @@ def save(
     input_shape: Sequence[int] | None = None,
     overwrite: bool = False,
     standardization: Standardization | None = None,
+    sparse: bool = False,
 ) -> None:
     """Write a pruned network to a directory, which appears whole or not at all.
 
@@ -53,6 +55,7 @@ def save(
         input_shape: the shape of one example, for those who load the network.
         overwrite: a saved network in the directory gives way.
         standardization: what images in [0, 1] go through before the network, for those who load it.
+        sparse: write also ``sparse.safetensors``, which leaves out zeros; either file is enough.
 
     Raises:
         FileExistsError: the directory is there and not empty, or holds more than a saved network.
@@ -111,6 +114,8 @@ def save(
     try:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "model.safetensors")
+        if sparse:
+            write_sparse(tensors, partial / "sparse.safetensors")
         text = json.dumps(network, indent=2) + "\n"
         (partial / "network.json").write_text(text, encoding="utf-8")
         if units is not None:
@@ -141,7 +146,9 @@ def load(
     path = Path(directory)
     try:
         network = json.loads((path / "network.json").read_text(encoding="utf-8"))
-        state = load_file(path / "model.safetensors")
+        whole = path / "model.safetensors"
+        sparse = path / "sparse.safetensors"
+        state = load_file(whole) if whole.exists() or not sparse.exists() else read_sparse(sparse)
         name, kwargs, layers = network["constructor"], network["kwargs"], network["layers"]
         version = network["format"]
         state.update({name: state[first] for name, first in network.get("same", {}).items()})

@@ -16,6 +16,7 @@ from typing import Any
 import pyro
 import torch
 from lightning_fabric import Fabric
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
@@ -230,6 +231,7 @@ class _Job:
     method: Method
     macs: int
     parameters: int
+    file_size: int
 
 
 def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> _Job:
@@ -269,7 +271,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
     except ValueError as error:
         raise RequestError(str(error)) from error
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
-    return _Job(request, data, example, kwargs, method, macs, parameters)
+    file_size = len(serialize(dense.float().state_dict()))
+    return _Job(request, data, example, kwargs, method, macs, parameters, file_size)
 
 
 def _build(
@@ -302,6 +305,8 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         for name, u in method.units.items()
     }
     small = small.to(torch.float32, memory_format=torch.contiguous_format)
+    told = method.summary()
+    sparse = "weights" in told  # single zeros, which a file may leave out
     save(
         small,
         target,
@@ -310,6 +315,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         units=units,
         input_shape=job.data.image_shape,
         standardization=standardization,
+        sparse=sparse,
     )
     macs, parameters = count_macs(small, example[:1].float()), count_parameters(small)
     names = ("dense", "mean", "pruned", "finetuned")
@@ -336,6 +342,12 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
             }
             for name, unit in units.items()
         ],
+        **told,
+        "files": {
+            "dense": job.file_size,
+            "pruned": (target / "model.safetensors").stat().st_size,
+            **({"sparse": (target / "sparse.safetensors").stat().st_size} if sparse else {}),
+        },
         "held": list(method.held),
         "left_alone": method.left_alone,
         "macs": {"dense": job.macs, "pruned": macs, "ratio": job.macs / macs},

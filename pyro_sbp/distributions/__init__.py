@@ -1,10 +1,18 @@
-"""Truncated distributions to train through, as Pyro distributions."""
+"""Distributions of multiplicative noise and of weights, as Pyro distributions."""
 
 from pyro_sbp.distributions import kl as _kl  # registers the divergences
+from pyro_sbp.distributions.additive_normal import AdditiveNormal
+from pyro_sbp.distributions.improper_log_uniform import ImproperLogUniform
 from pyro_sbp.distributions.truncated_log_normal import TruncatedLogNormal
 from pyro_sbp.distributions.truncated_log_uniform import TruncatedLogUniform
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 
-__all__ = ["TruncatedLogNormal", "TruncatedLogUniform", "TruncatedNormal"]
+__all__ = [
+    "AdditiveNormal",
+    "ImproperLogUniform",
+    "TruncatedLogNormal",
+    "TruncatedLogUniform",
+    "TruncatedNormal",
+]
 
 del _kl

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Uniform, register_kl
+from torch.distributions import Normal, Uniform, register_kl
 
 from pyro_sbp import special
+from pyro_sbp.distributions.additive_normal import AdditiveNormal
+from pyro_sbp.distributions.improper_log_uniform import ImproperLogUniform
 from pyro_sbp.distributions.log_bounds import without_copies
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
+from pyro_sbp.log_uniform_kl import kl_of_normal
 
 
 @register_kl(TruncatedNormal, Uniform)
@@ -34,3 +37,15 @@ def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal
     of_q = (without_copies(x) for x in q._parameters)
     kl = special.kl_to_truncated_normal(*p._parameters, *of_q)
     return kl.to(p._parameters[0].dtype).expand(shape)
+
+
+@register_kl(AdditiveNormal, ImproperLogUniform)
+def _kl_additive_normal_improper_log_uniform(p: AdditiveNormal, q: ImproperLogUniform) -> Tensor:
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    return kl_of_normal(p.loc, p.log_variance, q.exact).expand(shape)
+
+
+@register_kl(Normal, ImproperLogUniform)
+def _kl_normal_improper_log_uniform(p: Normal, q: ImproperLogUniform) -> Tensor:
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    return kl_of_normal(p.loc, 2 * p.scale.log(), q.exact).expand(shape)

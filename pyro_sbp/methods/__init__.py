@@ -2,5 +2,6 @@
 
 from pyro_sbp.methods.phase import Method, Phase
 from pyro_sbp.methods.sbp import SBP
+from pyro_sbp.methods.sparse_vd import SparseVD
 
-__all__ = ["SBP", "Method", "Phase"]
+__all__ = ["SBP", "Method", "Phase", "SparseVD"]

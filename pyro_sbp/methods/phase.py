@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from pyro_sbp.pruning import Equivalence
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units
 
-__all__ = ["Method", "Phase", "Predict", "plain_phase", "weights_group"]
+__all__ = ["Method", "Phase", "Predict", "Sites", "noise_phases", "plain_phase", "weights_group"]
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -41,6 +41,8 @@ class Phase:
         kept: what of the module stays in checkpoints once the phase has ended; None for all.
         restore: called in the place of `finish` when a run goes on whose checkpoint has only `kept`
             of this phase: it does all but what needs the weights, which a later phase has.
+        kl_weight: what the KL counts at the first step and after the last, and linearly between.
+        decays: whether learning rates fall at the end, as the recipe says.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Phase:
     prunes: bool = False
     kept: nn.Module | None = None
     restore: Callable[[], None] | None = None
+    kl_weight: tuple[float, float] = (1.0, 1.0)
+    decays: bool = True
 
     def train_mode(self) -> None:
         """Put the module into training mode."""
@@ -72,6 +76,18 @@ def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> 
     return {"params": list(net.parameters()), "lr": learning_rate, "weight_decay": weight_decay}
 
 
+def noise_phases(recipe: Recipe, phase: Phase) -> Iterator[Phase]:
+    """A phase with noise, of all of the recipe's epochs, after those in which its KL does not yet
+    count in full."""
+    before = {"finish": dict, "prunes": False, "decays": False}
+    free, rising = recipe.kl_free_epochs, recipe.kl_rising_epochs
+    if free:
+        yield replace(phase, name="kl-free", epochs=free, kl_weight=(0.0, 0.0), **before)
+    if rising:
+        yield replace(phase, name="kl-rising", epochs=rising, kl_weight=(0.0, 1.0), **before)
+    yield replace(phase, epochs=phase.epochs - free - rising)
+
+
 def plain_phase(
     name: str,
     epochs: int,
@@ -83,6 +99,9 @@ def plain_phase(
 ) -> Phase:
     """Ordinary training of a network.
 
+    Weights that are zero when it begins, single ones and columns that stand for a removed unit,
+    stay so.
+
     Args:
         name, epochs, units: of the phase.
         net: what is trained.
@@ -90,23 +109,40 @@ def plain_phase(
         learning_rate: by default the recipe's.
         frozen: leave the statistics of batch norms as they are.
     """
+    # Not vectors, of which many begin as zeros: biases, and gains of residual branches.
+    matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+    hooks = [
+        p.register_hook(lambda grad, mask=mask: grad * mask)
+        for p, mask in matrices
+        if not bool(mask.all())
+    ]
 
     def loss(x: Tensor, y: Tensor) -> Parts:
         nll = F.cross_entropy(net(x), y)
         return Parts(nll, nll.new_zeros(()))
 
+    def finish() -> dict[str, Predict]:
+        for hook in hooks:
+            hook.remove()
+        return {name: net}
+
     rate = recipe.learning_rate if learning_rate is None else learning_rate
-    return Phase(
-        name,
-        epochs,
-        net,
-        [weights_group(net, rate, recipe.weight_decay)],
-        loss,
-        predict=net,
-        finish=lambda: {name: net},
-        units=units,
-        freeze_batch_norm=frozen,
-    )
+    groups = [weights_group(net, rate, recipe.weight_decay)]
+    return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
+
+
+class Sites(NamedTuple):
+    """What a phase has trained.
+
+    Attributes:
+        posteriors: of every site, over its elements; none in a phase without noise.
+        priors: of every site.
+        weights: the network's tensors, from their names.
+    """
+
+    posteriors: dict[str, Any]
+    priors: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class Method(ABC):
@@ -137,6 +173,15 @@ class Method(ABC):
     @abstractmethod
     def prune(self, **settings: Any) -> None:
         """Set `small`, `units` and `equivalence` by the posterior and `choose_units`' settings."""
+
+    @staticmethod
+    @abstractmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """What the state of a phase's module says, without the network."""
+
+    def summary(self) -> dict[str, Any]:
+        """What is to be told of the smaller network besides its units, as plain values."""
+        return {}
 
     #: The network that has the gates.
     net: nn.Module

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.gates import Gate, factors
 from pyro_sbp.guides import TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase, plain_phase, weights_group
-from pyro_sbp.models import GatedModel, check_prior, scales_by_gate
+from pyro_sbp.methods.phase import Method, Phase, Sites, plain_phase, weights_group
+from pyro_sbp.methods.sbp import SBP
+from pyro_sbp.models import GatedModel, check_prior, scales_of
 from pyro_sbp.probing import Gates, find_gates
 from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units
 from pyro_sbp.recipes import Recipe
@@ -140,7 +141,10 @@ class RBP(Method):
             raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
         self.left_alone = gates.left_alone
         check_prior(recipe.prior_scale, recipe.threshold)
-        self.kl_scale = scales_by_gate(gates, recipe.kl_scale)
+        for name in ("kl_free_epochs", "kl_rising_epochs"):
+            if getattr(recipe, name):
+                raise ValueError(f"rbp has no {name}: the KL of a gate counts in full in its turn")
+        self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         self._turns = _turns(in_order(gates), recipe)
         self._stage = _Stage.dense(net, gates)
 
@@ -283,6 +287,11 @@ class RBP(Method):
             stage.net, stage.gates, choice.theta, self.example_input, choice.units
         )
         self._hand_over(stage.after(choice, stage.snr, small, exactness))
+
+    @staticmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """The posterior of the gates of a turn, without the network."""
+        return SBP.read({n: v for n, v in state.items() if not n.endswith("exactness")}, recipe)
 
 
 def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[tuple[str, ...], int]]:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.elbo import ClosedFormELBO, Parts
-from pyro_sbp.guides import TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase, plain_phase, weights_group
-from pyro_sbp.models import GatedModel, check_prior
+from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.methods.phase import (
+    Method,
+    Phase,
+    Sites,
+    noise_phases,
+    plain_phase,
+    weights_group,
+)
+from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior
 from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
 
 __all__ = ["SBP"]
+
+_LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
 
 
 class SBP(Method):
@@ -63,7 +74,7 @@ class SBP(Method):
             nll, kl = elbo.parts(self.model, self.guide, x, y)
             return Parts(nll / self.model.num_data, kl / self.model.num_data)
 
-        yield Phase(
+        gated = Phase(
             "gated",
             recipe.epochs,
             nn.ModuleList([self.net, self.guide]),
@@ -80,15 +91,16 @@ class SBP(Method):
             freeze_batch_norm=True,
             prunes=True,
         )
+        yield from noise_phases(recipe, gated)
         if recipe.finetune_epochs:
-            left = {name: int(units.kept.sum()) for name, units in self.units.items()}
+            kept = {name: int(units.kept.sum()) for name, units in self.units.items()}
             yield plain_phase(
                 "finetuned",
                 recipe.finetune_epochs,
                 self.small,
                 recipe,
-                lambda: left,
-                recipe.finetune_learning_rate,
+                lambda: kept,
+                learning_rate=recipe.finetune_learning_rate,
                 frozen=not recipe.recalibrate,
             )
 
@@ -124,3 +136,23 @@ class SBP(Method):
         largest = max(float(snr.max()) for snr in self.guide.snr().values())
         self.prune(threshold=min(self.recipe.threshold, largest))
         return {"mean": self._masked(0.0), "pruned": self.small}
+
+    @staticmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """The posterior of every gate, without the network."""
+        posteriors, guide = {}, None
+        for name, loc in state.items():
+            if match := _LOC.fullmatch(name):
+                guide = match["guide"]
+                log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
+                # The box in which the guide keeps them, whatever the last step did.
+                loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
+                scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
+                posteriors[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
+        priors = {
+            name: theta_prior(recipe.prior_scale, len(q.loc), q.loc)
+            for name, q in posteriors.items()
+        }
+        # Beside the guide, in the phase's list of modules, is the network.
+        rest = {n: v for n, v in state.items() if guide is None or not n.startswith(guide)}
+        return Sites(posteriors, priors, {n.removeprefix("0."): v for n, v in rest.items()})

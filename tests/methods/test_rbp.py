@@ -86,6 +86,7 @@ RECIPE = Recipe(
     init_log_scale=-1.0,
     prior_scale=4.0,
     recalibrate=True,
+    threshold=1.0,
     learning_rate=3e-3,
     kl_scale={"stem": 60.0, "a": 10.0, "fc": 3.0},
 )

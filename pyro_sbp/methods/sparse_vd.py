@@ -1,0 +1,215 @@
+"""Sparse variational dropout (Molchanov et al. 2017, arXiv 1701.05369)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
+from pyro_sbp.elbo import ClosedFormELBO, Parts
+from pyro_sbp.methods.phase import Method, Phase, Sites, noise_phases, plain_phase
+from pyro_sbp.probing import find_gates
+from pyro_sbp.pruning import NothingLeft, check_threshold, checked_shrink, least_level
+from pyro_sbp.recipes import THRESHOLDS, Recipe
+from pyro_sbp.sparse_guide import AdditiveNormalGuide
+from pyro_sbp.sparse_model import SparseModel
+from pyro_sbp.sparsity import needed_units, unit_scores
+from pyro_sbp.surgery import Units, surviving_units
+from pyro_sbp.weight_noise import raise_to_range, within_range
+
+__all__ = ["SparseVD"]
+
+_LOG_VARIANCES = "log_variances."
+
+
+class SparseVD(Method):
+    """Dense training, training with noise on all weights, weights to zero, units that nobody reads
+    removed, fine-tuning."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example_input: Any,
+        recipe: Recipe,
+        num_data: int,
+        input_features: tuple[str, ...] = (),
+    ) -> None:
+        self.net = net
+        self.recipe = recipe
+        self.example_input = example_input
+        self.gates = find_gates(net, example_input[:2], input_features)
+        self.model = SparseModel(
+            net,
+            example_input[:2],
+            num_data,
+            kl_scale=recipe.kl_scale,
+            exact_kl=recipe.exact_kl,
+            init_log_scale=recipe.init_log_scale,
+        )
+        self.left_alone = {**self.gates.left_alone, **self.model.left_alone}
+        self.guide = AdditiveNormalGuide(self.model)
+
+    def phases(self) -> Iterator[Phase]:
+        """The dense phase, those with noise and a rising KL, and the fine-tuning."""
+        recipe, net = self.recipe, self.net
+        if recipe.dense_epochs:
+            yield plain_phase("dense", recipe.dense_epochs, net, recipe, self._sizes)
+        elbo = ClosedFormELBO()
+
+        def loss(x: Tensor, y: Tensor) -> Parts:
+            nll, kl = elbo.parts(self.model, self.guide, x, y)
+            return Parts(nll / self.model.num_data, kl / self.model.num_data)
+
+        noisy = self.model.noisy
+        yield from noise_phases(
+            recipe,
+            Phase(
+                "sparse",
+                recipe.epochs,
+                noisy,
+                groups=[
+                    {
+                        "params": list(net.parameters()),
+                        "lr": recipe.learning_rate,
+                        "weight_decay": recipe.weight_decay,
+                    },
+                    {
+                        "params": list(noisy.log_variances.parameters()),
+                        "lr": recipe.noise_learning_rate,
+                    },
+                ],
+                loss=loss,
+                predict=self._masked,
+                finish=self._finish,
+                units=self._units_left,
+                held=self._held,
+                kl=lambda: sum(float(kl.sum()) for kl in self.guide.kl().values()),
+                freeze_batch_norm=True,
+                prunes=True,
+            ),
+        )
+        if recipe.finetune_epochs:
+            kept = {name: int(unit.kept.sum()) for name, unit in self.units.items()}
+            yield plain_phase(
+                "finetuned",
+                recipe.finetune_epochs,
+                self.small,
+                recipe,
+                lambda: kept,
+                learning_rate=recipe.finetune_learning_rate,
+                frozen=not recipe.recalibrate,
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        return {gate.name: gate.size for gate in self.gates}
+
+    def _kept_weights(self, threshold: float) -> dict[str, Tensor]:
+        return {name: snr >= threshold for name, snr in self.guide.snr().items()}
+
+    @torch.no_grad()
+    def _masked(self, x: Tensor, threshold: float | None = None) -> Any:
+        """The network at the means, without the weights under the threshold."""
+        masks = self._kept_weights(self.recipe.threshold if threshold is None else threshold)
+        means = {name: mean * masks[name] for name, mean in self.model.noisy.means().items()}
+        return self.model.noisy(x, means, noise=False)
+
+    def _units_left(self) -> dict[str, int]:
+        theta = needed_units(self.net, self.gates, self._kept_weights(self.recipe.threshold))
+        return {name: int(kept.sum()) for name, kept in theta.items()}
+
+    def _held(self) -> tuple[str, ...]:
+        return tuple(name for name, left in self._units_left().items() if not left)
+
+    def prune(
+        self,
+        threshold: float | None = None,
+        macs_ratio: float | None = None,
+        round_to: int = 1,
+        min_units: int = 1,
+    ) -> None:
+        """Make the smaller network of the weights of a signal-to-noise ratio of `threshold` or
+        more, or of the lowest threshold that gives `macs_ratio` times fewer MACs; the rest as for
+        `choose_units`."""
+        snr = self.guide.snr()
+        levels = torch.cat([value.flatten() for value in snr.values()]).unique()
+        if macs_ratio is None:
+            level = THRESHOLDS["sparse-vd"] if threshold is None else threshold
+            check_threshold(level)
+            if level > float(levels[-1]):
+                raise NothingLeft(
+                    f"threshold {level:g} removes every weight; the largest signal-to-noise ratio "
+                    f"is {float(levels[-1]):.4g}"
+                )
+        else:
+
+            def units_at(level: float) -> dict[str, Units]:
+                return self._units(level, round_to, min_units)[1]
+
+            level = least_level(
+                self.net, self.gates, self.example_input, levels, macs_ratio, units_at
+            )
+        self._cut(level, round_to, min_units)
+
+    def _units(
+        self, level: float, round_to: int, min_units: int
+    ) -> tuple[dict[str, Tensor], dict[str, Units]]:
+        """The theta of every gate, and what remains of its units, at a threshold."""
+        snr = self.guide.snr()
+        theta = needed_units(self.net, self.gates, self._kept_weights(level))
+        score = unit_scores(self.net, self.gates, snr)
+        return theta, surviving_units(
+            self.gates, theta, min_units=min_units, round_to=round_to, score=score
+        )
+
+    def _cut(self, level: float, round_to: int = 1, min_units: int = 1) -> None:
+        masks = self._kept_weights(level)
+        theta, self.units = self._units(level, round_to, min_units)
+        self.held = tuple(name for name, value in theta.items() if not value.any())
+        sparse = copy.deepcopy(self.net)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                sparse.get_parameter(f"{name}.weight").mul_(mask)
+        self.kept = {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+        self.small, self.equivalence = checked_shrink(
+            sparse, self.gates, theta, self.example_input, self.units
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        self._cut(self.recipe.threshold)
+        return {"mean": lambda x: self._masked(x, 0.0), "pruned": self.small}
+
+    def summary(self) -> dict[str, Any]:
+        """The weights of every layer that reach the threshold, and all over those that do: the
+        compression as the paper counts it."""
+        kept, total = (sum(counts) for counts in zip(*self.kept.values(), strict=True))
+        return {
+            "weights": {
+                "layers": [
+                    {"layer": name, "kept": some, "total": whole}
+                    for name, (some, whole) in self.kept.items()
+                ],
+                "kept": kept,
+                "total": total,
+                "compression": total / max(kept, 1),
+            }
+        }
+
+    @staticmethod
+    def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
+        """The posterior of every layer's weight, without the network."""
+        posteriors, priors = {}, {}
+        weights = {n.removeprefix("net."): v for n, v in state.items() if n.startswith("net.")}
+        for name, log_variance in state.items():
+            if name.startswith(_LOG_VARIANCES):
+                layer = name.removeprefix(_LOG_VARIANCES)
+                mean = weights[f"{layer}.weight"]
+                # The range in which the model keeps it, whatever the last step did.
+                inside = log_variance.clone()
+                raise_to_range(inside, mean)
+                posteriors[layer] = AdditiveNormal(mean, within_range(inside, mean))
+                priors[layer] = ImproperLogUniform(mean.shape, recipe.exact_kl)
+        return Sites(posteriors, priors, weights if posteriors else dict(state))

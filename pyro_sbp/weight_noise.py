@@ -1,0 +1,206 @@
+"""Noise on single weights, drawn in the activations: local reparameterization.
+
+The output of a layer that is linear in normal weights is normal: of mean f(x, loc) and variance
+f(x^2, variance). To draw it for every example and output costs two calls of the layer and has far
+less variance than to draw the weights (arXiv 1506.02557; arXiv 1701.05369, section 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.gates import call, evaluating, repeatable
+from pyro_sbp.layers import is_linear_in_weight, serves
+
+__all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "raise_to_range", "within_range"]
+
+#: The range of log alpha (arXiv 1701.05369, section 5).
+LOG_ALPHA_RANGE = (-8.0, 8.0)
+#: Where the input of a layer is zero it has no noise, and the root no slope.
+TINY = 1e-16
+
+
+class _Noise(torch.autograd.Function):
+    """A draw of normals by mean and variance, with its gradient by hand: half of the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor) -> Tensor:
+        scale = variance.clamp_min(TINY).sqrt_()
+        # In one stretch, whatever the layout: only so are normals drawn several at a time.
+        noise = torch.randn(mean.numel(), device=mean.device).to(mean.dtype)
+        noise = noise.as_strided(mean.shape, mean.stride()) if _dense(mean) else noise.view_as(mean)
+        drawn = torch.addcmul(mean, scale, noise)
+        ctx.save_for_backward(noise.div_(scale))
+        return drawn
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (ratio,) = ctx.saved_tensors
+        return grad, (grad * ratio).mul_(0.5)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether a tensor has its elements in one stretch, in some order."""
+    stride = 1
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and step != stride:
+            return False
+        stride *= size
+    return True
+
+
+class _Substitution(TorchFunctionMode):
+    """Calls of layers, each known by its weight, with another weight, and with noise of it."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        means: Mapping[str, Tensor],
+        variances: Mapping[str, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.names = {id(layer.weight): name for name, layer in layers.items()}
+        self.layers, self.means, self.variances = layers, means, variances
+        self.served: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        weight = args[1] if len(args) > 1 else given.get("weight")
+        name = self.names.get(id(weight))
+        if name is None or not serves(func, self.layers[name]):
+            return func(*args, **given)
+        self.served.add(name)
+        x, _, bias, *rest = _positional(args, given)
+        mean = func(x, self.means[name], bias, *rest, **given)
+        if self.variances is None:
+            return mean
+        variance = func(x.square(), self.variances[name], None, *rest, **given)
+        return _Noise.apply(mean, variance)
+
+
+def _positional(args: Sequence[Any], given: dict[str, Any]) -> list[Any]:
+    """Input, weight, bias and what else is given by place; those given by name are taken out."""
+    names = ("input", "weight", "bias")
+    first = [*args[:3], *(given.pop(name, None) for name in names[len(args[:3]) :])]
+    return [*first, *args[3:]]
+
+
+def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers whose weights can be noisy, by name, and why others cannot.
+
+    Args:
+        net: the network.
+        example_input: a batch of its inputs, on which it is called once.
+
+    Returns:
+        Dense and convolutional layers, transposed ones too, and what is left alone.
+    """
+    layers: dict[str, nn.Module] = {}
+    left_alone = {}
+    seen: dict[int, str] = {}
+    for name, module in net.named_modules():
+        if not is_linear_in_weight(module):
+            continue
+        if not isinstance(module.weight, nn.Parameter):
+            left_alone[name] = "its weight is computed from other tensors"
+            continue
+        if id(module.weight) in seen:
+            left_alone[name] = f"has the weight of {seen[id(module.weight)]}"
+            continue
+        seen[id(module.weight)] = name
+        layers[name] = module
+    means = {name: layer.weight for name, layer in layers.items()}
+    mode = _Substitution(layers, means, None)
+    with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()), mode:
+        call(net, example_input)
+    for name in set(layers) - mode.served:
+        del layers[name]
+        left_alone[name] = "its weight is used in a way that noise does not follow"
+    return layers, left_alone
+
+
+def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
+    """Log variances, as much of them as leaves log alpha at the upper end of `LOG_ALPHA_RANGE`.
+
+    Those over it get no gradient, and stay as they are: a mean that passes through zero must not
+    leave a weight without noise behind.
+    """
+    with torch.no_grad():
+        most = mean.square().clamp_min_(TINY).log_().add_(LOG_ALPHA_RANGE[1])
+    return torch.minimum(log_variance, most)
+
+
+@torch.no_grad()
+def raise_to_range(log_variance: Tensor, mean: Tensor) -> None:
+    """Raise log variances, in place, to where log alpha is at the lower end."""
+    least = mean.square().clamp_min_(TINY).log_().add_(LOG_ALPHA_RANGE[0])
+    torch.maximum(log_variance, least, out=log_variance)
+
+
+class NoisyWeights(nn.Module):
+    """A network whose weights are normal: a function of the input and of their means.
+
+    Args:
+        net: the network; its parameters are shared, its weights the means.
+        layers: the names of its layers with noise, from `find_weights`.
+        init_log_scale: the initial log standard deviation of every weight.
+
+    Attributes:
+        log_variances: a parameter for every weight, under the name of its layer.
+    """
+
+    def __init__(
+        self, net: nn.Module, layers: Sequence[str], init_log_scale: float = -5.0
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.layers = tuple(layers)
+        self.log_variances = nn.Module()
+        for name in layers:
+            weight = net.get_parameter(f"{name}.weight").detach()
+            value = nn.Parameter(torch.full_like(weight, 2 * init_log_scale))
+            *path, leaf = name.split(".")
+            parent = self.log_variances
+            for part in path:
+                if not hasattr(parent, part):
+                    setattr(parent, part, nn.Module())
+                parent = getattr(parent, part)
+            parent.register_parameter(leaf, value)
+
+    def means(self) -> dict[str, Tensor]:
+        """The weights, by layer."""
+        return {name: self.net.get_parameter(f"{name}.weight") for name in self.layers}
+
+    def in_range(self) -> dict[str, Tensor]:
+        """The log variances by layer, see `within_range`."""
+        return {
+            name: within_range(attrgetter(name)(self.log_variances), weight)
+            for name, weight in self.means().items()
+        }
+
+    def raise_to_range(self) -> None:
+        """Raise the log variances that are too low, in place: before a step, not within it."""
+        for name, weight in self.means().items():
+            raise_to_range(attrgetter(name)(self.log_variances), weight)
+
+    def forward(self, x: Any, means: Mapping[str, Tensor], noise: bool = True) -> Any:
+        """Call the network on `x` with weights of these means.
+
+        Args:
+            x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
+            means: from layer to its weight.
+            noise: draw the layers' outputs by the weights' variances; else they are the means'.
+        """
+        layers = {name: self.net.get_submodule(name) for name in self.layers}
+        variances = None
+        if noise:
+            variances = {name: value.exp() for name, value in self.in_range().items()}
+        with _Substitution(layers, means, variances):
+            return call(self.net, x)
