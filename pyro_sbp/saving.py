@@ -24,7 +24,7 @@ from pyro_sbp.sparse_files import read_sparse, write_sparse
 from pyro_sbp.standardization import Standardization
 from pyro_sbp.surgery import Select
 
-__all__ = ["load", "load_weights", "save"]
+__all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 
 #: What a saved network may consist of.
@@ -88,17 +88,7 @@ def save(
                 change[attribute] = getattr(found, attribute)
         if change:
             layers[layer] = change
-    # A tensor that has two names is stored once.
-    tensors: dict[str, torch.Tensor] = {}
-    same: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name_, tensor in small.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in first:
-            same[name_] = first[key]
-        else:
-            first[key] = name_
-            tensors[name_] = tensor.contiguous()
+    tensors, same = unique_tensors(small)
     network = {
         "format": 1,
         "constructor": name,
@@ -128,6 +118,21 @@ def save(
         raise OSError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def unique_tensors(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A network's tensors as they are stored, and the first name of those that have two."""
+    tensors: dict[str, torch.Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in net.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            same[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.contiguous()
+    return tensors, same
 
 
 def load(

@@ -31,7 +31,7 @@ from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning import NothingLeft
 from pyro_sbp.recipes import METHODS, Request
-from pyro_sbp.saving import load_weights, save
+from pyro_sbp.saving import load_weights, save, unique_tensors
 from pyro_sbp.streaming import workers_watched
 
 __all__ = ["THRESHOLDS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
@@ -271,7 +271,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
     except ValueError as error:
         raise RequestError(str(error)) from error
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
-    file_size = len(serialize(dense.float().state_dict()))
+    stored = {name: value.float() for name, value in unique_tensors(dense)[0].items()}
+    file_size = len(serialize(stored))
     return _Job(request, data, example, kwargs, method, macs, parameters, file_size)
 
 
