@@ -147,6 +147,8 @@ def load(
         version = network["format"]
         state.update({name: state[first] for name, first in network.get("same", {}).items()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (path / "pruned" / "network.json").exists():
+            raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
         raise ValueError(f"{path} holds no whole saved network: {error}") from error
     if version != 1:
         raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
