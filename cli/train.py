@@ -91,17 +91,17 @@ def train(
         if is_first():
             _check_free(directory)
     else:
+        if (resume / "summary.json").exists():
+            raise RequestError(
+                f"{resume} is a finished run: nothing is left to do, and epochs cannot be added; "
+                "train anew with more --epochs and another --output-dir"
+            )
         given = [
             f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None
         ]
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
-        if (resume / "summary.json").exists():
-            raise RequestError(
-                f"{resume} is a finished run: nothing is left to do, and epochs cannot be added; "
-                "train anew with more --epochs and another --output-dir"
-            )
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)

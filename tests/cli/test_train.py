@@ -311,14 +311,28 @@ def test_a_run_of_few_steps_says_so(tmp_path, monkeypatch):
     assert "took" not in common.little_removed(5000)
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("checkpoint.pt", "is a checkpoint of a run; expected a state dict of the network"),
+        ("pruned/model.safetensors", "has the weights of a pruned network; expected those of"),
+    ],
+)
+def test_files_of_a_run_are_no_weights_to_start_from(finished, tmp_path, file, words):
+    directory, _, args = finished
+    result = run(*args, "--weights", directory / file, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 2 and words in result.stderr
+
+
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     directory, _, args = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     result = run(*args, "--output-dir", directory)
     assert result.exit_code == 2 and "is not empty: it holds a finished run" in result.stderr
     assert "give another --output-dir" in result.stderr
-    result = run("train", "--resume", directory)
-    assert result.exit_code == 2 and "train anew with more --epochs" in result.stderr
+    for more in ([], ["--epochs", "20"]):
+        result = run("train", "--resume", directory, *more)
+        assert result.exit_code == 2 and "train anew with more --epochs" in result.stderr
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     (tmp_path / "file").write_text("mine")
     result = run(*args, "--output-dir", tmp_path / "file" / "run")
