@@ -124,7 +124,7 @@ def little_removed(steps: int) -> str:
     """What to do where little was removed by so many steps with noise."""
     if steps >= FEW_STEPS:
         return LITTLE_REMOVED
-    few = f"The noise took {steps:,} steps, and needs some thousand:"
+    few = f"The noise took {steps:,} step{'s' * (steps != 1)}, and needs some thousand:"
     return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
 
 

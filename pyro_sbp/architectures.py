@@ -113,5 +113,8 @@ def find_architecture(name: str) -> Architecture:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise RequestError(f"--arch {name!r}: there is no module {module!r} to import")
+        raise RequestError(
+            f"--arch {name!r}: there is no module {module!r} to import; "
+            "expected one that is installed, or lies in the directory where you are"
+        )
     return Architecture(name)

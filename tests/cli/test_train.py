@@ -227,7 +227,7 @@ BAD = [
     (["--arch", "./nets/mine.py:Net"], "names a file; expected a module, 'nets.mine:Net'"),
     (["--arch", "lenet6"], "unknown arch 'lenet6'; expected lenet-500-300, "),
     ([], "--arch is missing"),
-    (["--arch", "no_such.module:thing"], "there is no module 'no_such.module'"),
+    (["--arch", "no_such.module:thing"], "or lies in the directory where you are"),
     (["--arch", "lenet5", "--method", "magic"], "unknown method 'magic'; expected sbp"),
     (["--arch", "lenet5", "--dataset", "minst"], "unknown data set 'minst'; expected mnist, "),
     (["--arch", "lenet5", "--device", "tpu"], "unknown device 'tpu'; expected auto, cpu, cuda"),
