@@ -159,6 +159,8 @@ def load(
         version = network["format"]
         state.update({name: state[first] for name, first in network.get("same", {}).items()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (path / "pruned" / "network.json").exists():
+            raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
         raise ValueError(f"{path} holds no whole saved network: {error}") from error
     if version != 1:
         raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
@@ -199,10 +201,18 @@ def load_weights(net: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(
         isinstance(v, torch.Tensor) for v in state.values()
     ):
+        if isinstance(state, Mapping) and "module" in state:
+            raise RequestError(
+                f"{path} is a checkpoint of a run; expected a state dict of the network"
+            )
         raise RequestError(f"{path} holds no state dict, from parameter names to tensors")
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
+        if (path.parent / "network.json").exists():
+            raise RequestError(
+                f"{path} has the weights of a pruned network; expected those of the whole one"
+            ) from error
         lines = str(error).splitlines()
         raise RequestError(
             f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"

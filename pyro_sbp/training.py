@@ -282,7 +282,10 @@ def _build(
     try:
         net = constructor(**kwargs)
     except Exception as error:  # a network's own code may raise anything
-        raise RequestError(f"the network cannot be built: {first_line(error)}") from error
+        given = ", ".join(kwargs) or "no arguments"
+        raise RequestError(
+            f"the network cannot be built from {given}: {first_line(error)}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise RequestError(f"--arch builds a {type(net).__name__}; expected a torch.nn.Module")
     try:
@@ -293,7 +296,12 @@ def _build(
             f"the network does not take images of {list(example.shape[1:])}: {first_line(error)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
-        raise RequestError(f"the network does not give logits [batch, {classes}] for images")
+        found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise RequestError(
+            f"the network does not give logits [batch, {classes}], a column for each class: it "
+            f"gives {found} for {len(example)} images; an argument num_classes of its constructor "
+            "gets their number"
+        )
     return net
 
 
