@@ -31,7 +31,7 @@ class _Group(click.Group):
         except RequestError as error:
             raise _Refusal(str(error)) from error
         except click.UsageError as error:
-            raise _Refusal(error.format_message()) from error
+            raise _Refusal(" ".join(error.format_message().split())) from error
         except (FloatingPointError, OSError, RuntimeError) as error:
             if isinstance(error, click.exceptions.Exit):
                 raise

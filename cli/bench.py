@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +33,7 @@ NOISY = 0.3
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="CPU threads; may be given again.  [default: 1, and all cores]",
+    help="CPU threads; may be given again.  [default: 1, and those of torch]",
 )
 @click.option(
     "--seconds",
@@ -75,14 +74,16 @@ def bench(
     floor = one_unit_network(
         dense, find_gates(dense, example, architecture.input_features), example
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads or tuple(sorted({1, torch.get_num_threads()}))
+    settings = len(batch_sizes) * (len(threads) + torch.cuda.is_available())
+    click.echo(f"measuring for about {3 * seconds * settings:.0f} s", err=True)
     result = benchmark(
         dense,
         pruned,
         example,
         floor=floor,
         batch_sizes=batch_sizes,
-        threads=threads or tuple(sorted({1, cores or 1})),
+        threads=threads,
         seconds=seconds,
     )
     rows = [asdict(latency) for latency in result.latencies]

@@ -17,6 +17,7 @@ __all__ = [
     "closing_table",
     "find_network",
     "find_run",
+    "little_removed",
     "read_network",
     "read_request",
     "table",
@@ -28,6 +29,8 @@ MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
 Little was removed: more epochs, a larger kl_scale or a larger noise learning rate
 in the recipe remove more; pyro-sbp prune cuts this network further."""
+#: Steps that the noise needs to grow, at least.
+FEW_STEPS = 2000
 
 
 def check_device(name: str) -> str:
@@ -117,8 +120,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def closing_table(summary: dict[str, Any], hint: bool = True) -> str:
-    """The result of a run as a text table, from its summary."""
+def little_removed(steps: int) -> str:
+    """What to do where little was removed by so many steps with noise."""
+    if steps >= FEW_STEPS:
+        return LITTLE_REMOVED
+    few = f"The noise took {steps:,} step{'s' * (steps != 1)}, and needs some thousand:"
+    return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
+
+
+def closing_table(
+    summary: dict[str, Any], hint: str = "", weak: str = "under the threshold"
+) -> str:
+    """The result of a run as a text table, from its summary.
+
+    Args:
+        summary: as in `summary.json`.
+        hint: what to say where little was removed.
+        weak: what the units are of a gate that only the best of them are left of.
+    """
     units = table(
         ("gate", "kept", "of", "zeroed"),
         [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
@@ -143,10 +162,10 @@ def closing_table(summary: dict[str, Any], hint: bool = True) -> str:
             for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
         ],
     )
-    held = [f"all units under the threshold, the best kept: {g}" for g in summary.get("held", ())]
+    held = [f"all units {weak}, the best kept: {gate}" for gate in summary.get("held", ())]
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    little = LITTLE_REMOVED if hint and summary["macs"]["ratio"] < 1.05 else ""
+    little = hint if summary["macs"]["ratio"] < 1.05 else ""
     parts = (units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

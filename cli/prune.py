@@ -67,5 +67,6 @@ def prune(
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        click.echo(closing_table(summary, hint=False))
+        weak = "under the threshold" if macs_ratio is None else "too weak for the budget"
+        click.echo(closing_table(summary, weak=weak))
         click.echo(f"network: {target}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
-from pyro_sbp.cli.common import check_device, closing_table, read_request
+from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
-from pyro_sbp.errors import Elsewhere, RequestError, first_line
+from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.files import LOCK
 from pyro_sbp.processes import is_first, num_processes
@@ -31,15 +31,19 @@ __all__ = ["train"]
 @click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, or package.module:callable.")
 @click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
 @click.option("--method", default=None, help=f"{', '.join(METHODS)}.  [default: sbp]")
-@click.option("--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.")
+@click.option(
+    "--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.  [default: by --arch and --dataset]"
+)
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
     help="A state dict to start from, instead of a dense phase.",
 )
-@click.option("--epochs", type=int, help="Epochs with noise.")
-@click.option("--batch-size", type=int, help="Examples a step.")
-@click.option("--learning-rate", type=float, help="Adam's, for the weights.")
+@click.option("--epochs", type=int, help="Epochs with noise.  [default: the recipe's]")
+@click.option("--batch-size", type=int, help="Examples a step.  [default: the recipe's]")
+@click.option(
+    "--learning-rate", type=float, help="Adam's, for the weights.  [default: the recipe's]"
+)
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
 @click.option(
@@ -87,14 +91,17 @@ def train(
         if is_first():
             _check_free(directory)
     else:
+        if (resume / "summary.json").exists():
+            raise RequestError(
+                f"{resume} is a finished run: nothing is left to do, and epochs cannot be added; "
+                "train anew with more --epochs and another --output-dir"
+            )
         given = [
             f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None
         ]
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
-        if (resume / "summary.json").exists():
-            raise RequestError(f"{resume} is a finished run: nothing is left to do")
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)
@@ -128,6 +135,8 @@ def train(
         with _Bar(quiet) as bar:
             try:
                 summary = training.train(request, data, directory, bar.update, stop, fabric)
+            except Stopped as error:
+                raise Stopped(error.number, _hint_at_once(directory)) from error
             except training.Interrupted as error:
                 hint = f"stopped; go on by pyro-sbp train --resume {directory}"
                 raise Stopped(stop.number or 0, hint) from error
@@ -140,7 +149,9 @@ def train(
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        click.echo(closing_table(summary))
+        examples, recipe = len(data.train) - request.recipe.holdout, request.recipe
+        noisy_steps = recipe.epochs * -(-examples // recipe.batch_size)
+        click.echo(closing_table(summary, little_removed(noisy_steps)))
         click.echo(f"run directory: {directory}")
 
 
@@ -168,7 +179,8 @@ def _request(
         raise RequestError(f"--dataset is missing, and {arch} has no usual one")
     method = method or "sbp"
     if method not in METHODS:
-        raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}")
+        close = did_you_mean(method, METHODS)
+        raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}{close}")
     chosen = _recipe(recipe, arch, dataset, method).replace(**changes)
     if weights is not None:
         if not weights.is_file():
@@ -208,7 +220,12 @@ def _recipe(name: str | None, arch: str, dataset: str, method: str) -> Recipe:
         return RECIPES[name]
     if name.endswith(".toml"):
         return read_recipe(Path(name))
-    raise RequestError(f"unknown recipe {name!r}; expected {', '.join(RECIPES)} or a .toml file")
+    close = did_you_mean(name, RECIPES)
+    if Path(f"{name}.toml").is_file():
+        close = f"; did you mean '{name}.toml'?"
+    raise RequestError(
+        f"unknown recipe {name!r}; expected {', '.join(RECIPES)} or a .toml file{close}"
+    )
 
 
 def _directory(request: Request) -> Path:
@@ -221,12 +238,24 @@ def _check_free(directory: Path) -> None:
         raise RequestError(f"{directory} is a file; give another --output-dir")
     if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         hint = f"go on with it by --resume {directory}, or " if _unfinished(directory) else ""
+        if (directory / "summary.json").exists():
+            hint = f"it holds a finished run (pyro-sbp inspect {directory} shows it); "
         raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
     parent = directory
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise RequestError(f"cannot write {directory}: {parent} is no writable directory")
+
+
+def _hint_at_once(directory: Path) -> str:
+    """What a second signal leaves, in words."""
+    if not _unfinished(directory):
+        return "stopped at once"
+    resume = f"pyro-sbp train --resume {directory}"
+    if not (directory / "checkpoint.pt").exists():
+        return f"stopped at once, before the first checkpoint; start again by {resume}"
+    return f"stopped at once, without the steps since the last checkpoint; go on by {resume}"
 
 
 def _unfinished(directory: Path) -> bool:

@@ -7,9 +7,10 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,11 +60,17 @@ class Architecture:
         """
         module, _, name = self.constructor.partition(":")
         try:
-            found: Any = getattr(importlib.import_module(module), name)
-        except ImportError as error:
-            raise RequestError(f"cannot import {module!r} of --arch: {error}") from error
+            package = importlib.import_module(module)
+        except Exception as error:  # a network's own code may raise anything
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}, "
+            raise RequestError(
+                f"cannot import {module!r} of --arch: {kind}{first_line(error)}"
+            ) from error
+        try:
+            found: Any = getattr(package, name)
         except AttributeError as error:
-            raise RequestError(f"module {module!r} of --arch has no {name!r}") from error
+            close = did_you_mean(name, [n for n, o in vars(package).items() if callable(o)])
+            raise RequestError(f"module {module!r} of --arch has no {name!r}{close}") from error
         if not callable(found):
             raise RequestError(f"{self.constructor!r} of --arch cannot be called")
         return found
@@ -95,12 +102,19 @@ def find_architecture(name: str) -> Architecture:
     if not colon or not module or not attribute:
         raise RequestError(
             f"unknown arch {name!r}; expected {', '.join(ARCHITECTURES)} or package.module:callable"
+            + did_you_mean(name, ARCHITECTURES)
         )
+    if module.endswith(".py"):
+        right = ".".join(Path(module).with_suffix("").parts) + f":{attribute}"
+        raise RequestError(f"--arch {name!r} names a file; expected a module, {right!r}")
     # The package alone, as to look into it would import it.
     try:
         spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise RequestError(f"--arch {name!r}: there is no module {module!r} to import")
+        raise RequestError(
+            f"--arch {name!r}: there is no module {module!r} to import; "
+            "expected one that is installed, or lies in the directory where you are"
+        )
     return Architecture(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -182,10 +183,15 @@ def benchmark(
     )
 
 
+def _without_cuda_home(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found, using CUDA_HOME=")
+
+
 def _latency(
     nets: Mapping[str, nn.Module], x: Tensor, device: torch.device, threads: int, seconds: float
 ) -> Latency:
     # Its import warns on machines that have CUDA's compiler but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_without_cuda_home)
     from torch.utils.benchmark import Timer
     from torch.utils.benchmark import timer as synchronizing
 

@@ -1,6 +1,9 @@
 """The errors of requests that cannot be met as they were made, and of several processes."""
 
-__all__ = ["Elsewhere", "OfOneProcess", "RequestError", "first_line"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["Elsewhere", "OfOneProcess", "RequestError", "did_you_mean", "first_line"]
 
 
 class RequestError(ValueError):
@@ -16,6 +19,13 @@ class Elsewhere(RuntimeError):
 
     def __init__(self, message: str = "another process of this run has ended") -> None:
         super().__init__(message)
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """The end of a refusal of an unknown word: the name that it is close to, or nothing."""
+    spelled = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), spelled, 1)
+    return f"; did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -19,8 +19,8 @@ class Published:
         error: test error in percent.
         macs_ratio: how many times fewer MACs than the dense network, from the published units.
         units: units left, layer by layer; empty where the source has none.
-        source: the paper that has the number; "method of" names only whose method it is, for
-            numbers collected from later comparisons; "recalled" ones want to be looked up.
+        source: the paper of the method, and of the number, unless the words after it say where
+            the number is from, or that it was not compared with the paper.
     """
 
     arch: str
@@ -33,13 +33,18 @@ class Published:
 
 
 _SBP = "Neklyudov et al. 2017, arXiv 1705.07283"
-_AGAIN = "method of Neklyudov et al. 2017, run again by others"
-_RECALLED = f"{_SBP}, recalled"
-_BC = "method of Louizos et al. 2017, arXiv 1705.08665"
-_L0 = "method of Louizos et al. 2018, arXiv 1712.01312"
-_FLOPS = "method of Tang et al. 2018, arXiv 1811.03060, recalled"
-_BB = "method of Lee et al. 2018, arXiv 1805.10896"
-_VIB = "method of Dai et al. 2018, arXiv 1802.10399"
+_LATER = "number from later comparisons"
+_UNCHECKED = "number not compared with the paper"
+_AGAIN = f"Neklyudov et al. 2017, run again by others: {_LATER}"
+_RECALLED = f"{_SBP}: {_UNCHECKED}"
+_TANG = "Tang et al. 2018, arXiv 1811.03060"
+_BC = f"Louizos et al. 2017, arXiv 1705.08665: number in {_TANG}"
+_L0 = f"Louizos et al. 2018, arXiv 1712.01312: number in {_TANG}"
+_FLOPS = f"{_TANG}: {_UNCHECKED}"
+_BB = f"Lee et al. 2018, arXiv 1805.10896: {_LATER}"
+_EVCI = "Evci et al. 2020, arXiv 1911.11134"
+_VIB_LENET = f"Dai et al. 2018, arXiv 1802.10399: number in {_EVCI}"
+_VIB = f"Dai et al. 2018, arXiv 1802.10399: {_LATER}"
 _LENET5 = ("lenet5", "mnist")
 _LENET500 = ("lenet-500-300", "mnist")
 _LENET300 = ("lenet-300-100", "mnist")
@@ -54,7 +59,7 @@ PUBLISHED = (
     Published(*_LENET500, "SBP, run again", 1.57, 14.9, "285-107-53", _AGAIN),
     Published(*_LENET500, "SBP, run again", 1.59, 18.0, "255-100-43", _AGAIN),
     Published(*_LENET500, "BB dropout", 1.60, 30.6, "227-66-37", _BB),
-    Published(*_LENET300, "VIBNet", 1.6, 27.9, "97-71-33", _VIB),
+    Published(*_LENET300, "VIBNet", 1.6, 27.9, "97-71-33", _VIB_LENET),
     Published(*_LENET5, "dense", 0.80, 1.0, "20-50-800-500", _SBP),
     Published(*_LENET5, "SparseVD", 0.75, 2.01, "17-32-329-75", _SBP),
     Published(*_LENET5, "SSL", 1.00, 4.53, "3-12-800-500", _SBP),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, did_you_mean
 
 __all__ = ["METHODS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
 
@@ -159,8 +159,14 @@ class Recipe:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in fields:
-                raise RequestError(f"{source} sets {name!r}; a recipe has {', '.join(fields)}")
-        return cls(**values)
+                close = did_you_mean(name, fields)
+                raise RequestError(
+                    f"{source} sets {name!r}; a recipe has {', '.join(fields)}{close}"
+                )
+        try:
+            return cls(**values)
+        except RequestError as error:
+            raise RequestError(f"{source}: {error}") from error
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -23,7 +23,7 @@ from pyro_sbp.layers import SIZE_ATTRIBUTES, Select
 from pyro_sbp.sparse_files import read_sparse, write_sparse
 from pyro_sbp.standardization import Standardization
 
-__all__ = ["load", "load_weights", "save"]
+__all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 
 #: What a saved network may consist of.
@@ -87,17 +87,7 @@ def save(
                 change[attribute] = getattr(found, attribute)
         if change:
             layers[layer] = change
-    # A tensor that has two names is stored once.
-    tensors: dict[str, torch.Tensor] = {}
-    same: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name_, tensor in small.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in first:
-            same[name_] = first[key]
-        else:
-            first[key] = name_
-            tensors[name_] = tensor.contiguous()
+    tensors, same = unique_tensors(small)
     network = {
         "format": 1,
         "constructor": name,
@@ -129,6 +119,21 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def unique_tensors(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A network's tensors as they are stored, and the first name of those that have two."""
+    tensors: dict[str, torch.Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in net.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            same[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.contiguous()
+    return tensors, same
+
+
 def load(
     directory: str | os.PathLike[str], constructor: Callable[..., nn.Module] | None = None
 ) -> nn.Module:
@@ -153,6 +158,8 @@ def load(
         version = network["format"]
         state.update({name: state[first] for name, first in network.get("same", {}).items()})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if (path / "pruned" / "network.json").exists():
+            raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
         raise ValueError(f"{path} holds no whole saved network: {error}") from error
     if version != 1:
         raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
@@ -193,10 +200,18 @@ def load_weights(net: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(
         isinstance(v, torch.Tensor) for v in state.values()
     ):
+        if isinstance(state, Mapping) and "module" in state:
+            raise RequestError(
+                f"{path} is a checkpoint of a run; expected a state dict of the network"
+            )
         raise RequestError(f"{path} holds no state dict, from parameter names to tensors")
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
+        if (path.parent / "network.json").exists():
+            raise RequestError(
+                f"{path} has the weights of a pruned network; expected those of the whole one"
+            ) from error
         lines = str(error).splitlines()
         raise RequestError(
             f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"

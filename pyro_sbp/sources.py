@@ -10,7 +10,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, did_you_mean
 
 __all__ = ["SOURCES", "Source", "check_dataset", "folder_classes"]
 
@@ -95,8 +95,13 @@ def check_dataset(
         folder_classes(Path(name.removeprefix("folder:")))
         return
     if name not in (*SOURCES, "digits"):
-        names = ", ".join([*SOURCES, "digits"])
-        raise RequestError(f"unknown data set {name!r}; expected {names} or folder:PATH")
+        names = [*SOURCES, "digits"]
+        close = did_you_mean(name, names)
+        if Path(name).is_dir():
+            close = f"; did you mean 'folder:{name}'?"
+        raise RequestError(
+            f"unknown data set {name!r}; expected {', '.join(names)} or folder:PATH{close}"
+        )
     if workers:
         raise RequestError(f"--workers is for folder:PATH; {name} is held in memory, leave it out")
     if name == "digits":

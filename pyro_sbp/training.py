@@ -31,7 +31,7 @@ from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning import NothingLeft
 from pyro_sbp.recipes import METHODS, Request
-from pyro_sbp.saving import load_weights, save
+from pyro_sbp.saving import load_weights, save, unique_tensors
 from pyro_sbp.streaming import workers_watched
 
 __all__ = ["THRESHOLDS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
@@ -271,7 +271,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
     except ValueError as error:
         raise RequestError(str(error)) from error
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
-    file_size = len(serialize(dense.float().state_dict()))
+    stored = {name: value.float() for name, value in unique_tensors(dense)[0].items()}
+    file_size = len(serialize(stored))
     return _Job(request, data, example, kwargs, method, macs, parameters, file_size)
 
 
@@ -281,7 +282,10 @@ def _build(
     try:
         net = constructor(**kwargs)
     except Exception as error:  # a network's own code may raise anything
-        raise RequestError(f"the network cannot be built: {first_line(error)}") from error
+        given = ", ".join(kwargs) or "no arguments"
+        raise RequestError(
+            f"the network cannot be built from {given}: {first_line(error)}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise RequestError(f"--arch builds a {type(net).__name__}; expected a torch.nn.Module")
     try:
@@ -292,7 +296,12 @@ def _build(
             f"the network does not take images of {list(example.shape[1:])}: {first_line(error)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
-        raise RequestError(f"the network does not give logits [batch, {classes}] for images")
+        found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise RequestError(
+            f"the network does not give logits [batch, {classes}], a column for each class: it "
+            f"gives {found} for {len(example)} images; an argument num_classes of its constructor "
+            "gets their number"
+        )
     return net
 
 

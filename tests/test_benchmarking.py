@@ -1,5 +1,7 @@
 """MACs against the arithmetic and against ptflops; latency of what is asked for."""
 
+import logging
+
 import pytest
 import torch
 from ptflops import get_model_complexity_info
@@ -76,6 +78,28 @@ def test_benchmark_reports_every_setting():
     for row in result.latencies:
         assert row.speedup == row.dense_ms / row.pruned_ms > 0
         assert row.device.startswith("cpu: ") and row.spread >= 0
+
+
+def test_only_the_line_about_cuda_home_is_silenced():
+    logger, handler = logging.getLogger("torch.utils.cpp_extension"), Lines()
+    logger.addHandler(handler)
+    net, x = networks.LeNet300_100(), torch.rand(1, 1, 28, 28)
+    benchmark(net, net, x, batch_sizes=(1,), devices=("cpu",), seconds=0.01)
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+    logger.warning("another")
+    logger.removeHandler(handler)
+    assert handler.lines == ["another"]
+
+
+class Lines(logging.Handler):
+    """What is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
 
 
 class Gram(torch.nn.Module):

@@ -34,3 +34,12 @@ def test_the_ratio_is_that_of_the_units(paper):
     macs = MACS[paper.arch]
     units = tuple(map(int, paper.units.split("-")))
     assert macs(*WHOLE[paper.arch]) / macs(*units) == pytest.approx(paper.macs_ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("paper", PUBLISHED, ids=lambda paper: f"{paper.method} {paper.units}")
+def test_a_number_not_read_in_its_paper_says_so(paper):
+    words = paper.source.partition(": ")[2]
+    if words:
+        assert words.startswith("number "), paper.source
+    else:
+        assert paper.source.endswith("arXiv 1705.07283")

@@ -20,7 +20,7 @@ def test_a_file_sets_what_it_names(tmp_path):
     [
         ("epochs = 0", "epochs is 0; expected an integer >= 1"),
         ("epochs = 2.5", "epochs is 2.5; expected an integer"),
-        ("epoch = 3", "sets 'epoch'; a recipe has .*epochs"),
+        ("epoch = 3", "sets 'epoch'; a recipe has .*; did you mean 'epochs'"),
         ("batch_size = -1", "batch size is -1"),
         ("learning_rate = 0", "learning rate is 0; expected a number > 0 and <= 1"),
         ("noise_learning_rate = nan", "noise learning rate is nan"),
@@ -43,7 +43,7 @@ def test_wrong_values_are_refused_in_one_line(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(RequestError, match=words) as caught:
         read_recipe(path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -91,6 +91,12 @@ def test_damaged_files_are_refused(small, tmp_path, file, content):
         sbp.load(tmp_path / "net")
 
 
+def test_the_directory_of_a_run_says_where_its_network_is(small, tmp_path):
+    sbp.save(small[0], tmp_path / "pruned", constructor=sbp.networks.LeNet5)
+    with pytest.raises(ValueError, match=r"is a run; its network is in .*pruned"):
+        sbp.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -223,7 +223,10 @@ def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint(arguments, tmp_p
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(20) == 128 + signal.SIGINT
-    assert rest.strip().splitlines() == ["stopped"]
+    assert rest.strip().splitlines() == [
+        "stopped at once, without the steps since the last checkpoint; "
+        f"go on by pyro-sbp train --resume {tmp_path / 'run'}"
+    ]
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
 
 

@@ -54,6 +54,13 @@ def test_a_budget_is_met_beside_the_run(finished):
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "pruned").iterdir()}
 
 
+def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
+    result = run("prune", finished, "--macs-ratio", "2000")
+    assert result.exit_code == 0, result.output
+    assert "all units too weak for the budget, the best kept: fc1\n" in result.stdout
+    assert "threshold" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

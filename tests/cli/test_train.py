@@ -177,7 +177,7 @@ def test_a_refused_resume_keeps_the_run(finished, tmp_path):
 
 
 def test_click_refuses_in_one_line_too():
-    for args in (["train", "--epochs", "x"], ["train", "--nonsense"], ["frobnicate"]):
+    for args in (["train", "--epochs", "x"], ["train", "--nonsense"], ["frobnicate"], ["export"]):
         result = run(*args)
         assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
 
@@ -197,6 +197,13 @@ def test_bench_measures_and_names_the_machine(finished):
         assert row["floor_ms"] > 0
 
 
+def test_bench_measures_the_threads_of_torch_and_one(finished, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    result = run("bench", finished[0], "--seconds", "0.01", "--batch-size", "1", "--json")
+    assert [row["threads"] for row in json.loads(result.stdout)[:2]] == [1, 3]
+    assert result.stderr.startswith("measuring for about ")
+
+
 def test_bench_takes_the_newest_run(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("bench")
@@ -213,9 +220,14 @@ def offline(monkeypatch):
 
 
 BAD = [
+    (["--arch", "LeNet-5"], "package.module:callable; did you mean 'lenet5'?"),
+    (["--arch", "lenet5", "--dataset", "minst"], "folder:PATH; did you mean 'mnist'?"),
+    (["--arch", "lenet5", "--method", "spb"], "; did you mean 'sbp'?"),
+    (["--arch", "lenet5", "--recipe", "lenet5_digits"], "; did you mean 'lenet5-digits'?"),
+    (["--arch", "./nets/mine.py:Net"], "names a file; expected a module, 'nets.mine:Net'"),
     (["--arch", "lenet6"], "unknown arch 'lenet6'; expected lenet-500-300, "),
     ([], "--arch is missing"),
-    (["--arch", "no_such.module:thing"], "there is no module 'no_such.module'"),
+    (["--arch", "no_such.module:thing"], "or lies in the directory where you are"),
     (["--arch", "lenet5", "--method", "magic"], "unknown method 'magic'; expected sbp"),
     (["--arch", "lenet5", "--dataset", "minst"], "unknown data set 'minst'; expected mnist, "),
     (["--arch", "lenet5", "--device", "tpu"], "unknown device 'tpu'; expected auto, cpu, cuda"),
@@ -250,11 +262,20 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("recipe.toml").write_text("kl_scale = {conv9 = 3.0}")
     Path("crop.toml").write_text("crop = 28")
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("broken.py").write_text("class Net(")
+    Path("wrong.py").write_text("import torch\nNet = torch.nn.Netz")
     for args, words in (
         (["--arch", "lenet5", "--recipe", "recipe.toml"], "'conv9'; the gates are conv1"),
         (["--arch", "lenet5", "--recipe", "crop.toml"], "expected less than the images' 28 x 28"),
-        (["--arch", "torch.nn:ReLU"], "does not give logits"),
-        (["--arch", "torch.nn:Linear"], "the network cannot be built: "),
+        (
+            ["--arch", "torch.nn:ReLU"],
+            "does not give logits [batch, 10], a column for each class: it gives [8, 1, 8, 8] for",
+        ),
+        (["--arch", "torch.nn:Linear"], "the network cannot be built from no arguments: "),
+        (["--arch", "broken:Net"], "cannot import 'broken' of --arch: SyntaxError, "),
+        (["--arch", "wrong:Net"], "cannot import 'wrong' of --arch: AttributeError, "),
+        (["--arch", "torch.nn:Identiy"], "has no 'Identiy'; did you mean 'Identity'?"),
         (["--arch", "torch.nn:Dropout"], "does not give logits"),
         (["--arch", "collections:OrderedDict"], "of --arch builds no network"),
         (["--arch", "torch.nn:Nothing"], "module 'torch.nn' of --arch has no 'Nothing'"),
@@ -264,11 +285,54 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
         assert not Path("runs").exists()
 
 
+def test_what_lies_here_is_a_better_guess(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").mkdir()
+    Path("mine.toml").write_text("epochs = 0")
+    for args, words in (
+        (["--dataset", "shapes"], "did you mean 'folder:shapes'?"),
+        (["--recipe", "mine"], "did you mean 'mine.toml'?"),
+        (["--recipe", "mine.toml"], "Error: mine.toml: epochs is 0; expected an integer >= 1"),
+    ):
+        result = run("train", "--arch", "lenet5", *args)
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+
+
+def test_a_run_of_few_steps_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text(
+        "dense_epochs = 0\nepochs = 2\nfinetune_epochs = 0\nbatch_size = 64\nholdout = 38"
+    )
+    args = ("--arch", "lenet-300-100", "--dataset", "digits", "--recipe", "short.toml")
+    result = run("train", *args, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    # 1,400 images in batches of 64.
+    assert "The noise took 44 steps, and needs some thousand" in result.stdout
+    assert "took" not in common.little_removed(5000)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("checkpoint.pt", "is a checkpoint of a run; expected a state dict of the network"),
+        ("pruned/model.safetensors", "has the weights of a pruned network; expected those of"),
+    ],
+)
+def test_files_of_a_run_are_no_weights_to_start_from(finished, tmp_path, file, words):
+    directory, _, args = finished
+    result = run(*args, "--weights", directory / file, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 2 and words in result.stderr
+
+
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     directory, _, args = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     result = run(*args, "--output-dir", directory)
-    assert result.exit_code == 2 and "is not empty" in result.stderr
+    assert result.exit_code == 2 and "is not empty: it holds a finished run" in result.stderr
+    assert "give another --output-dir" in result.stderr
+    for more in ([], ["--epochs", "20"]):
+        result = run("train", "--resume", directory, *more)
+        assert result.exit_code == 2 and "train anew with more --epochs" in result.stderr
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     (tmp_path / "file").write_text("mine")
     result = run(*args, "--output-dir", tmp_path / "file" / "run")
