@@ -12,7 +12,7 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError, did_you_mean
 
-__all__ = ["METHODS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
+__all__ = ["METHODS", "ORDERS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
 
 #: Where the class of every method is found.
 METHODS = {
