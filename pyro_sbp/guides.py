@@ -33,7 +33,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
 
     The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
     before the first step and a state dict loads at any time. Every call first puts them back into
-    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5].
+    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5] or up to `max_log_scale`.
 
     Args:
         model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
@@ -42,9 +42,11 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
         init_loc: the initial location of log theta.
         init_log_scale: the initial log scale of log theta.
+        max_log_scale: the largest log scale, at most 5.
 
     Raises:
-        ValueError: the model has a latent site with another prior, or none at all.
+        ValueError: the model has a latent site with another prior, or none at all, or
+            `max_log_scale` is out of [-10, 5].
     """
 
     def __init__(
@@ -53,8 +55,13 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         *example_args: Any,
         init_loc: float = 0.0,
         init_log_scale: float = -5.0,
+        max_log_scale: float = LOG_SCALE_RANGE[1],
     ) -> None:
         super().__init__(model)
+        low, high = LOG_SCALE_RANGE
+        if not low <= max_log_scale <= high:
+            raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
+        self._log_scale_range = low, max_log_scale
         self._pyro_name = unique_name(type(self).__name__)
         if isinstance(model, GatedModel):
             priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
@@ -100,7 +107,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         low, high = self._bounds[name]
         with torch.no_grad():
             loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
-            log_scale.clamp_(*LOG_SCALE_RANGE)
+            log_scale.clamp_(*self._log_scale_range)
         return loc, log_scale
 
     def _posterior(self, name: str) -> TruncatedLogNormal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ __all__ = [
     "theta_prior",
     "unique_name",
     "weighted",
+    "widest",
 ]
 
 #: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
@@ -167,6 +169,11 @@ def theta_prior(
         return TruncatedLogUniform(low, high).expand([size])
     width = torch.full((), scale, device=like.device)
     return TruncatedLogNormal(low, width, low, high).expand([size])
+
+
+def widest(prior_scale: float | None) -> float:
+    """The largest log scale that a posterior needs: it is no wider than its prior."""
+    return 5.0 if prior_scale is None else min(5.0, math.log(prior_scale))
 
 
 def check_prior(scale: float | None, threshold: float) -> None:

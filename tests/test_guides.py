@@ -120,6 +120,16 @@ def test_parameters_stay_in_the_box_of_the_proven_numerics(data):
     assert all(bool(v["theta"].isfinite().all()) for v in (guide.mean(), guide.snr(), guide.kl()))
 
 
+def test_a_posterior_may_be_kept_as_narrow_as_its_prior(data):
+    guide = sbp.TruncatedLogNormalGuide(regression, *data, max_log_scale=0.5)
+    with torch.no_grad():
+        guide.log_scales.theta.fill_(2.0)
+    (q,) = guide.posteriors().values()
+    assert torch.allclose(q.scale, torch.tensor(0.5).exp())
+    with pytest.raises(ValueError, match="max_log_scale is 6"):
+        sbp.TruncatedLogNormalGuide(regression, *data, max_log_scale=6.0)
+
+
 def test_subsampled_plates_get_parameters_of_the_whole(data):
     def model(x):
         with pyro.plate("items", 10, subsample_size=3):

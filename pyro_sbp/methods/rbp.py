@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +19,30 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.gates import Gate, factors
-from pyro_sbp.guides import TruncatedLogNormalGuide
+from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.methods.phase import Method, Phase, Sites, plain_phase, weights_group
 from pyro_sbp.methods.sbp import SBP
-from pyro_sbp.models import GatedModel, check_prior, scales_of
+from pyro_sbp.models import (
+    LOG_HIGH,
+    LOG_LOW,
+    GatedModel,
+    check_prior,
+    scales_of,
+    theta_prior,
+    widest,
+)
 from pyro_sbp.probing import Gates, find_gates
 from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units, cut, remaining_gates, surviving_units
 
 __all__ = ["RBP", "in_order"]
+
+#: What a `_Turn` holds besides the posterior, alone or beside the network.
+_OF_TURN = re.compile(r"(?:1\.)?(?:exactness|there\.(?P<gate>.+))")
 
 
 def in_order(gates: Gates) -> list[Gate]:
@@ -109,14 +123,18 @@ class _Stage:
 
 
 class _Turn(nn.Module):
-    """What stays in checkpoints of the turn of a gate: its posterior, and how exact the cut was."""
+    """What stays in checkpoints of the turn of a gate: its posterior, which of the gate's first
+    units it is over, and how exact the cut was."""
 
     exactness: Tensor
 
-    def __init__(self, guide: TruncatedLogNormalGuide) -> None:
+    def __init__(self, guide: TruncatedLogNormalGuide, there: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.guide = guide
         self.register_buffer("exactness", torch.zeros(2, dtype=torch.float64))
+        self.there = nn.Module()
+        for name, units in there.items():
+            self.there.register_buffer(_flat(name), units.clone())
 
 
 class RBP(Method):
@@ -181,9 +199,12 @@ class RBP(Method):
             prior_scale=recipe.prior_scale,
         )
         guide = TruncatedLogNormalGuide(
-            model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
+            model,
+            init_loc=recipe.init_loc,
+            init_log_scale=recipe.init_log_scale,
+            max_log_scale=widest(recipe.prior_scale),
         ).to(next(stage.net.parameters()))
-        turn = _Turn(guide)
+        turn = _Turn(guide, {name: stage.units[name].physical for name in names})
         elbo = ClosedFormELBO()
         hooks = _hold_zeros(stage)
 
@@ -290,8 +311,30 @@ class RBP(Method):
 
     @staticmethod
     def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:
-        """The posterior of the gates of a turn, without the network."""
-        return SBP.read({n: v for n, v in state.items() if not n.endswith("exactness")}, recipe)
+        """The posterior of the gates of a turn, without the network, over all of their units.
+
+        Of a unit that was gone before the turn it is the prior.
+        """
+        own = {name: match for name in state if (match := _OF_TURN.fullmatch(name))}
+        there = {match["gate"]: state[name] for name, match in own.items()}
+        found = SBP.read({name: v for name, v in state.items() if name not in own}, recipe)
+        for name, q in found.posteriors.items():
+            units = there[_flat(name)]
+            prior = theta_prior(recipe.prior_scale, len(units), q.loc)
+            loc, scale = (x.new_zeros(len(units)) for x in (q.loc, q.scale))
+            if isinstance(prior, TruncatedLogNormal):
+                loc, scale = prior.loc.to(loc).clone(), prior.scale.to(scale).clone()
+            else:  # as near as this family comes to the log-uniform
+                loc, scale = loc + (LOG_LOW + LOG_HIGH) / 2, scale + math.exp(LOG_SCALE_RANGE[1])
+            loc[units], scale[units] = q.loc, q.scale
+            found.posteriors[name] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
+            found.priors[name] = prior
+        return found
+
+
+def _flat(gate: str) -> str:
+    """The name of a gate as that of a buffer, which has no dots."""
+    return gate.replace(".", "/")
 
 
 def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[tuple[str, ...], int]]:

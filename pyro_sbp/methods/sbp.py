@@ -19,7 +19,7 @@ from pyro_sbp.methods.phase import (
     plain_phase,
     weights_group,
 )
-from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior
+from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior, widest
 from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
@@ -59,7 +59,10 @@ class SBP(Method):
             prior_scale=recipe.prior_scale,
         )
         self.guide = TruncatedLogNormalGuide(
-            self.model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
+            self.model,
+            init_loc=recipe.init_loc,
+            init_log_scale=recipe.init_log_scale,
+            max_log_scale=widest(recipe.prior_scale),
         ).to(next(net.parameters()))
 
     def phases(self) -> Iterator[Phase]:
@@ -147,7 +150,7 @@ class SBP(Method):
                 log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
                 # The box in which the guide keeps them, whatever the last step did.
                 loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
-                scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
+                scale = log_scale.clamp(LOG_SCALE_RANGE[0], widest(recipe.prior_scale)).exp()
                 posteriors[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
         priors = {
             name: theta_prior(recipe.prior_scale, len(q.loc), q.loc)

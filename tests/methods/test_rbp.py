@@ -14,8 +14,10 @@ from pyro_sbp.datasets import load_dataset
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods.rbp import RBP, in_order
 from pyro_sbp.networks import LeNet5, LeNet300_100
+from pyro_sbp.posterior import describe, read_posterior
 from pyro_sbp.probing import find_gates
 from pyro_sbp.recipes import Recipe, Request
+from pyro_sbp.runs import Run
 
 
 class Residual(nn.Module):
@@ -184,11 +186,53 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
 def test_checkpoints_hold_one_network_and_the_posterior_of_every_gate(finished):
     saved = read_checkpoint(finished[0] / "checkpoint.pt")
     _, stem, a, fc = saved["finished"]
-    assert set(stem) == {
-        "exactness", "guide.locs.stem_unconstrained", "guide.log_scales.stem_unconstrained",
-    }  # fmt: skip
-    assert {name.split(".")[0] for name in a} == {"exactness", "guide"}
+    guide = ["guide.locs.stem_unconstrained", "guide.log_scales.stem_unconstrained"]
+    assert set(stem) == {"exactness", "there.stem", *guide}
+    assert {name.split(".")[0] for name in a} == {"exactness", "there", "guide"}
     assert any(name.endswith("head.weight") for name in fc)
+
+
+def test_the_posterior_of_a_run_is_that_of_all_turns(finished):
+    directory, summary = finished
+    posterior = read_posterior(directory)
+    assert (posterior.epoch, posterior.epochs, posterior.elements) == (7, 7, "units")
+    assert {name: q.loc.shape for name, q in posterior.sites.items()} == {
+        "stem": (12,), "a": (16,), "fc": (24,),
+    }  # fmt: skip
+    kept = {name: int((snr >= 1).sum()) for name, snr in posterior.snr().items()}
+    assert kept == {unit["gate"]: unit["kept"] for unit in summary["units"]}
+    kl = sum(float(kl.sum()) for kl in posterior.kl().values())
+    ends = {line["phase"]: line["kl"] for line in lines_of(directory)}
+    told = [value for phase, value in ends.items() if phase.startswith("gate ")]
+    assert kl == pytest.approx(1438 * sum(told), rel=1e-4)
+    assert "head.weight" in posterior.weights
+    rows = describe(Run.read(directory), posterior)["gates"]
+    assert [row["kept"] for row in rows] == list(kept.values())
+
+
+@pytest.mark.parametrize("scale", [2.0, None])
+def test_of_units_that_were_gone_before_their_turn_the_posterior_is_the_prior(scale):
+    x = torch.randn(2, 1, 28, 28)
+    recipe = dataclasses.replace(RECIPE.replace(dense_epochs=0, kl_scale=1.0), prior_scale=scale)
+    rbp = RBP(LeNet5(), x, recipe, 100, input_features=("fc1",))
+    for phase in rbp.phases():
+        gate = phase.name.removeprefix("gate ")
+        if gate == "fc1_input":
+            break
+        turn_off(phase, gate, [1, 3])
+        phase.finish()
+    turn_off(phase, gate, [0, 15, 16])  # of those that are left: of channels 0 and 2
+    for state in (phase.module.state_dict(), phase.kept.state_dict()):
+        found = RBP.read(state, recipe)
+        (q,), (prior,) = found.posteriors.values(), found.priors.values()
+        gone = torch.zeros(50, 16, dtype=torch.bool)
+        gone[[1, 3]] = True
+        assert q.loc.shape == (800,)
+        kl = torch.distributions.kl_divergence(q, prior).view(50, 16)
+        assert float(kl[gone].max()) < 1e-3
+        under = gone.clone()
+        under[[0, 0, 2], [0, 15, 0]] = True
+        assert torch.equal(q.snr.view(50, 16) < 1, under)
 
 
 def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
@@ -265,8 +309,12 @@ def turn_off(phase, gate, units):
     """Let some units of a turn fall to noise, and the others stay."""
     guide = phase.kept.guide if phase.kept is not None else phase.module[1].guide
     with torch.no_grad():
-        guide.get_submodule("log_scales").get_parameter(f"{gate}_unconstrained").fill_(-8.0)
-        guide.get_submodule("log_scales").get_parameter(f"{gate}_unconstrained")[units] = 4.0
+        locs, log_scales = (
+            guide.get_submodule(name).get_parameter(f"{gate}_unconstrained")
+            for name in ("locs", "log_scales")
+        )
+        log_scales.fill_(-8.0)
+        log_scales[units], locs[units] = 4.0, -20.0
 
 
 def test_the_reversed_order_begins_with_the_last_gate():
