@@ -164,7 +164,11 @@ def choose_units(
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
-    return chosen(least_level(net, gates, example_input, levels, macs_ratio, lambda level: chosen(level).units))
+    return chosen(
+        least_level(
+            net, gates, example_input, levels, macs_ratio, lambda level: chosen(level).units
+        )
+    )
 
 
 def least_level(

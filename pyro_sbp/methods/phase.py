@@ -120,9 +120,7 @@ def plain_phase(
     groups = [
         {"params": list(net.parameters()), "lr": rate, "weight_decay": recipe.weight_decay},
     ]
-    return Phase(
-        name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen
-    )
+    return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
 
 
 class Sites(NamedTuple):
