@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from pyro_sbp.pruning import prune
     from pyro_sbp.recalibration import recalibrate_batch_norm
     from pyro_sbp.saving import load, save
+    from pyro_sbp.sparse_guide import AdditiveNormalGuide
+    from pyro_sbp.sparse_model import SparseModel
     from pyro_sbp.surgery import shrink
 
 __all__ = [
+    "AdditiveNormalGuide",
     "ClosedFormELBO",
     "Gate",
     "GatedModel",
     "GatedNetwork",
+    "SparseModel",
     "TruncatedLogNormalGuide",
     "benchmark",
     "distributions",
@@ -41,10 +45,12 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "AdditiveNormalGuide": "sparse_guide",
     "ClosedFormELBO": "elbo",
     "Gate": "gates",
     "GatedModel": "models",
     "GatedNetwork": "gates",
+    "SparseModel": "sparse_model",
     "TruncatedLogNormalGuide": "guides",
     "benchmark": "benchmarking",
     "find_gates": "probing",

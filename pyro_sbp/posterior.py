@@ -92,6 +92,8 @@ def read_posterior(directory: Path) -> Posterior:
                 sites.update(found.posteriors)
                 priors.update(found.priors)
                 weights = found.weights
+        order = [*(saved["lines"] or [{"units": {}}])[-1]["units"], *_layers(weights)]
+        sites = {name: sites[name] for name in sorted(sites, key=order.index)}
         ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
         left_alone = saved.get("left_alone")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -102,6 +104,11 @@ def read_posterior(directory: Path) -> Posterior:
             f"go on by pyro-sbp train --resume {directory}"
         )
     return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone)
+
+
+def _layers(weights: Mapping[str, Tensor]) -> list[str]:
+    """The layers of a network, in its order, which that of a guide's parameters is not."""
+    return [name.removesuffix(".weight") for name in weights]
 
 
 def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
@@ -160,10 +167,13 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
 def in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
     """The elements nearest a threshold, each with its signal-to-noise ratio."""
     places = [n["unit"] if isinstance(n["unit"], list) else [n["unit"]] for n in nearest]
-    return ", ".join(
-        f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
-        for place, n in zip(places, nearest, strict=True)
-    ) or "-"
+    return (
+        ", ".join(
+            f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
+            for place, n in zip(places, nearest, strict=True)
+        )
+        or "-"
+    )
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:

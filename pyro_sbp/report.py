@@ -232,9 +232,9 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     words = {
         "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
         "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
-        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more, "
-        f"which is a log alpha of {-2 * math.log(threshold or 1):.3g} or less. Quantiles of it, "
-        "the mean of the weights without their sign, and the KL of the layer in nats:",
+        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
+        f"more, a log alpha of {-2 * math.log(threshold or 1):.3g} or less. Quantiles of it, the "
+        "mean of the weights without their sign, and the KL of the layer in nats:",
     }
     parts = [
         pages.paragraph(words[elements]),
@@ -348,7 +348,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
-            f"{row['threshold']:.3g}" + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            f"{row['threshold']:.3g}"
+            + (" (the recipe's)" if row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",

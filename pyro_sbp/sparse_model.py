@@ -28,8 +28,8 @@ class SparseModel(PyroModule):
 
     The weight of every dense and convolutional layer is a sample site of the layer's name with an
     improper log-uniform prior (arXiv 1701.05369); the labels are the site ``obs``. Called as
-    ``model(x, y)`` on a minibatch, whose log-likelihood counts for all of the data. The network is
-    not changed: noise enters where it calls its layers.
+    ``model(x, y)`` on a minibatch, whose log-likelihood counts for all of the data, or as
+    ``model(x)`` to predict. The network is not changed: noise enters where it calls its layers.
 
     Args:
         net: the network; its parameters are shared, and its weights are the posterior's means.
@@ -101,7 +101,7 @@ class SparseModel(PyroModule):
     def prior(self, name: str) -> ImproperLogUniform:
         """The prior of a layer's weights, of batch shape that of its weight."""
         weight = self.noisy.net.get_parameter(f"{name}.weight")
-        return ImproperLogUniform(weight.shape, self.exact_kl)
+        return ImproperLogUniform(weight.shape, self.exact_kl, start=weight)
 
     def forward(self, x: Any, y: Any = None) -> Any:
         """Sample the weights, call the network, and sample or observe the labels, which are

@@ -156,9 +156,7 @@ class NoisyWeights(nn.Module):
         log_variances: a parameter for every weight, under the name of its layer.
     """
 
-    def __init__(
-        self, net: nn.Module, layers: Sequence[str], init_log_scale: float = -5.0
-    ) -> None:
+    def __init__(self, net: nn.Module, layers: Sequence[str], init_log_scale: float = -5.0) -> None:
         super().__init__()
         self.net = net
         self.layers = tuple(layers)

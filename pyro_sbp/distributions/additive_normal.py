@@ -64,9 +64,7 @@ class AdditiveNormal(Normal, TorchDistribution):
         """A new instance of the batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(AdditiveNormal, _instance)
-        new.loc, new.log_variance = (
-            x.expand(batch_shape) for x in (self.loc, self.log_variance)
-        )
+        new.loc, new.log_variance = (x.expand(batch_shape) for x in (self.loc, self.log_variance))
         new.local = self.local
         TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
@@ -99,8 +97,7 @@ class AdditiveNormal(Normal, TorchDistribution):
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """`rsample` without gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+        return self.rsample(sample_shape).detach()
 
     def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, lambda x: x == x)  # noqa: PLR0124 (not NaN)
+        require_in_support(self, value, lambda x: x == x)

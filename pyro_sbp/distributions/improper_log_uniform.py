@@ -17,13 +17,15 @@ __all__ = ["ImproperLogUniform"]
 class ImproperLogUniform(TorchDistribution):
     """The density 1 / |w| over all numbers, which has no integral (arXiv 1701.05369, equation 10).
 
-    It cannot be sampled. Divergences from it are known up to a constant, which is chosen so that a
+    It has no samples. Divergences from it are known up to a constant, which is chosen so that a
     posterior of alpha = infinity has none.
 
     Args:
         batch_shape: of how many weights.
         exact: divergences of normals from it are exact; else the paper's approximation, which is
             off by up to 0.01 nats and cheaper.
+        start: what stands in for a sample where a model is run before its guide, as Pyro's
+            `Predictive` does to see its shapes; of the batch shape.
         validate_args: check values; Pyro's global setting of now if not given.
     """
 
@@ -34,9 +36,10 @@ class ImproperLogUniform(TorchDistribution):
         self,
         batch_shape: Sequence[int] = (),
         exact: bool = False,
+        start: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.exact = exact
+        self.exact, self.start = exact, start
         super().__init__(torch.Size(batch_shape), validate_args=False)
         self._validate_args = validates(validate_args)
 
@@ -48,7 +51,7 @@ class ImproperLogUniform(TorchDistribution):
         """A new instance of the batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(ImproperLogUniform, _instance)
-        new.exact = self.exact
+        new.exact, new.start = self.exact, self.start
         TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -60,16 +63,19 @@ class ImproperLogUniform(TorchDistribution):
             ValueError: a value is NaN, under validation.
         """
         if self._validate_args:
-            require_in_support(self, value, lambda x: x == x)  # noqa: PLR0124 (not NaN)
+            require_in_support(self, value, lambda x: x == x)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         return -value.abs().log().expand(shape)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Raise, as there is nothing to draw from.
+        """`start`, of shape `sample_shape + batch_shape`.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: there is none.
         """
-        raise NotImplementedError(
-            "ImproperLogUniform has no samples: its density has no integral. Take those of a guide"
-        )
+        if self.start is None:
+            raise NotImplementedError(
+                "ImproperLogUniform has no samples: its density has no integral. Take those of a "
+                "guide, or give start="
+            )
+        return self.start.detach().expand(self._extended_shape(sample_shape))

@@ -4,6 +4,17 @@ from click.testing import CliRunner
 
 from pyro_sbp.cli import cli
 
+#: A recipe of seconds on digits, and what a method needs besides for its noise to get somewhere.
+QUICK = """
+dense_epochs = 3
+epochs = 6
+finetune_epochs = 1
+batch_size = 64
+noise_learning_rate = 0.1
+crop = 1
+"""
+METHODS = {"sbp": "init_log_scale = -1.0", "sparse-vd": "init_log_scale = -4.0\nkl_scale = 0.3"}
+
 
 def run(*args):
     return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
@@ -18,3 +29,13 @@ class StopAfter:
     def __call__(self):
         self.steps -= 1
         return self.steps <= 0
+
+
+def train_quickly(method, root):
+    """A run directory under `root`, the result of the command that made it, and its arguments."""
+    (root / "quick.toml").write_text(QUICK + METHODS[method])
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", method]
+    args += ["--recipe", root / "quick.toml", "--device", "cpu"]
+    result = run(*args, "--seed", 7, "--output-dir", root / "run")
+    assert result.exit_code == 0, result.output
+    return root / "run", result, args

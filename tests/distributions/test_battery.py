@@ -14,7 +14,12 @@ from scipy import stats
 from torch.distributions import biject_to
 from torch.distributions.transforms import ExpTransform
 
-from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform, TruncatedNormal
+from pyro_sbp.distributions import (
+    AdditiveNormal,
+    TruncatedLogNormal,
+    TruncatedLogUniform,
+    TruncatedNormal,
+)
 
 INF = math.inf
 
@@ -89,6 +94,11 @@ FIXTURES = [
         ],
     ),
     Fixture(
+        AdditiveNormal,
+        lambda loc, log_variance: stats.norm(loc, math.exp(log_variance / 2)),
+        [{"loc": 0.5, "log_variance": -3.0}, {"loc": -2.0, "log_variance": 2.5}],
+    ),
+    Fixture(
         TruncatedLogUniform,
         lambda log_low=-20.0, log_high=0.0: stats.loguniform(math.exp(log_low), math.exp(log_high)),
         [
@@ -135,7 +145,7 @@ def test_agrees_with_scipy(fixture, example):
     true = entropy(twin) if fixture.cls is TruncatedNormal else twin.entropy()
     np.testing.assert_allclose(d.entropy(), true, rtol=1e-7, atol=1e-9)
     np.testing.assert_allclose(d.stddev, math.sqrt(twin.var()), rtol=1e-7)
-    np.testing.assert_allclose(d.snr, twin.mean() / math.sqrt(twin.var()), rtol=1e-7)
+    np.testing.assert_allclose(d.snr, abs(twin.mean()) / math.sqrt(twin.var()), rtol=1e-7)
 
 
 @EACH_CASE
