@@ -94,6 +94,14 @@ class _Stage:
         like = next(self.net.parameters())
         return {name: (snr > 0).to(like) for name, snr in self.snr.items()}
 
+    def beyond_multiples(self, round_to: int) -> dict[str, Tensor]:
+        """The weakest units of every gate that has lost some and is no multiple of a number."""
+        return {
+            gate.name: self.snr[gate.name].argsort()[: gate.size % round_to]
+            for gate in self.gates
+            if 1 < round_to <= gate.size < len(self.units[gate.name].kept)
+        }
+
     def after(
         self, choice: Choice, snr: Mapping[str, Tensor], net: nn.Module, exactness: Equivalence
     ) -> _Stage:
@@ -292,14 +300,18 @@ class RBP(Method):
     def prune(self, **settings: Any) -> None:
         """Make a smaller network of what the last turn left, by `choose_units` with these settings.
 
-        What a turn has removed is gone: a threshold under the recipe's leaves the network as it is.
+        What a turn has removed is gone: a threshold under the recipe's leaves the network as it is,
+        and `round_to` rounds down a gate that has lost units.
         """
         stage = self._stage
+        theta, snr = stage.theta(), {name: value.clone() for name, value in stage.snr.items()}
+        for name, over in stage.beyond_multiples(settings.get("round_to", 1)).items():
+            theta[name][over] = snr[name][over] = 0
         choice = choose_units(
             stage.net,
             stage.gates,
-            stage.theta(),
-            stage.snr,
+            theta,
+            snr,
             self.example_input,
             dense=self.net,
             **settings,
