@@ -38,7 +38,7 @@ _ALL = (
         dense_epochs=8,
         epochs=22,
         finetune_epochs=0,
-        kl_scale={"conv1": 12.0, "conv2": 5.0},
+        kl_scale={"conv1": 40.0, "conv2": 10.0},
         **_RBP,
     ),
     *(
@@ -59,7 +59,7 @@ _ALL = (
         finetune_epochs=15,
         batch_size=32,
         kl_scale={"conv1": 4.0},
-        prior_scale=5.0,
+        prior_scale=10.0,
         noise_learning_rate=3e-2,
     ),
     Recipe(
@@ -68,7 +68,7 @@ _ALL = (
         epochs=50,
         finetune_epochs=15,
         batch_size=32,
-        prior_scale=5.0,
+        prior_scale=10.0,
         noise_learning_rate=3e-2,
     ),
 )

@@ -230,9 +230,12 @@ def training_curves(source: Run | str | Path) -> Figure:
     units.set_xlim(0.5 - 0.02 * len(lines), len(lines) + 0.5)
     units.xaxis.get_major_locator().set_params(integer=True)
     start = 0
-    for phase in dict.fromkeys(line["phase"] for line in lines):
+    phases = dict.fromkeys(line["phase"] for line in lines)
+    tilt = 30 if len(phases) > 4 else 0  # the turns of RBP are many, and their names long
+    place: dict[str, Any] = {"transform": loss.get_xaxis_transform(), "fontsize": 9}
+    for phase in phases:
         count = sum(line["phase"] == phase for line in lines)
-        loss.text(start + 0.6, 1.02, phase, transform=loss.get_xaxis_transform(), fontsize=9)
+        loss.text(start + 0.6, 1.02, phase, rotation=tilt, **place)
         for ax in axes[:, 0] if start else ():
             ax.axvline(start + 0.5, color="gray", linewidth=0.8, linestyle=":")
         start += count

@@ -27,6 +27,8 @@ def test_a_file_sets_what_it_names(tmp_path):
         ("weight_decay = inf", "weight decay is inf"),
         ("decay = 1.5", "decay is 1.5"),
         ("threshold = true", "threshold is True"),
+        ("prior_scale = 0", "prior scale is 0; expected a number > 0"),
+        ("order = 'random'", "order is 'random'; expected forward, reversed, together"),
         ("noise_per = 'unit'", "noise_per is 'unit'; expected 'batch' or 'example'"),
         ("standardize = 1", "standardize is 1; expected true or false"),
         ("flip = 'yes'", "flip is 'yes'; expected true or false"),
@@ -61,3 +63,14 @@ def test_every_arch_has_a_default_recipe():
     assert default_recipe("lenet5", "digits", "sbp").name == "lenet5-digits"
     assert default_recipe("a.b:c", "digits", "sbp").name == "digits"
     assert default_recipe("a.b:c", "cifar10", "sbp") == Recipe()
+
+
+def test_recursive_pruning_has_default_recipes_of_its_own():
+    assert default_recipe("lenet5", "mnist", "rbp").name == "rbp-lenet5"
+    assert default_recipe("lenet-500-300", "mnist", "rbp").name == "rbp-lenet-dense"
+    assert default_recipe("a.b:c", "digits", "rbp").name == "rbp-digits"
+    assert default_recipe("a.b:c", "cifar10", "rbp").name == "rbp"
+    # Sees the data as often as SBP does, to compare with.
+    for name in ("lenet5", "lenet-dense", "lenet5-digits", "digits"):
+        for what in ("dense_epochs", "epochs", "finetune_epochs", "batch_size"):
+            assert getattr(RECIPES[name], what) == getattr(RECIPES[f"rbp-{name}"], what)

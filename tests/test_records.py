@@ -1,0 +1,59 @@
+"""Records of runs, and the tables that are made from them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+from pyro_sbp.experiments.record import record
+from pyro_sbp.experiments.recursion import tables
+from pyro_sbp.recipes import Request
+
+
+def run_directory(path, seed, error, recipe=None, method="rbp"):
+    """What a run leaves, made up."""
+    recipe = recipe or default_recipe("lenet-500-300", "mnist", method)
+    request = Request("lenet-500-300", "mnist", method, recipe, seed=seed)
+    path.mkdir()
+    asked = {**request.to_dict(), "versions": {}, "machine": "a machine"}
+    (path / "recipe.json").write_text(json.dumps(asked))
+    named = {"arch": request.arch, "dataset": request.dataset, "method": method, "seed": seed}
+    summary = {**named, "macs": {"ratio": 10.0 + seed}, "train_seconds": 120.0}
+    (path / "summary.json").write_text(json.dumps(summary))
+    phases = [("dense", 7, 3), ("gate a", 5, 6), ("gate a", error, 4), ("gate b", 4, 2)]
+    lines = [
+        {"phase": name, "error": value, "seconds": seconds, "units": {"a": 9 - index, "b": 8}}
+        for index, (name, value, seconds) in enumerate(phases)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path):
+    found = record(run_directory(tmp_path / "run", 3, 4.5))
+    assert found["command"] == (
+        "pyro-sbp train --arch lenet-500-300 --dataset mnist --method rbp --seed 3"
+    )
+    assert found["recipe"] == "rbp-lenet-dense"
+    assert [phase["phase"] for phase in found["phases"]] == ["dense", "gate a", "gate b"]
+    assert found["phases"][1] == {
+        "phase": "gate a", "epochs": 2, "error": 4.5, "units": {"a": 7, "b": 8},
+        "seconds_per_epoch": 5,
+    }  # fmt: skip
+    other = RECIPES["rbp-lenet-dense-reversed"]
+    found = record(run_directory(tmp_path / "other", 0, 4.5, other))
+    assert "--method rbp --recipe rbp-lenet-dense-reversed --seed 0" in found["command"]
+    found = record(run_directory(tmp_path / "sbp", 0, 4.5, method="sbp"))
+    assert found["command"].endswith("--dataset mnist --seed 0")
+    with pytest.raises(ValueError, match="used a recipe that is not in"):
+        record(run_directory(tmp_path / "mine", 0, 4.5, replace(other, epochs=3)))
+
+
+def test_the_table_of_the_turns_has_medians_over_seeds(tmp_path):
+    records = [record(run_directory(tmp_path / str(s), s, e)) for s, e in enumerate((4, 6, 5))]
+    text = tables(records)
+    assert "lenet-500-300, mnist, rbp, recipe rbp-lenet-dense, seeds 0, 1, 2: " in text
+    assert "11.0 times fewer MACs, 2.0 minutes" in text
+    assert "| dense | 1 | 7.00 | 9-8 | 3.0 |" in text
+    assert "| gate a | 2 | 5.00 | 7-8 | 5.0 |" in text
