@@ -2,8 +2,13 @@
 
 python -m pyro_sbp.experiments.recursion [RECORD.json ...]
 
-Medians over the seeds of a recipe. The records are made by `pyro_sbp.experiments.record`; the
-ablation of the order is that of the recipes whose name ends in -reversed and -together.
+Medians over the seeds of a recipe. A record is made of a run, and the ablation of the order is that
+of the recipes whose name ends in -reversed and -together:
+
+    pyro-sbp train --arch lenet-500-300 --method rbp --seed 0 --output-dir runs/forward-0
+    pyro-sbp train --arch lenet-500-300 --method rbp --recipe rbp-lenet-dense-reversed --seed 0 \\
+        --output-dir runs/reversed-0
+    python -m pyro_sbp.experiments.record runs/forward-0 runs/reversed-0
 """
 
 from __future__ import annotations

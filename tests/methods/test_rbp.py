@@ -90,7 +90,7 @@ RECIPE = Recipe(
     recalibrate=True,
     threshold=1.0,
     learning_rate=3e-3,
-    kl_scale={"stem": 60.0, "a": 10.0, "fc": 3.0},
+    kl_scale={"stem": 20.0, "a": 5.0, "fc": 2.0},
 )
 #: 1,438 images.
 STEPS = 23
@@ -286,6 +286,23 @@ def test_a_prior_that_would_keep_what_falls_to_it_is_refused(digits, tmp_path):
         training.train(request(prior_scale=0.5), digits, tmp_path / "run")
     with pytest.raises(RequestError, match=r"ratio of 0\.33.* and would stay"):
         training.train(request(prior_scale=1e5, threshold=0.33), digits, tmp_path / "run")
+
+
+def test_a_kl_that_does_not_count_at_first_is_refused(digits, tmp_path):
+    with pytest.raises(RequestError, match="rbp has no kl_rising_epochs"):
+        training.train(request(kl_rising_epochs=1), digits, tmp_path / "run")
+
+
+def test_rounding_takes_the_weakest_of_a_gate_that_has_lost_units(finished, digits, tmp_path):
+    directory, summary = finished
+    result = training.prune_again(request(), digits, directory, tmp_path / "r", round_to=4)
+    for before, after in zip(summary["units"], result["units"], strict=True):
+        there = before["kept"] + before["zeroed"]
+        whole = there == before["total"] or there < 4
+        expected = there if whole else there - there % 4
+        assert after["kept"] + after["zeroed"] == expected
+    with pytest.raises(RequestError, match="round_to is 0"):
+        training.prune_again(request(), digits, directory, tmp_path / "n", round_to=0)
 
 
 def test_all_gates_at_once_with_the_log_uniform_prior_is_sbp(digits, tmp_path):
