@@ -19,7 +19,7 @@ from pyro_sbp.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.sparse_model import SparseModel
 from pyro_sbp.sparsity import needed_units, unit_scores
 from pyro_sbp.surgery import Units, surviving_units
-from pyro_sbp.weight_noise import raise_to_range, within_range
+from pyro_sbp.weight_noise import within_range
 
 __all__ = ["SparseVD"]
 
@@ -115,7 +115,7 @@ class SparseVD(Method):
         """The network at the means, without the weights under the threshold."""
         masks = self._kept_weights(self.recipe.threshold if threshold is None else threshold)
         means = {name: mean * masks[name] for name, mean in self.model.noisy.means().items()}
-        return self.model.noisy(x, means, noise=False)
+        return self.model.noisy(x, means, None)
 
     def _units_left(self) -> dict[str, int]:
         theta = needed_units(self.net, self.gates, self._kept_weights(self.recipe.threshold))
@@ -208,8 +208,6 @@ class SparseVD(Method):
                 layer = name.removeprefix(_LOG_VARIANCES)
                 mean = weights[f"{layer}.weight"]
                 # The range in which the model keeps it, whatever the last step did.
-                inside = log_variance.clone()
-                raise_to_range(inside, mean)
-                posteriors[layer] = AdditiveNormal(mean, within_range(inside, mean))
+                posteriors[layer] = AdditiveNormal(mean, within_range(log_variance.clone(), mean))
                 priors[layer] = ImproperLogUniform(mean.shape, recipe.exact_kl)
         return Sites(posteriors, priors, weights if posteriors else dict(state))
