@@ -39,7 +39,7 @@ __all__ = ["train"]
     type=click.Path(path_type=Path),
     help="A state dict to start from, instead of a dense phase.",
 )
-@click.option("--epochs", type=int, help="Epochs of the gated phase.  [default: the recipe's]")
+@click.option("--epochs", type=int, help="Epochs with noise.  [default: the recipe's]")
 @click.option("--batch-size", type=int, help="Examples a step.  [default: the recipe's]")
 @click.option(
     "--learning-rate", type=float, help="Adam's, for the weights.  [default: the recipe's]"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pyro_sbp.recipes import Recipe
+from typing import Any
+
+from pyro_sbp.recipes import ORDERS, Recipe
 
 __all__ = ["RECIPES", "default_recipe"]
+
+#: A prior near the Dirac, and noise that grows within the third or fourth part of the epochs.
+_RBP: dict[str, Any] = {"prior_scale": 2.0, "noise_learning_rate": 5e-2}
 
 _ALL = (
     Recipe(),
@@ -26,6 +31,46 @@ _ALL = (
         kl_scale={"conv1": 15.0, "conv2": 4.0},
     ),
     Recipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
+    # As many epochs with noise as SBP's of the same network, shared out among the gates.
+    Recipe(name="rbp", **_RBP),
+    Recipe(
+        name="rbp-lenet5",
+        dense_epochs=8,
+        epochs=22,
+        finetune_epochs=0,
+        kl_scale={"conv1": 12.0, "conv2": 5.0},
+        **_RBP,
+    ),
+    *(
+        Recipe(
+            name=f"rbp-lenet-dense{'' if order == 'forward' else f'-{order}'}",
+            dense_epochs=10,
+            epochs=40,
+            finetune_epochs=10,
+            order=order,
+            **_RBP,
+        )
+        for order in ORDERS
+    ),
+    Recipe(
+        name="rbp-lenet5-digits",
+        dense_epochs=15,
+        epochs=50,
+        finetune_epochs=15,
+        batch_size=32,
+        kl_scale={"conv1": 4.0},
+        prior_scale=5.0,
+        noise_learning_rate=3e-2,
+    ),
+    Recipe(
+        name="rbp-digits",
+        dense_epochs=15,
+        epochs=50,
+        finetune_epochs=15,
+        batch_size=32,
+        prior_scale=5.0,
+        noise_learning_rate=3e-2,
+    ),
 )
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}
@@ -42,7 +87,8 @@ _DEFAULTS = {
 
 def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
     """The recipe that a request gets which names none."""
+    rbp = method == "rbp"
     for (for_arch, for_dataset), name in _DEFAULTS.items():
         if for_arch in ("", arch) and for_dataset in ("", dataset):
-            return RECIPES[name]
-    return RECIPES["default"]
+            return RECIPES[f"rbp-{name}" if rbp else name]
+    return RECIPES["rbp" if rbp else "default"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Request
 
-__all__ = ["record"]
+__all__ = ["phases", "record"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,17 +27,42 @@ def record(run: Path) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     request = Request.from_dict(asked)
     command = f"pyro-sbp train --arch {request.arch} --dataset {request.dataset}"
-    if request.recipe != default_recipe(request.arch, request.dataset, request.method):
-        if RECIPES.get(request.recipe.name) != request.recipe:
+    if request.method != "sbp":
+        command += f" --method {request.method}"
+    # As requests, which fill in what a recipe leaves to the method.
+    if request != replace(
+        request, recipe=default_recipe(request.arch, request.dataset, request.method)
+    ):
+        named = RECIPES.get(request.recipe.name)
+        if named is None or request != replace(request, recipe=named):
             raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
         command += f" --recipe {request.recipe.name}"
     return {
         **summary,
         "recipe": request.recipe.name,
+        "phases": phases(run),
         "command": f"{command} --seed {request.seed}",
         "versions": asked["versions"],
         "machine": asked["machine"],
     }
+
+
+def phases(run: Path) -> list[dict[str, Any]]:
+    """Every phase of a run at its end: error, units, and the median of its epochs' seconds."""
+    text = (run / "metrics.jsonl").read_text("utf-8")
+    by_phase: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, text.splitlines()):
+        by_phase.setdefault(line["phase"], []).append(line)
+    return [
+        {
+            "phase": name,
+            "epochs": len(lines),
+            "error": lines[-1]["error"],
+            "units": lines[-1]["units"],
+            "seconds_per_epoch": statistics.median(line["seconds"] for line in lines),
+        }
+        for name, lines in by_phase.items()
+    ]
 
 
 def main(runs: list[str]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates import Gate, call, evaluating
-from pyro_sbp.surgery import Select, shrink
+from pyro_sbp.layers import Select
+from pyro_sbp.surgery import shrink
 
 __all__ = [
     "Comparison",

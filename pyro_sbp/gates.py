@@ -73,6 +73,8 @@ class Gate:
         readers: the layers that take the units as input columns.
         writers: the layers that produce them as output rows. None for a gate on input features.
         channelwise: the layers between, which treat every channel alone.
+        selects: the `Select`s between, which an earlier cut put before a reader: the unit of every
+            feature that flows into them.
     """
 
     name: str
@@ -80,10 +82,11 @@ class Gate:
     readers: tuple[Span, ...]
     writers: tuple[Span, ...] = ()
     channelwise: tuple[Span, ...] = ()
+    selects: tuple[Span, ...] = ()
 
     def __repr__(self) -> str:
         parts = [repr(self.name), f"{self.size} units"]
-        for kind in ("writers", "readers", "channelwise"):
+        for kind in ("writers", "readers", "channelwise", "selects"):
             layers = ", ".join(span.layer for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
         return f"Gate({'; '.join(parts)})"

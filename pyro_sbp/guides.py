@@ -21,6 +21,7 @@ from pyro_sbp.site_statistics import SiteStatistics
 
 __all__ = ["TruncatedLogNormalGuide"]
 
+_PRIORS = (TruncatedLogUniform, TruncatedLogNormal)
 #: How far loc may leave the support of log theta, and the range of log scale: the box in which the
 #: numerics of the truncated normal are proven.
 LOC_MARGIN = 5.0
@@ -32,18 +33,20 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
 
     The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
     before the first step and a state dict loads at any time. Every call first puts them back into
-    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5].
+    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5] or up to `max_log_scale`.
 
     Args:
         model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
-            prior (hide other sites with `pyro.poutine.block`, and combine guides in an
-            `AutoGuideList`).
+            or `TruncatedLogNormal` prior with constant bounds (hide other sites with
+            `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
         example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
         init_loc: the initial location of log theta.
         init_log_scale: the initial log scale of log theta.
+        max_log_scale: the largest log scale, at most 5.
 
     Raises:
-        ValueError: the model has a latent site with another prior, or none at all.
+        ValueError: the model has a latent site with another prior, or none at all, or
+            `max_log_scale` is out of [-10, 5].
     """
 
     def __init__(
@@ -52,8 +55,13 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         *example_args: Any,
         init_loc: float = 0.0,
         init_log_scale: float = -5.0,
+        max_log_scale: float = LOG_SCALE_RANGE[1],
     ) -> None:
         super().__init__(model)
+        low, high = LOG_SCALE_RANGE
+        if not low <= max_log_scale <= high:
+            raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
+        self._log_scale_range = low, max_log_scale
         self._pyro_name = unique_name(type(self).__name__)
         if isinstance(model, GatedModel):
             priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
@@ -64,18 +72,22 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
             raise ValueError("the model has no latent site to infer")
         self.locs, self.log_scales = PyroModule(), PyroModule()
         self._bounds: dict[str, tuple[float, float]] = {}
+        self._priors: dict[str, TruncatedLogNormal] = {}  # those that are not log-uniform
         for name, prior in priors.items():
             base = _base(prior)
-            if not isinstance(base, TruncatedLogUniform):
+            if not isinstance(base, _PRIORS):
                 raise ValueError(
                     f"site {name!r} has the prior {type(base).__name__}; this guide is for "
-                    "TruncatedLogUniform sites: hide the others with pyro.poutine.block"
+                    "TruncatedLogUniform and TruncatedLogNormal sites: hide the others with "
+                    "pyro.poutine.block"
                 )
             shape = self._full_shape(name, prior)
             low, high = float(base.log_low.min()), float(base.log_high.max())
             if low != float(base.log_low.max()) or high != float(base.log_high.min()):
                 raise ValueError(f"site {name!r} has several bounds; this guide takes one pair")
             self._bounds[name] = low, high
+            if isinstance(base, TruncatedLogNormal):
+                self._priors[name] = base
             like = base.log_low
             _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
             _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
@@ -95,7 +107,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         low, high = self._bounds[name]
         with torch.no_grad():
             loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
-            log_scale.clamp_(*LOG_SCALE_RANGE)
+            log_scale.clamp_(*self._log_scale_range)
         return loc, log_scale
 
     def _posterior(self, name: str) -> TruncatedLogNormal:
@@ -130,12 +142,22 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         return values
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence from prior to posterior of every element in nats, by site."""
-        return self._statistic(
-            lambda q: torch.distributions.kl_divergence(
-                q, TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
-            )
-        )
+        """The KL divergence from prior to posterior of every element in nats, by site.
+
+        The prior is the one that the site had when the guide was made.
+        """
+        with torch.no_grad():
+            return {
+                name: torch.distributions.kl_divergence(q, self._prior(name, q))
+                for name, q in self.posteriors().items()
+            }
+
+    def _prior(self, name: str, q: TruncatedLogNormal) -> TruncatedLogUniform | TruncatedLogNormal:
+        if name not in self._priors:
+            return TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
+        p = self._priors[name]
+        loc, scale = (x.detach().to(q.loc) for x in (p.loc, p.scale))
+        return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
 
 
 def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
@@ -150,6 +172,6 @@ def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
 
 def _base(distribution: Any) -> Any:
     """The distribution inside `to_event` and `mask`."""
-    while hasattr(distribution, "base_dist") and not isinstance(distribution, TruncatedLogUniform):
+    while hasattr(distribution, "base_dist") and not isinstance(distribution, _PRIORS):
         distribution = distribution.base_dist
     return distribution

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "SIZE_ATTRIBUTES",
+    "Select",
     "channel_dim",
     "column_factor",
     "groups_of",
@@ -53,6 +54,21 @@ _COLUMN_SIZES = ("in_features", "in_channels")
 SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups")
 
 
+class Select(nn.Module):
+    """Select features of the last dimension of the input: the gather before a dense layer."""
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., features]`` to ``[..., len(index)]``."""
+        return x.index_select(-1, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.index)} features"
+
+
 def is_matrix(module: nn.Module) -> bool:
     """Whether a layer has a weight with rows, one for each of the units that it produces."""
     if isinstance(module, _TRANSPOSED):
@@ -87,6 +103,8 @@ def serves(function: Any, module: nn.Module) -> bool:
     """Whether a function that is called with a layer's tensors does what the layer does."""
     if function in CHANNELWISE_FUNCTIONS:
         return is_channelwise(module)
+    if function is Tensor.index_select:
+        return isinstance(module, Select)
     return isinstance(module, _MATRIX_FUNCTIONS.get(function, ()))
 
 
@@ -111,7 +129,7 @@ def num_columns(module: nn.Module) -> int:
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
     """The dimension of a layer's input, or output, that holds the channels or features."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Linear | nn.Embedding | Select):
         return x.ndim - 1
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         return x.ndim - module.get_parameter("weight").ndim + 1

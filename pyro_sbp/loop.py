@@ -155,18 +155,22 @@ class Loop:
         self.lines: list[dict[str, Any]] = []
 
     def replay(self) -> None:
-        """Load what the phases left, up to the one that leaves the posterior."""
+        """Load what the phases left, up to the last one that leaves a posterior."""
         saved = self._load()
         if saved is None:
             raise RequestError(f"{self.directory} has no checkpoint.pt to prune from")
-        states = [*self.finished, saved["module"]]
-        for phase, state in zip(self.method.phases(), states, strict=False):
-            phase.module.load_state_dict(state)
-            phase.module.eval()
-            if phase.prunes:
-                return
-            phase.finish()
-        raise RequestError(f"{self.directory} was stopped before it had a posterior")
+        pruned = False
+        for index, phase in enumerate(self.method.phases()):
+            if index > len(self.finished) or (pruned and not phase.prunes):
+                break
+            if index < len(self.finished):
+                self._restore(phase, self.finished[index])
+            else:
+                phase.module.load_state_dict(saved["module"])
+                self._finish(phase)
+            pruned = pruned or phase.prunes
+        if not pruned:
+            raise RequestError(f"{self.directory} was stopped before it had a posterior")
 
     def recalibrate(self) -> None:
         """Measure the batch norm statistics of the smaller network anew, if that is asked for."""
@@ -184,8 +188,7 @@ class Loop:
         saved = self._load()
         for index, phase in enumerate(self.method.phases()):
             if index < len(self.finished):
-                phase.module.load_state_dict(self.finished[index])
-                self._finish(phase)
+                self._restore(phase, self.finished[index])
                 continue
             optimizer = torch.optim.Adam(phase.groups, fused=True)
             steps = len(self._batches(torch.arange(len(self.data.train))))
@@ -201,9 +204,21 @@ class Loop:
             step = self.fabric.setup_module(_Step(phase))
             while place.epoch < phase.epochs:
                 self._epoch(phase, step, place, optimizer, schedule)
-            self.finished.append(_copy(phase.module.state_dict()))
-            for name, predict in self._finish(phase).items():
+            predictors = self._finish(phase)
+            kept = phase.module if phase.kept is None else phase.kept
+            self.finished.append(_copy(kept.state_dict()))
+            for name, predict in predictors.items():
                 self.measure(name, predict)
+
+    def _restore(self, phase: Phase, state: dict[str, Tensor]) -> None:
+        """Bring the method to where an ended phase left it."""
+        if phase.restore is None:
+            phase.module.load_state_dict(state)
+            self._finish(phase)
+        else:
+            assert phase.kept is not None
+            phase.kept.load_state_dict(state)
+            phase.restore()
 
     def _finish(self, phase: Phase) -> dict[str, Predict]:
         phase.module.eval()

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates import Gate, Span, call, convert, repeatable, tensors_of
 from pyro_sbp.layers import (
+    Select,
     channel_dim,
     groups_of,
     is_channelwise,
@@ -37,11 +38,22 @@ __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow; `left_alone` says what is not gated and why."""
+    """A list of gates in the order of data flow.
 
-    def __init__(self, gates: Iterable[Gate] = (), left_alone: dict[str, str] | None = None):
+    Attributes:
+        left_alone: from the layers that are not gated to the reason.
+        called: the layers with a weight, in the order in which the network first calls them.
+    """
+
+    def __init__(
+        self,
+        gates: Iterable[Gate] = (),
+        left_alone: Mapping[str, str] | None = None,
+        called: Sequence[str] = (),
+    ):
         super().__init__(gates)
         self.left_alone = dict(left_alone or {})
+        self.called = tuple(called)
 
 
 class _Astray(Exception):
@@ -64,7 +76,9 @@ class _Probe(TorchFunctionMode):
         self.net = net
         self.layers: dict[int, tuple[str, nn.Module]] = {}
         for name, module in net.named_modules():
-            if is_matrix(module) or is_channelwise(module):
+            if isinstance(module, Select):
+                self.layers[id(module.index)] = (name, module)
+            elif is_matrix(module) or is_channelwise(module):
                 # Only what the module holds: a weight that is computed is another one each time.
                 for tensor in (
                     module._parameters.get("weight"),
@@ -137,7 +151,7 @@ class _Probe(TorchFunctionMode):
             self.awaited.discard(name)
             if not self.awaited:
                 raise _Through
-        if is_channelwise(layer):
+        if not is_matrix(layer):
             return func(*args, **kwargs)
         out = self.clean[name][index].clone()
         if name in self.inject:
@@ -339,14 +353,16 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
         return Span(name, units, 1 if is_channelwise(layer) else groups_of(layer))
 
     readers = {name for name in spans if is_reader(net.get_submodule(name))}
+    selects = {name for name in spans if isinstance(net.get_submodule(name), Select)}
     return Gate(
         name=group[0].writer,
         size=len(number),
         writers=tuple(span(reach.writer, own[reach.writer][reach.blocks]) for reach in group),
         readers=tuple(span(name, units) for name, units in spans.items() if name in readers),
         channelwise=tuple(
-            span(name, units) for name, units in spans.items() if name not in readers
+            span(name, units) for name, units in spans.items() if name not in readers | selects
         ),
+        selects=tuple(span(name, units) for name, units in spans.items() if name in selects),
     )
 
 
@@ -416,7 +432,7 @@ def find_gates(
     if uncalled:
         # What is not called on the example may be called on another input, and read any unit.
         why = f"{uncalled[0]!r} is not called on the example and might read it"
-        return Gates([], left_alone | dict.fromkeys(order, why))
+        return Gates([], left_alone | dict.fromkeys(order, why), order)
     with torch.no_grad():
         reaches = _measure(probe.net, probe, x, order)
     left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
@@ -432,7 +448,7 @@ def find_gates(
     proven: list[Gate] = []
     if gates:
         Proof(net, x, training_paths).keep(gates, proven, left_alone)
-    return Gates(proven, left_alone)
+    return Gates(proven, left_alone, order)
 
 
 def _matrices(net: nn.Module) -> list[str]:

@@ -116,6 +116,7 @@ def choose_units(
     macs_ratio: float | None = None,
     round_to: int = 1,
     min_units: int = 1,
+    dense: nn.Module | None = None,
 ) -> Choice:
     """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
 
@@ -132,6 +133,7 @@ def choose_units(
         min_units: every gate keeps its best so many units, whatever the threshold. With 0 a gate
             may lose all, and a residual branch with it all that it adds but a constant; one column
             of zeros stays for the shape.
+        dense: the network whose MACs a budget counts from, where `net` was cut before.
 
     Raises:
         ValueError: a setting is out of range, the threshold removes every unit of every gate, or
@@ -164,11 +166,8 @@ def choose_units(
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
-    return chosen(
-        least_level(
-            net, gates, example_input, levels, macs_ratio, lambda level: chosen(level).units
-        )
-    )
+    units_at = lambda level: chosen(level).units  # noqa: E731
+    return chosen(least_level(net, gates, example_input, levels, macs_ratio, units_at, dense))
 
 
 def least_level(
@@ -178,6 +177,7 @@ def least_level(
     levels: Tensor,
     macs_ratio: float,
     units_at: Callable[[float], Mapping[str, Units]],
+    dense: nn.Module | None = None,
 ) -> float:
     """The lowest threshold at which a network has so many times fewer MACs.
 
@@ -186,13 +186,14 @@ def least_level(
         levels: the thresholds that make a difference, rising.
         macs_ratio: how many times fewer.
         units_at: from a threshold to what remains of the units.
+        dense: the network whose MACs count, where `net` was cut before.
 
     Raises:
         ValueError: the ratio is under 1 or not met by the highest threshold.
     """
     if not 1 <= macs_ratio < float("inf"):
         raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
-    ratio = _macs_ratios(net, gates, example_input)
+    ratio = _macs_ratios(net, gates, example_input, dense)
     most = ratio(units_at(float(levels[-1])))
     if most < macs_ratio:
         raise ValueError(
@@ -229,7 +230,7 @@ def _bring_back(
 
 
 def _macs_ratios(
-    net: nn.Module, gates: Sequence[Gate], example_input: Any
+    net: nn.Module, gates: Sequence[Gate], example_input: Any, whole: nn.Module | None
 ) -> Callable[[Mapping[str, Units]], float]:
     """From what remains of the units to how many times fewer MACs, counted without computing."""
     device = torch.device("meta")
@@ -238,6 +239,8 @@ def _macs_ratios(
         x = convert(example_input, torch.float32, device)
         try:
             dense = count_macs(shape, x)
+            if whole is not None:
+                dense = count_macs(copy.deepcopy(whole).to(device, torch.float32), x)
             break
         except Exception:  # some networks need numbers to be called
             if device.type == "cpu":

@@ -12,15 +12,18 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError, did_you_mean
 
-__all__ = ["METHODS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
+__all__ = ["METHODS", "ORDERS", "PRECISIONS", "THRESHOLDS", "Recipe", "Request", "read_recipe"]
 
 #: Where the class of every method is found.
 METHODS = {
     "sbp": "pyro_sbp.methods.sbp:SBP",
     "sparse-vd": "pyro_sbp.methods.sparse_vd:SparseVD",
+    "rbp": "pyro_sbp.methods.rbp:RBP",
 }
 #: The signal-to-noise ratio of what a method keeps: of a unit; of a weight, where log alpha < 3.
-THRESHOLDS = {"sbp": 1.0, "sparse-vd": math.exp(-1.5)}
+THRESHOLDS = {"sbp": 1.0, "sparse-vd": math.exp(-1.5), "rbp": 1.0}
+#: In which order RBP takes the gates.
+ORDERS = ("forward", "reversed", "together")
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
@@ -32,9 +35,10 @@ class Recipe:
     Attributes:
         name: what the recipe is called.
         dense_epochs: epochs of ordinary training before the noise comes in.
-        epochs: epochs of training with noise.
-        kl_free_epochs: the first of them, in which the KL does not count.
-        kl_rising_epochs: the next ones, in which its weight rises linearly to its full value.
+        epochs: epochs of training with noise; RBP shares them out among the gates.
+        kl_free_epochs: the first of them, in which the KL does not count; not for RBP.
+        kl_rising_epochs: the next ones, in which its weight rises linearly to its full value; not
+            for RBP.
         finetune_epochs: epochs of ordinary training of the pruned network.
         batch_size: examples a step.
         learning_rate: Adam's, for weights in the dense and the gated phase.
@@ -47,6 +51,10 @@ class Recipe:
         exact_kl: of SparseVD, take the exact KL and not the paper's approximation.
         noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. SparseVD
             draws its noise for every example, in the layers' outputs.
+        prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
+            nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
+        order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
+            "together", all in one phase.
         init_loc: initial location of log theta.
         init_log_scale: initial log scale of log theta; of SparseVD, of every weight.
         threshold: units, of SparseVD weights, with a signal-to-noise ratio under it are removed; by
@@ -80,6 +88,8 @@ class Recipe:
     kl_scale: float | Mapping[str, float] = 1.0
     exact_kl: bool = False
     noise_per: str = "batch"
+    prior_scale: float | None = None
+    order: str = "forward"
     init_loc: float = 0.0
     init_log_scale: float = -5.0
     threshold: float | None = None
@@ -104,6 +114,8 @@ class Recipe:
         self._number("decay", float, 0, most=1)
         if self.threshold is not None:
             self._number("threshold", float, 0)
+        if self.prior_scale is not None:
+            self._number("prior_scale", float, 0, above=True, most=1e6)
         self._number("init_loc", float, -25, most=5)
         self._number("init_log_scale", float, -10, most=5)
         scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}
@@ -121,6 +133,8 @@ class Recipe:
         for name in ("recalibrate", "standardize", "flip", "exact_kl", "random_labels"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.order not in ORDERS:
+            raise RequestError(f"order is {self.order!r}; expected {', '.join(ORDERS)}")
         if self.noise_per not in ("batch", "example"):
             raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
 

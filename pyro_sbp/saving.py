@@ -19,10 +19,9 @@ from torch import nn
 from pyro_sbp import networks
 from pyro_sbp.attention import Attention, has_attention, separate_attention
 from pyro_sbp.errors import RequestError, first_line
-from pyro_sbp.layers import SIZE_ATTRIBUTES
+from pyro_sbp.layers import SIZE_ATTRIBUTES, Select
 from pyro_sbp.sparse_files import read_sparse, write_sparse
 from pyro_sbp.standardization import Standardization
-from pyro_sbp.surgery import Select
 
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
 

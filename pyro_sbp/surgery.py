@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates import Gate, Span, call, check_theta, evaluating, factors, tensors_of
-from pyro_sbp.layers import resize
+from pyro_sbp.layers import Select, groups_of, resize
 
 __all__ = [
-    "Select",
     "Units",
     "cut",
     "readable",
     "relative_difference",
+    "remaining_gates",
     "shrink",
     "shrink_in_place",
     "surviving_units",
@@ -28,21 +28,6 @@ __all__ = [
 
 #: A difference of this share of the largest value is rounding in float64.
 ROUNDING = 1e-14
-
-
-class Select(nn.Module):
-    """Select features of the last dimension of the input: the gather before a dense layer."""
-
-    def __init__(self, index: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("index", index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., features]`` to ``[..., len(index)]``."""
-        return x.index_select(-1, self.index)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.index)} features"
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,12 @@ class Units:
         """Units that remain as a column of zeros, bool ``[size]``."""
         return self.physical & ~self.kept
 
+    def then(self, later: Units) -> Units:
+        """These units after another cut, which knew only those that this one had left."""
+        kept, physical = torch.zeros_like(self.kept), torch.zeros_like(self.physical)
+        kept[self.physical], physical[self.physical] = later.kept, later.physical
+        return Units(self.kept & kept, physical)
+
 
 def _spread(alive: Tensor, span: Span) -> Tensor:
     """Alive units as alive rows or columns; one without a unit is alive."""
@@ -86,6 +77,10 @@ def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> di
 
 def _columns(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
     return [(gate.name, span) for gate in gates for span in gate.readers]
+
+
+def _selected(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in gate.selects]
 
 
 def _rows(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
@@ -296,10 +291,82 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         if columns is None:
             continue
         arrives = arriving.get(layer, torch.ones_like(columns))
-        if not torch.equal(arrives, columns):
+        before = _select_before(net, layer)
+        if before is not None:
+            # By numbers, as a mask does not index where nothing is computed.
+            before.index = before.index[torch.nonzero(columns).flatten().to(before.index.device)]
+        elif not torch.equal(arrives, columns):
             weight = module.get_parameter("weight")
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
             _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
+    for name, arrives in _alive(_selected(gates), physical).items():
+        select = net.get_submodule(name)
+        select.index = (arrives.cumsum(0) - 1).to(select.index.device)[select.index]
+
+
+def _select_before(net: nn.Module, layer: str) -> Select | None:
+    """The `Select` that an earlier cut has put before a layer."""
+    parent, _, leaf = layer.rpartition(".")
+    select = getattr(net.get_submodule(parent), "select", None)
+    return select if leaf == "layer" and isinstance(select, Select) else None
+
+
+def remaining_gates(
+    small: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]
+) -> list[Gate]:
+    """The gates of a network that `cut` has made smaller, without probing it.
+
+    They keep their names and the order of their units. A layer with a `Select` before it is called
+    by its new name, ``fc1.layer`` for ``fc1``.
+
+    Args:
+        small: the network that remains, from `cut` or `shrink` with these units.
+        gates: the gates of the network that was cut.
+        units: what remained of them, from `surviving_units`.
+    """
+    physical = {name: unit.physical for name, unit in units.items()}
+    rows, columns = _alive(_rows(gates), physical), _alive(_columns(gates), physical)
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
+    selected = _alive(_selected(gates), physical)
+
+    def rest(gate: Gate, span: Span, alive: Mapping[str, Tensor], layer: str = "") -> Span:
+        number = physical[gate.name].cumsum(0) - 1
+        old = span.units[alive[span.layer]]
+        new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
+        layer = layer or _present_name(small, span.layer)
+        # A convolution that has come to one channel a group still has rows and columns.
+        groups = groups_of(small.get_submodule(layer)) if span.groups > 1 else 1
+        return Span(layer, new, groups)
+
+    def carrying(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(span for span in spans if bool((span.units >= 0).any()))
+
+    found = []
+    for gate in gates:
+        # Of a layer that has got a Select, the features that arrive there.
+        fresh = [
+            rest(gate, span, arriving, f"{span.layer}.select")
+            for span in (gate.readers if gate.writers else ())
+            if _present_name(small, span.layer) != span.layer
+        ]
+        found.append(
+            Gate(
+                gate.name,
+                int(physical[gate.name].sum()),
+                readers=carrying(rest(gate, span, columns) for span in gate.readers),
+                writers=carrying(rest(gate, span, rows) for span in gate.writers),
+                channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),
+                selects=carrying([*(rest(gate, s, selected) for s in gate.selects), *fresh]),
+            )
+        )
+    return found
+
+
+def _present_name(small: nn.Module, layer: str) -> str:
+    """What a layer is called where a `Select` may have come before it."""
+    module = small.get_submodule(layer)
+    new = isinstance(module, nn.Sequential) and _select_before(small, f"{layer}.layer") is not None
+    return f"{layer}.layer" if new else layer
 
 
 def _index(mask: Tensor | None) -> Tensor | None:

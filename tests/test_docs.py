@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from pyro_sbp import benchmarking
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.experiments.recipes import RECIPES
+from pyro_sbp.models import check_prior, theta_prior
 from pyro_sbp.recipes import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,21 @@ def test_the_constants_of_the_method():
     assert last[1:] == ["0", f"{float(prior.mean):.4f}", f"{float(prior.snr):.4f}"]
 
 
+def test_the_formulas_and_constants_of_recursive_pruning():
+    space = page("rbp.md")  # it asserts them itself
+    assert space["kl"].shape == (3,)
+    start = TruncatedLogNormal(torch.tensor([0.0]).double(), math.exp(-5), -20.0, 0.0)
+    for scale, kl, snr in table("rbp.md", "prior_scale"):
+        like = torch.zeros((), dtype=torch.float64)
+        prior = theta_prior(None if scale == "none" else float(scale), 1, like)
+        assert [kl, snr] == [f"{float(kl_divergence(start, prior)):.2f}", f"{float(prior.snr):.4f}"]
+    narrow = TruncatedLogNormal(torch.tensor(-20.0).double(), 1.2, -20.0, 0.0)
+    assert float(narrow.icdf(torch.tensor(0.99).double())) < 1e-7
+    check_prior(1.05, 1.0)
+    with pytest.raises(ValueError, match="too narrow"):
+        check_prior(1.0, 1.0)
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -140,7 +156,7 @@ def test_every_block_and_link_is_checked(name):
     assert languages <= {"python", "toml", "sh", "math"}
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
-    tested = {"method.md": 3, "limits.md": 2}
+    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
 
 import pyro_sbp as sbp
-from pyro_sbp.distributions import TruncatedLogUniform
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 
 TRUTH = torch.tensor([0.9, 0.0, 0.4, 0.0, 0.0])
 NOISE = 0.5
@@ -120,6 +120,16 @@ def test_parameters_stay_in_the_box_of_the_proven_numerics(data):
     assert all(bool(v["theta"].isfinite().all()) for v in (guide.mean(), guide.snr(), guide.kl()))
 
 
+def test_a_posterior_may_be_kept_as_narrow_as_its_prior(data):
+    guide = sbp.TruncatedLogNormalGuide(regression, *data, max_log_scale=0.5)
+    with torch.no_grad():
+        guide.log_scales.theta.fill_(2.0)
+    (q,) = guide.posteriors().values()
+    assert torch.allclose(q.scale, torch.tensor(0.5).exp())
+    with pytest.raises(ValueError, match="max_log_scale is 6"):
+        sbp.TruncatedLogNormalGuide(regression, *data, max_log_scale=6.0)
+
+
 def test_subsampled_plates_get_parameters_of_the_whole(data):
     def model(x):
         with pyro.plate("items", 10, subsample_size=3):
@@ -157,3 +167,21 @@ def test_it_composes_with_other_guides(data):
 def test_a_model_without_latent_sites_is_refused(data):
     with pytest.raises(ValueError, match="no latent site"):
         sbp.TruncatedLogNormalGuide(lambda: None)
+
+
+def test_a_prior_that_leans_to_zero(data):
+    def model(x, y=None):
+        with pyro.plate("features", 5):
+            theta = pyro.sample("theta", TruncatedLogNormal(-20.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ theta, NOISE), obs=y)
+
+    guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    for _ in range(600):
+        svi.step(*data)
+    check(guide, data[0])
+    prior = TruncatedLogNormal(torch.tensor(-20.0), 3.0).expand([5])
+    expected = torch.distributions.kl_divergence(guide.posteriors()["theta"], prior)
+    torch.testing.assert_close(guide.kl()["theta"], expected.detach())
+    assert bool((guide.kl()["theta"][TRUTH > 0] > 20).all())

@@ -6,8 +6,9 @@ import torch
 from pyro_sbp import networks
 from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.gates import GatedNetwork
+from pyro_sbp.layers import Select
 from pyro_sbp.probing import find_gates
-from pyro_sbp.surgery import Select, relative_difference, shrink, surviving_units
+from pyro_sbp.surgery import relative_difference, shrink, surviving_units
 
 
 def random_theta(gates, seed=0, share=0.5):

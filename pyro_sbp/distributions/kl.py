@@ -33,7 +33,9 @@ def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
 @register_kl(TruncatedNormal, TruncatedNormal)
 def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    kl = special.kl_to_truncated_normal(*p._parameters, *q._parameters)
+    # A prior is often one for all elements.
+    of_q = (without_copies(x) for x in q._parameters)
+    kl = special.kl_to_truncated_normal(*p._parameters, *of_q)
     return kl.to(p._parameters[0].dtype).expand(shape)
 
 

@@ -16,7 +16,7 @@ from pyro_sbp.pruning import Equivalence
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units
 
-__all__ = ["Method", "Phase", "Predict", "Sites", "noise_phases", "plain_phase"]
+__all__ = ["Method", "Phase", "Predict", "Sites", "noise_phases", "plain_phase", "weights_group"]
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -38,6 +38,9 @@ class Phase:
         kl: the KL of all gates in nats, without its weights.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
         prunes: it leaves a posterior, and `finish` the network pruned by it.
+        kept: what of the module stays in checkpoints once the phase has ended; None for all.
+        restore: called in the place of `finish` when a run goes on whose checkpoint has only `kept`
+            of this phase: it does all but what needs the weights, which a later phase has.
         kl_weight: what the KL counts at the first step and after the last, and linearly between.
         decays: whether learning rates fall at the end, as the recipe says.
     """
@@ -54,6 +57,8 @@ class Phase:
     kl: Callable[[], float] = field(default=float)
     freeze_batch_norm: bool = False
     prunes: bool = False
+    kept: nn.Module | None = None
+    restore: Callable[[], None] | None = None
     kl_weight: tuple[float, float] = (1.0, 1.0)
     decays: bool = True
 
@@ -64,6 +69,11 @@ class Phase:
             for module in self.module.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+
+
+def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> dict[str, Any]:
+    """The parameter group of a network's weights."""
+    return {"params": list(net.parameters()), "lr": learning_rate, "weight_decay": weight_decay}
 
 
 def noise_phases(recipe: Recipe, phase: Phase) -> Iterator[Phase]:
@@ -117,9 +127,7 @@ def plain_phase(
         return {name: net}
 
     rate = recipe.learning_rate if learning_rate is None else learning_rate
-    groups = [
-        {"params": list(net.parameters()), "lr": rate, "weight_decay": recipe.weight_decay},
-    ]
+    groups = [weights_group(net, rate, recipe.weight_decay)]
     return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
 
 

@@ -8,11 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
+from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase, Sites, noise_phases, plain_phase
-from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel
+from pyro_sbp.methods.phase import (
+    Method,
+    Phase,
+    Sites,
+    noise_phases,
+    plain_phase,
+    weights_group,
+)
+from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior, widest
 from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
@@ -42,11 +49,20 @@ class SBP(Method):
         if not gates:
             raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
         self.left_alone = gates.left_alone
+        check_prior(recipe.prior_scale, recipe.threshold)
         self.model = GatedModel(
-            net, gates, num_data, noise_per=recipe.noise_per, kl_scale=recipe.kl_scale
+            net,
+            gates,
+            num_data,
+            noise_per=recipe.noise_per,
+            kl_scale=recipe.kl_scale,
+            prior_scale=recipe.prior_scale,
         )
         self.guide = TruncatedLogNormalGuide(
-            self.model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
+            self.model,
+            init_loc=recipe.init_loc,
+            init_log_scale=recipe.init_log_scale,
+            max_log_scale=widest(recipe.prior_scale),
         ).to(next(net.parameters()))
 
     def phases(self) -> Iterator[Phase]:
@@ -66,11 +82,7 @@ class SBP(Method):
             recipe.epochs,
             nn.ModuleList([self.net, self.guide]),
             groups=[
-                {
-                    "params": list(self.net.parameters()),
-                    "lr": recipe.learning_rate,
-                    "weight_decay": recipe.weight_decay,
-                },
+                weights_group(self.net, recipe.learning_rate, recipe.weight_decay),
                 {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
             loss=loss,
@@ -138,10 +150,12 @@ class SBP(Method):
                 log_scale = state[f"{guide}log_scales.{match['gate']}_unconstrained"]
                 # The box in which the guide keeps them, whatever the last step did.
                 loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
-                scale = log_scale.clamp(*LOG_SCALE_RANGE).exp()
+                scale = log_scale.clamp(LOG_SCALE_RANGE[0], widest(recipe.prior_scale)).exp()
                 posteriors[match["gate"]] = TruncatedLogNormal(loc, scale, LOG_LOW, LOG_HIGH)
-        prior = TruncatedLogUniform(LOG_LOW, LOG_HIGH)
-        priors = {name: prior.expand(q.batch_shape) for name, q in posteriors.items()}
+        priors = {
+            name: theta_prior(recipe.prior_scale, len(q.loc), q.loc)
+            for name, q in posteriors.items()
+        }
         # Beside the guide, in the phase's list of modules, is the network.
         rest = {n: v for n, v in state.items() if guide is None or not n.startswith(guide)}
         return Sites(posteriors, priors, {n.removeprefix("0."): v for n, v in rest.items()})

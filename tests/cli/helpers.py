@@ -13,7 +13,11 @@ batch_size = 64
 noise_learning_rate = 0.1
 crop = 1
 """
-METHODS = {"sbp": "init_log_scale = -1.0", "sparse-vd": "init_log_scale = -4.0\nkl_scale = 0.3"}
+METHODS = {
+    "sbp": "init_log_scale = -1.0",
+    "sparse-vd": "init_log_scale = -4.0\nkl_scale = 0.3",
+    "rbp": "init_log_scale = -1.0\nprior_scale = 5.0",
+}
 
 
 def run(*args):

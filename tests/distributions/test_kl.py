@@ -121,3 +121,71 @@ def test_the_unit_that_the_published_code_loses():
     # mu -0.1, log sigma -5: strongly kept, and removed there, since erfcx overflows in float32.
     q = TruncatedLogNormal(torch.tensor(-0.1), math.exp(-5))
     assert q.snr.item() == pytest.approx(148.4, abs=0.1)
+
+
+#: Scales of a prior that leans to zero, from nearly a point mass to nearly log-uniform.
+PRIOR_SCALES = (0.01, 1.2, 3.0, 5.0, 20.0, 1e3)
+
+
+@pytest.fixture(scope="module")
+def box():
+    """Posteriors from all over the box of the guide, its corners with them, and their truth."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(2, 40, generator=generator, dtype=torch.float64)
+    loc = torch.cat([u[0] * 30 - 25, number([-25.0, -25.0, 5.0, 5.0, -20.0, 0.0])])
+    scale = torch.cat([u[1] * 15 - 10, number([-10.0, 5.0, -10.0, 5.0, 0.0, -5.0])]).exp()
+    truths = [Truth(a, b, -20.0, 0.0) for a, b in zip(loc.tolist(), scale.tolist(), strict=True)]
+    return loc, scale, truths
+
+
+@pytest.mark.parametrize("prior_scale", PRIOR_SCALES)
+def test_kl_to_the_prior_that_leans_to_zero_all_over_the_box(box, prior_scale):
+    loc, scale, truths = box
+    loc, scale = loc.clone().requires_grad_(), scale.clone().requires_grad_()
+    prior = TruncatedLogNormal(number(-20.0), number(prior_scale), -20.0, 0.0).expand(loc.shape)
+    kl = kl_divergence(TruncatedLogNormal(loc, scale, -20.0, 0.0), prior)
+    p = Truth(-20.0, prior_scale, -20.0, 0.0)
+    for value, q in zip(kl.tolist(), truths, strict=True):
+        # By the moments of x + 20, as log p is a parabola there: another way than true_kl's.
+        second = q.variance + (q.mean + 20) ** 2
+        true = p.log_normalizer + mp.log(p.scale) + mp.log(2 * mp.pi) / 2
+        true += second / (2 * p.scale**2) - q.entropy
+        assert abs(value - true) < 1e-12 * max(1, abs(true))
+        assert value >= 0
+    d_loc, d_scale = torch.autograd.grad(kl.sum(), [loc, scale])
+    assert d_loc.isfinite().all() and d_scale.isfinite().all()
+
+
+@pytest.mark.parametrize("prior_scale", [1.2, 5.0])
+def test_gradient_of_the_kl_to_the_prior_that_leans_to_zero(prior_scale):
+    loc = number([-22.0, -20.0, -12.0, -3.0, 0.0, 3.0]).requires_grad_()
+    log_scale = number([-1.0, 0.5, -2.0, 1.0, -5.0, 4.0]).requires_grad_()
+
+    def kl(loc, log_scale):
+        prior = TruncatedLogNormal(number(-20.0), number(prior_scale), -20.0, 0.0)
+        posterior = TruncatedLogNormal(loc, log_scale.exp(), -20.0, 0.0)
+        return kl_divergence(posterior, prior.expand(loc.shape))
+
+    assert torch.autograd.gradcheck(kl, (loc, log_scale), eps=1e-6, atol=1e-5, rtol=1e-6)
+
+
+def test_in_float32_the_kl_to_the_prior_that_leans_to_zero_is_right_to_its_last_digits(box):
+    loc, scale, _ = box
+    for prior_scale in PRIOR_SCALES:
+        exact = kl_divergence(
+            TruncatedLogNormal(loc, scale, -20.0, 0.0),
+            TruncatedLogNormal(number(-20.0), number(prior_scale), -20.0, 0.0).expand(loc.shape),
+        )
+        single = kl_divergence(
+            TruncatedLogNormal(loc.float(), scale.float(), -20.0, 0.0),
+            TruncatedLogNormal(torch.tensor(-20.0), prior_scale, -20.0, 0.0).expand(loc.shape),
+        )
+        assert single.dtype == torch.float32 and bool(single.isfinite().all())
+        torch.testing.assert_close(single.double(), exact, rtol=2e-5, atol=1e-5)
+
+
+def test_the_prior_that_leans_to_zero_widens_to_the_log_uniform():
+    q = TruncatedLogNormal(number([-3.0, -18.0]), number([0.5, 2.0]), -20.0, 0.0)
+    wide = TruncatedLogNormal(number(-20.0), number(1e6), -20.0, 0.0).expand([2])
+    uniform = TruncatedLogUniform(number(-20.0), 0.0).expand([2])
+    torch.testing.assert_close(kl_divergence(q, wide), kl_divergence(q, uniform), rtol=1e-9, atol=0)
