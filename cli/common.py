@@ -128,6 +128,19 @@ def little_removed(steps: int) -> str:
     return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
 
 
+def _weights(summary: dict[str, Any]) -> str:
+    """The single weights that are left, of a method that removes such."""
+    weights, files = summary["weights"], summary["files"]
+    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
+    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
+    size = (
+        f"{weights['compression']:.1f} times fewer weights; the file has {files['pruned']:,} bytes,"
+        f" {files['sparse']:,} without its zeros, that of the dense network {files['dense']:,}.\n"
+        "Zeros alone make nothing faster; the units below that nobody reads are gone, and do."
+    )
+    return f"{table(('layer', 'weights', 'of'), rows)}\n\n{size}"
+
+
 def closing_table(
     summary: dict[str, Any], hint: str = "", weak: str = "under the threshold"
 ) -> str:
@@ -162,10 +175,11 @@ def closing_table(
             for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
         ],
     )
+    weights = _weights(summary) if "weights" in summary else ""
     held = [f"all units {weak}, the best kept: {gate}" for gate in summary.get("held", ())]
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
     little = hint if summary["macs"]["ratio"] < 1.05 else ""
-    parts = (units, "\n".join(held), "\n".join(left), errors, sizes, little)
+    parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

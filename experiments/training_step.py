@@ -4,7 +4,7 @@ Milliseconds a step of the dense network, of SBP written by hand in torch with t
 `pyro_sbp.special`, and of this package with its ELBO, with Pyro's, and with Pyro's SVI. All are
 measured in turn, in one run, so that a busy moment of the machine hits all; ratios to the dense
 step count, not milliseconds. `--parts` tells where the time of the closed form goes,
-`--batch-sizes` how it grows with the batch.
+`--batch-sizes` how it grows with the batch, `--method sparse-vd` measures noise on weights.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.elbo import ClosedFormELBO
 from pyro_sbp.gates import Gate, GatedNetwork
 from pyro_sbp.guides import TruncatedLogNormalGuide
+from pyro_sbp.log_uniform_kl import K1, K2, K3
 from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel
 from pyro_sbp.probing import find_gates
+from pyro_sbp.sparse_guide import AdditiveNormalGuide
+from pyro_sbp.sparse_model import SparseModel
 
 __all__ = ["main", "steps"]
 
@@ -36,6 +39,10 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[str, ...]]] = 
     "lenet-500-300": (networks.LeNet500_300, (1, 28, 28), ("fc1",)),
     "lenet5": (networks.LeNet5, (1, 28, 28), ("fc1",)),
     "vgg-like": (networks.VGGLike, (3, 32, 32), ()),
+}
+SPARSE_NETWORKS = {
+    "lenet-300-100": (networks.LeNet300_100, (1, 28, 28), ()),
+    "lenet5": NETWORKS["lenet5"],
 }
 
 
@@ -100,6 +107,65 @@ def steps(
     model, guide = model_and_guide()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
     found["SVI"] = lambda: svi.step(x, y)
+    return found
+
+
+class _SparseByHand(nn.Module):
+    """A layer of sparse variational dropout as one writes it in torch (arXiv 1701.05369)."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.log_variance = nn.Parameter(torch.full_like(layer.weight, -10.0))
+        self.function = F.linear if isinstance(layer, nn.Linear) else F.conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.function(x, self.weight, self.bias)
+        variance = self.function(x * x, self.log_variance.exp())
+        return mean + (variance + 1e-8).sqrt() * torch.randn_like(mean)
+
+    def kl(self) -> Tensor:
+        log_alpha = (self.log_variance - (self.weight * self.weight + 1e-8).log()).clamp(-8, 8)
+        negative = K1 * torch.sigmoid(K2 + K3 * log_alpha) - 0.5 * F.softplus(-log_alpha) - K1
+        return -negative.sum()
+
+
+def sparse_steps(
+    name: str, batch_size: int, noise_per: str, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """As `steps`, with noise on the weights: drawn for every example, in the layers' outputs."""
+    make, shape, _ = SPARSE_NETWORKS[name]
+    x = torch.rand(batch_size, *shape, device=device)
+    y = torch.randint(10, (batch_size,), device=device)
+
+    def stepper(module: nn.Module, loss: Callable[[], Tensor]) -> Callable:
+        optimizer = torch.optim.Adam(module.parameters(), fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+            optimizer.step()
+
+        return step
+
+    dense, by_hand = make().to(device), make().to(device)
+    layers = {}
+    for path, layer in list(by_hand.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layers[path] = _SparseByHand(layer)
+            parent, _, leaf = path.rpartition(".")
+            setattr(by_hand.get_submodule(parent), leaf, layers[path])
+
+    def hand_loss() -> Tensor:
+        kl = sum(layer.kl() for layer in layers.values())
+        return F.cross_entropy(by_hand(x), y) + kl / NUM_DATA
+
+    found = {"dense": stepper(dense, lambda: F.cross_entropy(dense(x), y))}
+    found["by hand"] = stepper(by_hand, hand_loss)
+    for label, elbo in (("closed form", ClosedFormELBO()), ("mean field", TraceMeanField_ELBO())):
+        model = SparseModel(make().to(device), x[:2], NUM_DATA)
+        loss = elbo(model, AdditiveNormalGuide(model))
+        found[label] = stepper(model, lambda loss=loss: loss(x, y) / NUM_DATA)
     return found
 
 
@@ -185,27 +251,33 @@ def _line(times: dict[str, list[float]], batch_size: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), help=", ".join(NETWORKS))
+    known = {**NETWORKS, **SPARSE_NETWORKS}
+    parser.add_argument("networks", nargs="*", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="[default: 128, or 32]")
     parser.add_argument("--parts", action="store_true", help="where the time goes")
+    parser.add_argument("--method", choices=("sbp", "sparse-vd"), default="sbp")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     pyro.enable_validation(False)
     print(f"{device_name(device)}, {torch.get_num_threads()} thread(s), {options.rounds} rounds,")
     print("ms a step, median ± half the interquartile range (times the dense step)\n")
-    if options.parts:
+    sparse = options.method == "sparse-vd"
+    make = sparse_steps if sparse else parts if options.parts else steps
+    if sparse:
+        head = "dense | by hand | closed form | mean field | images/s of the closed form"
+    elif options.parts:
         head = "dense | noise into the network | draw and KL | the rest, mostly Pyro"
     else:
         head = "dense | by hand | closed form | mean field | SVI | images/s of the closed form"
     print(f"| network, batch | noise per | {head} |")
     print(f"|---|---|{'---|' * (head.count('|') + 1)}")
-    for name in options.networks:
+    for name in options.networks or (SPARSE_NETWORKS if sparse else NETWORKS):
         usual = 32 if name == "vgg-like" and device.type == "cpu" else 128
         for size in options.batch_sizes or [usual]:
-            for noise_per in ("batch", "example"):
-                found = (parts if options.parts else steps)(name, size, noise_per, device)
+            for noise_per in ("example",) if sparse else ("batch", "example"):
+                found = make(name, size, noise_per, device)
                 times = _measure(found, options.rounds, device)
                 row = _parts_line(times) if options.parts else _line(times, size)
                 print(f"| {name}, {size} | {noise_per} | {row} |", flush=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyro_sbp.saving import load, save
     from pyro_sbp.sparse_guide import AdditiveNormalGuide
     from pyro_sbp.sparse_model import SparseModel
+    from pyro_sbp.sparsity import prune_weights
     from pyro_sbp.surgery import shrink
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "networks",
     "prune",
+    "prune_weights",
     "recalibrate_batch_norm",
     "save",
     "separate_attention",
@@ -57,6 +59,7 @@ _MODULE_OF = {
     "fold": "gates",
     "load": "saving",
     "prune": "pruning",
+    "prune_weights": "sparsity",
     "recalibrate_batch_norm": "recalibration",
     "save": "saving",
     "separate_attention": "attention",

@@ -68,6 +68,14 @@ class ImageData:
             self.train.part(train), self.test, self.classes, self.train.part(validation)
         )
 
+    def with_random_labels(self, seed: int) -> ImageData:
+        """The same with labels of training images drawn at random: there is nothing to learn, only
+        to memorise (arXiv 1611.03530)."""
+        drawn = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn)
+        labels = labels.to(self.train.labels)
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, labels=labels))
+
     def standardized(self) -> ImageData:
         """The same, every channel standardised by its mean and deviation over training images.
 

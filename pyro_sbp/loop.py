@@ -148,6 +148,7 @@ class Loop:
         self.directory = directory
         self.errors: dict[str, float | None] = {}
         self.validation_errors: dict[str, float | None] = {}
+        self.training_errors: dict[str, float | None] = {}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
         self.finished: list[dict[str, Tensor]] = []
@@ -355,10 +356,13 @@ class Loop:
         )
 
     def measure(self, name: str, predict: Predict) -> None:
-        """Note the error under a name, on the test set and on what is held out."""
+        """Note the error under a name: on the test set, on what is held out, and how much of random
+        labels was memorised."""
         self.errors[name] = self.error_of(predict)
         if self.data.validation is not None:
             self.validation_errors[name] = self.error_of(predict, self.data.validation)
+        if self.recipe.random_labels:
+            self.training_errors[name] = self.error_of(predict, self.data.train)
 
     @torch.no_grad()
     def error_of(self, predict: Predict, split: Split | None = None) -> float:
@@ -390,6 +394,7 @@ class Loop:
             "place": dataclasses.asdict(place),
             "errors": self.errors,
             "validation_errors": self.validation_errors,
+            "training_errors": self.training_errors,
             "seconds": self.seconds,
             "lines": self.lines,
             "order": self.order.get_state(),
@@ -407,6 +412,7 @@ class Loop:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved["finished"], saved["errors"]
         self.validation_errors = saved.get("validation_errors") or {}
+        self.training_errors = saved.get("training_errors") or {}
         self.seconds, self.lines = saved["seconds"], saved["lines"]
         self.order.set_state(saved["order"].cpu())
         random = saved["random"][self.fabric.global_rank]

@@ -65,6 +65,7 @@ class Recipe:
             standard deviation.
         holdout: so many training images, drawn at random, are not trained on: errors of theirs are
             for choices, a threshold or a recipe, which the test images must not decide.
+        random_labels: draw the labels of training images at random, to see what memorises them.
         crop: pad training images by so many zero pixels, and cut back at a random offset each.
         flip: mirror training images left and right at random.
 
@@ -95,6 +96,7 @@ class Recipe:
     recalibrate: bool = False
     standardize: bool = False
     holdout: int = 0
+    random_labels: bool = False
     crop: int = 0
     flip: bool = False
 
@@ -128,7 +130,7 @@ class Recipe:
                 f"epochs is {self.epochs}; expected more than the {before} before the KL counts "
                 "in full"
             )
-        for name in ("recalibrate", "standardize", "flip", "exact_kl"):
+        for name in ("recalibrate", "standardize", "flip", "exact_kl", "random_labels"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
         if self.order not in ORDERS:

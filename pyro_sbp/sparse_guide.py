@@ -32,17 +32,18 @@ class AdditiveNormalGuide(SiteStatistics, AutoGuide):
 
     def posteriors(self) -> dict[str, AdditiveNormal]:
         """The posterior of every layer's weight, by the layer's name."""
-        noisy, local = self.model.noisy, self.model.noise == "local"
-        log_variances = noisy.in_range()
-        return {
-            name: AdditiveNormal(weight, log_variances[name], local)
-            for name, weight in noisy.means().items()
-        }
+        return self._posteriors(self.model.noisy.in_range())
+
+    def _posteriors(self, log_variances: dict[str, Tensor]) -> dict[str, AdditiveNormal]:
+        local = self.model.noise == "local"
+        means = self.model.noisy.means()
+        return {n: AdditiveNormal(w, log_variances[n], local) for n, w in means.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site from its posterior: of local noise, its mean."""
-        self.model.noisy.raise_to_range()
-        return self.model.sample_sites(self.posteriors().__getitem__)
+        log_variances = self.model.noisy.in_range()
+        self.model.hand_on(log_variances)
+        return self.model.sample_sites(self._posteriors(log_variances).__getitem__)
 
     def kl(self) -> dict[str, Tensor]:
         """The KL divergence of every weight from the prior in nats, by site."""

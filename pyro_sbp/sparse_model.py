@@ -78,6 +78,7 @@ class SparseModel(PyroModule):
         self.noise = noise
         self.likelihood = likelihood
         self.exact_kl = exact_kl
+        self._handed_on: dict[str, Tensor] | None = None
         self.kl_scale = scales_of(list(layers), kl_scale, "layer")
 
     @property
@@ -103,9 +104,18 @@ class SparseModel(PyroModule):
         weight = self.noisy.net.get_parameter(f"{name}.weight")
         return ImproperLogUniform(weight.shape, self.exact_kl, start=weight)
 
+    def hand_on(self, log_variances: dict[str, Tensor]) -> None:
+        """Take over what the guide has computed, for the one call that follows it."""
+        self._handed_on = log_variances
+
     def forward(self, x: Any, y: Any = None) -> Any:
         """Sample the weights, call the network, and sample or observe the labels, which are
         returned."""
         weights = self.sample_sites(self.prior)
-        output = self.noisy(x, weights, noise=self.noise == "local")
+        log_variances, self._handed_on = self._handed_on, None
+        if self.noise == "weight":
+            log_variances = None
+        elif log_variances is None:
+            log_variances = self.noisy.in_range()
+        output = self.noisy(x, weights, log_variances)
         return observe(self.likelihood(output), self.num_data, x, y)

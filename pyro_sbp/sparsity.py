@@ -1,17 +1,24 @@
-"""Which units a network of sparse weights still needs."""
+"""From weights to keep to a smaller network: which units it still needs, and without the others."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates import Gate
 from pyro_sbp.layers import most_of_columns, rows_of
-from pyro_sbp.surgery import surviving_units
+from pyro_sbp.probing import find_gates
+from pyro_sbp.pruning import Equivalence, check_threshold, checked_shrink
+from pyro_sbp.recipes import THRESHOLDS
+from pyro_sbp.sparse_guide import AdditiveNormalGuide
+from pyro_sbp.sparse_model import SparseModel
+from pyro_sbp.surgery import Units, surviving_units
 
-__all__ = ["needed_units", "unit_scores"]
+__all__ = ["Sparse", "needed_units", "prune_weights", "remaining_units", "shrink_sparse"]
 
 
 def needed_units(
@@ -58,11 +65,115 @@ def needed_units(
                     masks[span.layer] = masks[span.layer] & rows
 
 
-def unit_scores(
+def remaining_units(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    snr: Mapping[str, Tensor],
+    threshold: float,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> dict[str, Units]:
+    """What remains of every gate's units if weights under a threshold are zero.
+
+    Args:
+        net, gates: the network.
+        snr: the signal-to-noise ratio of every weight, by layer.
+        threshold, round_to, min_units: as for `choose_units`; units that have to remain besides
+            those needed are read by the weights of the highest ratios.
+    """
+    masks = {name: value >= threshold for name, value in snr.items()}
+    return surviving_units(
+        gates,
+        needed_units(net, gates, masks),
+        min_units=min_units,
+        round_to=round_to,
+        score=_unit_scores(net, gates, snr),
+    )
+
+
+class Sparse(NamedTuple):
+    """A network of sparse weights, smaller by the units that nobody reads.
+
+    Attributes:
+        small: the network.
+        equivalence: how far it is from the network with its weights under the threshold zero.
+        units: what remains of every gate.
+        kept: how many weights of every layer reach the threshold, and of how many.
+    """
+
+    small: nn.Module
+    equivalence: Equivalence
+    units: dict[str, Units]
+    kept: dict[str, tuple[int, int]]
+
+
+def shrink_sparse(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    snr: Mapping[str, Tensor],
+    example_input: Any,
+    threshold: float,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> Sparse:
+    """Put weights under a threshold to zero, and remove the units that no other weight reads.
+
+    Args:
+        net: the network; it is not changed.
+        gates, snr, threshold, round_to, min_units: as for `remaining_units`.
+        example_input: an input of the network, on which the result is compared with `net`.
+
+    Raises:
+        EquivalenceError: the result differs from the network with these weights zero.
+    """
+    units = remaining_units(net, gates, snr, threshold, round_to, min_units)
+    sparse, kept = copy.deepcopy(net), {}
+    with torch.no_grad():
+        for name, value in snr.items():
+            mask = value >= threshold
+            sparse.get_parameter(f"{name}.weight").mul_(mask)
+            kept[name] = (int(mask.sum()), mask.numel())
+    theta = {name: unit.kept.to(torch.float32) for name, unit in units.items()}
+    small, equivalence = checked_shrink(sparse, gates, theta, example_input, units)
+    return Sparse(small, equivalence, units, kept)
+
+
+def prune_weights(
+    model: SparseModel,
+    guide: AdditiveNormalGuide,
+    example_input: Any,
+    threshold: float = THRESHOLDS["sparse-vd"],
+    input_features: Sequence[str] = (),
+) -> nn.Module:
+    """Make the smaller network that the posterior of weights asks for (arXiv 1701.05369).
+
+    Weights under the threshold are zero, and units that no other weight reads are gone.
+
+    Args:
+        model: the network with noise on its weights.
+        guide: its posterior.
+        example_input: a batch of the network's inputs.
+        threshold: the least signal-to-noise ratio of a weight; by default that of log alpha = 3.
+        input_features: dense layers that may lose single input features, as for `find_gates`.
+
+    Returns:
+        A plain network, in the training mode of the original.
+
+    Raises:
+        ValueError: the threshold is negative or not finite.
+        EquivalenceError: the result differs from the network with these weights zero by more than
+            1e-10, relative to the largest output, in float64.
+    """
+    check_threshold(threshold)
+    net = model.noisy.net
+    gates = find_gates(net, example_input, input_features)
+    return shrink_sparse(net, gates, guide.snr(), example_input, threshold).small
+
+
+def _unit_scores(
     net: nn.Module, gates: Sequence[Gate], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The best score of the weights that read a unit, by gate ``[units]``; layers that are not
-    named have none."""
+    """The best score of the weights that read a unit, by gate ``[units]``."""
     found = {}
     for gate in gates:
         best = torch.zeros(gate.size)

@@ -31,12 +31,14 @@ from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning import NothingLeft
 from pyro_sbp.recipes import METHODS, Request
+from pyro_sbp.recipes import THRESHOLDS as METHOD_THRESHOLDS
 from pyro_sbp.saving import load_weights, save, unique_tensors
 from pyro_sbp.streaming import workers_watched
 
 __all__ = ["THRESHOLDS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
 
-#: Where a sweep looks, beside the recipe's own threshold: the same for all runs, to compare them.
+#: Where a sweep looks, in times of what the method keeps by default, beside the recipe's own
+#: threshold: the same for all runs of a method, to compare them.
 THRESHOLDS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 
 
@@ -131,7 +133,7 @@ def prune_again(
         loop.recalibrate()
         loop.measure("pruned", job.method.small)
         loop.errors["finetuned"] = None
-        loop.validation_errors["finetuned"] = None
+        loop.validation_errors["finetuned"] = loop.training_errors["finetuned"] = None
     return _hand_over(job, loop, target)
 
 
@@ -162,7 +164,8 @@ def sweep(
         RequestError: the run has no whole checkpoint, or a threshold is negative.
     """
     if thresholds is None:
-        thresholds = (*THRESHOLDS, request.recipe.threshold)
+        unit = METHOD_THRESHOLDS[request.method]
+        thresholds = (*(unit * times for times in THRESHOLDS), request.recipe.threshold)
     rows = []
     with _replayed(request, data, directory) as (job, loop):
         method = job.method
@@ -243,6 +246,8 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
             f"crop is {request.recipe.crop}; expected less than the images' {height} x {width}"
         )
     data = data.to(fabric.device)
+    if request.recipe.random_labels:
+        data = data.with_random_labels(request.seed)
     if request.recipe.holdout:
         data = data.held_out(request.recipe.holdout)
     if request.recipe.standardize:
@@ -340,6 +345,11 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         **(
             {"validation_error": {name: loop.validation_errors.get(name) for name in names}}
             if job.data.validation is not None
+            else {}
+        ),
+        **(
+            {"training_error": {name: loop.training_errors.get(name) for name in names}}
+            if job.request.recipe.random_labels
             else {}
         ),
         "units": [

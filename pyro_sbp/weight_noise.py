@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.gates import call, evaluating, repeatable
 from pyro_sbp.layers import is_linear_in_weight, serves
 
-__all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "raise_to_range", "within_range"]
+__all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "within_range"]
 
 #: The range of log alpha (arXiv 1701.05369, section 5).
 LOG_ALPHA_RANGE = (-8.0, 8.0)
@@ -126,22 +126,37 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
     return layers, left_alone
 
 
-def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
-    """Log variances, as much of them as leaves log alpha at the upper end of `LOG_ALPHA_RANGE`.
+class _AtMost(torch.autograd.Function):
+    """The lesser of two tensors, with a gradient for the first where it is that.
 
-    Those over it get no gradient, and stay as they are: a mean that passes through zero must not
-    leave a weight without noise behind.
+    `torch.minimum` would keep the first for its gradient, which is to be raised in place.
     """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: Tensor) -> Tensor:
+        ctx.save_for_backward(x <= most)
+        return torch.minimum(x, most)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (less,) = ctx.saved_tensors
+        return grad * less, None
+
+
+def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
+    """Log variances of weights with log alpha in `LOG_ALPHA_RANGE`.
+
+    Those under it are raised in place. Those over it count as the upper end and get no gradient,
+    but stay as they are: a mean that passes through zero must not leave a weight without noise
+    behind.
+    """
+    low, high = LOG_ALPHA_RANGE
     with torch.no_grad():
-        most = mean.square().clamp_min_(TINY).log_().add_(LOG_ALPHA_RANGE[1])
-    return torch.minimum(log_variance, most)
-
-
-@torch.no_grad()
-def raise_to_range(log_variance: Tensor, mean: Tensor) -> None:
-    """Raise log variances, in place, to where log alpha is at the lower end."""
-    least = mean.square().clamp_min_(TINY).log_().add_(LOG_ALPHA_RANGE[0])
-    torch.maximum(log_variance, least, out=log_variance)
+        bound = mean.square().clamp_min_(TINY).log_().add_(low)
+        torch.maximum(log_variance, bound, out=log_variance)
+        bound.add_(high - low)
+    return _AtMost.apply(log_variance, bound)
 
 
 class NoisyWeights(nn.Module):
@@ -183,22 +198,19 @@ class NoisyWeights(nn.Module):
             for name, weight in self.means().items()
         }
 
-    def raise_to_range(self) -> None:
-        """Raise the log variances that are too low, in place: before a step, not within it."""
-        for name, weight in self.means().items():
-            raise_to_range(attrgetter(name)(self.log_variances), weight)
-
-    def forward(self, x: Any, means: Mapping[str, Tensor], noise: bool = True) -> Any:
+    def forward(
+        self, x: Any, means: Mapping[str, Tensor], log_variances: Mapping[str, Tensor] | None
+    ) -> Any:
         """Call the network on `x` with weights of these means.
 
         Args:
             x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
             means: from layer to its weight.
-            noise: draw the layers' outputs by the weights' variances; else they are the means'.
+            log_variances: by layer, to draw the layers' outputs; None leaves these at the means'.
         """
         layers = {name: self.net.get_submodule(name) for name in self.layers}
         variances = None
-        if noise:
-            variances = {name: value.exp() for name, value in self.in_range().items()}
+        if log_variances is not None:
+            variances = {name: value.exp() for name, value in log_variances.items()}
         with _Substitution(layers, means, variances):
             return call(self.net, x)

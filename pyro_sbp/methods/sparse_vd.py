@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,13 +12,13 @@ from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
 from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.methods.phase import Method, Phase, Sites, noise_phases, plain_phase
 from pyro_sbp.probing import find_gates
-from pyro_sbp.pruning import NothingLeft, check_threshold, checked_shrink, least_level
+from pyro_sbp.pruning import NothingLeft, check_threshold, least_level
 from pyro_sbp.recipes import THRESHOLDS, Recipe
 from pyro_sbp.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.sparse_model import SparseModel
-from pyro_sbp.sparsity import needed_units, unit_scores
-from pyro_sbp.surgery import Units, surviving_units
-from pyro_sbp.weight_noise import raise_to_range, within_range
+from pyro_sbp.sparsity import needed_units, remaining_units, shrink_sparse
+from pyro_sbp.surgery import Units
+from pyro_sbp.weight_noise import within_range
 
 __all__ = ["SparseVD"]
 
@@ -115,7 +114,7 @@ class SparseVD(Method):
         """The network at the means, without the weights under the threshold."""
         masks = self._kept_weights(self.recipe.threshold if threshold is None else threshold)
         means = {name: mean * masks[name] for name, mean in self.model.noisy.means().items()}
-        return self.model.noisy(x, means, noise=False)
+        return self.model.noisy(x, means, None)
 
     def _units_left(self) -> dict[str, int]:
         theta = needed_units(self.net, self.gates, self._kept_weights(self.recipe.threshold))
@@ -147,36 +146,18 @@ class SparseVD(Method):
         else:
 
             def units_at(level: float) -> dict[str, Units]:
-                return self._units(level, round_to, min_units)[1]
+                return remaining_units(self.net, self.gates, snr, level, round_to, min_units)
 
             level = least_level(
                 self.net, self.gates, self.example_input, levels, macs_ratio, units_at
             )
         self._cut(level, round_to, min_units)
 
-    def _units(
-        self, level: float, round_to: int, min_units: int
-    ) -> tuple[dict[str, Tensor], dict[str, Units]]:
-        """The theta of every gate, and what remains of its units, at a threshold."""
-        snr = self.guide.snr()
-        theta = needed_units(self.net, self.gates, self._kept_weights(level))
-        score = unit_scores(self.net, self.gates, snr)
-        return theta, surviving_units(
-            self.gates, theta, min_units=min_units, round_to=round_to, score=score
-        )
-
     def _cut(self, level: float, round_to: int = 1, min_units: int = 1) -> None:
-        masks = self._kept_weights(level)
-        theta, self.units = self._units(level, round_to, min_units)
-        self.held = tuple(name for name, value in theta.items() if not value.any())
-        sparse = copy.deepcopy(self.net)
-        with torch.no_grad():
-            for name, mask in masks.items():
-                sparse.get_parameter(f"{name}.weight").mul_(mask)
-        self.kept = {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
-        self.small, self.equivalence = checked_shrink(
-            sparse, self.gates, theta, self.example_input, self.units
-        )
+        snr, x = self.guide.snr(), self.example_input
+        found = shrink_sparse(self.net, self.gates, snr, x, level, round_to, min_units)
+        self.small, self.equivalence, self.units, self.kept = found
+        self.held = tuple(name for name, units in self.units.items() if not units.kept.any())
 
     def _finish(self) -> dict[str, Any]:
         self._cut(self.recipe.threshold)
@@ -208,8 +189,6 @@ class SparseVD(Method):
                 layer = name.removeprefix(_LOG_VARIANCES)
                 mean = weights[f"{layer}.weight"]
                 # The range in which the model keeps it, whatever the last step did.
-                inside = log_variance.clone()
-                raise_to_range(inside, mean)
-                posteriors[layer] = AdditiveNormal(mean, within_range(inside, mean))
+                posteriors[layer] = AdditiveNormal(mean, within_range(log_variance.clone(), mean))
                 priors[layer] = ImproperLogUniform(mean.shape, recipe.exact_kl)
         return Sites(posteriors, priors, weights if posteriors else dict(state))
