@@ -1,7 +1,8 @@
-"""Turn finished run directories into records: python -m pyro_sbp.experiments.record RUN ..."""
+"""Turn finished run directories into records: `python -m pyro_sbp.experiments.record RUN ...`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Request
 
-__all__ = ["phases", "record"]
+__all__ = ["phases", "record", "thresholds"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,6 +38,9 @@ def record(run: Path) -> dict[str, Any]:
         if named is None or request != replace(request, recipe=named):
             raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
         command += f" --recipe {request.recipe.name}"
+    if request.precision != "32-true":
+        command += f" --precision {request.precision}"
+    command += " --channels-last" * request.channels_last
     return {
         **summary,
         "recipe": request.recipe.name,
@@ -45,6 +49,19 @@ def record(run: Path) -> dict[str, Any]:
         "versions": asked["versions"],
         "machine": asked["machine"],
     }
+
+
+def thresholds(run: Path) -> list[dict[str, Any]]:
+    """The run's network at other thresholds, from `sweep`; of a method that removes weights, the
+    curve of compression against error."""
+    from pyro_sbp.architectures import find_architecture
+    from pyro_sbp.datasets import load_dataset
+    from pyro_sbp.training import sweep
+
+    request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
+    size = find_architecture(request.arch).image_size
+    data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
+    return sweep(request, data, run)
 
 
 def phases(run: Path) -> list[dict[str, Any]]:
@@ -65,11 +82,17 @@ def phases(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def main(runs: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Write the records of run directories into `experiments/results/`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="measure other thresholds too")
+    options = parser.parse_args(arguments)
     RESULTS.mkdir(exist_ok=True)
-    for run in runs:
-        entry = record(Path(run))
+    for run in options.runs:
+        entry = record(run)
+        if options.sweep:
+            entry["thresholds"] = thresholds(run)
         name = "-".join(str(entry[key]) for key in ("arch", "dataset", "recipe", "seed")) + ".json"
         (RESULTS / name).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 

@@ -353,6 +353,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
+            *([f"{row['compression']:.1f}x"] if "compression" in row else []),
             *([row["units"][gate] for gate in shown] or [sum(row["units"].values())]),
             ", ".join(row["held"]) or "-",
         )
@@ -363,6 +364,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         f"{kind} error",
         "MACs",
         "ratio",
+        *(["weights"] if "compression" in found.sweep[0] else []),
         *(shown or ["units"]),
         "held at one unit",
     )

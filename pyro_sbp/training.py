@@ -158,7 +158,7 @@ def sweep(
     Returns:
         By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
         `parameters`, `units` (kept, by gate), `held` (gates of which the best stay though under
-        it)}.
+        it), and of SparseVD `compression` (all weights over those kept)}.
 
     Raises:
         RequestError: the run has no whole checkpoint, or a threshold is negative.
@@ -190,9 +190,16 @@ def sweep(
                     "parameters": count_parameters(small),
                     "units": {name: int(unit.kept.sum()) for name, unit in method.units.items()},
                     "held": list(method.held),
+                    **_compression(method),
                 }
             )
     return rows
+
+
+def _compression(method: Method) -> dict[str, float]:
+    """All weights over those kept, of a method that keeps single ones."""
+    weights = method.summary().get("weights")
+    return {} if weights is None else {"compression": weights["compression"]}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 from pyro_sbp import benchmarking
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.experiments.recipes import RECIPES
+from pyro_sbp.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.models import check_prior, theta_prior
 from pyro_sbp.recipes import Recipe, read_recipe
 
@@ -95,6 +96,14 @@ def test_the_formulas_and_constants_of_recursive_pruning():
         check_prior(1.0, 1.0)
 
 
+def test_sparse_variational_dropout():
+    space = page("sparse_vd.md")  # it asserts the rest itself
+    assert type(space["small"]) is torch.nn.Sequential
+    y = torch.linspace(-10, 10, 1000, dtype=torch.float64)
+    found = float((approximate_kl(y) - exact_kl(y)).abs().max())
+    assert table("sparse_vd.md", "")[0][1] == f"{found:.1e}".replace("e-0", "e-")
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -156,7 +165,7 @@ def test_every_block_and_link_is_checked(name):
     assert languages <= {"python", "toml", "sh", "math"}
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
-    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1}
+    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 
