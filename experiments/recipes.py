@@ -9,7 +9,7 @@ from pyro_sbp.recipes import ORDERS, Recipe
 __all__ = ["RECIPES", "default_recipe"]
 
 #: A prior near the Dirac, and noise that grows within the third or fourth part of the epochs.
-_RBP: dict[str, Any] = {"prior_scale": 2.0, "noise_learning_rate": 5e-2}
+_RBP: dict[str, Any] = {"prior_scale": 3.0, "noise_learning_rate": 5e-2}
 
 _ALL = (
     Recipe(),
