@@ -89,9 +89,10 @@ def test_a_run_that_stopped_says_so(runs):
     result = run("inspect", runs / "gated")
     assert result.exit_code == 0, result.output
     assert "not finished, stands at 1 of 3 epochs with noise" in result.stdout
-    assert "not gated: told when the run has finished" in result.stdout
+    assert "not gated: fc3, reaches an output of the network" in result.stdout
     found = json.loads(run("inspect", runs / "gated", "--json").stdout)
-    assert found["left_alone"] is None and found["gates"][0]["zeroed"] is None
+    assert found["left_alone"] == {"fc3": "reaches an output of the network"}
+    assert found["gates"][0]["zeroed"] is None
     # Fine-tuning leaves the posterior as it is.
     after = json.loads(run("inspect", runs / "finetuned", "--json").stdout)
     whole = json.loads(run("inspect", runs / "finished", "--json").stdout)
