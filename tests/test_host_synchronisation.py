@@ -1,6 +1,7 @@
 """A training step never asks the device for a number: the host runs ahead of it."""
 
 from collections import Counter
+from typing import Any
 
 import pyro
 import pytest
@@ -31,10 +32,14 @@ def step(elbo, noise_per):
     """A whole step, the optimizer's part included, and what of it waited."""
     torch.manual_seed(0)
     net, x, y = LeNet5(), torch.randn(4, 1, 28, 28), torch.tensor([1, 2, 3, 4])
-    gates = sbp.find_gates(net, x, input_features=["fc1"])
-    model = sbp.GatedModel(net, gates, num_data=100, noise_per=noise_per)
-    guide = sbp.TruncatedLogNormalGuide(model)
-    parameters = [*net.parameters(), *guide.parameters()]
+    if noise_per == "weight":
+        model: Any = sbp.SparseModel(net, x, num_data=100)
+        guide: Any = sbp.AdditiveNormalGuide(model)
+    else:
+        gates = sbp.find_gates(net, x, input_features=["fc1"])
+        model = sbp.GatedModel(net, gates, num_data=100, noise_per=noise_per)
+        guide = sbp.TruncatedLogNormalGuide(model)
+    parameters = list({id(p): p for p in (*model.parameters(), *guide.parameters())}.values())
     optimizer = torch.optim.Adam(parameters, fused=True)
     with pyro.validation_enabled(False), Count() as count:
         optimizer.zero_grad()
@@ -43,7 +48,7 @@ def step(elbo, noise_per):
     return count.waits
 
 
-@pytest.mark.parametrize("noise_per", ["batch", "example"])
+@pytest.mark.parametrize("noise_per", ["batch", "example", "weight"])
 def test_the_closed_form_never_waits(noise_per):
     assert step(ClosedFormELBO(), noise_per) == {}
 

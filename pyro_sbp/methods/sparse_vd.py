@@ -37,6 +37,8 @@ class SparseVD(Method):
         num_data: int,
         input_features: tuple[str, ...] = (),
     ) -> None:
+        if recipe.prior_scale is not None:
+            raise ValueError("sparse-vd has no prior_scale: its prior is the log-uniform one")
         self.net = net
         self.recipe = recipe
         self.example_input = example_input

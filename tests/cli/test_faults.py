@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import StopAfter
+from helpers import METHODS, StopAfter
 
 from pyro_sbp import training
 from pyro_sbp.cli import cli
@@ -102,13 +102,15 @@ def wait_for(process, word):
         assert lines[-1], f"it ended: {lines}"
 
 
-@pytest.fixture(scope="module")
-def undisturbed(arguments, tmp_path_factory):
+@pytest.fixture(scope="module", params=METHODS)
+def undisturbed(request, arguments, tmp_path_factory):
+    """A run that nothing disturbs, of every method, and its arguments."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    args = [*arguments, "--epochs", EPOCHS, "--output-dir", directory, "--json"]
+    arguments = [*arguments, "--method", request.param, "--epochs", EPOCHS, "--json"]
+    args = [*arguments, "--output-dir", directory]
     with start(NORMAL, *args) as process:
         assert process.wait(120) == 0, process.stderr.read()
-    return directory
+    return directory, arguments
 
 
 @pytest.fixture
@@ -152,9 +154,10 @@ def small_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(arguments, undisturbed, tmp_path):
+def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    undisturbed, arguments = undisturbed
     directory = tmp_path / "run"
-    args = [*arguments, "--epochs", EPOCHS, "--output-dir", directory, "--json"]
+    args = [*arguments, "--output-dir", directory]
     chance = random.Random(0)
     for kill in range(KILLS):
         if (directory / "recipe.json").exists():
@@ -187,6 +190,7 @@ def test_a_full_disk_loses_nothing(stopped):
 
 
 def test_a_full_disk_at_the_very_end_can_be_gone_on_from(undisturbed, tmp_path):
+    undisturbed, _ = undisturbed
     for name in ("recipe.json", "checkpoint.pt", "metrics.jsonl"):
         (tmp_path / name).write_bytes((undisturbed / name).read_bytes())
     with small_disk(20_000):
