@@ -128,13 +128,19 @@ def little_removed(steps: int) -> str:
     return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
 
 
+def times_fewer(weights: dict[str, Any]) -> str:
+    """How many weights are left, in words."""
+    compression = weights["compression"]
+    return "no weight is left" if compression is None else f"{compression:.1f} times fewer weights"
+
+
 def _weights(summary: dict[str, Any]) -> str:
     """The single weights that are left, of a method that removes such."""
     weights, files = summary["weights"], summary["files"]
     rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
     rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
     size = (
-        f"{weights['compression']:.1f} times fewer weights; the file has {files['pruned']:,} bytes,"
+        f"{times_fewer(weights)}; the file has {files['pruned']:,} bytes,"
         f" {files['sparse']:,} without its zeros, that of the dense network {files['dense']:,}.\n"
         "Zeros alone make nothing faster; the units below that nobody reads are gone, and do."
     )
@@ -176,10 +182,12 @@ def closing_table(
         ],
     )
     weights = _weights(summary) if "weights" in summary else ""
-    held = [f"all units {weak}, the best kept: {gate}" for gate in summary.get("held", ())]
+    words = "no weight reads a unit of {gate}: a column of zeros stands for it"
+    words = words if weights else f"all units {weak}, the best kept: {{gate}}"
+    held = [words.format(gate=gate) for gate in summary.get("held", ())]
     left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    little = hint if summary["macs"]["ratio"] < 1.05 else ""
+    little = hint if summary["macs"]["ratio"] < 1.05 and not weights else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

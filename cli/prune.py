@@ -18,7 +18,9 @@ __all__ = ["prune"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--threshold", type=float, help="Least signal-to-noise ratio of a unit.")
+@click.option(
+    "--threshold", type=float, help="Least signal-to-noise ratio of a unit, of sparse-vd a weight."
+)
 @click.option("--macs-ratio", type=float, help="At least this many times fewer MACs.")
 @click.option("--round-to", type=int, default=1, help="Keep a multiple of this many units a gate.")
 @click.option("--min-units", type=int, default=1, help="Keep at least this many units a gate.")

@@ -168,6 +168,7 @@ def _request(
     devices: int | None,
     precision: str | None,
     channels_last: bool | None,
+    epochs: int | None,
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -181,7 +182,7 @@ def _request(
     if method not in METHODS:
         close = did_you_mean(method, METHODS)
         raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}{close}")
-    chosen = _recipe(recipe, arch, dataset, method).replace(**changes)
+    chosen = _recipe(recipe, arch, dataset, method).with_epochs(epochs).replace(**changes)
     if weights is not None:
         if not weights.is_file():
             raise RequestError(f"there is no file {weights} to take weights from")

@@ -273,7 +273,12 @@ def main(arguments: list[str] | None = None) -> None:
         head = "dense | by hand | closed form | mean field | SVI | images/s of the closed form"
     print(f"| network, batch | noise per | {head} |")
     print(f"|---|---|{'---|' * (head.count('|') + 1)}")
-    for name in options.networks or (SPARSE_NETWORKS if sparse else NETWORKS):
+    there = SPARSE_NETWORKS if sparse else NETWORKS
+    unknown = set(options.networks) - there.keys()
+    if unknown or (sparse and options.parts):
+        parser.error(f"sbp is measured on {', '.join(NETWORKS)}, sparse-vd on "
+                     f"{', '.join(SPARSE_NETWORKS)} and without --parts")  # fmt: skip
+    for name in options.networks or there:
         usual = 32 if name == "vgg-like" and device.type == "cpu" else 128
         for size in options.batch_sizes or [usual]:
             for noise_per in ("example",) if sparse else ("batch", "example"):

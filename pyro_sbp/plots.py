@@ -471,9 +471,21 @@ def _cycle() -> list[str]:
     return matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
 
 
+def _rows_left(run: Run, gate: str, size: int, rows: int) -> dict[int, int]:
+    """From the units of a gate to the rows of its writer, which RBP has cut before."""
+    if rows == size:
+        return {unit: unit for unit in range(size)}
+    left = sorted(run.units[gate]["kept"] + run.units[gate]["zeroed"]) if run.units else []
+    if len(left) != rows:
+        raise RequestError(f"which filters of {gate} are left is told when the run has finished")
+    return {unit: row for row, unit in enumerate(left)}
+
+
 @_draws
 def first_filters(source: Run | str | Path) -> Figure:
     """The filters of the first convolution that are kept, with their signal-to-noise ratios."""
+    import torch
+
     from pyro_sbp.posterior import read_posterior
 
     run = _run(source)
@@ -489,20 +501,22 @@ def first_filters(source: Run | str | Path) -> Figure:
     if not found or found[0][0] not in snr or not shape or found[0][1].shape[1] != shape[0]:
         raise RequestError(f"{run.directory} has no noise on a first convolution")
     name, weight = found[0]
-    if shape[0] not in (1, 3) or len(snr[name]) != len(weight) or weight.shape[-1] == 1:
+    if shape[0] not in (1, 3) or weight.shape[-1] == 1:
         raise RequestError(f"the filters of {name} are no pictures of one or three channels")
-    over = (snr[name] >= threshold).nonzero().flatten()
+    row = _rows_left(run, name, len(snr[name]), len(weight))
+    left = torch.tensor(list(row))
+    over = left[snr[name][left] >= threshold]
     order = over[snr[name][over].argsort(descending=True)][:MOST_FILTERS].tolist()
     if not order:
         raise RequestError(f"no filter of {name} reaches the threshold {threshold:g}")
     columns = min(8, len(order))
     rows = math.ceil(len(order) / columns)
     figure, axes = _figure(0.6 + 0.85 * rows, rows, columns)
-    scale = float(weight[order].abs().max())
+    scale = float(weight[[row[unit] for unit in order]].abs().max())
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, unit in zip(axes.flat, order, strict=False):
-        picture = weight[unit].float()
+        picture = weight[row[unit]].float()
         if shape[0] == 1:
             ax.imshow(picture[0].numpy(), cmap="PuOr", vmin=-scale, vmax=scale)
         else:
@@ -510,7 +524,7 @@ def first_filters(source: Run | str | Path) -> Figure:
         ax.set_title(f"{unit}: {float(snr[name][unit]):.3g}", fontsize=8, loc="center")
     more = f", the best {len(order)}" if len(order) < len(over) else ""
     figure.suptitle(
-        f"{name}: {len(over)} of {len(weight)} filters kept{more}; unit: SNR", fontsize=9
+        f"{name}: {len(over)} of {len(snr[name])} filters kept{more}; unit: SNR", fontsize=9
     )
     return figure
 

@@ -35,7 +35,8 @@ class Posterior:
         weights: the network's state at that time, from parameter name to tensor.
         epoch: how many epochs with noise have ended.
         epochs: how many were asked for.
-        left_alone: the layers that have no noise, and why; None where the run does not tell.
+        left_alone: the layers whose units are not gated, or whose weights have no noise, and why;
+            None where the run does not tell.
     """
 
     sites: dict[str, Any]
@@ -92,8 +93,9 @@ def read_posterior(directory: Path) -> Posterior:
                 sites.update(found.posteriors)
                 priors.update(found.priors)
                 weights = found.weights
-        order = [*(saved["lines"] or [{"units": {}}])[-1]["units"], *_layers(weights)]
-        sites = {name: sites[name] for name in sorted(sites, key=order.index)}
+        units = saved["lines"][-1]["units"] if saved["lines"] else {}
+        order = units if sites.keys() <= units.keys() else _layers(weights)
+        sites = {name: sites[name] for name in dict.fromkeys([*order, *sites]) if name in sites}
         ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
         left_alone = saved.get("left_alone")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -120,7 +122,8 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
 
     Returns:
         `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
-        `left_alone` (the layers that have no noise and why; None where an old run does not tell)
+        `left_alone` (the layers whose units are not gated, or whose weights have no noise, and why;
+        None where an old run does not tell)
         and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
         until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
         elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in

@@ -36,6 +36,7 @@ __all__ = [
     "Equivalence",
     "EquivalenceError",
     "NothingLeft",
+    "check_settings",
     "check_threshold",
     "checked_shrink",
     "choose_units",
@@ -73,6 +74,19 @@ def check_threshold(threshold: float) -> None:
     """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+
+
+def check_settings(
+    threshold: float | None, macs_ratio: float | None, round_to: int, min_units: int
+) -> None:
+    """Raise ValueError unless these can be settings of `choose_units`."""
+    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+    if threshold is not None and macs_ratio is not None:
+        raise ValueError("give a threshold or a macs_ratio, not both")
+    if threshold is not None:
+        check_threshold(threshold)
 
 
 def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
@@ -139,13 +153,8 @@ def choose_units(
         ValueError: a setting is out of range, the threshold removes every unit of every gate, or
             the budget cannot be met; the message says what can.
     """
-    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
-    if threshold is not None and macs_ratio is not None:
-        raise ValueError("give a threshold or a macs_ratio, not both")
+    check_settings(threshold, macs_ratio, round_to, min_units)
     threshold = 1.0 if threshold is None else threshold
-    check_threshold(threshold)
     if not gates:
         raise ValueError("there is no gate to choose units of")
     snr = {name: value.detach().cpu() for name, value in snr.items()}
@@ -261,6 +270,7 @@ def checked_shrink(
     theta: Mapping[str, Tensor],
     example_input: Any,
     units: Mapping[str, Units] | None = None,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, Equivalence]:
     """Shrink a network and compare the result with the masked network, without using `fold` there.
 
@@ -268,6 +278,8 @@ def checked_shrink(
 
     Args:
         net, gates, theta, example_input, units: as for `shrink`.
+        reference: the theta of the masked network, if it is another one: that of no gate where
+            the units that theta removes are not read anyway.
 
     Returns:
         The smaller network, and how far it is from the masked one.
@@ -275,15 +287,17 @@ def checked_shrink(
     Raises:
         EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
     """
+    reference = theta if reference is None else reference
     # One copy after the other, so that there are never many of them at a time.
     with torch.no_grad():
         net_eval = copy.deepcopy(net).eval()
         with repeatable(torch.get_default_dtype()):
-            masked = _masked(net_eval, gates, theta, copy.deepcopy(example_input))
+            masked = _masked(net_eval, gates, reference, copy.deepcopy(example_input))
         exact = net_eval.double()
         theta64 = convert(dict(theta), torch.float64)
         with repeatable(torch.float64):
-            masked64 = _masked(exact, gates, theta64, convert(example_input, torch.float64))
+            reference64 = convert(dict(reference), torch.float64)
+            masked64 = _masked(exact, gates, reference64, convert(example_input, torch.float64))
         shrink_in_place(exact, gates, theta64, units)
         with repeatable(torch.float64):
             relative = relative_difference(

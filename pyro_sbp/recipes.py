@@ -127,8 +127,8 @@ class Recipe:
         before = self.kl_free_epochs + self.kl_rising_epochs
         if before >= self.epochs:
             raise RequestError(
-                f"epochs is {self.epochs}; expected more than the {before} before the KL counts "
-                "in full"
+                f"epochs is {self.epochs}; expected more than kl_free_epochs and kl_rising_epochs "
+                f"together, which are {before}"
             )
         for name in ("recalibrate", "standardize", "flip", "exact_kl", "random_labels"):
             if not isinstance(getattr(self, name), bool):
@@ -154,6 +154,23 @@ class Recipe:
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other values; a change to None is left out."""
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def with_epochs(self, epochs: int | None) -> Recipe:
+        """A copy of so many epochs with noise, of which those before the KL counts in full have the
+        share that they had; the same if none are given."""
+        if epochs is None:
+            return self
+        shares = {
+            name: getattr(self, name) * max(epochs, 0) // self.epochs
+            for name in ("kl_free_epochs", "kl_rising_epochs")
+        }
+        return self.replace(epochs=epochs, **shares)
+
+    def for_method(self, method: str) -> Recipe:
+        """A copy in which what a method has a default for is set."""
+        return self.replace(
+            threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Recipe:
@@ -203,9 +220,7 @@ class Request:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.recipe.threshold is None:
-            recipe = self.recipe.replace(threshold=THRESHOLDS[self.method])
-            object.__setattr__(self, "recipe", recipe)
+        object.__setattr__(self, "recipe", self.recipe.for_method(self.method))
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""

@@ -214,8 +214,10 @@ def _weights(summary: dict[str, Any]) -> str:
     weights, files = summary["weights"], summary["files"]
     rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
     rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
+    compression = weights["compression"]
+    fewer = "No weight is left" if compression is None else f"{compression:.1f} times fewer weights"
     return pages.table(("layer", "weights kept", "of"), rows, "Weights by layer") + pages.paragraph(
-        f"{weights['compression']:.1f} times fewer weights, as the paper counts them. {ZERO_WORDS} "
+        f"{fewer}, as the paper counts them. {ZERO_WORDS} "
         f"The file of the dense network has {files['dense']:,} bytes, that of the smaller one "
         f"{files['pruned']:,}, and {files['sparse']:,} with its zeros left out."
     )
@@ -353,7 +355,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
-            *([f"{row['compression']:.1f}x"] if "compression" in row else []),
+            *([f"{row['compression'] or math.inf:.1f}x"] if "compression" in row else []),
             *([row["units"][gate] for gate in shown] or [sum(row["units"].values())]),
             ", ".join(row["held"]) or "-",
         )

@@ -68,8 +68,8 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
         elif kind == "values":
             flat = tensor.new_zeros(torch.Size(shapes[whole]).numel())
             places = content[f"{whole}:steps"].long().cumsum(0) - 1
-            if len(places) and int(places[-1]) >= len(flat):
-                raise ValueError(f"{path} is damaged: {whole} has values beyond its shape")
+            if len(places) != len(tensor) or (len(places) and int(places[-1]) >= len(flat)):
+                raise ValueError(f"{path} is damaged: {whole} has other places than values")
             flat[places] = tensor
             tensors[whole] = flat.view(shapes[whole])
     return tensors

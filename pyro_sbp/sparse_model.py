@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -21,6 +22,16 @@ from pyro_sbp.models import (
 from pyro_sbp.weight_noise import NoisyWeights, find_weights
 
 __all__ = ["SparseModel"]
+
+
+class _Once:
+    """A value that copies and files of its owner do not have."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Once, ()
 
 
 class SparseModel(PyroModule):
@@ -78,7 +89,7 @@ class SparseModel(PyroModule):
         self.noise = noise
         self.likelihood = likelihood
         self.exact_kl = exact_kl
-        self._handed_on: dict[str, Tensor] | None = None
+        self._handed_on = _Once()
         self.kl_scale = scales_of(list(layers), kl_scale, "layer")
 
     @property
@@ -106,16 +117,22 @@ class SparseModel(PyroModule):
 
     def hand_on(self, log_variances: dict[str, Tensor]) -> None:
         """Take over what the guide has computed, for the one call that follows it."""
-        self._handed_on = log_variances
+        self._handed_on = _Once((self._state(), log_variances))
+
+    def _state(self) -> tuple[Any, ...]:
+        """What changes with the parameters, and with whether there are gradients."""
+        versions = (parameter._version for parameter in self.noisy.parameters())
+        return (torch.is_grad_enabled(), *versions)
 
     def forward(self, x: Any, y: Any = None) -> Any:
         """Sample the weights, call the network, and sample or observe the labels, which are
         returned."""
         weights = self.sample_sites(self.prior)
-        log_variances, self._handed_on = self._handed_on, None
+        state, log_variances = self._handed_on.value or (None, None)
+        self._handed_on = _Once()
         if self.noise == "weight":
             log_variances = None
-        elif log_variances is None:
+        elif state != self._state():
             log_variances = self.noisy.in_range()
         output = self.noisy(x, weights, log_variances)
         return observe(self.likelihood(output), self.num_data, x, y)

@@ -78,8 +78,9 @@ def remaining_units(
     Args:
         net, gates: the network.
         snr: the signal-to-noise ratio of every weight, by layer.
-        threshold, round_to, min_units: as for `choose_units`; units that have to remain besides
-            those needed are read by the weights of the highest ratios.
+        threshold: the least ratio of a weight that is kept.
+        round_to, min_units: as for `choose_units`. Units that have to remain besides those needed
+            are columns of zeros, as their weights are.
     """
     masks = {name: value >= threshold for name, value in snr.items()}
     return surviving_units(
@@ -133,8 +134,10 @@ def shrink_sparse(
             mask = value >= threshold
             sparse.get_parameter(f"{name}.weight").mul_(mask)
             kept[name] = (int(mask.sum()), mask.numel())
-    theta = {name: unit.kept.to(torch.float32) for name, unit in units.items()}
-    small, equivalence = checked_shrink(sparse, gates, theta, example_input, units)
+    like = next(sparse.parameters())
+    theta = {name: unit.kept.to(like) for name, unit in units.items()}
+    # Not compared with what theta masks, which removes the same units.
+    small, equivalence = checked_shrink(sparse, gates, theta, example_input, units, reference={})
     return Sparse(small, equivalence, units, kept)
 
 

@@ -30,16 +30,15 @@ from pyro_sbp.gates import call
 from pyro_sbp.loop import Interrupted, Loop, Progress
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning import NothingLeft
-from pyro_sbp.recipes import METHODS, Request
-from pyro_sbp.recipes import THRESHOLDS as METHOD_THRESHOLDS
+from pyro_sbp.recipes import METHODS, THRESHOLDS, Request
 from pyro_sbp.saving import load_weights, save, unique_tensors
 from pyro_sbp.streaming import workers_watched
 
-__all__ = ["THRESHOLDS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
+__all__ = ["SWEEP_FACTORS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
 
 #: Where a sweep looks, in times of what the method keeps by default, beside the recipe's own
 #: threshold: the same for all runs of a method, to compare them.
-THRESHOLDS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
+SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 
 
 def versions() -> dict[str, str]:
@@ -153,7 +152,7 @@ def sweep(
     Args:
         request, data, directory: of the run, as for `train`.
         thresholds: signal-to-noise ratios; those that would remove every unit of every gate are
-            left out. By default `THRESHOLDS` and the recipe's own.
+            left out. By default `SWEEP_FACTORS` and the recipe's own.
 
     Returns:
         By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
@@ -164,8 +163,8 @@ def sweep(
         RequestError: the run has no whole checkpoint, or a threshold is negative.
     """
     if thresholds is None:
-        unit = METHOD_THRESHOLDS[request.method]
-        thresholds = (*(unit * times for times in THRESHOLDS), request.recipe.threshold)
+        unit = THRESHOLDS[request.method]
+        thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
     rows = []
     with _replayed(request, data, directory) as (job, loop):
         method = job.method
@@ -241,7 +240,6 @@ class _Job:
     method: Method
     macs: int
     parameters: int
-    file_size: int
 
 
 def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> _Job:
@@ -283,9 +281,7 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
     except ValueError as error:
         raise RequestError(str(error)) from error
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
-    stored = {name: value.float() for name, value in unique_tensors(dense)[0].items()}
-    file_size = len(serialize(stored))
-    return _Job(request, data, example, kwargs, method, macs, parameters, file_size)
+    return _Job(request, data, example, kwargs, method, macs, parameters)
 
 
 def _build(
@@ -370,7 +366,7 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         ],
         **told,
         "files": {
-            "dense": job.file_size,
+            "dense": _file_size(method.net),
             "pruned": (target / "model.safetensors").stat().st_size,
             **({"sparse": (target / "sparse.safetensors").stat().st_size} if sparse else {}),
         },
@@ -386,6 +382,11 @@ def _hand_over(job: _Job, loop: Loop, target: Path) -> dict[str, Any]:
         "equivalence": dataclasses.asdict(method.equivalence),
         **({} if standardization is None else {"standardize": standardization.to_dict()}),
     }
+
+
+def _file_size(net: nn.Module) -> int:
+    """The bytes of a network as `save` would store it."""
+    return len(serialize({n: value.float() for n, value in unique_tensors(net)[0].items()}))
 
 
 def _indices(mask: Tensor) -> list[int]:

@@ -7,8 +7,8 @@ less variance than to draw the weights (arXiv 1506.02557; arXiv 1701.05369, sect
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.gates import call, evaluating, repeatable
 from pyro_sbp.layers import is_linear_in_weight, serves
 
-__all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "within_range"]
+__all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "unflat", "within_range"]
 
 #: The range of log alpha (arXiv 1701.05369, section 5).
 LOG_ALPHA_RANGE = (-8.0, 8.0)
@@ -68,7 +68,7 @@ class _Substitution(TorchFunctionMode):
         super().__init__()
         self.names = {id(layer.weight): name for name, layer in layers.items()}
         self.layers, self.means, self.variances = layers, means, variances
-        self.served: set[str] = set()
+        self.served: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -76,7 +76,7 @@ class _Substitution(TorchFunctionMode):
         name = self.names.get(id(weight))
         if name is None or not serves(func, self.layers[name]):
             return func(*args, **given)
-        self.served.add(name)
+        self.served[name] += 1
         x, _, bias, *rest = _positional(args, given)
         mean = func(x, self.means[name], bias, *rest, **given)
         if self.variances is None:
@@ -104,25 +104,35 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
     """
     layers: dict[str, nn.Module] = {}
     left_alone = {}
-    seen: dict[int, str] = {}
+    holders: dict[int, list[str]] = {}
+    for name, module in net.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
     for name, module in net.named_modules():
         if not is_linear_in_weight(module):
             continue
-        if not isinstance(module.weight, nn.Parameter):
+        weight = module._parameters.get("weight")
+        others = [other for other in holders.get(id(weight), ()) if other != name]
+        if weight is None:
             left_alone[name] = "its weight is computed from other tensors"
-            continue
-        if id(module.weight) in seen:
-            left_alone[name] = f"has the weight of {seen[id(module.weight)]}"
-            continue
-        seen[id(module.weight)] = name
-        layers[name] = module
+        elif others:
+            left_alone[name] = f"shares its weight with {others[0]}"
+        elif not name:
+            raise ValueError("the network is a single layer: give torch.nn.Sequential(layer)")
+        else:
+            layers[name] = module
     means = {name: layer.weight for name, layer in layers.items()}
     mode = _Substitution(layers, means, None)
     with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()), mode:
         call(net, example_input)
-    for name in set(layers) - mode.served:
-        del layers[name]
-        left_alone[name] = "its weight is used in a way that noise does not follow"
+    for name in list(layers):
+        if mode.served[name] != 1:
+            del layers[name]
+            left_alone[name] = (
+                "it is called several times, for each of which its noise would be another"
+                if mode.served[name]
+                else "its weight is used in a way that noise does not follow"
+            )
     return layers, left_alone
 
 
@@ -159,6 +169,16 @@ def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
     return _AtMost.apply(log_variance, bound)
 
 
+def _flat(layer: str) -> str:
+    """The name of a layer as that of a parameter, which has no dots."""
+    return layer.replace(".", "/")
+
+
+def unflat(name: str) -> str:
+    """The layer of a parameter's name."""
+    return name.replace("/", ".")
+
+
 class NoisyWeights(nn.Module):
     """A network whose weights are normal: a function of the input and of their means.
 
@@ -168,24 +188,18 @@ class NoisyWeights(nn.Module):
         init_log_scale: the initial log standard deviation of every weight.
 
     Attributes:
-        log_variances: a parameter for every weight, under the name of its layer.
+        log_variances: a parameter for every weight, under the name of its layer with / for dots.
     """
 
     def __init__(self, net: nn.Module, layers: Sequence[str], init_log_scale: float = -5.0) -> None:
         super().__init__()
         self.net = net
         self.layers = tuple(layers)
-        self.log_variances = nn.Module()
+        self.log_variances = nn.ParameterDict()
         for name in layers:
             weight = net.get_parameter(f"{name}.weight").detach()
-            value = nn.Parameter(torch.full_like(weight, 2 * init_log_scale))
-            *path, leaf = name.split(".")
-            parent = self.log_variances
-            for part in path:
-                if not hasattr(parent, part):
-                    setattr(parent, part, nn.Module())
-                parent = getattr(parent, part)
-            parent.register_parameter(leaf, value)
+            value = torch.full_like(weight, 2 * init_log_scale)
+            self.log_variances[_flat(name)] = nn.Parameter(value)
 
     def means(self) -> dict[str, Tensor]:
         """The weights, by layer."""
@@ -194,7 +208,7 @@ class NoisyWeights(nn.Module):
     def in_range(self) -> dict[str, Tensor]:
         """The log variances by layer, see `within_range`."""
         return {
-            name: within_range(attrgetter(name)(self.log_variances), weight)
+            name: within_range(self.log_variances[_flat(name)], weight)
             for name, weight in self.means().items()
         }
 

@@ -78,7 +78,7 @@ def test_the_exact_gradient_is_dawson_s_function():
 def test_the_gradient_is_finite_everywhere(exact, dtype):
     size = torch.tensor([0, 1e-38, 1e-20, 1e-8, 1e-3, 1, 1e3, 1e15], dtype=dtype)
     loc, log_variance = torch.meshgrid(
-        torch.cat([size, -size]), torch.linspace(-60, 60, 41, dtype=dtype), indexing="ij"
+        torch.cat([size, -size]), torch.linspace(-170, 170, 41, dtype=dtype), indexing="ij"
     )
     loc, log_variance = loc.clone().requires_grad_(), log_variance.clone().requires_grad_()
     kl = kl_of_normal(loc, log_variance, exact)

@@ -1,5 +1,6 @@
 """Noise on weights: where it enters, what it draws, and what Pyro sees of it."""
 
+import copy
 import math
 from collections import OrderedDict
 
@@ -120,6 +121,28 @@ def test_log_alpha_stays_in_its_range():
         assert bool(value.isfinite().all())
 
 
+def test_what_the_guide_hands_on_is_used_once_and_never_when_it_is_old():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    model, guide = model_of(net, x)
+    guide(x)
+    copy.deepcopy(model)
+    with torch.no_grad():
+        guide(x)
+    assert model.noisy(x, model.noisy.means(), None).requires_grad
+    poutine.trace(model).get_trace(x).nodes["obs"]["fn"].logits.sum().backward()
+    assert model.noisy.log_variances["0"].grad is not None
+    with torch.no_grad():
+        guide(x)
+        model.noisy.log_variances["0"].fill_(-30.0)
+        torch.testing.assert_close(model_logits(model, x), model_logits(model, x))
+
+
+def model_logits(model, x):
+    torch.manual_seed(0)
+    return poutine.trace(model).get_trace(x).nodes["obs"]["fn"].logits
+
+
 class Odd(nn.Module):
     """A tied weight, one that is computed, one that a function takes, and attention."""
 
@@ -128,6 +151,11 @@ class Odd(nn.Module):
         self.first = nn.Linear(8, 8)
         self.tied = nn.Linear(8, 8)
         self.tied.weight = self.first.weight
+        self.words = nn.Embedding(8, 8)
+        self.spelt = nn.Linear(8, 8)
+        self.spelt.weight = self.words.weight
+        self.twice = nn.Linear(8, 8)
+        self.once = nn.Linear(8, 8)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
         self.elsewhere = nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -135,14 +163,18 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.normed(self.tied(self.first(x)))
-        x = x @ self.elsewhere.weight
+        x = self.spelt(x) + self.words(torch.arange(8)).sum()
+        x = self.once(self.twice(self.twice(x))) @ self.elsewhere.weight
         return self.attention(x, x, x)[0].mean(1)
 
 
 def test_what_noise_cannot_follow_is_left_alone_and_said_so():
     layers, left_alone = find_weights(Odd(), torch.randn(2, 3, 8))
-    assert set(layers) == {"first"}
-    assert left_alone["tied"] == "has the weight of first"
+    assert set(layers) == {"once"}
+    assert left_alone["first"] == "shares its weight with tied"
+    assert left_alone["tied"] == "shares its weight with first"
+    assert left_alone["spelt"] == "shares its weight with words"
+    assert left_alone["twice"].startswith("it is called several times")
     assert left_alone["normed"] == "its weight is computed from other tensors"
     for name in ("elsewhere", "attention.out_proj", "unused"):
         assert left_alone[name] == "its weight is used in a way that noise does not follow"
@@ -157,6 +189,8 @@ def test_bad_arguments_are_refused_in_one_line():
     ):
         with pytest.raises(ValueError, match="^" + words.replace("(", r"\(")):
             sbp.SparseModel(net, x, num_data=10, **settings)
+    with pytest.raises(ValueError, match="the network is a single layer"):
+        sbp.SparseModel(nn.Linear(4, 3), x, num_data=10)
     with pytest.raises(ValueError, match="num_data is 0"):
         sbp.SparseModel(net, x, num_data=0)
     with pytest.raises(ValueError, match="no layer of ReLU can be sparse"):

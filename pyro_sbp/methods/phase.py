@@ -79,10 +79,16 @@ def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> 
 def noise_phases(recipe: Recipe, phase: Phase) -> Iterator[Phase]:
     """A phase with noise, of all of the recipe's epochs, after those in which its KL does not yet
     count in full."""
-    before = {"finish": dict, "prunes": False, "decays": False}
+    before: dict[str, Any] = {
+        **{"finish": dict, "prunes": False, "decays": False},
+        # The next phase goes on with the same module: its state has all of theirs.
+        **{"kept": nn.Module(), "restore": lambda: None},
+    }
     free, rising = recipe.kl_free_epochs, recipe.kl_rising_epochs
     if free:
-        yield replace(phase, name="kl-free", epochs=free, kl_weight=(0.0, 0.0), **before)
+        # Noise that costs nothing drives no batch norm astray, and may be on an untrained network.
+        free_of = {**before, "kl_weight": (0.0, 0.0), "freeze_batch_norm": False}
+        yield replace(phase, name="kl-free", epochs=free, **free_of)
     if rising:
         yield replace(phase, name="kl-rising", epochs=rising, kl_weight=(0.0, 1.0), **before)
     yield replace(phase, epochs=phase.epochs - free - rising)
@@ -96,11 +102,9 @@ def plain_phase(
     units: Callable[[], dict[str, int]],
     learning_rate: float | None = None,
     frozen: bool = False,
+    hold_zeros: bool = False,
 ) -> Phase:
     """Ordinary training of a network.
-
-    Weights that are zero when it begins, single ones and columns that stand for a removed unit,
-    stay so.
 
     Args:
         name, epochs, units: of the phase.
@@ -108,13 +112,15 @@ def plain_phase(
         recipe: the settings.
         learning_rate: by default the recipe's.
         frozen: leave the statistics of batch norms as they are.
+        hold_zeros: weights that are zero when it begins, single ones and columns that stand for a
+            removed unit, stay so.
     """
     # Not vectors, of which many begin as zeros: biases, and gains of residual branches.
     matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
     hooks = [
         p.register_hook(lambda grad, mask=mask: grad * mask)
         for p, mask in matrices
-        if not bool(mask.all())
+        if hold_zeros and not bool(mask.all())
     ]
 
     def loss(x: Tensor, y: Tensor) -> Parts:

@@ -158,7 +158,7 @@ class RBP(Method):
         input_features: tuple[str, ...] = (),
     ) -> None:
         self.net = net
-        self.recipe = recipe
+        self.recipe = recipe = recipe.for_method("rbp")
         self.example_input = example_input
         self.num_data = num_data
         # Two examples find what eight do, in less memory.
@@ -192,6 +192,7 @@ class RBP(Method):
                 lambda: left,
                 recipe.finetune_learning_rate,
                 frozen=not recipe.recalibrate,
+                hold_zeros=True,
             )
 
     def _turn(self, names: tuple[str, ...], epochs: int, last: bool) -> Phase:

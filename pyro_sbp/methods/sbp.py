@@ -42,7 +42,7 @@ class SBP(Method):
         input_features: tuple[str, ...] = (),
     ) -> None:
         self.net = net
-        self.recipe = recipe
+        self.recipe = recipe = recipe.for_method("sbp")
         self.example_input = example_input
         # Two examples find what eight do, in less memory.
         gates = find_gates(net, example_input[:2], input_features)
@@ -105,6 +105,7 @@ class SBP(Method):
                 lambda: kept,
                 learning_rate=recipe.finetune_learning_rate,
                 frozen=not recipe.recalibrate,
+                hold_zeros=True,
             )
 
     def _masked(self, threshold: float) -> Any:

@@ -10,15 +10,22 @@ from torch import Tensor, nn
 
 from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
 from pyro_sbp.elbo import ClosedFormELBO, Parts
-from pyro_sbp.methods.phase import Method, Phase, Sites, noise_phases, plain_phase
+from pyro_sbp.methods.phase import (
+    Method,
+    Phase,
+    Sites,
+    noise_phases,
+    plain_phase,
+    weights_group,
+)
 from pyro_sbp.probing import find_gates
-from pyro_sbp.pruning import NothingLeft, check_threshold, least_level
+from pyro_sbp.pruning import NothingLeft, check_settings, least_level
 from pyro_sbp.recipes import THRESHOLDS, Recipe
 from pyro_sbp.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.sparse_model import SparseModel
 from pyro_sbp.sparsity import needed_units, remaining_units, shrink_sparse
 from pyro_sbp.surgery import Units
-from pyro_sbp.weight_noise import within_range
+from pyro_sbp.weight_noise import unflat, within_range
 
 __all__ = ["SparseVD"]
 
@@ -40,7 +47,7 @@ class SparseVD(Method):
         if recipe.prior_scale is not None:
             raise ValueError("sparse-vd has no prior_scale: its prior is the log-uniform one")
         self.net = net
-        self.recipe = recipe
+        self.recipe = recipe = recipe.for_method("sparse-vd")
         self.example_input = example_input
         self.gates = find_gates(net, example_input[:2], input_features)
         self.model = SparseModel(
@@ -53,6 +60,7 @@ class SparseVD(Method):
         )
         self.left_alone = {**self.gates.left_alone, **self.model.left_alone}
         self.guide = AdditiveNormalGuide(self.model)
+        self._masked_means: tuple[Any, dict[str, Tensor]] = ((), {})
 
     def phases(self) -> Iterator[Phase]:
         """The dense phase, those with noise and a rising KL, and the fine-tuning."""
@@ -73,11 +81,7 @@ class SparseVD(Method):
                 recipe.epochs,
                 noisy,
                 groups=[
-                    {
-                        "params": list(net.parameters()),
-                        "lr": recipe.learning_rate,
-                        "weight_decay": recipe.weight_decay,
-                    },
+                    weights_group(net, recipe.learning_rate, recipe.weight_decay),
                     {
                         "params": list(noisy.log_variances.parameters()),
                         "lr": recipe.noise_learning_rate,
@@ -103,6 +107,7 @@ class SparseVD(Method):
                 lambda: kept,
                 learning_rate=recipe.finetune_learning_rate,
                 frozen=not recipe.recalibrate,
+                hold_zeros=True,
             )
 
     def _sizes(self) -> dict[str, int]:
@@ -114,9 +119,16 @@ class SparseVD(Method):
     @torch.no_grad()
     def _masked(self, x: Tensor, threshold: float | None = None) -> Any:
         """The network at the means, without the weights under the threshold."""
-        masks = self._kept_weights(self.recipe.threshold if threshold is None else threshold)
-        means = {name: mean * masks[name] for name, mean in self.model.noisy.means().items()}
-        return self.model.noisy(x, means, None)
+        threshold = self.recipe.threshold if threshold is None else threshold
+        noisy = self.model.noisy
+        # The same for all batches of a test.
+        state = (threshold, *(parameter._version for parameter in noisy.parameters()))
+        if self._masked_means[0] != state:
+            masks = self._kept_weights(threshold)
+            state = (threshold, *(parameter._version for parameter in noisy.parameters()))
+            means = {name: mean * masks[name] for name, mean in noisy.means().items()}
+            self._masked_means = (state, means)
+        return noisy(x, self._masked_means[1], None)
 
     def _units_left(self) -> dict[str, int]:
         theta = needed_units(self.net, self.gates, self._kept_weights(self.recipe.threshold))
@@ -135,11 +147,11 @@ class SparseVD(Method):
         """Make the smaller network of the weights of a signal-to-noise ratio of `threshold` or
         more, or of the lowest threshold that gives `macs_ratio` times fewer MACs; the rest as for
         `choose_units`."""
+        check_settings(threshold, macs_ratio, round_to, min_units)
         snr = self.guide.snr()
         levels = torch.cat([value.flatten() for value in snr.values()]).unique()
         if macs_ratio is None:
             level = THRESHOLDS["sparse-vd"] if threshold is None else threshold
-            check_threshold(level)
             if level > float(levels[-1]):
                 raise NothingLeft(
                     f"threshold {level:g} removes every weight; the largest signal-to-noise ratio "
@@ -169,6 +181,9 @@ class SparseVD(Method):
         """The weights of every layer that reach the threshold, and all over those that do: the
         compression as the paper counts it."""
         kept, total = (sum(counts) for counts in zip(*self.kept.values(), strict=True))
+        # Of layers without noise all are kept.
+        matrices = sum(p.numel() for p in self.net.parameters() if p.ndim > 1)
+        kept, total = kept + matrices - total, matrices
         return {
             "weights": {
                 "layers": [
@@ -177,7 +192,7 @@ class SparseVD(Method):
                 ],
                 "kept": kept,
                 "total": total,
-                "compression": total / max(kept, 1),
+                "compression": total / kept if kept else None,
             }
         }
 
@@ -188,7 +203,7 @@ class SparseVD(Method):
         weights = {n.removeprefix("net."): v for n, v in state.items() if n.startswith("net.")}
         for name, log_variance in state.items():
             if name.startswith(_LOG_VARIANCES):
-                layer = name.removeprefix(_LOG_VARIANCES)
+                layer = unflat(name.removeprefix(_LOG_VARIANCES))
                 mean = weights[f"{layer}.weight"]
                 # The range in which the model keeps it, whatever the last step did.
                 posteriors[layer] = AdditiveNormal(mean, within_range(log_variance.clone(), mean))
