@@ -55,6 +55,7 @@ def write_run(directory, arch, gates, weights):
         "finished": [weights],
         "module": module,
         "place": {"epoch": 2},
+        "lines": lines,
     }
     rest = dict.fromkeys(CONTENT - saved.keys())
     torch.save({**saved, **rest}, directory / "checkpoint.pt")
@@ -159,7 +160,7 @@ def test_the_pixels_that_are_kept_lie_where_they_are(dense_run, convolutional_ru
     shown = figure.axes[1].images[0].get_array()
     assert shown.shape == (28, 28)
     assert shown.flatten().nonzero()[0].tolist() == list(PIXELS)
-    with pytest.raises(RequestError, match="no gate on the pixels"):
+    with pytest.raises(RequestError, match="no noise on the pixels"):
         plots.kept_pixels(convolutional_run)
 
 
@@ -169,7 +170,7 @@ def test_the_filters_that_are_kept_are_shown(dense_run, convolutional_run):
     shown = [torch.from_numpy(ax.images[0].get_array().data) for ax in figure.axes]
     assert len(shown) == 2
     assert torch.equal(shown[0], whole[3]) and torch.equal(shown[1], whole[11])
-    with pytest.raises(RequestError, match="no gate on a first convolution"):
+    with pytest.raises(RequestError, match="no noise on a first convolution"):
         plots.first_filters(dense_run)
 
 
