@@ -11,7 +11,7 @@ __all__ = ["RECIPES", "default_recipe"]
 #: A prior near the Dirac, and noise that grows within the third or fourth part of the epochs.
 _RBP: dict[str, Any] = {"prior_scale": 3.0, "noise_learning_rate": 5e-2}
 
-_SPARSE: dict[str, Any] = {"threshold": 0.6, "finetune_learning_rate": 5e-4}
+_SPARSE: dict[str, Any] = {"threshold": 0.8, "finetune_learning_rate": 1e-3}
 
 _ALL = (
     Recipe(),
@@ -41,10 +41,10 @@ _ALL = (
         epochs=75,
         kl_free_epochs=3,
         kl_rising_epochs=12,
-        finetune_epochs=15,
+        finetune_epochs=20,
         noise_learning_rate=1e-2,
         decay=0.6,
-        **_SPARSE,
+        **{**_SPARSE, "threshold": 1.1},
     ),
     Recipe(
         name="sparse-lenet-dense",
