@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import METHODS
 from PIL import Image
 
 import pyro_sbp as sbp
@@ -101,6 +102,24 @@ def test_they_write_one_run_directory(runs):
         assert json.loads((runs[name] / "recipe.json").read_text())["devices"] == 2
         summary = json.loads((runs[name] / "summary.json").read_text())
         assert summary["equivalence"]["max_rel_diff_float64"] < 1e-10
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sbp"])
+def test_other_methods_run_on_two_processes_too(method, tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("epochs = 1\nf", "epochs = 3\nf"))
+    arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", method]
+    arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--precision", "64-true"]
+    found = []
+    for name, more in (("one", []), ("two", ["--devices", "2"])):
+        out = ["--output-dir", str(tmp_path / name)]
+        with start(PYRO_SBP, *arguments, *more, *out) as process:
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors
+        found.append(metrics(tmp_path / name)[1])
+    one, two = found
+    # The KL counts once, and the noise is each one's own.
+    assert two["weighted_kl"] == pytest.approx(one["weighted_kl"], rel=1e-3)
+    assert two["nll"] != one["nll"] and two["nll"] == pytest.approx(one["nll"], rel=0.2)
 
 
 def test_a_run_resumes_on_as_many_processes_as_it_had(runs, tmp_path):
