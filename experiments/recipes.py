@@ -69,6 +69,14 @@ _ALL = (
         noise_learning_rate=2e-2,
         **_SPARSE,
     ),
+    Recipe(
+        name="sparse-random-labels",
+        dense_epochs=0,
+        epochs=15,
+        finetune_epochs=0,
+        noise_learning_rate=2e-2,
+        random_labels=True,
+    ),
     # As many epochs with noise as SBP's of the same network, shared out among the gates.
     Recipe(name="rbp", **_RBP),
     Recipe(
