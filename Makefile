@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/pyro-sbp bench runs/demo --threads 1
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format $(if $(CI),--check) .

@@ -44,7 +44,7 @@ _ALL = (
         finetune_epochs=20,
         noise_learning_rate=1e-2,
         decay=0.6,
-        **{**_SPARSE, "threshold": 1.1},
+        **{**_SPARSE, "threshold": 1.03},
     ),
     Recipe(
         name="sparse-lenet-dense",
