@@ -11,12 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_sbp.elbo import Parts
+from pyro_sbp.elbo import ClosedFormELBO, Parts
+from pyro_sbp.probing import Gates, find_gates
 from pyro_sbp.pruning import Equivalence
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units
 
-__all__ = ["Method", "Phase", "Predict", "Sites", "noise_phases", "plain_phase", "weights_group"]
+__all__ = [
+    "Method",
+    "Phase",
+    "Predict",
+    "Sites",
+    "check_gates",
+    "elbo_loss",
+    "noise_phases",
+    "weights_group",
+]
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -74,6 +84,23 @@ class Phase:
 def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> dict[str, Any]:
     """The parameter group of a network's weights."""
     return {"params": list(net.parameters()), "lr": learning_rate, "weight_decay": weight_decay}
+
+
+def elbo_loss(model: Any, guide: Any, num_data: int) -> Callable[[Tensor, Tensor], Parts]:
+    """The closed-form ELBO of a phase, from a minibatch to its parts per example."""
+    elbo = ClosedFormELBO()
+
+    def loss(x: Tensor, y: Tensor) -> Parts:
+        nll, kl = elbo.parts(model, guide, x, y)
+        return Parts(nll / num_data, kl / num_data)
+
+    return loss
+
+
+def check_gates(net: nn.Module, gates: Gates) -> None:
+    """Raise ValueError where a network has none."""
+    if not gates:
+        raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
 
 
 def noise_phases(recipe: Recipe, phase: Phase) -> Iterator[Phase]:
@@ -162,7 +189,6 @@ class Method(ABC):
         input_features: dense layers whose inputs are gated one by one.
     """
 
-    @abstractmethod
     def __init__(
         self,
         net: nn.Module,
@@ -170,11 +196,45 @@ class Method(ABC):
         recipe: Recipe,
         num_data: int,
         input_features: tuple[str, ...] = (),
-    ) -> None: ...
+    ) -> None:
+        self.net, self.example_input, self.num_data = net, example_input, num_data
+        self.recipe = recipe.for_method(self.name)
+        # Two examples find what eight do, in less memory.
+        self.gates = find_gates(net, example_input[:2], input_features)
+        self.left_alone = dict(self.gates.left_alone)
+        self.begin()
 
     @abstractmethod
+    def begin(self) -> None:
+        """Make ready what the phases need.
+
+        Raises:
+            ValueError: the network or the recipe is none for this method.
+        """
+
+    @abstractmethod
+    def noise(self) -> Iterator[Phase]:
+        """The phases with noise, of which the last leaves `small` and `units`."""
+
     def phases(self) -> Iterator[Phase]:
         """The phases in order; each is made when it begins, from what the earlier ones left."""
+        recipe = self.recipe
+        if recipe.dense_epochs:
+            sizes = {gate.name: gate.size for gate in self.gates}
+            yield plain_phase("dense", recipe.dense_epochs, self.net, recipe, lambda: sizes)
+        yield from self.noise()
+        if recipe.finetune_epochs:
+            kept = {name: int(units.kept.sum()) for name, units in self.units.items()}
+            yield plain_phase(
+                "finetuned",
+                recipe.finetune_epochs,
+                self.small,
+                recipe,
+                lambda: kept,
+                learning_rate=recipe.finetune_learning_rate,
+                frozen=not recipe.recalibrate,
+                hold_zeros=True,
+            )
 
     @abstractmethod
     def prune(self, **settings: Any) -> None:
@@ -189,10 +249,8 @@ class Method(ABC):
         """What is to be told of the smaller network besides its units, as plain values."""
         return {}
 
-    #: The network that has the gates.
-    net: nn.Module
-    #: The layers that are not gated, and why.
-    left_alone: dict[str, str]
+    #: What a request calls it.
+    name: str
     #: The smaller network, once the phases are through.
     small: nn.Module
     #: What became of the units of every gate.

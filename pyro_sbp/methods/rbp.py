@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.gates import Gate, factors
 from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase, Sites, plain_phase, weights_group
+from pyro_sbp.methods.phase import Method, Phase, Sites, check_gates, elbo_loss, weights_group
 from pyro_sbp.methods.sbp import SBP
 from pyro_sbp.models import (
     LOG_HIGH,
@@ -34,7 +33,7 @@ from pyro_sbp.models import (
     theta_prior,
     widest,
 )
-from pyro_sbp.probing import Gates, find_gates
+from pyro_sbp.probing import Gates
 from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units, cut, remaining_gates, surviving_units
@@ -149,51 +148,24 @@ class RBP(Method):
     """Dense training; then for one gate after the other training with noise on it alone and
     pruning, each on the network that the one before left; fine-tuning."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        example_input: Any,
-        recipe: Recipe,
-        num_data: int,
-        input_features: tuple[str, ...] = (),
-    ) -> None:
-        self.net = net
-        self.recipe = recipe = recipe.for_method("rbp")
-        self.example_input = example_input
-        self.num_data = num_data
-        # Two examples find what eight do, in less memory.
-        gates = find_gates(net, example_input[:2], input_features)
-        if not gates:
-            raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
-        self.left_alone = gates.left_alone
+    name = "rbp"
+
+    def begin(self) -> None:
+        """Order the gates, and share the epochs out among them."""
+        recipe, gates = self.recipe, self.gates
+        check_gates(self.net, gates)
         check_prior(recipe.prior_scale, recipe.threshold)
         for name in ("kl_free_epochs", "kl_rising_epochs"):
             if getattr(recipe, name):
                 raise ValueError(f"rbp has no {name}: the KL of a gate counts in full in its turn")
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         self._turns = _turns(in_order(gates), recipe)
-        self._stage = _Stage.dense(net, gates)
+        self._stage = _Stage.dense(self.net, gates)
 
-    def phases(self) -> Iterator[Phase]:
-        """The dense phase, the turns of the gates, and the fine-tuning of what they leave."""
-        recipe = self.recipe
-        if recipe.dense_epochs:
-            sizes = {gate.name: gate.size for gate in self._stage.gates}
-            yield plain_phase("dense", recipe.dense_epochs, self.net, recipe, lambda: sizes)
+    def noise(self) -> Iterator[Phase]:
+        """The turns of the gates."""
         for index, (names, epochs) in enumerate(self._turns):
             yield self._turn(names, epochs, last=index == len(self._turns) - 1)
-        if recipe.finetune_epochs:
-            left = {name: int(units.kept.sum()) for name, units in self.units.items()}
-            yield plain_phase(
-                "finetuned",
-                recipe.finetune_epochs,
-                self.small,
-                recipe,
-                lambda: left,
-                recipe.finetune_learning_rate,
-                frozen=not recipe.recalibrate,
-                hold_zeros=True,
-            )
 
     def _turn(self, names: tuple[str, ...], epochs: int, last: bool) -> Phase:
         """Training with noise on some gates of the network as it is now, and their pruning."""
@@ -214,12 +186,7 @@ class RBP(Method):
             max_log_scale=widest(recipe.prior_scale),
         ).to(next(stage.net.parameters()))
         turn = _Turn(guide, {name: stage.units[name].physical for name in names})
-        elbo = ClosedFormELBO()
         hooks = _hold_zeros(stage)
-
-        def loss(x: Tensor, y: Tensor) -> Parts:
-            nll, kl = elbo.parts(model, guide, x, y)
-            return Parts(nll / self.num_data, kl / self.num_data)
 
         def units() -> dict[str, int]:
             theta = {**stage.theta(), **_masked(guide, recipe.threshold)}
@@ -254,7 +221,7 @@ class RBP(Method):
                 weights_group(stage.net, recipe.learning_rate, recipe.weight_decay),
                 {"params": list(guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
-            loss=loss,
+            loss=elbo_loss(model, guide, self.num_data),
             predict=lambda x: model.gated(x, _masked(guide, recipe.threshold)),
             finish=finish,
             units=units,

@@ -9,18 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.methods.phase import (
     Method,
     Phase,
     Sites,
+    check_gates,
+    elbo_loss,
     noise_phases,
-    plain_phase,
     weights_group,
 )
 from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior, widest
-from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
@@ -33,27 +32,17 @@ _LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
 class SBP(Method):
     """Dense training, training with noise on all gates at once, pruning, fine-tuning."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        example_input: Any,
-        recipe: Recipe,
-        num_data: int,
-        input_features: tuple[str, ...] = (),
-    ) -> None:
-        self.net = net
-        self.recipe = recipe = recipe.for_method("sbp")
-        self.example_input = example_input
-        # Two examples find what eight do, in less memory.
-        gates = find_gates(net, example_input[:2], input_features)
-        if not gates:
-            raise ValueError(f"no part of {type(net).__name__} can be gated: {gates.left_alone}")
-        self.left_alone = gates.left_alone
+    name = "sbp"
+
+    def begin(self) -> None:
+        """Put noise on all gates."""
+        net, recipe, gates = self.net, self.recipe, self.gates
+        check_gates(net, gates)
         check_prior(recipe.prior_scale, recipe.threshold)
         self.model = GatedModel(
             net,
             gates,
-            num_data,
+            self.num_data,
             noise_per=recipe.noise_per,
             kl_scale=recipe.kl_scale,
             prior_scale=recipe.prior_scale,
@@ -65,18 +54,9 @@ class SBP(Method):
             max_log_scale=widest(recipe.prior_scale),
         ).to(next(net.parameters()))
 
-    def phases(self) -> Iterator[Phase]:
-        """The dense phase, the gated one, and the fine-tuning of the pruned network."""
+    def noise(self) -> Iterator[Phase]:
+        """The gated phase, at the end of which the network is pruned."""
         recipe = self.recipe
-        if recipe.dense_epochs:
-            sizes = {gate.name: gate.size for gate in self.model.gates}
-            yield plain_phase("dense", recipe.dense_epochs, self.net, recipe, lambda: sizes)
-        elbo = ClosedFormELBO()
-
-        def loss(x: Tensor, y: Tensor) -> Parts:
-            nll, kl = elbo.parts(self.model, self.guide, x, y)
-            return Parts(nll / self.model.num_data, kl / self.model.num_data)
-
         gated = Phase(
             "gated",
             recipe.epochs,
@@ -85,7 +65,7 @@ class SBP(Method):
                 weights_group(self.net, recipe.learning_rate, recipe.weight_decay),
                 {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
-            loss=loss,
+            loss=elbo_loss(self.model, self.guide, self.num_data),
             predict=self._masked(recipe.threshold),
             finish=self._finish,
             units=self._units_left,
@@ -95,24 +75,12 @@ class SBP(Method):
             prunes=True,
         )
         yield from noise_phases(recipe, gated)
-        if recipe.finetune_epochs:
-            kept = {name: int(units.kept.sum()) for name, units in self.units.items()}
-            yield plain_phase(
-                "finetuned",
-                recipe.finetune_epochs,
-                self.small,
-                recipe,
-                lambda: kept,
-                learning_rate=recipe.finetune_learning_rate,
-                frozen=not recipe.recalibrate,
-                hold_zeros=True,
-            )
 
     def _masked(self, threshold: float) -> Any:
         return lambda x: self.model.gated(x, masked_mean(self.guide, threshold))
 
     def _units_left(self) -> dict[str, int]:
-        units = surviving_units(self.model.gates, masked_mean(self.guide, self.recipe.threshold))
+        units = surviving_units(self.gates, masked_mean(self.guide, self.recipe.threshold))
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
 
     def _held(self) -> tuple[str, ...]:
@@ -121,7 +89,7 @@ class SBP(Method):
 
     def prune(self, **settings: Any) -> None:
         """Make the smaller network, by `choose_units` with these settings."""
-        gates = self.model.gates
+        gates = self.gates
         choice = choose_units(
             self.net,
             gates,

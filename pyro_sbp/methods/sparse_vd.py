@@ -6,19 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
-from pyro_sbp.elbo import ClosedFormELBO, Parts
 from pyro_sbp.methods.phase import (
     Method,
     Phase,
     Sites,
+    elbo_loss,
     noise_phases,
-    plain_phase,
     weights_group,
 )
-from pyro_sbp.probing import find_gates
 from pyro_sbp.pruning import NothingLeft, check_settings, least_level
 from pyro_sbp.recipes import THRESHOLDS, Recipe
 from pyro_sbp.sparse_guide import AdditiveNormalGuide
@@ -36,43 +34,28 @@ class SparseVD(Method):
     """Dense training, training with noise on all weights, weights to zero, units that nobody reads
     removed, fine-tuning."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        example_input: Any,
-        recipe: Recipe,
-        num_data: int,
-        input_features: tuple[str, ...] = (),
-    ) -> None:
+    name = "sparse-vd"
+
+    def begin(self) -> None:
+        """Put noise on all weights."""
+        recipe = self.recipe
         if recipe.prior_scale is not None:
             raise ValueError("sparse-vd has no prior_scale: its prior is the log-uniform one")
-        self.net = net
-        self.recipe = recipe = recipe.for_method("sparse-vd")
-        self.example_input = example_input
-        self.gates = find_gates(net, example_input[:2], input_features)
         self.model = SparseModel(
-            net,
-            example_input[:2],
-            num_data,
+            self.net,
+            self.example_input[:2],
+            self.num_data,
             kl_scale=recipe.kl_scale,
             exact_kl=recipe.exact_kl,
             init_log_scale=recipe.init_log_scale,
         )
-        self.left_alone = {**self.gates.left_alone, **self.model.left_alone}
+        self.left_alone.update(self.model.left_alone)
         self.guide = AdditiveNormalGuide(self.model)
         self._masked_means: tuple[Any, dict[str, Tensor]] = ((), {})
 
-    def phases(self) -> Iterator[Phase]:
-        """The dense phase, those with noise and a rising KL, and the fine-tuning."""
+    def noise(self) -> Iterator[Phase]:
+        """The phases of a rising KL, at the end of which weights become zero and units go."""
         recipe, net = self.recipe, self.net
-        if recipe.dense_epochs:
-            yield plain_phase("dense", recipe.dense_epochs, net, recipe, self._sizes)
-        elbo = ClosedFormELBO()
-
-        def loss(x: Tensor, y: Tensor) -> Parts:
-            nll, kl = elbo.parts(self.model, self.guide, x, y)
-            return Parts(nll / self.model.num_data, kl / self.model.num_data)
-
         noisy = self.model.noisy
         yield from noise_phases(
             recipe,
@@ -87,7 +70,7 @@ class SparseVD(Method):
                         "lr": recipe.noise_learning_rate,
                     },
                 ],
-                loss=loss,
+                loss=elbo_loss(self.model, self.guide, self.num_data),
                 predict=self._masked,
                 finish=self._finish,
                 units=self._units_left,
@@ -97,21 +80,6 @@ class SparseVD(Method):
                 prunes=True,
             ),
         )
-        if recipe.finetune_epochs:
-            kept = {name: int(unit.kept.sum()) for name, unit in self.units.items()}
-            yield plain_phase(
-                "finetuned",
-                recipe.finetune_epochs,
-                self.small,
-                recipe,
-                lambda: kept,
-                learning_rate=recipe.finetune_learning_rate,
-                frozen=not recipe.recalibrate,
-                hold_zeros=True,
-            )
-
-    def _sizes(self) -> dict[str, int]:
-        return {gate.name: gate.size for gate in self.gates}
 
     def _kept_weights(self, threshold: float) -> dict[str, Tensor]:
         return {name: snr >= threshold for name, snr in self.guide.snr().items()}
