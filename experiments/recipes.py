@@ -9,7 +9,7 @@ from pyro_sbp.recipes import ORDERS, Recipe
 __all__ = ["RECIPES", "default_recipe"]
 
 #: A prior near the Dirac, and noise that grows within the third or fourth part of the epochs.
-_RBP: dict[str, Any] = {"prior_scale": 3.0, "noise_learning_rate": 5e-2}
+_RBP: dict[str, Any] = {"prior_scale": 4.0, "noise_learning_rate": 5e-2}
 
 _SPARSE: dict[str, Any] = {"threshold": 0.8, "finetune_learning_rate": 1e-3}
 
@@ -94,7 +94,7 @@ _ALL = (
             epochs=40,
             finetune_epochs=10,
             order=order,
-            **_RBP,
+            **{**_RBP, "prior_scale": 5.0},
         )
         for order in ORDERS
     ),
