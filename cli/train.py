@@ -44,6 +44,11 @@ __all__ = ["train"]
 @click.option(
     "--learning-rate", type=float, help="Adam's, for the weights.  [default: the recipe's]"
 )
+@click.option(
+    "--macs-weight",
+    type=float,
+    help="Weight of what units cost, in the KL.  [default: the recipe's]",
+)
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
 @click.option(
@@ -286,6 +291,8 @@ class _Bar:
         if progress.error is not None and progress.units is not None:
             left = "-".join(str(count) for count in progress.units.values())
             text += f"  error {progress.error:.2f} %  units {left}"
+            if progress.macs is not None:
+                text += f"  MACs {progress.macs:,.0f}"
             if progress.held:
                 text += f"  (all under the threshold: {', '.join(progress.held)})"
         title = f"{progress.phase} {progress.epoch}/{progress.epochs}"

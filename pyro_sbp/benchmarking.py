@@ -27,6 +27,7 @@ __all__ = [
     "count_parameters",
     "device_name",
     "one_unit_network",
+    "original_name",
 ]
 
 
@@ -93,7 +94,7 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     """
     layers = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters(False))]
     # The first input's selection of a pruned layer wraps it: it is still the layer of that name.
-    names = {layer: _wrapped(net, layer) for layer in layers}
+    names = {layer: original_name(net, layer) for layer in layers}
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), evaluating(net), counter:
         call(net, example_input)
@@ -110,7 +111,8 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     return costs if rest == (0, 0) else {**costs, "": rest}
 
 
-def _wrapped(net: nn.Module, layer: str) -> str:
+def original_name(net: nn.Module, layer: str) -> str:
+    """What a layer was called before a cut put a `Select` before it: ``fc1`` for ``fc1.layer``."""
     parent, _, leaf = layer.rpartition(".")
     selects = isinstance(getattr(net.get_submodule(parent), "select", None), Select)
     return parent if leaf == "layer" and selects else layer

@@ -55,6 +55,7 @@ class Progress:
     error: float | None = None
     units: dict[str, int] | None = None
     held: tuple[str, ...] = ()
+    macs: float | None = None
 
 
 class Interrupted(Exception):
@@ -291,7 +292,8 @@ class Loop:
         seconds = before + time.perf_counter() - started
         self.seconds += seconds
         held = phase.held()
-        self._tell(phase, place, len(batches), mean, error, units, held)
+        macs = None if phase.macs is None else phase.macs()
+        self._tell(phase, place, len(batches), mean, error, units, held, macs)
         line = {
             "phase": phase.name,
             "epoch": place.epoch + 1,
@@ -302,6 +304,7 @@ class Loop:
             "error": error,
             "units": units,
             "held": list(held),
+            **({} if macs is None else {"macs": macs}),
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
@@ -337,6 +340,7 @@ class Loop:
         error: float | None = None,
         units: dict[str, int] | None = None,
         held: tuple[str, ...] = (),
+        macs: float | None = None,
     ) -> None:
         nll, kl = mean.tolist()
         self.watch(
@@ -352,6 +356,7 @@ class Loop:
                 error,
                 units,
                 held,
+                macs,
             )
         )
 

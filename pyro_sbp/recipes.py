@@ -48,6 +48,9 @@ class Recipe:
         decay: the last share of every phase, over which learning rates fall linearly to zero.
         kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named); of
             SparseVD, for layers.
+        macs_weight: a unit's KL counts more by this times what it costs: the weight of a gate's KL
+            is its `kl_scale` times 1 + macs_weight * MACs of one of its units / mean of all units.
+            Not for SparseVD, whose noise is on weights.
         exact_kl: of SparseVD, take the exact KL and not the paper's approximation.
         noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. SparseVD
             draws its noise for every example, in the layers' outputs.
@@ -86,6 +89,7 @@ class Recipe:
     weight_decay: float = 0.0
     decay: float = 0.5
     kl_scale: float | Mapping[str, float] = 1.0
+    macs_weight: float = 0.0
     exact_kl: bool = False
     noise_per: str = "batch"
     prior_scale: float | None = None
@@ -110,7 +114,8 @@ class Recipe:
             self._number(name, int, 1)
         for name in ("learning_rate", "noise_learning_rate", "finetune_learning_rate"):
             self._number(name, float, 0, above=True, most=1)
-        self._number("weight_decay", float, 0)
+        for name in ("weight_decay", "macs_weight"):
+            self._number(name, float, 0)
         self._number("decay", float, 0, most=1)
         if self.threshold is not None:
             self._number("threshold", float, 0)

@@ -12,10 +12,13 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_sbp import benchmarking
+from pyro_sbp.costs import UnitCosts
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.experiments.recipes import RECIPES
 from pyro_sbp.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.models import check_prior, theta_prior
+from pyro_sbp.networks import LeNet5
+from pyro_sbp.probing import find_gates
 from pyro_sbp.recipes import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +141,17 @@ def test_the_recipes_with_a_name():
         else:
             given = dict(part.split() for part in scales.split(", "))
             assert {gate: float(value) for gate, value in given.items()} == recipe.kl_scale
+
+
+def test_what_a_unit_of_lenet_5_costs():
+    net, x = LeNet5(), torch.rand(1, 1, 28, 28)
+    gates = find_gates(net, x, ["fc1"])
+    costs = UnitCosts(net, gates, x)
+    macs, relative = costs.per_unit(), costs.relative()
+    assert table("recipes.md", "gate of LeNet-5") == [
+        [f"`{g.name}`", str(g.size), f"{macs[g.name]:,.0f}", f"{relative[g.name]:.3g}"]
+        for g in gates
+    ]
 
 
 def test_the_recipe_file(tmp_path):

@@ -25,6 +25,7 @@ def test_a_file_sets_what_it_names(tmp_path):
         ("learning_rate = 0", "learning rate is 0; expected a number > 0 and <= 1"),
         ("noise_learning_rate = nan", "noise learning rate is nan"),
         ("weight_decay = inf", "weight decay is inf"),
+        ("macs_weight = -0.5", "macs weight is -0.5; expected a number >= 0"),
         ("decay = 1.5", "decay is 1.5"),
         ("threshold = true", "threshold is True"),
         ("prior_scale = 0", "prior scale is 0; expected a number > 0"),

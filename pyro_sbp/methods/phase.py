@@ -46,6 +46,7 @@ class Phase:
         units: the units left of every gate.
         held: the gates of which no unit reaches the threshold, and the best stays nevertheless.
         kl: the KL of all gates in nats, without its weights.
+        macs: the expected MACs of one example under the posterior; None where there is none.
         freeze_batch_norm: use the running statistics of batch norms and leave them as they are.
         prunes: it leaves a posterior, and `finish` the network pruned by it.
         kept: what of the module stays in checkpoints once the phase has ended; None for all.
@@ -65,6 +66,7 @@ class Phase:
     units: Callable[[], dict[str, int]] = field(default=dict)
     held: Callable[[], tuple[str, ...]] = field(default=tuple)
     kl: Callable[[], float] = field(default=float)
+    macs: Callable[[], float] | None = None
     freeze_batch_norm: bool = False
     prunes: bool = False
     kept: nn.Module | None = None

@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.costs import UnitCosts, keep_probability, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.gates import Gate, factors
 from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
@@ -159,6 +160,8 @@ class RBP(Method):
             if getattr(recipe, name):
                 raise ValueError(f"rbp has no {name}: the KL of a gate counts in full in its turn")
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
+        # Refuses here what a turn would refuse after epochs.
+        scales_by_cost(self.kl_scale, self._costs(self.net, gates), recipe.macs_weight)
         self._turns = _turns(in_order(gates), recipe)
         self._stage = _Stage.dense(self.net, gates)
 
@@ -171,12 +174,14 @@ class RBP(Method):
         """Training with noise on some gates of the network as it is now, and their pruning."""
         recipe, stage = self.recipe, self._stage
         gates = [gate for gate in stage.gates if gate.name in names]
+        costs = self._costs(stage.net, stage.gates)
+        kl_scale = scales_by_cost(self.kl_scale, costs, recipe.macs_weight)
         model = GatedModel(
             stage.net,
             gates,
             self.num_data,
             noise_per=recipe.noise_per,
-            kl_scale={name: self.kl_scale[name] for name in names},
+            kl_scale={name: kl_scale[name] for name in names},
             prior_scale=recipe.prior_scale,
         )
         guide = TruncatedLogNormalGuide(
@@ -192,6 +197,10 @@ class RBP(Method):
             theta = {**stage.theta(), **_masked(guide, recipe.threshold)}
             now = surviving_units(stage.gates, theta)
             return {name: int(old.then(now[name]).kept.sum()) for name, old in stage.units.items()}
+
+        def expected_macs() -> float:
+            # Of the network that is left, whose other gates are decided on or yet to come.
+            return costs.expected({n: keep_probability(snr) for n, snr in guide.snr().items()})
 
         def finish() -> dict[str, Any]:
             for hook in hooks:
@@ -227,12 +236,16 @@ class RBP(Method):
             units=units,
             held=lambda: _held(guide, recipe.threshold),
             kl=lambda: sum(float(kl.sum()) for kl in guide.kl().values()),
+            macs=expected_macs,
             freeze_batch_norm=True,
             prunes=True,
             # Of the last turn the weights stay too: they are what `prune` goes on from.
             kept=None if last else turn,
             restore=None if last else restore,
         )
+
+    def _costs(self, net: nn.Module, gates: Sequence[Gate]) -> UnitCosts:
+        return UnitCosts(net, gates, self.example_input[:1])
 
     def _choose(
         self, stage: _Stage, guide: TruncatedLogNormalGuide

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_sbp.costs import UnitCosts, keep_probability, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.methods.phase import (
@@ -19,7 +20,15 @@ from pyro_sbp.methods.phase import (
     noise_phases,
     weights_group,
 )
-from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior, widest
+from pyro_sbp.models import (
+    LOG_HIGH,
+    LOG_LOW,
+    GatedModel,
+    check_prior,
+    scales_of,
+    theta_prior,
+    widest,
+)
 from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
@@ -39,12 +48,14 @@ class SBP(Method):
         net, recipe, gates = self.net, self.recipe, self.gates
         check_gates(net, gates)
         check_prior(recipe.prior_scale, recipe.threshold)
+        kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
+        self.costs = UnitCosts(net, gates, self.example_input[:1])
         self.model = GatedModel(
             net,
             gates,
             self.num_data,
             noise_per=recipe.noise_per,
-            kl_scale=recipe.kl_scale,
+            kl_scale=scales_by_cost(kl_scale, self.costs, recipe.macs_weight),
             prior_scale=recipe.prior_scale,
         )
         self.guide = TruncatedLogNormalGuide(
@@ -71,6 +82,7 @@ class SBP(Method):
             units=self._units_left,
             held=self._held,
             kl=lambda: sum(float(kl.sum()) for kl in self.guide.kl().values()),
+            macs=self._expected_macs,
             freeze_batch_norm=True,
             prunes=True,
         )
@@ -82,6 +94,10 @@ class SBP(Method):
     def _units_left(self) -> dict[str, int]:
         units = surviving_units(self.gates, masked_mean(self.guide, self.recipe.threshold))
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
+
+    def _expected_macs(self) -> float:
+        keep = {name: keep_probability(snr) for name, snr in self.guide.snr().items()}
+        return self.costs.expected(keep)
 
     def _held(self) -> tuple[str, ...]:
         snr = self.guide.snr()

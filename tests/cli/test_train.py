@@ -109,6 +109,7 @@ BAD = [
     (["--arch", "lenet5", "--device", "cuda"], "there is no CUDA device on this machine"),
     (["--arch", "lenet5", "--recipe", "soup"], "unknown recipe 'soup'"),
     (["--arch", "lenet5", "--epochs", "0"], "epochs is 0; expected an integer >= 1"),
+    (["--arch", "lenet5", "--macs-weight", "-1"], "macs weight is -1.0; expected a number >= 0"),
     (["--arch", "lenet5", "--batch-size", "0"], "batch size is 0; expected an integer >= 1"),
     (["--arch", "lenet5", "--learning-rate", "-1"], "learning rate is -1.0; expected a number > 0"),
     (["--arch", "lenet5", "--seed", "-1"], "seed is -1"),

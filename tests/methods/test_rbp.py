@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 
 import pyro
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from pyro_sbp import saving, training
+from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.checkpoints import read_checkpoint
 from pyro_sbp.datasets import load_dataset
 from pyro_sbp.errors import RequestError
@@ -158,6 +160,42 @@ def test_the_units_of_the_summary_are_those_of_the_network(finished, digits):
     x, y = digits.test.batch(slice(None))
     error = 100 * float((net(x).argmax(1) != y).float().mean())
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
+
+
+def test_units_cost_what_the_network_that_is_left_has_for_them():
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 8, 8)
+    recipe = RECIPE.replace(dense_epochs=0, macs_weight=2.0, init_log_scale=-9.0)
+    method = RBP(Residual(), x, recipe, 100)
+    labels = torch.zeros(8, dtype=torch.long)
+    # MACs of a unit where so many of stem, a and fc are there; b has two groups.
+    widths = [12, 16, 24]
+    for name, phase in zip(("stem", "a", "fc"), method.noise(), strict=True):
+        stem, a, fc = widths
+        costs = [
+            16 * 9 + 16 * 9 * a + 16 * 9 * a / 2 + 16 * fc,
+            16 * 9 * stem + 16 * 9 * stem / 2,
+            16 * stem + 10,
+        ]
+        mean = sum(map(operator.mul, costs, widths)) / sum(widths)
+        index = ("stem", "a", "fc").index(name)
+        (guide,) = (part for part in phase.module[1].children() if hasattr(part, "locs"))
+        weight = recipe.kl_scale[name] * (1 + 2 * costs[index] / mean)
+        kl = float(guide.kl()[name].sum())
+        assert phase.loss(x, labels).kl.item() == pytest.approx(weight * kl / 100, rel=1e-4)
+        # Without noise to speak of, all units that are there stay.
+        phase.module.eval()
+        assert phase.macs() == pytest.approx(count_macs(phase.module[0], x[:1]), rel=1e-4)
+        with torch.no_grad():
+            getattr(guide.locs, name)[::2] = -20.0
+            getattr(guide.log_scales, name)[::2] = 3.0
+        before = phase.macs()
+        phase.finish()
+        left = method.units[name].physical
+        widths[index] = int(left.sum())
+        assert widths[index] == len(left) // 2
+        # Those that fell to the prior are there with a probability of their own, not 0.
+        assert count_macs(method.small, x[:1]) < before
 
 
 # Inside the first turn, at its end, in the last turn, in fine-tuning.

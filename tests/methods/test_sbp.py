@@ -1,0 +1,92 @@
+"""SBP: what units cost, in its KL and in what it tells of an epoch."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from pyro_sbp import training
+from pyro_sbp.datasets import load_dataset
+from pyro_sbp.errors import RequestError
+from pyro_sbp.methods import SBP
+from pyro_sbp.networks import LeNet5
+from pyro_sbp.posterior import read_posterior
+from pyro_sbp.recipes import Recipe, Request
+
+RECIPE = Recipe(
+    name="quick",
+    dense_epochs=1,
+    epochs=3,
+    kl_free_epochs=1,
+    finetune_epochs=1,
+    batch_size=64,
+    noise_learning_rate=0.1,
+    init_log_scale=-1.0,
+    kl_scale={"fc1": 2.0},
+    macs_weight=0.5,
+)
+REQUEST = Request("lenet-300-100", "digits", "sbp", RECIPE)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", image_size=28)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    training.train(REQUEST, digits, directory)
+    return directory
+
+
+def lines_of(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{**line, "seconds": 0} for line in lines]
+
+
+def test_units_that_cost_more_weigh_more():
+    torch.manual_seed(0)
+    net, x = LeNet5(), torch.rand(8, 1, 28, 28)
+    model = SBP(net, x, Recipe(macs_weight=2.0, kl_scale={"conv1": 3.0}), 100, ("fc1",)).model
+    costs = {"conv1": 94_400, "conv2": 40_000, "fc1_input": 500, "fc1": 810}  # docs/recipes.md
+    mean = sum(costs[gate.name] * gate.size for gate in model.gates) / 1370
+    expected = {name: 1 + 2 * cost / mean for name, cost in costs.items()}
+    expected["conv1"] *= 3
+    assert model.kl_scale == {name: pytest.approx(weight) for name, weight in expected.items()}
+    assert SBP(net, x, Recipe(), 100, ("fc1",)).model.kl_scale == dict.fromkeys(costs, 1.0)
+
+
+def test_every_epoch_with_noise_tells_the_expected_macs(finished):
+    lines = lines_of(finished)
+    assert [("macs" in line, line["phase"]) for line in lines] == [
+        *[(False, "dense"), (True, "kl-free"), (True, "gated"), (True, "gated")],
+        (False, "finetuned"),
+    ]
+    snr = {name: s.double() for name, s in read_posterior(finished).snr().items()}
+    p0, p1, p2 = ((s**2 / (1 + s**2)).sum() for s in (snr["fc1_input"], snr["fc1"], snr["fc2"]))
+    assert lines[3]["macs"] == pytest.approx(float(p0 * p1 + p1 * p2 + p2 * 10), rel=1e-5)
+    assert 0 < lines[3]["macs"] < lines[1]["macs"] < 784 * 300 + 300 * 100 + 1000
+
+
+def test_a_run_from_before_this_setting_goes_on(digits, tmp_path):
+    old = Request("lenet-300-100", "digits", "sbp", RECIPE.replace(macs_weight=0.0))
+    steps = iter(range(1000))
+    with pytest.raises(training.Interrupted):
+        training.train(old, digits, tmp_path / "run", stop=lambda: next(steps) == 60)
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    request = json.loads(saved["request"])
+    assert request["recipe"].pop("macs_weight") == 0
+    saved["request"] = json.dumps(request)
+    assert [line.pop("macs", None) is None for line in saved["lines"]] == [True, False]
+    torch.save(saved, path)
+    training.train(old, digits, tmp_path / "run")
+    assert [("macs" in line) for line in lines_of(tmp_path / "run")] == [0, 0, 1, 1, 0]
+
+
+def test_sparse_variational_dropout_refuses_it(digits, tmp_path):
+    request = dataclasses.replace(REQUEST, method="sparse-vd")
+    with pytest.raises(RequestError, match="sparse-vd has no macs_weight: its noise is on weights"):
+        training.train(request, digits, tmp_path / "run")
