@@ -114,6 +114,21 @@ def test_the_record_of_a_baseline(done):
     assert "inputs of fc1" in entry["note"]
 
 
+def test_it_is_pruned_in_equal_shares_and_learning_rates_fall_after_the_last(data):
+    asked = request(dense_epochs=1, epochs=9, finetune_epochs=2)
+    net = LeNet300_100()
+    method = baselines._TorchPruning(net, data, asked, 8.0, "magnitude", 3)
+    ratios, phases = [], []
+    for phase in method.phases():
+        ratios.append(method.macs / count_macs(method.small, method.example[:1]))
+        phases.append((phase.name, phase.epochs, phase.decays))
+    assert phases == [
+        ("dense", 1, True), ("step 1", 1, False), ("step 2", 2, False),
+        ("pruned", 0, True), ("finetuned", 8, True),
+    ]  # fmt: skip
+    assert ratios == pytest.approx([1, 2, 4, 8, 8], rel=0.05)
+
+
 def test_a_baseline_is_of_its_seed_and_begins_as_the_run_does(done, data, tmp_path):
     entry, _ = done
     again = baseline(request(), data, 12.0, "taylor", 2)
