@@ -78,7 +78,7 @@ _ALL = (
         random_labels=True,
     ),
     # Of SBP from untrained weights, and of a network with dropout (`experiments.dropout`), whose
-    # dense phase is what counts. 5,000 images are left: of 15,000 it memorises less in as many steps.
+    # dense phase is what counts. 5,000 images are left: 15,000 take it several times the steps.
     *(
         Recipe(
             name=f"random-labels{of}{counterpart}",
