@@ -77,6 +77,21 @@ _ALL = (
         noise_learning_rate=2e-2,
         random_labels=True,
     ),
+    # Of SBP from untrained weights, and of a network with dropout (`experiments.dropout`), whose
+    # dense phase is what counts. 5,000 images are left: 15,000 take it several times the steps.
+    *(
+        Recipe(
+            name=f"random-labels{of}{counterpart}",
+            dense_epochs=dense_epochs,
+            epochs=epochs,
+            finetune_epochs=0,
+            noise_learning_rate=2e-2,
+            random_labels=True,
+            holdout=holdout,
+        )
+        for of, holdout in (("", 55_000), ("-cifar", 45_000))
+        for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", 250, 1))
+    ),
     # As many epochs with noise as SBP's of the same network, shared out among the gates.
     Recipe(name="rbp", **_RBP),
     Recipe(

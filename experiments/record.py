@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -13,9 +14,29 @@ from typing import Any
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.recipes import Request
 
-__all__ = ["phases", "record", "thresholds"]
+__all__ = ["RESULTS", "file_name", "phases", "record", "thresholds", "without_path"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def file_name(*parts: Any) -> str:
+    """The file of a record, from its network, data set and whatever else tells it from others.
+
+    Of ``package.module:callable`` the last two names stay, of ``folder:PATH`` the folder's.
+    """
+    names = []
+    for part in map(str, parts):
+        start, colon, end = part.partition(":")
+        if colon:
+            part = Path(end).name if start == "folder" else f"{start.rpartition('.')[2]}-{end}"
+        names.append(re.sub(r"[^A-Za-z0-9.]+", "-", part))
+    return "-".join(names) + ".json"
+
+
+def without_path(dataset: str) -> str:
+    """A data set as a record names it: of ``folder:PATH`` the folder's name, not where it lies."""
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else dataset
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -27,7 +48,8 @@ def record(run: Path) -> dict[str, Any]:
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     request = Request.from_dict(asked)
-    command = f"pyro-sbp train --arch {request.arch} --dataset {request.dataset}"
+    dataset = without_path(request.dataset)
+    command = f"pyro-sbp train --arch {request.arch} --dataset {dataset}"
     if request.method != "sbp":
         command += f" --method {request.method}"
     # As requests, which fill in what a recipe leaves to the method.
@@ -43,6 +65,7 @@ def record(run: Path) -> dict[str, Any]:
     command += " --channels-last" * request.channels_last
     return {
         **summary,
+        "dataset": dataset,
         "recipe": request.recipe.name,
         "phases": phases(run),
         "command": f"{command} --seed {request.seed}",
@@ -93,7 +116,7 @@ def main(arguments: list[str]) -> None:
         entry = record(run)
         if options.sweep:
             entry["thresholds"] = thresholds(run)
-        name = "-".join(str(entry[key]) for key in ("arch", "dataset", "recipe", "seed")) + ".json"
+        name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
         (RESULTS / name).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 

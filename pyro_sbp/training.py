@@ -34,7 +34,18 @@ from pyro_sbp.recipes import METHODS, THRESHOLDS, Request
 from pyro_sbp.saving import load_weights, save, unique_tensors
 from pyro_sbp.streaming import workers_watched
 
-__all__ = ["SWEEP_FACTORS", "Interrupted", "Progress", "prune_again", "sweep", "train", "versions"]
+__all__ = [
+    "SWEEP_FACTORS",
+    "Interrupted",
+    "Progress",
+    "build_network",
+    "machine",
+    "prepare_data",
+    "prune_again",
+    "sweep",
+    "train",
+    "versions",
+]
 
 #: Where a sweep looks, in times of what the method keeps by default, beside the recipe's own
 #: threshold: the same for all runs of a method, to compare them.
@@ -49,6 +60,44 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         **{name: version(name) for name in names},
     }
+
+
+def machine(device: torch.device) -> str:
+    """The machine that a result depends on: its processor or graphics card, cores and threads."""
+    return f"{device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:
+    """The data as the request's recipe wants it, on a device.
+
+    Raises:
+        RequestError: the recipe crops more than the images have, or holds out too many.
+    """
+    recipe = request.recipe
+    if recipe.crop >= min(data.image_shape[1:]):
+        height, width = data.image_shape[1:]
+        raise RequestError(
+            f"crop is {recipe.crop}; expected less than the images' {height} x {width}"
+        )
+    data = data.to(device)
+    if recipe.random_labels:
+        data = data.with_random_labels(request.seed)
+    if recipe.holdout:
+        data = data.held_out(recipe.holdout)
+    return data.standardized() if recipe.standardize else data
+
+
+def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The untrained network of a request, drawn by its seed, and its constructor's arguments.
+
+    Raises:
+        RequestError: it cannot be built, or does not take the data's images.
+    """
+    torch.manual_seed(request.seed)
+    architecture = find_architecture(request.arch)
+    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+    example, _ = data.test.batch(slice(0, 8))
+    return _build(architecture.resolve(), kwargs, example, len(data.classes)), kwargs
 
 
 @workers_watched()
@@ -215,9 +264,8 @@ def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tu
 @contextmanager
 def _begun(directory: Path, request: Request) -> Iterator[None]:
     """Make the run directory, or find it, and keep it for this process."""
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    machine = f"{device_name(torch.device(request.device))}, {cores}"
-    asked = {**request.to_dict(), "versions": versions(), "machine": machine}
+    named = {"versions": versions(), "machine": machine(torch.device(request.device))}
+    asked = {**request.to_dict(), **named}
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -244,23 +292,9 @@ class _Job:
 
 def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> _Job:
     """Build the network and the method that are asked for; nothing is written."""
-    torch.manual_seed(request.seed)
-    if request.recipe.crop >= min(data.image_shape[1:]):
-        height, width = data.image_shape[1:]
-        raise RequestError(
-            f"crop is {request.recipe.crop}; expected less than the images' {height} x {width}"
-        )
-    data = data.to(fabric.device)
-    if request.recipe.random_labels:
-        data = data.with_random_labels(request.seed)
-    if request.recipe.holdout:
-        data = data.held_out(request.recipe.holdout)
-    if request.recipe.standardize:
-        data = data.standardized()
-    architecture = find_architecture(request.arch)
-    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+    data = prepare_data(request, data, fabric.device)
+    dense, kwargs = build_network(request, data)
     example, _ = data.test.batch(slice(0, 8))
-    dense = _build(architecture.resolve(), kwargs, example, len(data.classes))
     # A checkpoint has taken over what it was started from.
     if request.weights is not None and not (directory / "checkpoint.pt").exists():
         load_weights(dense, Path(request.weights))
@@ -276,7 +310,7 @@ def _prepare(request: Request, data: ImageData, directory: Path, fabric: Fabric)
             example,
             request.recipe,
             len(data.train),
-            architecture.input_features,
+            find_architecture(request.arch).input_features,
         )
     except ValueError as error:
         raise RequestError(str(error)) from error

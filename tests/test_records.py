@@ -11,10 +11,10 @@ from pyro_sbp.experiments.recursion import tables
 from pyro_sbp.recipes import Request
 
 
-def run_directory(path, seed, error, recipe=None, method="rbp"):
+def run_directory(path, seed, error, recipe=None, method="rbp", dataset="mnist"):
     """What a run leaves, made up."""
     recipe = recipe or default_recipe("lenet-500-300", "mnist", method)
-    request = Request("lenet-500-300", "mnist", method, recipe, seed=seed)
+    request = Request("lenet-500-300", dataset, method, recipe, seed=seed)
     path.mkdir()
     asked = {**request.to_dict(), "versions": {}, "machine": "a machine"}
     (path / "recipe.json").write_text(json.dumps(asked))
@@ -46,6 +46,10 @@ def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path)
     assert "--method rbp --recipe rbp-lenet-dense-reversed --seed 0" in found["command"]
     found = record(run_directory(tmp_path / "sbp", 0, 4.5, method="sbp"))
     assert found["command"].endswith("--dataset mnist --seed 0")
+    found = record(
+        run_directory(tmp_path / "folder", 0, 4.5, other, dataset="folder:/there/images")
+    )
+    assert found["dataset"] == "folder:images" and "--dataset folder:images " in found["command"]
     with pytest.raises(ValueError, match="used a recipe that is not in"):
         record(run_directory(tmp_path / "mine", 0, 4.5, replace(other, epochs=3)))
 

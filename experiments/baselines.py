@@ -1,0 +1,413 @@
+"""Torch-Pruning at what a run of ours cost: same network, data, seed, epochs and MACs.
+
+    python -m pyro_sbp.experiments.baselines --importance taylor experiments/results/RECORD.json ...
+    python -m pyro_sbp.experiments.baselines --arch lenet5 --importance magnitude --seed 1 10 20
+
+A record is that of a run (of an image folder, made where the folder lies); a number is a MACs
+ratio, to be had by the recipe that the network has by default or `--recipe` names. The dense epochs
+are those of the recipe and end at the same network as the run's: initial weights and the order of
+the data are the same. Then the network is trained for as many epochs as the run has with noise and
+in fine-tuning together. On the way, over the first half of these, it is pruned in steps, ten unless
+`--steps` says otherwise: iterative pruning is what the library offers for high ratios. Every step
+takes the same share of the MACs. Learning rates are the recipe's, constant up to the last step, and
+fall over the recipe's last share of what is left after it; each phase has an Adam of its own.
+
+Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
+the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
+the logits. Where our run gates the input pixels too, as of LeNet-500-300, the same MACs are had by
+hidden units alone: Torch-Pruning has no notion of an input that is not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.benchmarking import count_macs, count_parameters
+from pyro_sbp.datasets import ImageData, load_dataset
+from pyro_sbp.devices import launch
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+from pyro_sbp.experiments.record import RESULTS, file_name, without_path
+from pyro_sbp.files import write_json
+from pyro_sbp.loop import Loop, Progress
+from pyro_sbp.methods import Phase
+from pyro_sbp.methods.phase import plain_phase
+from pyro_sbp.probing import find_gates
+from pyro_sbp.recipes import Request
+from pyro_sbp.streaming import workers_watched
+from pyro_sbp.training import build_network, machine, prepare_data, versions
+
+__all__ = ["IMPORTANCES", "STEPS", "baseline", "prune_to", "widths"]
+
+#: In how many steps a network is pruned unless another number is asked for.
+STEPS = 10
+#: How many batches the gradients of Taylor importance are of, as in the library's own examples.
+GRADIENT_BATCHES = 10
+
+Score = Callable[[Any], Tensor]
+
+
+def _magnitude() -> Score:
+    import torch_pruning as tp
+
+    return tp.importance.MagnitudeImportance(p=1, group_reduction="first")
+
+
+def _taylor() -> Score:
+    import torch_pruning as tp
+
+    return tp.importance.GroupTaylorImportance()
+
+
+def _group_norm() -> Score:
+    import torch_pruning as tp
+
+    return tp.importance.GroupMagnitudeImportance(p=2)
+
+
+def _random() -> Score:
+    import torch_pruning as tp
+
+    return tp.importance.RandomImportance()
+
+
+#: What a unit is judged by. Magnitude: the sum of its own weights' sizes. Group-norm: the mean of
+#: the squared norms of its weights, those that read it, and its batch norm's gain. Taylor: the
+#: same of weights times gradients, the first order of what the loss would lose. Random: a draw.
+IMPORTANCES: dict[str, Callable[[], Score]] = {
+    "magnitude": _magnitude,
+    "taylor": _taylor,
+    "group-norm": _group_norm,
+    "random": _random,
+}
+
+
+def widths(net: nn.Module) -> dict[str, int]:
+    """The units of every dense layer and convolution, in the order of their registration."""
+    return {
+        name: layer.weight.shape[0]
+        for name, layer in net.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def prune_to(
+    net: nn.Module,
+    macs: float,
+    example: Tensor,
+    importance: Score,
+    ignore: Sequence[str],
+    seed: int,
+) -> nn.Module:
+    """A copy of a network, pruned by Torch-Pruning of the fewest units that leave at most `macs`.
+
+    Args:
+        net: the network; gradients that it has are used, and not those of the copy.
+        macs: multiply-accumulates of one example.
+        example: a batch of inputs.
+        importance: from a group of the library to scores ``[units]``.
+        ignore: the layers whose units all stay.
+        seed: of random importance.
+
+    Raises:
+        ValueError: one unit a layer has more MACs.
+    """
+    import torch_pruning as tp
+
+    def spared(group: Any) -> Tensor:
+        scores = importance(group)
+        scores[scores.argmax()] = float("inf")
+        return scores
+
+    free = [n for name, n in widths(net).items() if name not in ignore and n > 1]
+
+    def without(count: int) -> nn.Module:
+        small = copy.deepcopy(net)
+        for new, old in zip(small.parameters(), net.parameters(), strict=True):
+            new.grad = None if old.grad is None else old.grad.clone()
+        # Half a unit keeps the library's rounding off whole numbers.
+        share = (count - 0.5) / max(1, sum(free))
+        ignored = [small.get_submodule(name) for name in ignore]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            tp.pruner.BasePruner(
+                small,
+                example,
+                importance=spared,
+                global_pruning=True,
+                pruning_ratio=share,
+                ignored_layers=ignored,
+            ).step()
+        small.zero_grad()
+        return small
+
+    counts = range(sum(free) - len(free) + 1)
+    index = bisect_left(counts, True, key=lambda n: count_macs(without(n), example[:1]) <= macs)
+    if index == len(counts):
+        least = count_macs(without(counts[-1]), example[:1])
+        raise ValueError(f"{macs:.0f} MACs cannot be had: one unit a layer has {least}")
+    return without(counts[index])
+
+
+class _TorchPruning:
+    """What the training loop asks of a method: dense training, pruning in steps, fine-tuning.
+
+    Attributes:
+        small: the network as it is.
+        left_alone: the layers whose units reach the logits.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        data: ImageData,
+        request: Request,
+        ratio: float,
+        importance: str,
+        steps: int,
+    ) -> None:
+        self.small, self.data, self.recipe = net, data, request.recipe
+        self.ratio, self.importance, self.steps = ratio, IMPORTANCES[importance](), steps
+        self.example, _ = data.test.batch(slice(0, 2))
+        self.macs, self.parameters = count_macs(net, self.example[:1]), count_parameters(net)
+        self.total = widths(net)
+        reasons = find_gates(net, self.example).left_alone
+        self.left_alone = {n: why for n, why in reasons.items() if "reaches an output" in why}
+        self.order = torch.Generator().manual_seed(request.seed)
+        self.epochs = self.recipe.epochs + self.recipe.finetune_epochs
+        most = max(1, self.epochs // 2)
+        if not 1 <= steps <= most:
+            raise RequestError(f"steps is {steps}; expected 1 to {most}, half of the epochs")
+        if not self.recipe.dense_epochs:
+            raise RequestError(
+                f"the recipe {self.recipe.name!r} has no dense epochs, and so no network to prune"
+            )
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases in order; each is made when it begins, from what the earlier ones left."""
+        yield self._plain("dense", self.recipe.dense_epochs)
+        begins = [step * (self.epochs // 2) // self.steps for step in range(self.steps)]
+        for step, (begin, end) in enumerate(pairwise(begins), 1):
+            self._prune(step)
+            yield replace(self._plain(f"step {step}", end - begin), decays=False)
+        self._prune(self.steps)
+        yield self._plain("pruned", 0)  # for its error
+        yield self._plain("finetuned", self.epochs - begins[-1])
+
+    def _plain(self, name: str, epochs: int) -> Phase:
+        kept = widths(self.small)
+        return plain_phase(name, epochs, self.small, self.recipe, lambda: kept)
+
+    def _prune(self, step: int) -> None:
+        """Make the network smaller, in the same proportion at every step."""
+        self._take_gradients()
+        macs = self.macs / self.ratio ** (step / self.steps)
+        self.small = prune_to(
+            self.small, macs, self.example, self.importance, list(self.left_alone), step
+        )
+
+    def _take_gradients(self) -> None:
+        """Leave the gradients of the training loss in the network, over some batches."""
+        net, size = self.small.eval(), self.recipe.batch_size
+        net.zero_grad()
+        drawn = torch.randperm(len(self.data.train), generator=self.order)
+        with closing(self.data.train.batches(drawn.split(size)[:GRADIENT_BATCHES])) as batches:
+            for x, y in batches:
+                F.cross_entropy(net(x), y).backward()
+
+
+@workers_watched()
+def baseline(
+    request: Request,
+    data: ImageData,
+    ratio: float,
+    importance: str,
+    steps: int = STEPS,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Train, prune and fine-tune a network by Torch-Pruning.
+
+    Args:
+        request: network, recipe, seed and device; its method does not matter.
+        data: as `load_dataset` gives it for the network.
+        ratio: how many times fewer MACs at least.
+        importance: a name of `IMPORTANCES`.
+        steps: in how many steps it is pruned.
+        watch: told of the progress.
+
+    Returns:
+        Its record, without the command. Errors are in percent, of the test set; `error.pruned` is
+        that of the network as the last step left it, before it was trained any more.
+
+    Raises:
+        RequestError: the recipe has no dense epochs, or too few others for the steps, or the
+            network cannot be built.
+        ValueError: the ratio is under 1, or one unit a layer has more MACs.
+    """
+    if not 1 <= ratio < float("inf"):
+        raise ValueError(f"the MACs ratio is {ratio:g}; expected a number >= 1")
+    fabric = launch(request.device, request.devices, request.precision)
+    data = prepare_data(request, data, fabric.device)
+    net, _ = build_network(request, data)
+    method: Any = _TorchPruning(net.to(fabric.device), data, request, ratio, importance, steps)
+    with tempfile.TemporaryDirectory() as directory:  # of checkpoints that nobody goes on from
+        loop = Loop(request, method, data, Path(directory), fabric, watch)
+        loop.go()
+    small, names = method.small, ("dense", "pruned", "finetuned")
+    macs, parameters = count_macs(small, method.example[:1]), count_parameters(small)
+    kept, features = widths(small), find_architecture(request.arch).input_features
+    recipe = request.recipe
+    return {
+        "kind": "baseline",
+        "arch": request.arch,
+        "dataset": without_path(request.dataset),
+        "method": f"torch-pruning {importance}",
+        "seed": request.seed,
+        "of": recipe.name,
+        "steps": steps,
+        "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
+        "device": request.device,
+        "train_seconds": round(loop.seconds, 1),
+        "error": {name: loop.errors[name] for name in names},
+        **(
+            {"validation_error": {name: loop.validation_errors[name] for name in names}}
+            if data.validation is not None
+            else {}
+        ),
+        "units": [
+            {"gate": name, "kept": kept[name], "total": total}
+            for name, total in method.total.items()
+            if name not in method.left_alone
+        ],
+        "left_alone": method.left_alone,
+        "macs": {"dense": method.macs, "pruned": macs, "ratio": method.macs / macs},
+        "parameters": {
+            "dense": method.parameters,
+            "pruned": parameters,
+            "ratio": method.parameters / parameters,
+        },
+        "note": (
+            f"hidden units alone; SBP gates the inputs of {', '.join(features)} too"
+            if features
+            else "the same layers are gated by SBP"
+        ),
+        "versions": {**versions(), "torch-pruning": version("torch-pruning")},
+        "machine": machine(fabric.device),
+    }
+
+
+def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]:
+    """What a record's run was asked for, and its MACs ratio."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        named = {key: found[key] for key in ("arch", "dataset", "seed", "recipe")}
+        ratio = found["macs"]["ratio"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{path} is no record of a run: {error!r}") from error
+    for key, value in named.items():
+        given = getattr(options, key)
+        if given is not None and given != value:
+            raise RequestError(f"--{key} is {given}, but {path} is of {key} {value}; leave it out")
+    return _request(named, options), ratio
+
+
+def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
+    recipe = named.pop("recipe")
+    if recipe not in RECIPES:
+        raise RequestError(f"unknown recipe {recipe!r}; expected {', '.join(RECIPES)}")
+    return Request(
+        method="sbp",
+        recipe=RECIPES[recipe],
+        device=options.device,
+        data_dir=str(options.data_dir),
+        **named,
+    )
+
+
+def _of_ratio(options: argparse.Namespace) -> Request:
+    """The request of a MACs ratio that was given as a number."""
+    if options.arch is None:
+        raise RequestError("a MACs ratio needs an --arch")
+    dataset = options.dataset or find_architecture(options.arch).dataset
+    if dataset is None:
+        raise RequestError(f"--arch {options.arch} needs a --dataset")
+    recipe = options.recipe or default_recipe(options.arch, dataset, "sbp").name
+    named = {"arch": options.arch, "dataset": dataset, "seed": options.seed or 0, "recipe": recipe}
+    return _request(named, options)
+
+
+def _run(target: str, options: argparse.Namespace) -> Path:
+    """Make the baseline of a record's file or a MACs ratio, and write its record."""
+    words = [f"--importance {options.importance}"]
+    try:
+        ratio, what = float(target), f"-{float(target):g}x"
+    except ValueError:
+        request, ratio = _of_record(Path(target), options)
+        words.append(f"experiments/results/{Path(target).name}")
+        what = ""
+    else:
+        request = _of_ratio(options)
+        words.append(f"--arch {request.arch} --dataset {without_path(request.dataset)}")
+        words.append(f"--recipe {request.recipe.name} --seed {request.seed} {target}")
+    if options.steps != STEPS:
+        words.insert(1, f"--steps {options.steps}")
+        what += f"-{options.steps}-steps"
+    size = find_architecture(request.arch).image_size
+    data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
+    entry = baseline(request, data, ratio, options.importance, options.steps, _tell)
+    entry["command"] = f"python -m pyro_sbp.experiments.baselines {' '.join(words)}"
+    name = file_name(
+        *(request.arch, request.dataset, "baseline", options.importance),
+        *(request.recipe.name + what, request.seed),
+    )
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(options.output_dir / name, entry)
+    return options.output_dir / name
+
+
+def _tell(progress: Progress) -> None:
+    if progress.error is not None:
+        where = f"{progress.phase} {progress.epoch}/{progress.epochs}"
+        print(f"{where}: error {progress.error:.2f} %, units {progress.units}", file=sys.stderr)
+
+
+def main(arguments: list[str]) -> None:
+    """Write the records of baselines."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="+", metavar="RECORD_OR_RATIO")
+    parser.add_argument("--importance", choices=IMPORTANCES, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--arch", help="of a ratio; a record has its own, as all of these")
+    parser.add_argument("--dataset")
+    parser.add_argument("--recipe")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    for target in options.targets:
+        try:
+            print(_run(target, options))
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
