@@ -59,8 +59,8 @@ MOST_GATES, MOST_LAYERS, MOST_FILTERS = 32, 40, 64
 #: The points of a frontier: marker, colour of the cycle, filling and size.
 KINDS = {
     "published": ("s", 1, "full", 6),
-    "runs": ("o", 0, "full", 8),
-    "runs before pruning": ("o", 0, "none", 6),
+    "pyro-sbp": ("o", 0, "full", 8),
+    "before pruning": ("o", 0, "none", 6),
     "baselines": ("^", 2, "full", 7),
 }
 
@@ -592,9 +592,9 @@ def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
             continue
         pair = (run.request.arch, run.request.dataset)
         points = panels.setdefault(pair, published_points(*pair))
-        points.append(Point("runs", run.name, run.macs_ratio, run.error))
+        points.append(Point("pyro-sbp", run.name, run.macs_ratio, run.error))
         if run.summary["error"]["dense"] is not None:
-            points.append(Point("runs before pruning", "", 1, run.summary["error"]["dense"]))
+            points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
     if not panels:
         raise RequestError("no run has finished")
     titled = {f"{arch} on {dataset}": points for (arch, dataset), points in panels.items()}
