@@ -11,7 +11,7 @@ from pathlib import Path
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import TITLES, Record, of_network, title
 from pyro_sbp.files import write_whole
-from pyro_sbp.plots import Point, check_matplotlib, draw_frontier, published_points, svg
+from pyro_sbp.plots import Point, draw_frontier, published_points, svg
 
 __all__ = ["FILES", "draw", "out_of_date", "panels"]
 
@@ -64,7 +64,6 @@ def draw(root: Path, records: Sequence[Record], names: Sequence[str]) -> None:
     Raises:
         RequestError: Matplotlib is missing, there is nothing to draw, or a file cannot be written.
     """
-    check_matplotlib()
     drawn = panels(records)
     if not drawn:
         raise RequestError("experiments/results has no record to draw")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.network_tables import dataset_of
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.recursion import tables as turns
-from pyro_sbp.experiments.rows import METHODS, TITLES, Record, Row, markdown, of_network, title
+from pyro_sbp.experiments.rows import (
+    METHODS,
+    TITLES,
+    Record,
+    Row,
+    markdown,
+    of_network,
+    rows,
+    title,
+)
 from pyro_sbp.sources import SOURCES
 
 __all__ = [
     "compare",
+    "random_labels",
     "recipes",
     "recursion",
     "sparse_vd",
@@ -195,6 +206,45 @@ def compare(records: Sequence[Record], arch: str) -> str:
         for row in (sbp, *rbp)
     ]
     head = ("method", "order", "seeds", "test error, %", "units", "MACs", "minutes", "epochs")
+    return markdown(head, cells)
+
+
+def random_labels(records: Sequence[Record]) -> str:
+    """What was left of networks that learned labels drawn at random.
+
+    Raises:
+        RequestError: there is no such record.
+    """
+    found = rows([record for record in records if record.random_labels])
+    if not found:
+        raise RequestError("no record of random labels is in experiments/results")
+    cells = []
+    for row in found:
+        dense, handed_over = [], []
+        for record in row.records:
+            errors = record.content["training_error"]
+            dense += [errors["dense"]] if errors["dense"] is not None else []
+            tuned = errors["finetuned"]
+            handed_over.append(errors["pruned"] if tuned is None else tuned)
+        total = "-".join(str(unit["total"]) for unit in row.first.content["units"])
+        cells.append(
+            (
+                f"{title(row.first.arch, row.first.dataset)}, {row.name}",
+                row.seeds,
+                f"{row.units} of {total}",
+                f"{statistics.median(dense):.1f}" if dense else "-",
+                f"{statistics.median(handed_over):.1f}",
+                f"{row.error:.1f}",
+            )
+        )
+    head = (
+        "network, method",
+        "seeds",
+        "units left",
+        "training error of the dense network, %",
+        "of the one handed over, %",
+        "its test error, %",
+    )
     return markdown(head, cells)
 
 

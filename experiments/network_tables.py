@@ -42,9 +42,8 @@ def network(arch: str, records: Sequence[Record], dataset: str | None = None) ->
         lines.append((paper.macs_ratio, (*cells, words)))
     for row in of_network(records, arch, dataset):
         name = row.name if row.first.baseline else f"**{row.name}**"
-        note = "" if row.dense is None else f"dense {row.dense:.2f}"
         cells = (name, row.seeds, row.error_in_words, row.units, f"{row.macs_ratio:.2f}x")
-        lines.append((row.macs_ratio, (*cells, note)))
+        lines.append((row.macs_ratio, (*cells, row.notes)))
     head = ("method", "seeds", "test error, %", "units", "MACs", "notes")
     return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 

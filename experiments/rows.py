@@ -31,6 +31,8 @@ TITLES = {
     "lenet-300-100": "LeNet-300-100",
     "vgg-like": "VGG-like",
 }
+#: The seed in a command, or in the name of a record that a command has.
+_SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
 _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
 #: The methods' names in words.
 METHODS = {"sbp": "SBP", "rbp": "RBP", "sparse-vd": "SparseVD"}
@@ -42,7 +44,7 @@ class Record:
 
     Attributes:
         arch, dataset, method: as in a request; a baseline's method is the library's.
-        recipe: of a baseline, the recipe whose MACs and epochs it was given.
+        recipe: of a baseline, the recipe whose epochs it was given.
         baseline: whether it is another library's.
         random_labels: whether its error is that of learning labels drawn at random.
         error: test error in percent of the network handed over, after the last epoch.
@@ -91,7 +93,9 @@ class Record:
         """The record that a file's content is."""
         baseline = found.get("kind") == "baseline"
         error = found["error"]
-        last = error["finetuned"] if baseline or error["finetuned"] is not None else error["pruned"]
+        last = error["finetuned"]
+        if last is None and not baseline:
+            last = error["pruned"]
         epochs = None
         if baseline:
             epochs = sum(found["epochs"].values())
@@ -111,7 +115,7 @@ class Record:
             macs_ratio=float(found["macs"]["ratio"]),
             minutes=found["train_seconds"] / 60,
             epochs=epochs,
-            command=re.sub(r"--seed[ =]\d+", "--seed N", found["command"]),
+            command=re.sub(_SEED, "N", found["command"]),
             versions=found["versions"],
             machine=found["machine"],
             content=found,
@@ -148,7 +152,7 @@ class Row:
         """The method and the recipe, in Markdown."""
         record = self.first
         if record.baseline:
-            return f"{record.method}, at the MACs of `{record.recipe}`"
+            return f"{record.method}, epochs of `{record.recipe}`"
         return f"{METHODS.get(record.method, record.method)}, `{record.recipe}`"
 
     @property
@@ -200,6 +204,15 @@ class Row:
         return f"{self.error:.2f}" + f" ({low:.2f} to {high:.2f})" * (len(self.records) > 1)
 
     @property
+    def notes(self) -> str:
+        """The error of the dense networks, and what a baseline's records say of it."""
+        content = self.first.content
+        words = [] if self.dense is None else [f"dense {self.dense:.2f}"]
+        words += [f"{content['steps']} steps"] if "steps" in content else []
+        words += [content["note"]] if "note" in content else []
+        return "; ".join(words)
+
+    @property
     def minutes(self) -> str:
         """Median minutes of training."""
         return f"{self.median(lambda record: record.minutes):.1f}"
@@ -214,12 +227,15 @@ class Row:
 def rows(records: Sequence[Record]) -> list[Row]:
     """Records by what they repeat, in the order of their first one.
 
+    Of baselines that is the command, which has their MACs ratio too.
+
     Raises:
         RequestError: a seed is there twice.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        key = (record.arch, record.dataset, record.method, record.recipe, record.baseline)
+        key = (record.arch, record.dataset, record.method, record.recipe)
+        key += (record.command,) if record.baseline else ()
         group = groups.setdefault(key, [])
         if record.seed in {other.seed for other in group}:
             words = f"{record.arch} on {record.dataset} by {record.method}, {record.recipe}"

@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "commands": network_tables.commands,
     "compare": method_tables.compare,
     "recursion": method_tables.recursion,
+    "random-labels": method_tables.random_labels,
     "sparse-vd": method_tables.sparse_vd,
     "sparse-vd-seeds": method_tables.sparse_vd_seeds,
     "sparse-vd-thresholds": method_tables.sparse_vd_thresholds,

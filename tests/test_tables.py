@@ -35,11 +35,14 @@ def made_up(seed, error, recipe="lenet5", method="sbp", arch="lenet5", ratio=10.
     }
 
 
-def baseline(seed, error):
+def baseline(seed, error, target="experiments/results/lenet5-mnist-lenet5-{}.json"):
     kept = made_up(seed, 9.0, method="torch-pruning taylor")
     del kept["recipe"]
     return {
         **kept,
+        "command": f"python -m pyro_sbp.experiments.baselines {target.format(seed)}",
+        "steps": 10,
+        "note": "a note",
         "kind": "baseline",
         "of": "lenet5",
         "error": {"dense": 0.7, "pruned": 30.0, "finetuned": error},
@@ -127,8 +130,8 @@ def test_a_network_stands_beside_papers_and_baselines():
         "| **SBP, `lenet5`** | 0 to 2 | 0.74 (0.70 to 0.90) | 6-100 | 11.00x | dense 0.70 |"
         in lines
     )
-    theirs = "| torch-pruning taylor, at the MACs of `lenet5` | 0, 1 | 1.25 (1.20 to 1.30) |"
-    assert any(line.startswith(theirs) for line in lines)
+    theirs = "| torch-pruning taylor, epochs of `lenet5` | 0, 1 | 1.25 (1.20 to 1.30) | 6-100 |"
+    assert f"{theirs} 10.50x | dense 0.70; 10 steps; a note |" in lines
     assert len(table("lenet5 mnist", OURS)) == len(lines) - 1
     # Labels drawn at random say nothing of how good a network is.
     random = made_up(0, 90.0, "random", training_error={"dense": None})
@@ -144,19 +147,39 @@ def test_the_error_is_that_of_the_network_handed_over():
 
 def test_commands_are_told_once_a_row_with_where_they_ran():
     other = made_up(1, 0.8, machine="another", versions={"torch": "2.15"})
-    lines = table("commands", [made_up(0, 0.7), other, made_up(4, 0.8), baseline(0, 1.2)])
+    by_ratio = [baseline(0, 1.2, f"--recipe lenet5 --seed {{}} {ratio}") for ratio in (10, 20)]
+    ours = [made_up(0, 0.7), other, made_up(4, 0.8)]
+    lines = table("commands", [*ours, baseline(0, 1.2), baseline(1, 1.2), *by_ratio])
     command = "`pyro-sbp train --arch lenet5 --dataset mnist --seed N`"
     assert lines[2] == f"| LeNet-5, SBP, `lenet5` | {command} | 0, 1, 4 | 2.0 | 1, 2; A, B |"
-    assert lines[3].endswith(" | 0 | 1.0 | 1; A |")
-    assert lines[5:] == [
+    assert "baselines experiments/results/lenet5-mnist-lenet5-N.json` | 0, 1 | 1.5 |" in lines[3]
+    assert "baselines --recipe lenet5 --seed N 10` | 0 | 1.0 | 1; A |" in lines[4]
+    assert "baselines --recipe lenet5 --seed N 20` | 0 |" in lines[5]
+    (line,) = table("commands", [made_up(100, 1.5, "lenet-dense", arch="lenet-300-100")])[2:3]
+    assert "--arch lenet-300-100 --dataset mnist --seed N` | 100 |" in line
+    assert lines[7:] == [
         "- Machine 1: a machine.", "- Machine 2: another.",
         "- Versions A: torch 2.11.", "- Versions B: torch 2.15.",
     ]  # fmt: skip
 
 
+def test_random_labels_are_told_with_what_was_left_and_memorised():
+    errors = {"mean": 90.0, "pruned": 88.0}
+    memorised = {**errors, "dense": 2.0, "finetuned": 80.0}
+    records = [
+        made_up(0, 90.0, "random", training_error=memorised),
+        made_up(1, 91.0, "random", training_error={**memorised, "dense": 4.0, "finetuned": None}),
+        made_up(0, 92.0, "never-dense", training_error={**errors, "dense": None, "finetuned": 1.0}),
+    ]
+    assert table("random-labels", [*OURS, *records])[2:] == [
+        "| LeNet-5 on MNIST, SBP, `random` | 0, 1 | 6-100 of 20-800 | 3.0 | 84.0 | 90.5 |",
+        "| LeNet-5 on MNIST, SBP, `never-dense` | 0 | 5-100 of 20-800 | - | 1.0 | 92.0 |",
+    ]
+
+
 def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     records = [
-        made_up(0, 0.7),
+        made_up(0, 0.7, phases=recursive(0)["phases"][:1]),
         recursive(0),
         recursive(1),
         recursive(0, "rbp-lenet-dense-reversed"),
@@ -164,9 +187,9 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     lines = table("recursion lenet5", records)
     assert lines[0].startswith("lenet5, mnist, rbp, recipe rbp-lenet5, seeds 0, 1: 12.5 times")
     assert "| gate conv1 | 11 | 1.25 | 5-100 | 2.0 |" in lines
-    assert not any("sbp" in line for line in lines) and lines[-1].startswith("| gate conv1")
+    assert not any(", sbp, " in line for line in lines) and lines[-1].startswith("| gate conv1")
     assert table("compare lenet5", records)[2:] == [
-        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | - |",
+        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 11 |",
         "| RBP, `rbp-lenet5` | forward | 0, 1 | 0.90 (0.90 to 0.90) | 6-100 | 12.50x | 1.5 | 22 |",
         "| RBP, `rbp-lenet-dense-reversed` | reversed | 0 | 0.90 | 5-100 | 12.00x | 1.0 | 22 |",
     ]
@@ -190,6 +213,7 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
         (block("recursion lenet5"), "no record of lenet5 on mnist by rbp tells its phases"),
         (block("compare lenet5"), "no record of lenet5 on mnist is of rbp"),
         (block("sparse-vd"), "no record of lenet-300-100 on mnist is in experiments/results"),
+        (block("random-labels"), "no record of random labels is in experiments/results"),
         (block("headline lenet5"), "headline lenet5 names no recipe: headline lenet5 RECIPE ..."),
         (block("headline lenet5 digits"), "no record of lenet5 on mnist has the recipe 'digits'"),
     ],
