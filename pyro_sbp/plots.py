@@ -8,8 +8,10 @@ is missing or the run has nothing to draw. A notebook shows the figures once it 
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from pyro_sbp.posterior import Posterior
 
 __all__ = [
+    "Point",
     "check_matplotlib",
+    "draw_frontier",
     "error_against_macs",
     "error_against_threshold",
     "first_filters",
@@ -35,7 +39,9 @@ __all__ = [
     "kept_pixels",
     "latency",
     "layer_costs",
+    "published_points",
     "snr_histograms",
+    "svg",
     "training_curves",
 ]
 
@@ -50,6 +56,13 @@ REMOVED = "#8a8f98"
 WIDTH = 5.2
 #: The most gates, layers and filters that one picture shows; those of the most units come first.
 MOST_GATES, MOST_LAYERS, MOST_FILTERS = 32, 40, 64
+#: The points of a frontier: marker, colour of the cycle, filling and size.
+KINDS = {
+    "published": ("s", 1, "full", 6),
+    "pyro-sbp": ("o", 0, "full", 8),
+    "before pruning": ("o", 0, "none", 6),
+    "baselines": ("^", 2, "full", 7),
+}
 
 
 def check_matplotlib() -> None:
@@ -94,13 +107,30 @@ def _draws(function: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
+def _figure(
+    height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **kwargs: Any
+) -> tuple[Figure, Any]:
     """A figure, and its axes as an array ``[rows, columns]``."""
     # Not from pyplot, which keeps every figure until it is closed.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def svg(figure: Figure, description: str | None = None) -> bytes:
+    """A figure as SVG, of the same bytes for the same figure and Matplotlib.
+
+    Args:
+        description: words for the file's metadata.
+    """
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pyro-sbp"}):
+        metadata = {"Date": None, "Description": description}
+        figure.savefig(content, format="svg", metadata=metadata)
+    return content.getvalue()
 
 
 def _run(source: Run | str | Path) -> Run:
@@ -529,8 +559,26 @@ def first_filters(source: Run | str | Path) -> Figure:
     return figure
 
 
-@_draws
-def frontier(sources: Sequence[Run | str | Path]) -> Figure:
+@dataclass(frozen=True)
+class Point:
+    """A network of a frontier.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        name: what is written beside it; may be empty.
+        macs_ratio: how many times fewer MACs than the dense network.
+        error: test error in percent.
+        spread: the least and the greatest of the errors that `error` is the median of.
+    """
+
+    kind: str
+    name: str
+    macs_ratio: float
+    error: float
+    spread: tuple[float, float] | None = None
+
+
+def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
     """Test error against how many times fewer MACs: finished runs, and what papers report.
 
     A panel for each pair of network and data set.
@@ -538,59 +586,80 @@ def frontier(sources: Sequence[Run | str | Path]) -> Figure:
     Raises:
         RequestError: no run has finished.
     """
-    runs = [run for run in map(_run, sources) if run.summary is not None]
-    if not runs:
+    panels: dict[tuple[str, str], list[Point]] = {}
+    for run in map(_run, sources):
+        if run.summary is None:
+            continue
+        pair = (run.request.arch, run.request.dataset)
+        points = panels.setdefault(pair, published_points(*pair))
+        points.append(Point("pyro-sbp", run.name, run.macs_ratio, run.error))
+        if run.summary["error"]["dense"] is not None:
+            points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
+    if not panels:
         raise RequestError("no run has finished")
-    pairs = list(dict.fromkeys((run.request.arch, run.request.dataset) for run in runs))
-    figure, axes = _figure(3.9 * len(pairs), len(pairs))
-    colors = _cycle()
-    for ax, (arch, dataset) in zip(axes[:, 0], pairs, strict=True):
-        points = []
-        for paper in PUBLISHED:
-            if (paper.arch, paper.dataset) == (arch, dataset):
-                label = None if any(p[3] == "s" for p in points) else "published"
-                ax.plot(paper.macs_ratio, paper.error, "s", color=colors[1], label=label)
-                points.append((paper.macs_ratio, paper.error, paper.method, "s"))
-        label: str | None = "runs"
-        for run in runs:
-            if (run.request.arch, run.request.dataset) == (arch, dataset):
-                assert run.summary is not None
-                ratio = run.macs_ratio
-                ax.plot(ratio, run.error, "o", color=colors[0], markersize=8, label=label)
-                points.append((ratio, run.error, run.name, "o"))
-                if run.summary["error"]["dense"] is not None:
-                    dense = "runs before pruning" if label else None
-                    ax.plot(
-                        1,
-                        run.summary["error"]["dense"],
-                        "o",
-                        color=colors[0],
-                        fillstyle="none",
-                        label=dense,
-                    )
-                label = None
-        ax.set(xscale="log", xlabel="times fewer MACs", ylabel="test error, %")
-        most = max(point[0] for point in points)
-        ax.set_xlim(0.9, most * 1.9)
+    titled = {f"{arch} on {dataset}": points for (arch, dataset), points in panels.items()}
+    return draw_frontier(titled, dark=dark)
+
+
+def published_points(arch: str, dataset: str) -> list[Point]:
+    """What papers report of a network, as points of its frontier."""
+    return [
+        Point("published", paper.method, paper.macs_ratio, paper.error)
+        for paper in PUBLISHED
+        if (paper.arch, paper.dataset) == (arch, dataset)
+    ]
+
+
+@_draws
+def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Figure:
+    """Test error against times fewer MACs, the latter logarithmic.
+
+    Args:
+        panels: the points of every panel, by its title; at least one point each.
+        columns: how many panels stand side by side.
+    """
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = _figure(3.9 * rows, rows, columns, width=WIDTH * columns)
+    for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        labels = dict.fromkeys(point.kind for point in points)
+        for point in points:
+            marker, index, fill, size = KINDS[point.kind]
+            style = {
+                "color": _cycle()[index],
+                "label": point.kind if point.kind in labels else None,
+            }
+            labels.pop(point.kind, None)
+            ax.plot(point.macs_ratio, point.error, marker, fillstyle=fill, markersize=size, **style)
+            if point.spread:
+                ends = [[abs(end - point.error)] for end in point.spread]
+                ax.errorbar(point.macs_ratio, point.error, ends, fmt="none", ecolor=style["color"])
+        ax.set(xscale="log", xlabel="times fewer MACs", ylabel="test error, %", title=title)
+        ax.set_xlim(0.9, max(point.macs_ratio for point in points) * 1.9)
         ax.margins(y=0.12)
         _name_points(ax, points)
-        ax.set_title(f"{arch} on {dataset}")
         _plain(ax.xaxis)
         _minor(ax.xaxis)
         ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
     return figure
 
 
-def _name_points(ax: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+def _name_points(ax: Any, points: Sequence[Point]) -> None:
     """Names beside points, moved up or down where they would lie on another."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     letter, line, marker = 0.0145, 0.045, 0.014  # of the axes, about
     places = [
-        (math.log(x / left) / math.log(right / left), (y - bottom) / (top - bottom))
-        for x, y, _, _ in points
+        (
+            math.log(point.macs_ratio / left) / math.log(right / left),
+            (point.error - bottom) / (top - bottom),
+        )
+        for point in points
     ]
     taken = [(place - marker, place + marker, height) for place, height in places]
-    for (place, height), (_, _, name, _) in sorted(zip(places, points, strict=True)):
+    named = ((at, point.name) for at, point in zip(places, points, strict=True) if point.name)
+    for (place, height), name in sorted(named):
         place += 0.02
         for step in (0, 1, -1, 2, -2, 3, -3, 4, -4):
             at = height + step * line

@@ -112,17 +112,7 @@ class _Pictures:
         png = io.BytesIO()
         light.savefig(png, dpi=DPI, format="png")
         write_whole(self.directory / f"{self.prefix}{name}.png", png.getvalue())
-        return pages.picture(_svg(light), _svg(dark), words)
-
-
-def _svg(figure: Figure) -> bytes:
-    import matplotlib
-
-    content = io.BytesIO()
-    # The same run gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "pyro-sbp"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
+        return pages.picture(plots.svg(light), plots.svg(dark), words)
 
 
 def _of_run(found: Findings, pictures: _Pictures, level: int) -> list[str]:

@@ -1,0 +1,287 @@
+"""Tables of one method each, of methods side by side, and of the recipes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.network_tables import dataset_of
+from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+from pyro_sbp.experiments.recursion import tables as turns
+from pyro_sbp.experiments.rows import (
+    METHODS,
+    TITLES,
+    Record,
+    Row,
+    markdown,
+    of_network,
+    rows,
+    title,
+)
+from pyro_sbp.sources import SOURCES
+
+__all__ = [
+    "compare",
+    "random_labels",
+    "recipes",
+    "recursion",
+    "sparse_vd",
+    "sparse_vd_seeds",
+    "sparse_vd_thresholds",
+    "sparse_vd_units",
+]
+
+#: Compression of the weights, and test error in percent, of SparseVD in its own paper:
+#: Molchanov et al. 2017, arXiv 1701.05369.
+_PAPER = {"lenet-300-100": (68, 1.92), "lenet5": (280, 0.75)}
+
+
+def _default_row(records: Sequence[Record], arch: str, method: str) -> Row:
+    """The row of a network's default recipe on its own data set.
+
+    Raises:
+        RequestError: it has no record.
+    """
+    dataset = dataset_of(arch)
+    name = default_recipe(arch, dataset, method).name
+    for row in of_network(records, arch, dataset):
+        if (row.first.method, row.first.recipe, row.first.baseline) == (method, name, False):
+            return row
+    raise RequestError(f"no record of {arch} on {dataset} is of {method} with the recipe {name!r}")
+
+
+def _papers(arch: str) -> str:
+    return "1 in {}, {:.2f} %".format(*_PAPER[arch])
+
+
+def sparse_vd(records: Sequence[Record]) -> str:
+    """What SparseVD keeps of the networks of its paper."""
+    cells = []
+    for arch in _PAPER:
+        row = _default_row(records, arch, "sparse-vd")
+        several = "median of " * (len(row.records) > 1)
+        left = row.median(lambda record: record.content["weights"]["compression"])
+        sizes = [
+            row.median(lambda r, key=key: r.content["files"][key]) for key in ("dense", "sparse")
+        ]
+        cells.append(
+            (
+                f"{title(arch)}, {several}{row.seeds_in_words}",
+                f"1 in {left:.3g}",
+                f"{row.error:.2f} %",
+                _papers(arch),
+                ", ".join(f"{size:,.0f}" for size in sizes),
+                row.units,
+                f"{row.macs_ratio:.1f}x",
+            )
+        )
+    head = (
+        "MNIST, last epoch",
+        "weights left",
+        "test error",
+        "the paper's",
+        "bytes: dense, sparse file",
+        "units left",
+        "MACs",
+    )
+    return markdown(head, cells)
+
+
+def sparse_vd_seeds(records: Sequence[Record]) -> str:
+    """SparseVD seed by seed."""
+    cells = []
+    for arch in _PAPER:
+        for index, record in enumerate(_default_row(records, arch, "sparse-vd").records):
+            cells.append(
+                (
+                    f"{title(arch)}, {record.seed}",
+                    f"1 in {_weights_left(record):.1f}",
+                    f"{record.error:.2f} %",
+                    "" if index else _papers(arch),
+                )
+            )
+    return markdown(("network, seed", "weights left", "test error", "the paper's"), cells)
+
+
+def sparse_vd_thresholds(records: Sequence[Record]) -> str:
+    """Compression against error of the first seed, at the thresholds of all networks.
+
+    Raises:
+        RequestError: a record was made without its thresholds.
+    """
+    by_arch = []
+    for arch in _PAPER:
+        first = _default_row(records, arch, "sparse-vd").first
+        if "thresholds" not in first.content:
+            raise RequestError(f"the record of {arch}, seed {first.seed}, has no thresholds")
+        by_arch.append({f"{line['threshold']:.3g}": line for line in first.content["thresholds"]})
+    cells = []
+    for threshold in by_arch[0]:
+        if all(threshold in lines for lines in by_arch):
+            cells.append([threshold + ", the paper's" * (threshold == "0.223")])
+            for lines in by_arch:
+                left = lines[threshold]["compression"]
+                cells[-1].append("all" if left == 1 else f"1 in {left:.0f}")
+                cells[-1].append(f"{lines[threshold]['error']:.2f} %")
+    head = ["SNR at least"]
+    for arch in _PAPER:
+        head += [f"{title(arch)}: weights left", "test error"]
+    return markdown(head, cells)
+
+
+def _weights_left(record: Record) -> float:
+    """How many times fewer weights are left, without biases."""
+    if "weights" in record.content:
+        return record.content["weights"]["compression"]
+    # Every unit but those of an input has a bias, and so has every class.
+    parameters, classes = record.content["parameters"], 10
+    before, after = (
+        sum(unit[key] for unit in record.content["units"] if not unit["gate"].endswith("_input"))
+        for key in ("total", "kept")
+    )
+    return (parameters["dense"] - before - classes) / (parameters["pruned"] - after - classes)
+
+
+def sparse_vd_units(records: Sequence[Record]) -> str:
+    """SparseVD's networks as units, beside SBP's; the first seed of each."""
+    cells = []
+    for arch in _PAPER:
+        for method in ("sparse-vd", "sbp"):
+            record = _default_row(records, arch, method).first
+            cells.append(
+                (
+                    f"{title(arch)}, {METHODS[method]}, seed {record.seed}",
+                    "-".join(map(str, record.units.values())),
+                    f"{record.macs_ratio:.1f}x",
+                    f"1 in {_weights_left(record):.1f}",
+                    f"{record.error:.2f} %",
+                )
+            )
+    return markdown(("network, method", "units left", "MACs", "weights left", "test error"), cells)
+
+
+def recursion(records: Sequence[Record], arch: str) -> str:
+    """What recursive pruning did, turn by turn: a table for each recipe.
+
+    Raises:
+        RequestError: no record is of RBP and tells its phases.
+    """
+    dataset = dataset_of(arch)
+    found = [
+        record.content
+        for row in of_network(records, arch, dataset)
+        for record in row.records
+        if record.method == "rbp" and "phases" in record.content
+    ]
+    if not found:
+        raise RequestError(f"no record of {arch} on {dataset} by rbp tells its phases")
+    return turns(found).rstrip()
+
+
+def compare(records: Sequence[Record], arch: str) -> str:
+    """SBP's default recipe beside RBP's and its other orders.
+
+    Raises:
+        RequestError: one of the two methods has no record.
+    """
+    sbp, dataset = _default_row(records, arch, "sbp"), dataset_of(arch)
+    rbp = [row for row in of_network(records, arch, dataset) if row.first.method == "rbp"]
+    if not rbp:
+        raise RequestError(f"no record of {arch} on {dataset} is of rbp")
+    gone = {row.first.recipe for row in rbp} - RECIPES.keys()
+    if gone:
+        raise RequestError(f"no recipe is called {min(gone)!r}, but a record of {arch} is")
+    cells = [
+        (
+            row.name,
+            "-" if row is sbp else RECIPES[row.first.recipe].order,
+            row.seeds,
+            row.error_in_words,
+            row.units,
+            f"{row.macs_ratio:.2f}x",
+            row.minutes,
+            row.epochs,
+        )
+        for row in (sbp, *rbp)
+    ]
+    head = ("method", "order", "seeds", "test error, %", "units", "MACs", "minutes", "epochs")
+    return markdown(head, cells)
+
+
+def random_labels(records: Sequence[Record]) -> str:
+    """What was left of networks that learned labels drawn at random.
+
+    Raises:
+        RequestError: there is no such record.
+    """
+    found = rows([record for record in records if record.random_labels])
+    if not found:
+        raise RequestError("no record of random labels is in experiments/results")
+    cells = []
+    for row in found:
+        dense, handed_over = [], []
+        for record in row.records:
+            errors = record.content["training_error"]
+            dense += [errors["dense"]] if errors["dense"] is not None else []
+            tuned = errors["finetuned"]
+            handed_over.append(errors["pruned"] if tuned is None else tuned)
+        total = "-".join(str(unit["total"]) for unit in row.first.content["units"])
+        cells.append(
+            (
+                f"{title(row.first.arch, row.first.dataset)}, {row.name}",
+                row.seeds,
+                f"{row.units} of {total}",
+                f"{statistics.median(dense):.1f}" if dense else "-",
+                f"{statistics.median(handed_over):.1f}",
+                f"{row.error:.1f}",
+            )
+        )
+    head = (
+        "network, method",
+        "seeds",
+        "units left",
+        "training error of the dense network, %",
+        "of the one handed over, %",
+        "its test error, %",
+    )
+    return markdown(head, cells)
+
+
+def recipes(records: Sequence[Record]) -> str:
+    """The recipes with a name, and what each is the default for."""
+    cells = []
+    for recipe in RECIPES.values():
+        scale = recipe.kl_scale
+        scales = {"": scale} if isinstance(scale, int | float) else scale
+        cells.append(
+            (
+                f"`{recipe.name}`",
+                *map(str, (recipe.dense_epochs, recipe.epochs, recipe.finetune_epochs)),
+                str(recipe.batch_size),
+                ", ".join(f"{gate} {value:g}".strip() for gate, value in scales.items()),
+                _default_for(recipe.name),
+            )
+        )
+    settings = ("dense_epochs", "epochs", "finetune_epochs", "batch_size", "kl_scale")
+    return markdown(("name", *(f"`{name}`" for name in settings), "the default for"), cells)
+
+
+def _default_for(name: str) -> str:
+    """What gets this recipe where none is named, in words; empty where nothing does."""
+    words = []
+    for method in METHODS:
+        found = []
+        for dataset in ("", *SOURCES, "digits"):
+            for arch in ("", *TITLES):
+                if default_recipe(arch, dataset, method).name != name:
+                    continue
+                # What all networks of the data set, or all data of the network, get is said there.
+                wider = [("", dataset)] * bool(arch) + [(arch, "")] * bool(dataset)
+                if all(default_recipe(*pair, method).name != name for pair in wider):
+                    on = f" on {dataset}" if arch and dataset else dataset
+                    found.append(f"{title(arch)}{on}" or "all else")
+        if found:
+            by = "" if method == "sbp" else f", by {METHODS[method]}"
+            words.append(", ".join(dict.fromkeys(found)) + by)
+    return "; ".join(words)

@@ -1,0 +1,108 @@
+"""Tables of a network's results beside the papers', and of the commands that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyro_sbp.architectures import ARCHITECTURES
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.rows import Record, markdown, of_network, rows, title
+from pyro_sbp.published import PUBLISHED, Published
+
+__all__ = ["commands", "dataset_of", "headline", "network"]
+
+
+def dataset_of(arch: str) -> str:
+    """The data set that a network's tables are of, unless another is named.
+
+    Raises:
+        RequestError: the network is unknown, or has no data set of its own.
+    """
+    if arch not in ARCHITECTURES or not ARCHITECTURES[arch].dataset:
+        raise RequestError(f"unknown network {arch!r}; expected {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[arch].dataset
+
+
+def _papers(arch: str, dataset: str) -> list[Published]:
+    return [paper for paper in PUBLISHED if (paper.arch, paper.dataset) == (arch, dataset)]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def network(arch: str, records: Sequence[Record], dataset: str | None = None) -> str:
+    """The papers' rows of a network, ours and the baselines', by MACs ratio; ours are bold."""
+    dataset = dataset or dataset_of(arch)
+    lines = []
+    for paper in _papers(arch, dataset):
+        source, _, words = paper.source.partition(": ")
+        name = f"{paper.method}, {source.partition(', ')[0]}"
+        cells = (name, "-", _percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
+        lines.append((paper.macs_ratio, (*cells, words)))
+    for row in of_network(records, arch, dataset):
+        name = row.name if row.first.baseline else f"**{row.name}**"
+        cells = (name, row.seeds, row.error_in_words, row.units, f"{row.macs_ratio:.2f}x")
+        lines.append((row.macs_ratio, (*cells, row.notes)))
+    head = ("method", "seeds", "test error, %", "units", "MACs", "notes")
+    return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
+    """The paper's SBP beside the named recipes of ours, on the network's own data set.
+
+    Raises:
+        RequestError: no recipe is named, or one has no record.
+    """
+    dataset = dataset_of(arch)
+    if not recipes:
+        raise RequestError(f"headline {arch} names no recipe: headline {arch} RECIPE ...")
+    papers = {paper.method: paper for paper in _papers(arch, dataset)}
+    rows_of = of_network(records, arch, dataset)
+    ours = {row.first.recipe: row for row in rows_of if not row.first.baseline}
+    cells = []
+    if "SBP" in papers:
+        paper, dense = papers["SBP"], _percent(papers["dense"].error)
+        ratio = f"{paper.macs_ratio:g}x"
+        cells.append(("SBP, the paper's", dense, _percent(paper.error), paper.units, ratio))
+    for recipe in recipes:
+        if recipe not in ours:
+            raise RequestError(f"no record of {arch} on {dataset} has the recipe {recipe!r}")
+        row = ours[recipe]
+        name, dense = f"{row.name}, {row.seeds_in_words}", _percent(row.dense)
+        ratio = f"{row.macs_ratio:.2f}x"
+        cells.append((name, dense, row.error_in_words, row.units, ratio))
+    head = (title(arch, dataset), "dense error, %", "test error, %", "units", "MACs")
+    return markdown(head, cells)
+
+
+def commands(records: Sequence[Record]) -> str:
+    """How each row was made: command, seeds, minutes, machine and versions; N is the seed.
+
+    Raises:
+        RequestError: there are no records.
+    """
+    if not records:
+        raise RequestError("experiments/results has no record")
+    machines: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    cells = []
+    for row in rows(records):
+        where = {machines.setdefault(r.machine, len(machines) + 1) for r in row.records}
+        used = {
+            versions.setdefault(_versions(r), chr(ord("A") + len(versions))) for r in row.records
+        }
+        made = "<br>".join(f"`{words}`" for words in dict.fromkeys(r.command for r in row.records))
+        on = ", ".join(map(str, sorted(where))) + "; " + ", ".join(sorted(used))
+        what = f"{title(row.first.arch)}, {row.name}"
+        cells.append((what, made, row.seeds, row.minutes, on))
+    head = ("row", "command", "seeds", "minutes", "machine; versions")
+    lists = [
+        *(f"- Machine {number}: {name}." for name, number in machines.items()),
+        *(f"- Versions {letter}: {words}." for words, letter in versions.items()),
+    ]
+    return markdown(head, cells) + "\n\n" + "\n".join(lists)
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record.versions.items())

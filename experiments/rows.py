@@ -1,0 +1,270 @@
+"""Recorded results, their medians over seeds, and how tables write them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyro_sbp.errors import RequestError, first_line
+
+__all__ = [
+    "METHODS",
+    "TITLES",
+    "Record",
+    "Row",
+    "markdown",
+    "of_network",
+    "read_records",
+    "rows",
+    "title",
+]
+
+#: The networks' names in words.
+TITLES = {
+    "lenet-500-300": "LeNet-500-300",
+    "lenet5": "LeNet-5",
+    "lenet-300-100": "LeNet-300-100",
+    "vgg-like": "VGG-like",
+}
+#: The seed in a command, or in the name of a record that a command has.
+_SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
+_DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+#: The methods' names in words.
+METHODS = {"sbp": "SBP", "rbp": "RBP", "sparse-vd": "SparseVD"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run or a baseline, as `experiments/results/` has it.
+
+    Attributes:
+        arch, dataset, method: as in a request; a baseline's method is the library's.
+        recipe: of a baseline, the recipe whose epochs it was given.
+        baseline: whether it is another library's.
+        random_labels: whether its error is that of learning labels drawn at random.
+        error: test error in percent of the network handed over, after the last epoch.
+        dense: that of the dense network before; None where there was none.
+        units: units kept, by gate in the order of the network.
+        macs_ratio: how many times fewer MACs than the dense network.
+        minutes: of training.
+        epochs: of all phases; None where the record does not tell.
+        command: how to repeat it; its seed is `N`.
+        content: the whole file.
+    """
+
+    arch: str
+    dataset: str
+    method: str
+    recipe: str
+    baseline: bool
+    random_labels: bool
+    seed: int
+    error: float
+    dense: float | None
+    units: dict[str, int]
+    macs_ratio: float
+    minutes: float
+    epochs: int | None
+    command: str
+    versions: dict[str, str]
+    machine: str
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a record of either kind.
+
+        Raises:
+            RequestError: the file is not one.
+        """
+        try:
+            return cls.of(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
+            raise RequestError(f"{path} is no record: {words}") from error
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Record:
+        """The record that a file's content is."""
+        baseline = found.get("kind") == "baseline"
+        error = found["error"]
+        last = error["finetuned"]
+        if last is None and not baseline:
+            last = error["pruned"]
+        epochs = None
+        if baseline:
+            epochs = sum(found["epochs"].values())
+        elif "phases" in found:
+            epochs = sum(phase["epochs"] for phase in found["phases"])
+        return cls(
+            arch=found["arch"],
+            dataset=found["dataset"],
+            method=found["method"],
+            recipe=found["of" if baseline else "recipe"],
+            baseline=baseline,
+            random_labels="training_error" in found,
+            seed=int(found["seed"]),
+            error=float(last),
+            dense=error["dense"],
+            units={unit["gate"]: unit["kept"] for unit in found["units"]},
+            macs_ratio=float(found["macs"]["ratio"]),
+            minutes=found["train_seconds"] / 60,
+            epochs=epochs,
+            command=re.sub(_SEED, "N", found["command"]),
+            versions=found["versions"],
+            machine=found["machine"],
+            content=found,
+        )
+
+
+def read_records(directory: Path) -> list[Record]:
+    """All records of a directory, in the order of their names.
+
+    Raises:
+        RequestError: one of its JSON files is no record.
+    """
+    return [Record.read(path) for path in sorted(directory.glob("*.json"))]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The records of one network, method and recipe, which differ in their seeds."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def first(self) -> Record:
+        """What all of them are alike in, apart from what differs by seed."""
+        return self.records[0]
+
+    @property
+    def seeds_in_words(self) -> str:
+        """ "seed 0", or "seeds 0 to 4"."""
+        return f"seed{'s' * (len(self.records) > 1)} {self.seeds}"
+
+    @property
+    def name(self) -> str:
+        """The method and the recipe, in Markdown."""
+        record = self.first
+        if record.baseline:
+            return f"{record.method}, epochs of `{record.recipe}`"
+        return f"{METHODS.get(record.method, record.method)}, `{record.recipe}`"
+
+    @property
+    def seeds(self) -> str:
+        """The seeds, in short."""
+        seeds = sorted(record.seed for record in self.records)
+        if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+            return f"{seeds[0]} to {seeds[-1]}"
+        return ", ".join(map(str, seeds))
+
+    def median(self, of: Callable[[Record], float]) -> float:
+        """The median of a number over the seeds."""
+        return statistics.median(of(record) for record in self.records)
+
+    @property
+    def error(self) -> float:
+        """Median test error of the networks handed over, in percent."""
+        return self.median(lambda record: record.error)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The least and the greatest test error, in percent."""
+        errors = [record.error for record in self.records]
+        return min(errors), max(errors)
+
+    @property
+    def dense(self) -> float | None:
+        """Median test error of the dense networks, in percent."""
+        errors = [record.dense for record in self.records if record.dense is not None]
+        return statistics.median(errors) if errors else None
+
+    @property
+    def macs_ratio(self) -> float:
+        """Median of how many times fewer MACs."""
+        return self.median(lambda record: record.macs_ratio)
+
+    @property
+    def units(self) -> str:
+        """Median units kept, gate by gate."""
+        gates = self.first.units
+        return "-".join(
+            f"{self.median(lambda record, g=gate: record.units[g]):.0f}" for gate in gates
+        )
+
+    @property
+    def error_in_words(self) -> str:
+        """Median error and, of several seeds, the spread."""
+        low, high = self.spread
+        return f"{self.error:.2f}" + f" ({low:.2f} to {high:.2f})" * (len(self.records) > 1)
+
+    @property
+    def notes(self) -> str:
+        """The error of the dense networks, and what a baseline's records say of it."""
+        content = self.first.content
+        words = [] if self.dense is None else [f"dense {self.dense:.2f}"]
+        words += [f"{content['steps']} steps"] if "steps" in content else []
+        words += [content["note"]] if "note" in content else []
+        return "; ".join(words)
+
+    @property
+    def minutes(self) -> str:
+        """Median minutes of training."""
+        return f"{self.median(lambda record: record.minutes):.1f}"
+
+    @property
+    def epochs(self) -> str:
+        """Epochs of all phases."""
+        counts = {record.epochs for record in self.records}
+        return " or ".join("-" if count is None else str(count) for count in counts)
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """Records by what they repeat, in the order of their first one.
+
+    Of baselines that is the command, which has their MACs ratio too.
+
+    Raises:
+        RequestError: a seed is there twice.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (record.arch, record.dataset, record.method, record.recipe)
+        key += (record.command,) if record.baseline else ()
+        group = groups.setdefault(key, [])
+        if record.seed in {other.seed for other in group}:
+            words = f"{record.arch} on {record.dataset} by {record.method}, {record.recipe}"
+            raise RequestError(f"seed {record.seed} of {words} is recorded twice")
+        group.append(record)
+    return [Row(tuple(group)) for group in groups.values()]
+
+
+def of_network(records: Sequence[Record], arch: str, dataset: str) -> list[Row]:
+    """The rows of a network on a data set, without those of random labels.
+
+    Raises:
+        RequestError: there are none.
+    """
+    found = [r for r in records if (r.arch, r.dataset) == (arch, dataset) and not r.random_labels]
+    if not found:
+        raise RequestError(f"no record of {arch} on {dataset} is in experiments/results")
+    return rows(found)
+
+
+def title(arch: str, dataset: str = "") -> str:
+    """A network, on a data set if one is named, in words, or as a request has them."""
+    words = TITLES.get(arch, arch)
+    return f"{words} on {_DATASETS.get(dataset, dataset)}" if dataset else words
+
+
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, *cells]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text.insert(1, "|" + "---|" * len(head))
+    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in text)

@@ -1,0 +1,161 @@
+"""Rebuild every table and figure of README.md and docs/ from the records of `experiments/results/`.
+
+python -m pyro_sbp.experiments.tables [--check]
+
+A table stands between two lines of a page, `<!-- table: NAME -->` and `<!-- end -->`; some names
+have arguments, as in `<!-- table: recursion lenet5 -->`. A figure is drawn again where its numbers
+have changed; to draw it again anyway, delete its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from pyro_sbp.architectures import ARCHITECTURES
+from pyro_sbp.errors import RequestError, did_you_mean
+from pyro_sbp.experiments import frontier, method_tables, network_tables
+from pyro_sbp.experiments.rows import Record, read_records
+from pyro_sbp.files import write_text
+
+__all__ = ["TABLES", "main", "rebuilt"]
+
+ROOT = Path(__file__).parents[1]
+
+#: What makes a table of the records and of the words after its name.
+TABLES: dict[str, Callable[..., str]] = {
+    **{arch: partial(network_tables.network, arch) for arch in ARCHITECTURES},
+    "headline": network_tables.headline,
+    "commands": network_tables.commands,
+    "compare": method_tables.compare,
+    "recursion": method_tables.recursion,
+    "random-labels": method_tables.random_labels,
+    "sparse-vd": method_tables.sparse_vd,
+    "sparse-vd-seeds": method_tables.sparse_vd_seeds,
+    "sparse-vd-thresholds": method_tables.sparse_vd_thresholds,
+    "sparse-vd-units": method_tables.sparse_vd_units,
+    "recipes": method_tables.recipes,
+}
+
+_BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")
+_END = re.compile(r"<!--\s*end\s*-->\s*")
+
+
+def _made(words: str, records: Sequence[Record]) -> str:
+    """The table of a name and its arguments."""
+    name, *arguments = words.split() or [""]
+    if name not in TABLES:
+        close = did_you_mean(name, TABLES) or f"; expected one of {', '.join(TABLES)}"
+        raise RequestError(f"no table is called {name!r}{close}")
+    try:
+        inspect.signature(TABLES[name]).bind(records, *arguments)
+    except TypeError as error:
+        raise RequestError(f"wrong words after its name: {error}") from error
+    return TABLES[name](records, *arguments)
+
+
+def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[str]]:
+    """A page with its tables as the records have them.
+
+    Args:
+        page: its name, for messages.
+        text: what is in it.
+
+    Returns:
+        The page as it should be, and a line for every table that was out of date.
+
+    Raises:
+        RequestError: a table is unknown, has no end, or wants a record that is not there.
+    """
+    lines: list[str] = []
+    stale: list[str] = []
+    words, begin, old = None, 0, []
+    for number, line in enumerate(text.split("\n"), 1):
+        opens, ends = _BEGIN.fullmatch(line), _END.fullmatch(line)
+        if words is None:
+            lines.append(line)
+            if ends:
+                raise RequestError(f"{page}:{number}: an end without a table before it")
+            if opens:
+                words, begin, old = opens[1], number, []
+        elif opens:
+            break
+        elif ends:
+            try:
+                new = ["", *_made(words, records).split("\n"), ""]
+            except RequestError as error:
+                raise RequestError(f"{page}:{begin}: table {words}: {error}") from error
+            if old != new:
+                stale.append(f"{page}:{begin}: table {words}: {_difference(old, new)}")
+            lines += [*new, line]
+            words = None
+        else:
+            old.append(line)
+    if words is not None:
+        raise RequestError(f"{page}:{begin}: table {words} has no <!-- end --> after it")
+    return "\n".join(lines), stale
+
+
+def _difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Where they begin to differ."""
+    was, now = next(pair for pair in zip_longest(old, new) if pair[0] != pair[1])
+    there, expected = ("nothing" if line is None else repr(line) for line in (was, now))
+    return f"out of date: {there} is there, the records give {expected}"
+
+
+def _run(root: Path, check: bool) -> list[str]:
+    """Rebuild or check a checkout; a line for everything that was out of date."""
+    if not (root / "README.md").is_file():
+        raise RequestError(f"{root} has no README.md; tables are rebuilt in a checkout of pyro-sbp")
+    records = read_records(root / "experiments" / "results")
+    stale: list[str] = []
+    pages: dict[Path, str] = {}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        pages[path], found = rebuilt(str(path.relative_to(root)), path.read_text("utf-8"), records)
+        if not found:
+            del pages[path]
+        stale += found
+    figures = frontier.out_of_date(root, records)
+    stale += [f"{name}: out of date: it is missing, or of other numbers" for name in figures]
+    if check:
+        return stale
+    if figures:
+        frontier.draw(root, records, figures)
+    for path, text in pages.items():
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise RequestError(str(error)) from error
+    return stale
+
+
+def main(arguments: Sequence[str], root: Path = ROOT) -> int:
+    """The command; its exit status is 1 where a table cannot be made or, checked, is out of date.
+
+    Args:
+        root: the checkout.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pyro_sbp.experiments.tables",
+        description="Rebuild every table and figure of README.md and docs/ from the records.",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, tell what is old")
+    check = parser.parse_args(arguments).check
+    try:
+        stale = _run(root, check)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in stale:
+        print(line if check else line.replace(": out of date: ", ": rebuilt: ", 1))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
