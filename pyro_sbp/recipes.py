@@ -57,7 +57,10 @@ class Recipe:
         prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
             nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
         order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
-            "together", all in one phase.
+            "together", all in one turn.
+        rounds: how many times RBP goes through the gates, of those that are left.
+        distill: fine-tuning learns the soft labels, at this temperature, of the network before its
+            last cut with the noise at its mean; 0 for the labels of the data.
         init_loc: initial location of log theta.
         init_log_scale: initial log scale of log theta; of SparseVD, of every weight.
         threshold: units, of SparseVD weights, with a signal-to-noise ratio under it are removed; by
@@ -94,6 +97,8 @@ class Recipe:
     noise_per: str = "batch"
     prior_scale: float | None = None
     order: str = "forward"
+    rounds: int = 1
+    distill: float = 0.0
     init_loc: float = 0.0
     init_log_scale: float = -5.0
     threshold: float | None = None
@@ -110,11 +115,11 @@ class Recipe:
             *("holdout", "crop"),
         ):
             self._number(name, int, 0)
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "rounds"):
             self._number(name, int, 1)
         for name in ("learning_rate", "noise_learning_rate", "finetune_learning_rate"):
             self._number(name, float, 0, above=True, most=1)
-        for name in ("weight_decay", "macs_weight"):
+        for name in ("weight_decay", "macs_weight", "distill"):
             self._number(name, float, 0)
         self._number("decay", float, 0, most=1)
         if self.threshold is not None:
@@ -172,7 +177,17 @@ class Recipe:
         return self.replace(epochs=epochs, **shares)
 
     def for_method(self, method: str) -> Recipe:
-        """A copy in which what a method has a default for is set."""
+        """A copy in which what a method has a default for is set.
+
+        Raises:
+            RequestError: the recipe sets what only RBP has.
+        """
+        for name, only in (("order", "forward"), ("rounds", 1)):
+            if method != "rbp" and getattr(self, name) != only:
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, which only rbp has; expected {only!r} for "
+                    f"{method}"
+                )
         return self.replace(
             threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
         )

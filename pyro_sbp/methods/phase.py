@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,6 +26,7 @@ __all__ = [
     "check_gates",
     "elbo_loss",
     "noise_phases",
+    "soft_cross_entropy",
     "weights_group",
 ]
 
@@ -132,8 +134,9 @@ def plain_phase(
     learning_rate: float | None = None,
     frozen: bool = False,
     hold_zeros: bool = False,
+    teacher: Predict | None = None,
 ) -> Phase:
-    """Ordinary training of a network.
+    """Ordinary training of a network, or distillation from another.
 
     Args:
         name, epochs, units: of the phase.
@@ -143,6 +146,8 @@ def plain_phase(
         frozen: leave the statistics of batch norms as they are.
         hold_zeros: weights that are zero when it begins, single ones and columns that stand for a
             removed unit, stay so.
+        teacher: whose soft labels it learns, at the recipe's temperature, where there is one
+            (Hinton et al. 2015, arXiv 1503.02531).
     """
     # Not vectors, of which many begin as zeros: biases, and gains of residual branches.
     matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
@@ -153,7 +158,12 @@ def plain_phase(
     ]
 
     def loss(x: Tensor, y: Tensor) -> Parts:
-        nll = F.cross_entropy(net(x), y)
+        if teacher is None:
+            nll = F.cross_entropy(net(x), y)
+        else:
+            with torch.no_grad():
+                soft = teacher(x)
+            nll = soft_cross_entropy(net(x), soft, recipe.distill)
         return Parts(nll, nll.new_zeros(()))
 
     def finish() -> dict[str, Predict]:
@@ -164,6 +174,16 @@ def plain_phase(
     rate = recipe.learning_rate if learning_rate is None else learning_rate
     groups = [weights_group(net, rate, recipe.weight_decay)]
     return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
+
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of soft labels, from logits ``[batch, classes]`` of both, times T^2.
+
+    With that factor its gradients keep their size whatever the temperature T (Hinton et al. 2015,
+    arXiv 1503.02531, section 2).
+    """
+    soft = (teacher / temperature).softmax(1)
+    return temperature**2 * F.cross_entropy(logits / temperature, soft)
 
 
 class Sites(NamedTuple):
@@ -216,7 +236,7 @@ class Method(ABC):
 
     @abstractmethod
     def noise(self) -> Iterator[Phase]:
-        """The phases with noise, of which the last leaves `small` and `units`."""
+        """The phases with noise, of which the last leaves `mean`, `small` and `units`."""
 
     def phases(self) -> Iterator[Phase]:
         """The phases in order; each is made when it begins, from what the earlier ones left."""
@@ -236,6 +256,7 @@ class Method(ABC):
                 learning_rate=recipe.finetune_learning_rate,
                 frozen=not recipe.recalibrate,
                 hold_zeros=True,
+                teacher=self.mean if recipe.distill else None,
             )
 
     @abstractmethod
@@ -253,6 +274,8 @@ class Method(ABC):
 
     #: What a request calls it.
     name: str
+    #: The network before its last cut, with all noise at its mean.
+    mean: Predict
     #: The smaller network, once the phases are through.
     small: nn.Module
     #: What became of the units of every gate.

@@ -167,10 +167,10 @@ class RBP(Method):
 
     def noise(self) -> Iterator[Phase]:
         """The turns of the gates."""
-        for index, (names, epochs) in enumerate(self._turns):
-            yield self._turn(names, epochs, last=index == len(self._turns) - 1)
+        for index, turn in enumerate(self._turns):
+            yield self._turn(*turn, last=index == len(self._turns) - 1)
 
-    def _turn(self, names: tuple[str, ...], epochs: int, last: bool) -> Phase:
+    def _turn(self, title: str, names: tuple[str, ...], epochs: int, last: bool) -> Phase:
         """Training with noise on some gates of the network as it is now, and their pruning."""
         recipe, stage = self.recipe, self._stage
         gates = [gate for gate in stage.gates if gate.name in names]
@@ -213,8 +213,9 @@ class RBP(Method):
             values = dataclasses.astuple(exactness)
             turn.exactness.copy_(torch.tensor(values, dtype=torch.float64))
             self._end(stage.after(choice, snr, small, exactness))
-            mean = {"mean": lambda x: model.gated(x, guide.mean())}
-            return {**mean, "pruned": small} if last else {}
+            mean = guide.mean()
+            self.mean = lambda x: model.gated(x, mean)
+            return {"mean": self.mean, "pruned": small} if last else {}
 
         def restore() -> None:
             choice, snr = self._choose(stage, guide)
@@ -223,7 +224,7 @@ class RBP(Method):
             self._end(stage.after(choice, snr, small, Equivalence(*turn.exactness.tolist())))
 
         return Phase(
-            "gated" if recipe.order == "together" else f"gate {names[0]}",
+            title,
             epochs,
             nn.ModuleList([stage.net, turn]),
             groups=[
@@ -330,20 +331,26 @@ def _flat(gate: str) -> str:
     return gate.replace(".", "/")
 
 
-def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[tuple[str, ...], int]]:
-    """The gates that have noise at a time, and for how many epochs."""
+def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[str, tuple[str, ...], int]]:
+    """The turns: what each is called, the gates that have noise in it, and for how many epochs."""
     names = [gate.name for gate in gates]
     if recipe.order == "together":
-        return [(tuple(names), recipe.epochs)]
-    if recipe.epochs < len(names):
+        once = [("gated", tuple(names))]
+    else:
+        names = names[::-1] if recipe.order == "reversed" else names
+        once = [(f"gate {name}", (name,)) for name in names]
+    turns = [
+        (title if number == 1 else f"{title}, round {number}", having)
+        for number in range(1, recipe.rounds + 1)
+        for title, having in once
+    ]
+    if recipe.epochs < len(turns):
         raise ValueError(
-            f"epochs is {recipe.epochs}, but there are {len(names)} gates: rbp needs an epoch for "
-            "each of them"
+            f"epochs is {recipe.epochs}, but there are {len(turns)} turns of gates: rbp "
+            "needs an epoch for each of them"
         )
-    each, more = divmod(recipe.epochs, len(names))
-    if recipe.order == "reversed":
-        names.reverse()
-    return [((name,), each + (index < more)) for index, name in enumerate(names)]
+    each, more = divmod(recipe.epochs, len(turns))
+    return [(*turn, each + (index < more)) for index, turn in enumerate(turns)]
 
 
 def _held(guide: TruncatedLogNormalGuide, threshold: float) -> tuple[str, ...]:

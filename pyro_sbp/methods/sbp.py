@@ -123,7 +123,9 @@ class SBP(Method):
         # Where nothing carries signal the best unit of every gate stays.
         largest = max(float(snr.max()) for snr in self.guide.snr().values())
         self.prune(threshold=min(self.recipe.threshold, largest))
-        return {"mean": self._masked(0.0), "pruned": self.small}
+        mean = self.guide.mean()
+        self.mean = lambda x: self.model.gated(x, mean)
+        return {"mean": self.mean, "pruned": self.small}
 
     @staticmethod
     def read(state: Mapping[str, Tensor], recipe: Recipe) -> Sites:

@@ -145,7 +145,8 @@ class SparseVD(Method):
 
     def _finish(self) -> dict[str, Any]:
         self._cut(self.recipe.threshold)
-        return {"mean": lambda x: self._masked(x, 0.0), "pruned": self.small}
+        self.mean = lambda x: self._masked(x, 0.0)
+        return {"mean": self.mean, "pruned": self.small}
 
     def summary(self) -> dict[str, Any]:
         """The weights of every layer that reach the threshold, and all over those that do: the
