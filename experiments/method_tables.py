@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.network_tables import dataset_of
+from pyro_sbp.experiments.network_tables import dataset_of, named
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.recursion import tables as turns
 from pyro_sbp.experiments.rows import (
@@ -179,32 +179,29 @@ def recursion(records: Sequence[Record], arch: str) -> str:
     return turns(found).rstrip()
 
 
-def compare(records: Sequence[Record], arch: str) -> str:
-    """SBP's default recipe beside RBP's and its other orders.
+def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
+    """Recipes beside each other, with their epochs in all phases, and of RBP the order.
 
     Raises:
-        RequestError: one of the two methods has no record.
+        RequestError: no recipe is named, or one has no record or is none of ours any more.
     """
-    sbp, dataset = _default_row(records, arch, "sbp"), dataset_of(arch)
-    rbp = [row for row in of_network(records, arch, dataset) if row.first.method == "rbp"]
-    if not rbp:
-        raise RequestError(f"no record of {arch} on {dataset} is of rbp")
-    gone = {row.first.recipe for row in rbp} - RECIPES.keys()
-    if gone:
-        raise RequestError(f"no recipe is called {min(gone)!r}, but a record of {arch} is")
-    cells = [
-        (
-            row.name,
-            "-" if row is sbp else RECIPES[row.first.recipe].order,
-            row.seeds,
-            row.error_in_words,
-            row.units,
-            f"{row.macs_ratio:.2f}x",
-            row.minutes,
-            row.epochs,
+    cells = []
+    for row in named(records, arch, recipes, "compare"):
+        recipe = RECIPES.get(row.first.recipe)
+        if recipe is None:
+            raise RequestError(f"no recipe is called {row.first.recipe!r}, but a record is")
+        cells.append(
+            (
+                row.name,
+                recipe.order if row.first.method == "rbp" else "-",
+                row.seeds,
+                row.error_in_words,
+                row.units,
+                f"{row.macs_ratio:.2f}x",
+                row.minutes,
+                str(recipe.dense_epochs + recipe.epochs + recipe.finetune_epochs),
+            )
         )
-        for row in (sbp, *rbp)
-    ]
     head = ("method", "order", "seeds", "test error, %", "units", "MACs", "minutes", "epochs")
     return markdown(head, cells)
 

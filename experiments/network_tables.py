@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.rows import Record, markdown, of_network, rows, title
+from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
 from pyro_sbp.published import PUBLISHED, Published
 
-__all__ = ["commands", "dataset_of", "headline", "network"]
+__all__ = ["commands", "dataset_of", "headline", "named", "network"]
 
 
 def dataset_of(arch: str) -> str:
@@ -48,6 +48,26 @@ def network(arch: str, records: Sequence[Record], dataset: str | None = None) ->
     return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
+def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: str) -> list[Row]:
+    """The rows of recipes, in their order, on the network's own data set.
+
+    Raises:
+        RequestError: no recipe is named, or one has no record.
+    """
+    dataset = dataset_of(arch)
+    if not recipes:
+        raise RequestError(f"{table} {arch} names no recipe: {table} {arch} RECIPE ...")
+    ours = {
+        row.first.recipe: row
+        for row in of_network(records, arch, dataset)
+        if not row.first.baseline
+    }
+    for recipe in recipes:
+        if recipe not in ours:
+            raise RequestError(f"no record of {arch} on {dataset} has the recipe {recipe!r}")
+    return [ours[recipe] for recipe in recipes]
+
+
 def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
     """The paper's SBP beside the named recipes of ours, on the network's own data set.
 
@@ -55,20 +75,14 @@ def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
         RequestError: no recipe is named, or one has no record.
     """
     dataset = dataset_of(arch)
-    if not recipes:
-        raise RequestError(f"headline {arch} names no recipe: headline {arch} RECIPE ...")
+    chosen = named(records, arch, recipes, "headline")
     papers = {paper.method: paper for paper in _papers(arch, dataset)}
-    rows_of = of_network(records, arch, dataset)
-    ours = {row.first.recipe: row for row in rows_of if not row.first.baseline}
     cells = []
     if "SBP" in papers:
         paper, dense = papers["SBP"], _percent(papers["dense"].error)
         ratio = f"{paper.macs_ratio:g}x"
         cells.append(("SBP, the paper's", dense, _percent(paper.error), paper.units, ratio))
-    for recipe in recipes:
-        if recipe not in ours:
-            raise RequestError(f"no record of {arch} on {dataset} has the recipe {recipe!r}")
-        row = ours[recipe]
+    for row in chosen:
         name, dense = f"{row.name}, {row.seeds_in_words}", _percent(row.dense)
         ratio = f"{row.macs_ratio:.2f}x"
         cells.append((name, dense, row.error_in_words, row.units, ratio))

@@ -52,7 +52,6 @@ class Record:
         units: units kept, by gate in the order of the network.
         macs_ratio: how many times fewer MACs than the dense network.
         minutes: of training.
-        epochs: of all phases; None where the record does not tell.
         command: how to repeat it; its seed is `N`.
         content: the whole file.
     """
@@ -69,7 +68,6 @@ class Record:
     units: dict[str, int]
     macs_ratio: float
     minutes: float
-    epochs: int | None
     command: str
     versions: dict[str, str]
     machine: str
@@ -96,11 +94,6 @@ class Record:
         last = error["finetuned"]
         if last is None and not baseline:
             last = error["pruned"]
-        epochs = None
-        if baseline:
-            epochs = sum(found["epochs"].values())
-        elif "phases" in found:
-            epochs = sum(phase["epochs"] for phase in found["phases"])
         return cls(
             arch=found["arch"],
             dataset=found["dataset"],
@@ -114,7 +107,6 @@ class Record:
             units={unit["gate"]: unit["kept"] for unit in found["units"]},
             macs_ratio=float(found["macs"]["ratio"]),
             minutes=found["train_seconds"] / 60,
-            epochs=epochs,
             command=re.sub(_SEED, "N", found["command"]),
             versions=found["versions"],
             machine=found["machine"],
@@ -216,12 +208,6 @@ class Row:
     def minutes(self) -> str:
         """Median minutes of training."""
         return f"{self.median(lambda record: record.minutes):.1f}"
-
-    @property
-    def epochs(self) -> str:
-        """Epochs of all phases."""
-        counts = {record.epochs for record in self.records}
-        return " or ".join("-" if count is None else str(count) for count in counts)
 
 
 def rows(records: Sequence[Record]) -> list[Row]:

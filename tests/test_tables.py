@@ -188,10 +188,11 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     assert lines[0].startswith("lenet5, mnist, rbp, recipe rbp-lenet5, seeds 0, 1: 12.5 times")
     assert "| gate conv1 | 11 | 1.25 | 5-100 | 2.0 |" in lines
     assert not any(", sbp, " in line for line in lines) and lines[-1].startswith("| gate conv1")
-    assert table("compare lenet5", records)[2:] == [
-        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 11 |",
-        "| RBP, `rbp-lenet5` | forward | 0, 1 | 0.90 (0.90 to 0.90) | 6-100 | 12.50x | 1.5 | 22 |",
-        "| RBP, `rbp-lenet-dense-reversed` | reversed | 0 | 0.90 | 5-100 | 12.00x | 1.0 | 22 |",
+    names = "rbp-lenet-dense-reversed lenet5 rbp-lenet5"
+    assert table(f"compare lenet5 {names}", records)[2:] == [
+        "| RBP, `rbp-lenet-dense-reversed` | reversed | 0 | 0.90 | 5-100 | 12.00x | 1.0 | 60 |",
+        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 30 |",
+        "| RBP, `rbp-lenet5` | forward | 0, 1 | 0.90 (0.90 to 0.90) | 6-100 | 12.50x | 1.5 | 30 |",
     ]
 
 
@@ -211,7 +212,7 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
         (block("recipes lenet5"), "wrong words after its name: too many positional arguments"),
         (block("recursion lenet6"), "unknown network 'lenet6'; expected lenet-500-300, "),
         (block("recursion lenet5"), "no record of lenet5 on mnist by rbp tells its phases"),
-        (block("compare lenet5"), "no record of lenet5 on mnist is of rbp"),
+        (block("compare lenet5"), "compare lenet5 names no recipe: compare lenet5 RECIPE ..."),
         (block("sparse-vd"), "no record of lenet-300-100 on mnist is in experiments/results"),
         (block("random-labels"), "no record of random labels is in experiments/results"),
         (block("headline lenet5"), "headline lenet5 names no recipe: headline lenet5 RECIPE ..."),
