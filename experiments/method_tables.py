@@ -161,8 +161,8 @@ def sparse_vd_units(records: Sequence[Record]) -> str:
     return markdown(("network, method", "units left", "MACs", "weights left", "test error"), cells)
 
 
-def recursion(records: Sequence[Record], arch: str) -> str:
-    """What recursive pruning did, turn by turn: a table for each recipe.
+def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
+    """What recursive pruning did, turn by turn: a table for each recipe, or for those named.
 
     Raises:
         RequestError: no record is of RBP and tells its phases.
@@ -173,9 +173,11 @@ def recursion(records: Sequence[Record], arch: str) -> str:
         for row in of_network(records, arch, dataset)
         for record in row.records
         if record.method == "rbp" and "phases" in record.content
+        if not recipes or record.recipe in recipes
     ]
     if not found:
-        raise RequestError(f"no record of {arch} on {dataset} by rbp tells its phases")
+        told = f" with the recipe {' or '.join(recipes)}" if recipes else ""
+        raise RequestError(f"no record of {arch} on {dataset} by rbp{told} tells its phases")
     return turns(found).rstrip()
 
 

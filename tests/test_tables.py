@@ -187,6 +187,9 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     lines = table("recursion lenet5", records)
     assert lines[0].startswith("lenet5, mnist, rbp, recipe rbp-lenet5, seeds 0, 1: 12.5 times")
     assert "| gate conv1 | 11 | 1.25 | 5-100 | 2.0 |" in lines
+    assert sum("recipe" in line for line in lines) == 2
+    (of_one,) = (line for line in table("recursion lenet5 rbp-lenet5", records) if "recipe" in line)
+    assert of_one == lines[0]
     assert not any(", sbp, " in line for line in lines) and lines[-1].startswith("| gate conv1")
     names = "rbp-lenet-dense-reversed lenet5 rbp-lenet5"
     assert table(f"compare lenet5 {names}", records)[2:] == [
@@ -212,6 +215,10 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
         (block("recipes lenet5"), "wrong words after its name: too many positional arguments"),
         (block("recursion lenet6"), "unknown network 'lenet6'; expected lenet-500-300, "),
         (block("recursion lenet5"), "no record of lenet5 on mnist by rbp tells its phases"),
+        (
+            block("recursion lenet5 rbp"),
+            "no record of lenet5 on mnist by rbp with the recipe rbp tells its phases",
+        ),
         (block("compare lenet5"), "compare lenet5 names no recipe: compare lenet5 RECIPE ..."),
         (block("sparse-vd"), "no record of lenet-300-100 on mnist is in experiments/results"),
         (block("random-labels"), "no record of random labels is in experiments/results"),
