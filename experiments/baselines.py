@@ -6,11 +6,12 @@
 A record is that of a run (of an image folder, made where the folder lies); a number is a MACs
 ratio, to be had by the recipe that the network has by default or `--recipe` names. The dense epochs
 are those of the recipe and end at the same network as the run's: initial weights and the order of
-the data are the same. Then the network is trained for as many epochs as the run has with noise and
-in fine-tuning together. On the way, over the first half of these, it is pruned in steps, ten unless
-`--steps` says otherwise: iterative pruning is what the library offers for high ratios. Every step
-takes the same share of the MACs. Learning rates are the recipe's, constant up to the last step, and
-fall over the recipe's last share of what is left after it; each phase has an Adam of its own.
+the data are the same, in float32. Then the network is trained for as many epochs as the run has
+with noise and in fine-tuning together. On the way, over the first half of these, it is pruned in
+steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
+ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
+the last step, and fall over the recipe's last share of what is left after it; each phase has an
+Adam of its own.
 
 Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
 the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
@@ -318,6 +319,7 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
     try:
         found = json.loads(path.read_text("utf-8"))
         named = {key: found[key] for key in ("arch", "dataset", "seed", "recipe")}
+        method = found["method"]
         ratio = found["macs"]["ratio"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{path} is no record of a run: {error!r}") from error
@@ -325,7 +327,7 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
         given = getattr(options, key)
         if given is not None and given != value:
             raise RequestError(f"--{key} is {given}, but {path} is of {key} {value}; leave it out")
-    return _request(named, options), ratio
+    return _request({**named, "method": method}, options), ratio
 
 
 def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
@@ -333,7 +335,6 @@ def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
     if recipe not in RECIPES:
         raise RequestError(f"unknown recipe {recipe!r}; expected {', '.join(RECIPES)}")
     return Request(
-        method="sbp",
         recipe=RECIPES[recipe],
         device=options.device,
         data_dir=str(options.data_dir),
@@ -350,7 +351,7 @@ def _of_ratio(options: argparse.Namespace) -> Request:
         raise RequestError(f"--arch {options.arch} needs a --dataset")
     recipe = options.recipe or default_recipe(options.arch, dataset, "sbp").name
     named = {"arch": options.arch, "dataset": dataset, "seed": options.seed or 0, "recipe": recipe}
-    return _request(named, options)
+    return _request({**named, "method": "sbp"}, options)
 
 
 def _run(target: str, options: argparse.Namespace) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.network_tables import dataset_of, named
@@ -19,6 +21,7 @@ from pyro_sbp.experiments.rows import (
     rows,
     title,
 )
+from pyro_sbp.recipes import Recipe
 from pyro_sbp.sources import SOURCES
 
 __all__ = [
@@ -248,22 +251,30 @@ def random_labels(records: Sequence[Record]) -> str:
 
 
 def recipes(records: Sequence[Record]) -> str:
-    """The recipes with a name, and what each is the default for."""
+    """The recipes with a name: their settings, and what each is the default for."""
+    columns = ("dense_epochs", "epochs", "finetune_epochs", "batch_size", "kl_scale")
     cells = []
     for recipe in RECIPES.values():
-        scale = recipe.kl_scale
-        scales = {"": scale} if isinstance(scale, int | float) else scale
-        cells.append(
-            (
-                f"`{recipe.name}`",
-                *map(str, (recipe.dense_epochs, recipe.epochs, recipe.finetune_epochs)),
-                str(recipe.batch_size),
-                ", ".join(f"{gate} {value:g}".strip() for gate, value in scales.items()),
-                _default_for(recipe.name),
-            )
-        )
-    settings = ("dense_epochs", "epochs", "finetune_epochs", "batch_size", "kl_scale")
-    return markdown(("name", *(f"`{name}`" for name in settings), "the default for"), cells)
+        others = [
+            f"{field.name} {_value(getattr(recipe, field.name))}"
+            for field in dataclasses.fields(recipe)
+            if field.name not in ("name", *columns)
+            and getattr(recipe, field.name) != getattr(Recipe(), field.name)
+        ]
+        values = (_value(getattr(recipe, name)) for name in columns)
+        default_for = _default_for(recipe.name)
+        cells.append((f"`{recipe.name}`", *values, ", ".join(others), default_for))
+    head = ("name", *(f"`{name}`" for name in columns), "other settings", "the default for")
+    return markdown(head, cells)
+
+
+def _value(value: Any) -> str:
+    """A setting in short."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).lower()
+    return f"{value:g}"
 
 
 def _default_for(name: str) -> str:

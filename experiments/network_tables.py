@@ -12,12 +12,18 @@ from pyro_sbp.published import PUBLISHED, Published
 __all__ = ["commands", "dataset_of", "headline", "named", "network"]
 
 
+#: The data sets of networks that are none of `ARCHITECTURES`.
+_DATASETS = {"pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg"}
+
+
 def dataset_of(arch: str) -> str:
     """The data set that a network's tables are of, unless another is named.
 
     Raises:
         RequestError: the network is unknown, or has no data set of its own.
     """
+    if arch in _DATASETS:
+        return _DATASETS[arch]
     if arch not in ARCHITECTURES or not ARCHITECTURES[arch].dataset:
         raise RequestError(f"unknown network {arch!r}; expected {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[arch].dataset
@@ -31,7 +37,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def network(arch: str, records: Sequence[Record], dataset: str | None = None) -> str:
+def network(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
     """The papers' rows of a network, ours and the baselines', by MACs ratio; ours are bold."""
     dataset = dataset or dataset_of(arch)
     lines = []
@@ -57,11 +63,10 @@ def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: s
     dataset = dataset_of(arch)
     if not recipes:
         raise RequestError(f"{table} {arch} names no recipe: {table} {arch} RECIPE ...")
-    ours = {
-        row.first.recipe: row
-        for row in of_network(records, arch, dataset)
-        if not row.first.baseline
-    }
+    rows_of = [row for row in of_network(records, arch, dataset) if not row.first.baseline]
+    ours = {row.first.recipe: row for row in rows_of}
+    if len(ours) < len(rows_of):
+        raise RequestError(f"records of {arch} on {dataset} by two commands have one recipe")
     for recipe in recipes:
         if recipe not in ours:
             raise RequestError(f"no record of {arch} on {dataset} has the recipe {recipe!r}")

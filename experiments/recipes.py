@@ -112,7 +112,7 @@ _ALL = (
         dense_epochs=8,
         epochs=22,
         finetune_epochs=0,
-        macs_weight=1.5,
+        kl_scale={"conv1": 40.0, "conv2": 10.0},
         **_RBP,
     ),
     Recipe(
@@ -133,6 +133,21 @@ _ALL = (
             **{**_RBP, "prior_scale": 5.0},
         )
         for order in ORDERS
+    ),
+    # A fifth of CIFAR-10's training images, for a machine without a GPU.
+    Recipe(
+        name="rbp-vgg-subset",
+        dense_epochs=15,
+        epochs=28,
+        finetune_epochs=3,
+        batch_size=32,
+        holdout=40_000,
+        standardize=True,
+        flip=True,
+        crop=4,
+        kl_scale=2.0,
+        macs_weight=4.0,
+        **{**_RBP, "noise_learning_rate": 0.1},
     ),
     Recipe(
         name="rbp-lenet5-digits",

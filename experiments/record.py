@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
+from pyro_sbp.experiments.recipes import RECIPES
 from pyro_sbp.recipes import Request
 
 __all__ = ["RESULTS", "file_name", "phases", "record", "thresholds", "without_path"]
@@ -53,13 +53,10 @@ def record(run: Path) -> dict[str, Any]:
     if request.method != "sbp":
         command += f" --method {request.method}"
     # As requests, which fill in what a recipe leaves to the method.
-    if request != replace(
-        request, recipe=default_recipe(request.arch, request.dataset, request.method)
-    ):
-        named = RECIPES.get(request.recipe.name)
-        if named is None or request != replace(request, recipe=named):
-            raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
-        command += f" --recipe {request.recipe.name}"
+    named = RECIPES.get(request.recipe.name)
+    if named is None or request != replace(request, recipe=named):
+        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
+    command += f" --recipe {named.name}"
     if request.precision != "32-true":
         command += f" --precision {request.precision}"
     command += " --channels-last" * request.channels_last
@@ -67,6 +64,7 @@ def record(run: Path) -> dict[str, Any]:
         **summary,
         "dataset": dataset,
         "recipe": request.recipe.name,
+        "settings": asked["recipe"],
         "phases": phases(run),
         "command": f"{command} --seed {request.seed}",
         "versions": asked["versions"],
@@ -117,7 +115,10 @@ def main(arguments: list[str]) -> None:
         if options.sweep:
             entry["thresholds"] = thresholds(run)
         name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
-        (RESULTS / name).write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+        path = RESULTS / name
+        if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:
+            sys.exit(f"{path} is of another command; delete it if this one is to take its place")
+        path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.experiments.recipes import RECIPES
+from pyro_sbp.recipes import Recipe
 
 __all__ = [
     "METHODS",
@@ -30,10 +32,11 @@ TITLES = {
     "lenet5": "LeNet-5",
     "lenet-300-100": "LeNet-300-100",
     "vgg-like": "VGG-like",
+    "pyro_sbp.experiments.narrow:vgg_like": "VGG-like, a quarter as wide",
 }
 #: The seed in a command, or in the name of a record that a command has.
 _SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
-_DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+_DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "folder:cifar10-jpeg": "CIFAR-10 (JPEG)"}
 #: The methods' names in words.
 METHODS = {"sbp": "SBP", "rbp": "RBP", "sparse-vd": "SparseVD"}
 
@@ -118,9 +121,20 @@ def read_records(directory: Path) -> list[Record]:
     """All records of a directory, in the order of their names.
 
     Raises:
-        RequestError: one of its JSON files is no record.
+        RequestError: one of its JSON files is no record, or was made by a recipe that had other
+            settings than it has now.
     """
-    return [Record.read(path) for path in sorted(directory.glob("*.json"))]
+    found = {path: Record.read(path) for path in sorted(directory.glob("*.json"))}
+    for path, record in found.items():
+        if settings := record.content.get("settings"):
+            now = RECIPES.get(record.recipe)
+            made = Recipe.from_dict(settings, str(path))
+            if now is None or made != now.for_method(record.method):
+                raise RequestError(
+                    f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
+                    "now; rename one of the two, or make the record again"
+                )
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError, did_you_mean
 from pyro_sbp.experiments import frontier, method_tables, network_tables
 from pyro_sbp.experiments.rows import Record, read_records
@@ -30,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 #: What makes a table of the records and of the words after its name.
 TABLES: dict[str, Callable[..., str]] = {
-    **{arch: partial(network_tables.network, arch) for arch in ARCHITECTURES},
+    "network": network_tables.network,
     "headline": network_tables.headline,
     "commands": network_tables.commands,
     "compare": method_tables.compare,
@@ -143,7 +141,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m pyro_sbp.experiments.tables",
-        description="Rebuild every table and figure of README.md and docs/ from the records.",
+        description="Rebuild the tables between markers of README.md and docs/, and the figures.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing, tell what is old")
     check = parser.parse_args(arguments).check

@@ -57,8 +57,7 @@ class Recipe:
         prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
             nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
         order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
-            "together", all in one turn.
-        rounds: how many times RBP goes through the gates, of those that are left.
+            "together", all in one phase.
         distill: fine-tuning learns the soft labels, at this temperature, of the network before its
             last cut with the noise at its mean; 0 for the labels of the data.
         init_loc: initial location of log theta.
@@ -97,7 +96,6 @@ class Recipe:
     noise_per: str = "batch"
     prior_scale: float | None = None
     order: str = "forward"
-    rounds: int = 1
     distill: float = 0.0
     init_loc: float = 0.0
     init_log_scale: float = -5.0
@@ -115,7 +113,7 @@ class Recipe:
             *("holdout", "crop"),
         ):
             self._number(name, int, 0)
-        for name in ("epochs", "batch_size", "rounds"):
+        for name in ("epochs", "batch_size"):
             self._number(name, int, 1)
         for name in ("learning_rate", "noise_learning_rate", "finetune_learning_rate"):
             self._number(name, float, 0, above=True, most=1)
@@ -140,6 +138,8 @@ class Recipe:
                 f"epochs is {self.epochs}; expected more than kl_free_epochs and kl_rising_epochs "
                 f"together, which are {before}"
             )
+        if self.distill and not self.finetune_epochs:
+            raise RequestError("distill is of fine-tuning, but finetune_epochs is 0; expected more")
         for name in ("recalibrate", "standardize", "flip", "exact_kl", "random_labels"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
@@ -182,12 +182,8 @@ class Recipe:
         Raises:
             RequestError: the recipe sets what only RBP has.
         """
-        for name, only in (("order", "forward"), ("rounds", 1)):
-            if method != "rbp" and getattr(self, name) != only:
-                raise RequestError(
-                    f"{name} is {getattr(self, name)!r}, which only rbp has; expected {only!r} for "
-                    f"{method}"
-                )
+        if method != "rbp" and self.order != "forward":
+            raise RequestError(f"order is {self.order!r}, but only rbp takes gates in an order")
         return self.replace(
             threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
         )

@@ -119,22 +119,6 @@ def test_a_layer_called_twice_on_what_it_writes():
     assert UnitCosts(net, gates, x).expected({gate.name: p}) == pytest.approx(float(expected))
 
 
-def test_the_expectation_is_the_mean_over_cut_networks():
-    # Of 300 of them, so that their mean is off by less than four of its standard errors. None of
-    # the gates loses all units, or has layers with groups, where a cut leaves more.
-    net, gates, x = with_gates(Residual(8, grouped=False), (3, 4, 4))
-    torch.manual_seed(3)
-    keep = {gate.name: 0.55 + 0.4 * torch.rand(gate.size) for gate in gates}
-    found = []
-    for _ in range(300):
-        units = surviving_units(gates, {name: torch.bernoulli(p) for name, p in keep.items()})
-        found.append(count_macs(cut_to(net, gates, units), x))
-    found = torch.tensor(found, dtype=torch.float64)
-    error = float(found.std()) / len(found) ** 0.5
-    assert error < 0.015 * float(found.mean())
-    assert abs(UnitCosts(net, gates, x).expected(keep) - float(found.mean())) < 4 * error
-
-
 def test_the_expectation_is_the_sum_over_all_sets_of_units():
     net, gates, x = with_gates(Residual(4), (3, 4, 4))
     costs = UnitCosts(net, gates, x)

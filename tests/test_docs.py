@@ -14,7 +14,6 @@ from torch.distributions import kl_divergence
 from pyro_sbp import benchmarking
 from pyro_sbp.costs import UnitCosts
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.experiments.recipes import RECIPES
 from pyro_sbp.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.models import check_prior, theta_prior
 from pyro_sbp.networks import LeNet5
@@ -127,20 +126,6 @@ def test_the_settings_of_a_recipe():
     defaults = dataclasses.asdict(Recipe())
     assert list(rows) == list(defaults)
     assert {name: json.loads(value) for name, value in rows.items()} == defaults
-
-
-def test_the_recipes_with_a_name():
-    rows = table("recipes.md", "name")
-    assert {row[0].strip("`") for row in rows} == set(RECIPES)
-    for name, *numbers, scales, _ in rows:
-        recipe = RECIPES[name.strip("`")]
-        values = recipe.dense_epochs, recipe.epochs, recipe.finetune_epochs, recipe.batch_size
-        assert tuple(map(int, numbers)) == values
-        if isinstance(recipe.kl_scale, float):
-            assert float(scales) == recipe.kl_scale
-        else:
-            given = dict(part.split() for part in scales.split(", "))
-            assert {gate: float(value) for gate, value in given.items()} == recipe.kl_scale
 
 
 def test_what_a_unit_of_lenet_5_costs():

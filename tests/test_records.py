@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-from pyro_sbp.experiments.record import record
+from pyro_sbp.experiments.record import main, record
 from pyro_sbp.experiments.recursion import tables
+from pyro_sbp.experiments.rows import read_records
 from pyro_sbp.recipes import Request
 
 
@@ -33,7 +35,8 @@ def run_directory(path, seed, error, recipe=None, method="rbp", dataset="mnist")
 def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path):
     found = record(run_directory(tmp_path / "run", 3, 4.5))
     assert found["command"] == (
-        "pyro-sbp train --arch lenet-500-300 --dataset mnist --method rbp --seed 3"
+        "pyro-sbp train --arch lenet-500-300 --dataset mnist --method rbp "
+        "--recipe rbp-lenet-dense --seed 3"
     )
     assert found["recipe"] == "rbp-lenet-dense"
     assert [phase["phase"] for phase in found["phases"]] == ["dense", "gate a", "gate b"]
@@ -45,7 +48,7 @@ def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path)
     found = record(run_directory(tmp_path / "other", 0, 4.5, other))
     assert "--method rbp --recipe rbp-lenet-dense-reversed --seed 0" in found["command"]
     found = record(run_directory(tmp_path / "sbp", 0, 4.5, method="sbp"))
-    assert found["command"].endswith("--dataset mnist --seed 0")
+    assert found["command"].endswith("--dataset mnist --recipe lenet-dense --seed 0")
     found = record(
         run_directory(tmp_path / "folder", 0, 4.5, other, dataset="folder:/there/images")
     )
@@ -61,3 +64,30 @@ def test_the_table_of_the_turns_has_medians_over_seeds(tmp_path):
     assert "11.0 times fewer MACs, 2.0 minutes" in text
     assert "| dense | 1 | 7.00 | 9-8 | 3.0 |" in text
     assert "| gate a | 2 | 5.00 | 7-8 | 5.0 |" in text
+
+
+def test_a_record_of_a_recipe_that_has_changed_is_refused(tmp_path):
+    found = record(run_directory(tmp_path / "run", 0, 4.5))
+    found |= {"error": {"dense": 5.0, "finetuned": 4.5}, "units": []}
+    records = tmp_path / "results"
+    records.mkdir()
+    (records / "a.json").write_text(json.dumps(found))
+    assert [one.recipe for one in read_records(records)] == ["rbp-lenet-dense"]
+    found["settings"]["kl_scale"] = 1.5
+    (records / "a.json").write_text(json.dumps(found))
+    with pytest.raises(RequestError, match="made by a recipe 'rbp-lenet-dense' of other settings"):
+        read_records(records)
+
+
+def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_sbp.experiments.record.RESULTS", tmp_path / "results")
+    run = run_directory(tmp_path / "run", 0, 4.5)
+    main([str(run)])
+    main([str(run)])
+    (file,) = (tmp_path / "results").iterdir()
+    before = file.read_text()
+    asked = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**asked, "precision": "bf16-mixed"}))
+    with pytest.raises(SystemExit, match="is of another command"):
+        main([str(run)])
+    assert file.read_text() == before

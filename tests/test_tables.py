@@ -122,7 +122,7 @@ def test_a_page_is_rebuilt_once_and_what_is_old_is_told(tmp_path, capsys):
 
 
 def test_a_network_stands_beside_papers_and_baselines():
-    lines = table("lenet5", [*OURS, baseline(0, 1.2), baseline(1, 1.3)])
+    lines = table("network lenet5", [*OURS, baseline(0, 1.2), baseline(1, 1.3)])
     assert lines[2] == "| dense, Neklyudov et al. 2017 | - | 0.80 | 20-50-800-500 | 1x | |"
     ratios = [float(line.split(" | ")[4].removesuffix("x")) for line in lines[2:]]
     assert ratios == sorted(ratios)
@@ -132,10 +132,10 @@ def test_a_network_stands_beside_papers_and_baselines():
     )
     theirs = "| torch-pruning taylor, epochs of `lenet5` | 0, 1 | 1.25 (1.20 to 1.30) | 6-100 |"
     assert f"{theirs} 10.50x | dense 0.70; 10 steps; a note |" in lines
-    assert len(table("lenet5 mnist", OURS)) == len(lines) - 1
+    assert len(table("network lenet5 mnist", OURS)) == len(lines) - 1
     # Labels drawn at random say nothing of how good a network is.
     random = made_up(0, 90.0, "random", training_error={"dense": None})
-    assert table("lenet5", [*OURS, random]) == table("lenet5", OURS)
+    assert table("network lenet5", [*OURS, random]) == table("network lenet5", OURS)
 
 
 def test_the_error_is_that_of_the_network_handed_over():
@@ -203,14 +203,14 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     ("text", "words"),
     [
         (
-            block("lenet-5"),
-            "README.md:3: table lenet-5: no table is called 'lenet-5'; did you mean",
+            block("networks lenet5"),
+            "README.md:3: table networks lenet5: no table is called 'networks'; did you mean",
         ),
-        (block(""), "README.md:3: table : no table is called ''; expected one of lenet-500-300, "),
+        (block(""), "README.md:3: table : no table is called ''; expected one of network, "),
         ("<!-- table: recipes -->\nA.\n", "README.md:1: table recipes has no <!-- end --> after"),
         ("<!-- table: recipes -->\n" + block("recipes"), "README.md:1: table recipes has no <!-- "),
         ("A.\n<!-- end -->\n", "README.md:2: an end without a table before it"),
-        (block("vgg-like"), "no record of vgg-like on cifar10 is in experiments/results"),
+        (block("network vgg-like"), "no record of vgg-like on cifar10 is in experiments/results"),
         (block("recursion"), "wrong words after its name: missing a required argument: 'arch'"),
         (block("recipes lenet5"), "wrong words after its name: too many positional arguments"),
         (block("recursion lenet6"), "unknown network 'lenet6'; expected lenet-500-300, "),

@@ -24,9 +24,9 @@ __all__ = [
     "Predict",
     "Sites",
     "check_gates",
+    "distillation",
     "elbo_loss",
     "noise_phases",
-    "soft_cross_entropy",
     "weights_group",
 ]
 
@@ -163,7 +163,7 @@ def plain_phase(
         else:
             with torch.no_grad():
                 soft = teacher(x)
-            nll = soft_cross_entropy(net(x), soft, recipe.distill)
+            nll = distillation(net(x), soft, recipe.distill)
         return Parts(nll, nll.new_zeros(()))
 
     def finish() -> dict[str, Predict]:
@@ -176,14 +176,15 @@ def plain_phase(
     return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
 
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of soft labels, from logits ``[batch, classes]`` of both, times T^2.
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 times the KL divergence from the teacher's to the student's probabilities, per example.
 
-    With that factor its gradients keep their size whatever the temperature T (Hinton et al. 2015,
-    arXiv 1503.02531, section 2).
+    Both are of logits ``[batch, classes]`` over the temperature T; it is 0 where they agree. With
+    the factor its gradients keep their size whatever T (Hinton et al. 2015, arXiv 1503.02531,
+    section 2).
     """
-    soft = (teacher / temperature).softmax(1)
-    return temperature**2 * F.cross_entropy(logits / temperature, soft)
+    student, soft = ((x / temperature).log_softmax(1) for x in (logits, teacher))
+    return temperature**2 * F.kl_div(student, soft, log_target=True, reduction="batchmean")
 
 
 class Sites(NamedTuple):

@@ -167,10 +167,10 @@ class RBP(Method):
 
     def noise(self) -> Iterator[Phase]:
         """The turns of the gates."""
-        for index, turn in enumerate(self._turns):
-            yield self._turn(*turn, last=index == len(self._turns) - 1)
+        for index, (names, epochs) in enumerate(self._turns):
+            yield self._turn(names, epochs, last=index == len(self._turns) - 1)
 
-    def _turn(self, title: str, names: tuple[str, ...], epochs: int, last: bool) -> Phase:
+    def _turn(self, names: tuple[str, ...], epochs: int, last: bool) -> Phase:
         """Training with noise on some gates of the network as it is now, and their pruning."""
         recipe, stage = self.recipe, self._stage
         gates = [gate for gate in stage.gates if gate.name in names]
@@ -213,9 +213,11 @@ class RBP(Method):
             values = dataclasses.astuple(exactness)
             turn.exactness.copy_(torch.tensor(values, dtype=torch.float64))
             self._end(stage.after(choice, snr, small, exactness))
+            if not last:
+                return {}
             mean = guide.mean()
             self.mean = lambda x: model.gated(x, mean)
-            return {"mean": self.mean, "pruned": small} if last else {}
+            return {"mean": self.mean, "pruned": small}
 
         def restore() -> None:
             choice, snr = self._choose(stage, guide)
@@ -224,7 +226,7 @@ class RBP(Method):
             self._end(stage.after(choice, snr, small, Equivalence(*turn.exactness.tolist())))
 
         return Phase(
-            title,
+            "gated" if recipe.order == "together" else f"gate {names[0]}",
             epochs,
             nn.ModuleList([stage.net, turn]),
             groups=[
@@ -331,26 +333,20 @@ def _flat(gate: str) -> str:
     return gate.replace(".", "/")
 
 
-def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[str, tuple[str, ...], int]]:
-    """The turns: what each is called, the gates that have noise in it, and for how many epochs."""
+def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[tuple[str, ...], int]]:
+    """The gates that have noise at a time, and for how many epochs."""
     names = [gate.name for gate in gates]
     if recipe.order == "together":
-        once = [("gated", tuple(names))]
-    else:
-        names = names[::-1] if recipe.order == "reversed" else names
-        once = [(f"gate {name}", (name,)) for name in names]
-    turns = [
-        (title if number == 1 else f"{title}, round {number}", having)
-        for number in range(1, recipe.rounds + 1)
-        for title, having in once
-    ]
-    if recipe.epochs < len(turns):
+        return [(tuple(names), recipe.epochs)]
+    if recipe.epochs < len(names):
         raise ValueError(
-            f"epochs is {recipe.epochs}, but there are {len(turns)} turns of gates: rbp "
-            "needs an epoch for each of them"
+            f"epochs is {recipe.epochs}, but there are {len(names)} gates: rbp needs an epoch for "
+            "each of them"
         )
-    each, more = divmod(recipe.epochs, len(turns))
-    return [(*turn, each + (index < more)) for index, turn in enumerate(turns)]
+    each, more = divmod(recipe.epochs, len(names))
+    if recipe.order == "reversed":
+        names.reverse()
+    return [((name,), each + (index < more)) for index, name in enumerate(names)]
 
 
 def _held(guide: TruncatedLogNormalGuide, threshold: float) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """RBP: the order of the gates, what a turn does, and runs that are stopped and go on."""
 
 import dataclasses
-import itertools
 import json
 import operator
 
@@ -315,9 +314,7 @@ def test_a_gate_that_carries_nothing_keeps_its_best_unit_and_is_named(digits, tm
 
 
 def test_fewer_epochs_than_gates_are_refused_in_one_line(digits, tmp_path):
-    with pytest.raises(
-        RequestError, match="epochs is 2, but there are 3 turns of gates: rbp needs"
-    ) as e:
+    with pytest.raises(RequestError, match="epochs is 2, but there are 3 gates: rbp needs") as e:
         training.train(request(epochs=2), digits, tmp_path / "run")
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
 
@@ -461,31 +458,6 @@ def test_a_column_that_stands_for_a_removed_unit_stays_zero():
     assert int(rbp.units["a"].zeroed.sum()) == 3
 
 
-def test_rounds_go_through_what_is_left_and_go_on_where_they_were_stopped(digits, tmp_path):
-    asked = request(rounds=2, dense_epochs=1, finetune_epochs=0)
-    summary = training.train(asked, digits, tmp_path / "run")
-    lines = lines_of(tmp_path / "run")[1:]
-    once = ["gate stem", "gate a", "gate fc"]
-    names = [*once, *(f"{name}, round 2" for name in once)]
-    assert list(dict.fromkeys(line["phase"] for line in lines)) == names
-    ends = [[line for line in lines if line["phase"] == name][-1]["units"] for name in names]
-    # A unit that a turn has removed never comes back.
-    assert all(
-        later[gate] <= before[gate] for before, later in itertools.pairwise(ends) for gate in before
-    )
-    assert ends[2] != ends[-1] == {unit["gate"]: unit["kept"] for unit in summary["units"]}
-    steps = iter(range(10_000))
-    with pytest.raises(training.Interrupted):  # in the second turn of the second round
-        training.train(asked, digits, tmp_path / "two", stop=lambda: next(steps) > 6.5 * STEPS)
-    again = training.train(asked, digits, tmp_path / "two")
-    assert without_times(again) == without_times(summary)
-    assert all(
-        torch.equal(value, state_of(tmp_path / "run")[name])
-        for name, value in state_of(tmp_path / "two").items()
-    )
-
-
-def test_only_rbp_has_an_order_and_rounds():
-    for changes in ({"order": "together"}, {"rounds": 2}):
-        with pytest.raises(RequestError, match=r"which only rbp has; expected .* for sbp"):
-            request(method="sbp", **changes)
+def test_only_rbp_has_an_order():
+    with pytest.raises(RequestError, match="order is 'together', but only rbp takes gates in an"):
+        request(method="sbp", order="together")
