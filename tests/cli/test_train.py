@@ -1,5 +1,7 @@
 """pyro-sbp train and bench, in process."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 from helpers import run, train_quickly
 
 from pyro_sbp import sources
-from pyro_sbp.cli import common
+from pyro_sbp.cli import cli, common
 
 
 @pytest.fixture(scope="module")
