@@ -94,7 +94,7 @@ def compiler(monkeypatch):
 def in_runtimes(*runtimes, net=None, shape=(1, 28, 28), **kwargs):
     net, x = net or networks.LeNet300_100(), torch.rand(3, *shape)
     kwargs = {"batch_sizes": (1, 4), "devices": ("cpu",), "seconds": 0.01, **kwargs}
-    result = benchmark(net, net, x, floor=net, runtimes=runtimes, **kwargs)
+    result = benchmark(net, net, x, runtimes=runtimes, **kwargs)
     return [(r.batch_size, r.threads, r.runtime) for r in result.latencies]
 
 
@@ -108,7 +108,7 @@ def test_each_setting_is_measured_in_each_runtime():
 
 @pytest.mark.skipif(not os.environ.get("PYRO_SBP_INDUCTOR"), reason="half a minute a network")
 def test_compile_measures_more_settings_than_a_forward_has_room_for():
-    sizes = (1, 2, 3)
+    sizes = (1, 2, 3, 4, 5)
     assert in_runtimes("compile", batch_sizes=sizes) == [(n, 1, "compile") for n in sizes]
 
 
@@ -151,7 +151,7 @@ def test_programs_start_with_the_threads_they_are_measured_with(monkeypatch, com
         torch, "compile", lambda net, **_: seen.append(torch.get_num_threads()) or net
     )
     in_runtimes("compile", batch_sizes=(1,), threads=(1, 2))
-    assert seen == [1, 1, 1, 2, 2, 2]
+    assert seen == [1, 1, 2, 2]
 
 
 def test_onnxruntime_reads_the_input_where_it_lies_with_the_threads_asked_for(monkeypatch):
