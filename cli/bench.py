@@ -36,6 +36,15 @@ NOISY = 0.3
     help="CPU threads; may be given again.  [default: 1, and those of torch]",
 )
 @click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(["eager", "compile", "onnxruntime"]),
+    multiple=True,
+    default=("eager",),
+    help="What runs the networks: PyTorch as it is, torch.compile, or ONNX Runtime (CPU only); "
+    "may be given again.  [default: eager]",
+)
+@click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
@@ -46,6 +55,7 @@ def bench(
     run: Path | None,
     batch_sizes: tuple[int, ...],
     threads: tuple[int, ...],
+    runtimes: tuple[str, ...],
     seconds: float,
     as_json: bool,
 ) -> None:
@@ -62,8 +72,11 @@ def bench(
 
     from pyro_sbp.benchmarking import benchmark, one_unit_network
     from pyro_sbp.probing import find_gates
+    from pyro_sbp.runtimes import check_runtimes
     from pyro_sbp.saving import load
 
+    runtimes = tuple(dict.fromkeys(runtimes))
+    check_runtimes(runtimes)
     constructor = architecture.resolve()
     try:
         pruned = load(saved, constructor)
@@ -75,8 +88,11 @@ def bench(
         dense, find_gates(dense, example, architecture.input_features), example
     )
     threads = threads or tuple(sorted({1, torch.get_num_threads()}))
-    settings = len(batch_sizes) * (len(threads) + torch.cuda.is_available())
-    click.echo(f"measuring for about {3 * seconds * settings:.0f} s", err=True)
+    on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
+    settings = len(batch_sizes) * (len(threads) * len(runtimes) + on_gpu)
+    several = runtimes != ("eager",)
+    words = ", besides making the programs" if several else ""
+    click.echo(f"measuring for about {3 * seconds * settings:.0f} s{words}", err=True)
     result = benchmark(
         dense,
         pruned,
@@ -84,6 +100,7 @@ def bench(
         floor=floor,
         batch_sizes=batch_sizes,
         threads=threads,
+        runtimes=runtimes,
         seconds=seconds,
     )
     rows = [asdict(latency) for latency in result.latencies]
@@ -91,12 +108,15 @@ def bench(
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
+    runtime = ["runtime"] if several else []
+    measured = ("threads", "batch", "dense ms", "pruned ms", "speed-up", "spread", "floor")
     click.echo(
         table(
-            ("device", "threads", "batch", "dense ms", "pruned ms", "speed-up", "spread", "floor"),
+            ("device", *runtime, *measured),
             [
                 (
                     latency.device,
+                    *([latency.runtime] if several else []),
                     latency.threads,
                     latency.batch_size,
                     f"{latency.dense_ms:.3f}",

@@ -6,7 +6,7 @@ import copy
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_sbp.errors import RequestError
 from pyro_sbp.gates import Gate, call, evaluating
 from pyro_sbp.layers import Select
+from pyro_sbp.runtimes import Start, check_runtimes, prepare
 from pyro_sbp.surgery import shrink
 
 __all__ = [
@@ -39,6 +41,7 @@ class Latency:
         spread: half the interquartile range over the median, the larger of the two networks.
         floor_ms: of the network with one unit a layer: what no pruning goes below. None if it was
             not measured.
+        runtime: what ran them, one of `runtimes.RUNTIMES`.
     """
 
     device: str
@@ -49,6 +52,7 @@ class Latency:
     speedup: float
     spread: float
     floor_ms: float | None = None
+    runtime: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,13 @@ def benchmark(
     batch_sizes: Sequence[int] = (1, 128),
     threads: Sequence[int] = (1,),
     devices: Sequence[str] | None = None,
+    runtimes: Sequence[str] = ("eager",),
     seconds: float = 2.0,
 ) -> Comparison:
     """Compare a dense and a pruned network: MACs, parameters, latency.
 
     The networks are measured in turn, in blocks, so that a busy moment of the machine hits all.
+    Each runtime is measured on its own, after its outputs were compared with eager's.
 
     Args:
         dense: the original network.
@@ -162,20 +168,39 @@ def benchmark(
         batch_sizes: how many examples a call.
         threads: how many CPU threads; each is measured.
         devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
+        runtimes: "eager", "compile" (`torch.compile` with Inductor; what the process has compiled
+            before is forgotten), "onnxruntime" (on the CPU only).
         seconds: how long to measure each network in each setting.
+
+    Raises:
+        RequestError: a runtime is unknown or not installed, or ONNX Runtime is to run on a GPU
+            alone.
+        ExportError: a runtime cannot run a network, or gives other outputs than eager.
     """
+    check_runtimes(runtimes)
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if "onnxruntime" in runtimes and all(torch.device(d).type != "cpu" for d in devices):
+        raise RequestError("onnxruntime is measured on the CPU only: add 'cpu' to the devices")
     nets = {"dense": dense, "pruned": pruned} | ({"floor": floor} if floor is not None else {})
     latencies = []
     for name in devices:
         device = torch.device(name)
         placed = {key: copy.deepcopy(net).to(device).eval() for key, net in nets.items()}
+        # Programs are written before anything is measured.
+        starts = {
+            runtime: {
+                key: prepare(net, runtime, example_input.shape[1:]) for key, net in placed.items()
+            }
+            for runtime in runtimes
+            if runtime != "onnxruntime" or device.type == "cpu"
+        }
         for size in batch_sizes:
             index = torch.arange(size, device=example_input.device) % len(example_input)
             x = example_input[index].to(device)
             for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
-                latencies.append(_latency(placed, x, device, count, seconds))
+                for runtime, of_nets in starts.items():
+                    latencies.append(_latency(of_nets, x, device, count, seconds, runtime))
     return Comparison(
         count_macs(dense, example_input[:1]),
         count_macs(pruned, example_input[:1]),
@@ -190,7 +215,12 @@ def _without_cuda_home(record: logging.LogRecord) -> bool:
 
 
 def _latency(
-    nets: Mapping[str, nn.Module], x: Tensor, device: torch.device, threads: int, seconds: float
+    starts: Mapping[str, Start],
+    x: Tensor,
+    device: torch.device,
+    threads: int,
+    seconds: float,
+    runtime: str,
 ) -> Latency:
     # Its import warns on machines that have CUDA's compiler but no GPU.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_without_cuda_home)
@@ -200,11 +230,11 @@ def _latency(
     # Without need this one asks for a GPU at every reading, which may take longer than the network.
     clock = synchronizing if device.type == "cuda" else time.perf_counter
     rounds = 5
-    times: dict[str, list[float]] = {name: [] for name in nets}
+    times: dict[str, list[float]] = {name: [] for name in starts}
     with torch.inference_mode():
         timers = {
-            name: Timer("net(x)", timer=clock, globals={"net": net, "x": x}, num_threads=threads)
-            for name, net in nets.items()
+            name: Timer("call()", timer=clock, globals={"call": call}, num_threads=threads)
+            for name, call in _started(starts, x, threads, runtime).items()
         }
         for timer in timers.values():
             timer.timeit(3)
@@ -227,4 +257,20 @@ def _latency(
         speedup=median["dense"] / median["pruned"],
         spread=max(spread["dense"], spread["pruned"]),
         floor_ms=median.get("floor"),
+        runtime=runtime,
     )
+
+
+def _started(
+    starts: Mapping[str, Start], x: Tensor, threads: int, runtime: str
+) -> dict[str, Callable[[], Any]]:
+    """The networks' calls on an input, made with as many threads as they will be measured with."""
+    if runtime == "compile":
+        # A `forward` has room for eight programs, and the ninth would be refused.
+        torch.compiler.reset()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return {name: start(x, threads) for name, start in starts.items()}
+    finally:
+        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.errors import RequestError, first_line
 
-__all__ = ["FORMATS", "ExportError", "export"]
+__all__ = ["FORMATS", "ExportError", "check_onnx", "export"]
 
 FORMATS = ("onnx", "pt2")
 #: The largest difference of the program from the network, relative to the largest output.
@@ -28,7 +28,17 @@ BATCHES = (2, 1, 5)
 
 
 class ExportError(RuntimeError):
-    """The program that was written does not compute what the network computes."""
+    """The program cannot be made, or does not compute what the network computes."""
+
+
+def check_onnx() -> None:
+    """See that ONNX programs can be written and run.
+
+    Raises:
+        RequestError: a package for it is not installed.
+    """
+    if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
+        raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'")
 
 
 def export(
@@ -103,9 +113,7 @@ def _pt2(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    needed = ("onnx", "onnxruntime", "onnxscript")
-    if any(find_spec(name) is None for name in needed):
-        raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'")
+    check_onnx()
     import onnxruntime
 
     try:

@@ -407,9 +407,11 @@ def latency(source: Run | str | Path) -> Figure:
             f"{run.directory} has no bench.json; make it by pyro-sbp bench {run.directory}"
         )
     rows = run.bench
+    several = any(row["runtime"] != "eager" for row in rows)
     names = [
         f"{'GPU' if row['device'].startswith('cuda') else 'CPU'}, batch {row['batch_size']}"
         + ("" if row["device"].startswith("cuda") else f",\n{_threads(row['threads'])}")
+        + (f",\n{row['runtime']}" if several else "")
         for row in rows
     ]
     bars = {

@@ -429,9 +429,12 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         return [
             pages.paragraph(f"Not measured: pyro-sbp bench {run.directory} measures it.", "soft")
         ]
+    # Not a column of one word.
+    several = any(row["runtime"] != "eager" for row in run.bench)
     rows = [
         (
             row["device"],
+            *([row["runtime"]] if several else []),
             row["threads"],
             row["batch_size"],
             f"{row['dense_ms']:.3f}",
@@ -441,12 +444,17 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         )
         for row in run.bench
     ]
-    head = ("device", "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
+    runtime = ["runtime"] if several else []
+    head = ("device", *runtime, "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
     noisy = []
     if any(row["spread"] > NOISY for row in run.bench):
         words = f"A spread over {NOISY:.0%}: the machine was busy, measure again."
         noisy = [pages.paragraph(words, "note")]
-    words = "; ".join(f"{r[0]}, batch {r[2]}, {r[1]} threads: {r[5]}" for r in rows)
+    words = "; ".join(
+        f"{row['device']}, {row['runtime'] + ', ' if several else ''}batch {row['batch_size']}, "
+        f"{row['threads']} threads: {row['speedup']:.2f}x"
+        for row in run.bench
+    )
     parts = [
         pages.table(
             head, rows, "Milliseconds a call, median; spread: half the interquartile range"

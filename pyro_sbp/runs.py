@@ -39,7 +39,8 @@ class Run:
         summary: of `summary.json`; None until the run has finished.
         network: of `pruned/network.json`; None until then.
         units: of `pruned/units.json`; None until then.
-        bench: the rows of `bench.json`; None where `bench` has not measured.
+        bench: the rows of `bench.json`, those without a runtime as of "eager"; None
+            where `bench` has not measured.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class Run:
         request = read_request(path)
         summary = _json(path / "summary.json", dict)
         # Those of a run that was stopped before its summary are not its last word.
+        bench = _json(path / "bench.json", list)
         pruned = path / "pruned" if summary is not None else path / "none"
         return cls(
             path,
@@ -71,7 +73,7 @@ class Run:
             summary,
             _json(pruned / "network.json", dict),
             _json(pruned / "units.json", dict),
-            _json(path / "bench.json", list),
+            bench and [{"runtime": "eager", **row} for row in bench],
         )
 
     @property

@@ -1,12 +1,14 @@
 """MACs against the arithmetic and against ptflops; latency of what is asked for."""
 
 import logging
+import os
 
 import pytest
 import torch
 from ptflops import get_model_complexity_info
+from torch._inductor import cpp_builder
 
-from pyro_sbp import networks
+from pyro_sbp import exporting, networks
 from pyro_sbp.benchmarking import (
     benchmark,
     costs_by_layer,
@@ -14,7 +16,10 @@ from pyro_sbp.benchmarking import (
     count_parameters,
     one_unit_network,
 )
+from pyro_sbp.errors import RequestError
+from pyro_sbp.exporting import ExportError
 from pyro_sbp.probing import find_gates
+from pyro_sbp.runtimes import prepare
 
 
 def vgg_macs():
@@ -78,6 +83,105 @@ def test_benchmark_reports_every_setting():
     for row in result.latencies:
         assert row.speedup == row.dense_ms / row.pruned_ms > 0
         assert row.device.startswith("cpu: ") and row.spread >= 0
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """As on a machine that has a C++ compiler, for tests that compile nothing."""
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+
+
+def in_runtimes(*runtimes, net=None, shape=(1, 28, 28), **kwargs):
+    net, x = net or networks.LeNet300_100(), torch.rand(3, *shape)
+    kwargs = {"batch_sizes": (1, 4), "devices": ("cpu",), "seconds": 0.01, **kwargs}
+    result = benchmark(net, net, x, runtimes=runtimes, **kwargs)
+    return [(r.batch_size, r.threads, r.runtime) for r in result.latencies]
+
+
+def test_each_setting_is_measured_in_each_runtime():
+    before = torch.get_num_threads()
+    rows = in_runtimes("eager", "onnxruntime", threads=(1, 2))
+    settings = [(size, threads) for size in (1, 4) for threads in (1, 2)]
+    assert rows == [(*s, runtime) for s in settings for runtime in ("eager", "onnxruntime")]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not os.environ.get("PYRO_SBP_INDUCTOR"), reason="half a minute a network")
+def test_compile_measures_more_settings_than_a_forward_has_room_for():
+    sizes = (1, 2, 3, 4, 5)
+    assert in_runtimes("compile", batch_sizes=sizes) == [(n, 1, "compile") for n in sizes]
+
+
+class Branching(torch.nn.Module):
+    """Decides by its input, as no program of one graph can."""
+
+    def forward(self, x):
+        return x @ torch.eye(6) if float(x.sum()) > 0 else -x
+
+
+class Several(torch.nn.Linear):
+    """Gives more than one tensor."""
+
+    def forward(self, x):
+        return {"y": super().forward(x)}
+
+
+@pytest.mark.parametrize("runtime", ["compile", "onnxruntime"])
+def test_what_a_runtime_cannot_run_is_refused(runtime, compiler):
+    for net, words in (
+        (Branching(), "torch.(compile|onnx) cannot (compile|trace) the network"),
+        (Several(6, 4), "the network gives a dict; expected one tensor"),
+    ):
+        with pytest.raises(ExportError, match=words) as refused:
+            in_runtimes(runtime, net=net, shape=(6,))
+        assert "\n" not in str(refused.value)
+
+
+def test_other_outputs_than_eager_s_are_refused(monkeypatch, compiler):
+    net = networks.LeNet300_100()
+    for factor, words in ((1 + 1e-3, "differs from eager by 1.0e-03"), (float("nan"), "by nan")):
+        monkeypatch.setattr(torch, "compile", lambda net, f=factor, **_: lambda x: f * net(x))
+        with pytest.raises(ExportError, match=words):
+            in_runtimes("compile", net=net)
+
+
+def test_programs_start_with_the_threads_they_are_measured_with(monkeypatch, compiler):
+    seen = []
+    monkeypatch.setattr(
+        torch, "compile", lambda net, **_: seen.append(torch.get_num_threads()) or net
+    )
+    in_runtimes("compile", batch_sizes=(1,), threads=(1, 2))
+    assert seen == [1, 1, 2, 2]
+
+
+def test_onnxruntime_reads_the_input_where_it_lies_with_the_threads_asked_for(monkeypatch):
+    import onnxruntime
+
+    net, x, options = networks.LeNet300_100().eval(), torch.rand(5, 1, 28, 28), []
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *a, **k: options.append(a[1:]) or session(*a, **k)
+    )
+    with torch.inference_mode():
+        call = prepare(net, "onnxruntime", (1, 28, 28))(x, 2)
+        assert options[-1][0].intra_op_num_threads == 2
+        torch.testing.assert_close(call(), net(x))
+        x.copy_(torch.rand_like(x))
+        torch.testing.assert_close(call(), net(x))
+
+
+def test_runtimes_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(RequestError, match="expected eager, compile or onnxruntime; did you mean"):
+        in_runtimes("onnxruntim")
+    with pytest.raises(RequestError, match="on the CPU only: add 'cpu' to the devices"):
+        in_runtimes("onnxruntime", devices=("cuda",))
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxruntime" else 1)
+    with pytest.raises(RequestError, match=r"pip install 'pyro-sbp\[export\]'"):
+        in_runtimes("onnxruntime")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(RequestError, match=r"needs a C\+\+ compiler: install g\+\+, or name"):
+        in_runtimes("compile")
 
 
 def test_only_the_line_about_cuda_home_is_silenced():

@@ -153,6 +153,14 @@ def test_layers_and_latencies_are_bars(dense_run):
     (dense_run / "bench.json").write_text(json.dumps([row]))
     (ax,) = plots.latency(dense_run).axes
     assert [bar.get_width() for bar in ax.patches] == [4, 2]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["CPU, batch 8,\n1 thread"]
+    # A row of an older file names no runtime.
+    rows = [row, {**row, "runtime": "onnxruntime", "dense_ms": 1.0}]
+    (dense_run / "bench.json").write_text(json.dumps(rows))
+    (ax,) = plots.latency(dense_run).axes
+    labels = [label.get_text().split("\n")[-1] for label in ax.get_yticklabels()]
+    assert labels == ["eager", "onnxruntime"]
+    assert [bar.get_width() for bar in ax.patches] == [4, 1, 2, 2]
 
 
 def test_the_pixels_that_are_kept_lie_where_they_are(dense_run, convolutional_run):

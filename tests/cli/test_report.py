@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
     assert result.exit_code == 0, result.output
     row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0, "pruned_ms": 2.0}
     row |= {"speedup": 2.0, "spread": 0.01, "floor_ms": 1.0}
-    (root / "run" / "bench.json").write_text(json.dumps([row]))
+    (root / "run" / "bench.json").write_text(json.dumps([row, row | {"runtime": "compile"}]))
     return root / "run"
 
 
@@ -122,6 +122,13 @@ def test_the_page_has_the_numbers_of_the_run(finished, reported):
         macs = sum(int(row[column].replace(",", "")) for row in layers[1:])
         assert macs == summary["macs"][whole]
     assert page.table("phase")[-1][0] == "finetuned"
+    assert [row[:3] for row in page.table("device")] == [
+        ["device", "runtime", "threads"],
+        ["cpu: x", "eager", "1"],
+        ["cpu: x", "compile", "1"],
+    ]
+    (alt,) = [image["alt"] for image in page.images if "a call" in image["alt"]]
+    assert "cpu: x, compile, batch 8, 1 threads: 2.00x" in alt
 
 
 def test_nothing_is_fetched_and_every_picture_has_words(finished, reported):

@@ -1,5 +1,7 @@
 """pyro-sbp train and bench, in process."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 from helpers import run, train_quickly
 
 from pyro_sbp import sources
-from pyro_sbp.cli import common
+from pyro_sbp.cli import cli, common
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,34 @@ def test_bench_takes_the_newest_run(finished, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(finished[0], target_is_directory=True)
     assert run("bench", "--seconds", "0.05", "--threads", "1").exit_code == 0
+
+
+def test_bench_tells_runtimes_apart(finished, tmp_path, monkeypatch):
+    from pyro_sbp import exporting
+    from pyro_sbp.runtimes import RUNTIMES
+
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    args = ["bench", directory, "--seconds", "0.02", "--threads", "1", "--batch-size", "1"]
+    asked = ("onnxruntime", "eager", "eager")
+    result = run(*args, *(word for runtime in asked for word in ("--runtime", runtime)))
+    assert result.exit_code == 0, result.output
+    head, _, *rows = result.stdout.splitlines()
+    assert "  runtime " in head and "  onnxruntime " in rows[0] and "  eager " in rows[1]
+    rows = json.loads((directory / "bench.json").read_text())
+    cpu = [row["runtime"] for row in rows if row["device"].startswith("cpu")]
+    assert cpu == ["onnxruntime", "eager"]
+    result = run(*args)
+    assert "runtime" not in result.stdout and "eager" not in result.stdout
+    (path := directory / "bench.json").unlink()
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    result = run(*args, "--runtime", "onnxruntime")
+    assert result.exit_code == 2 and not path.exists()
+    assert (
+        result.stderr.strip() == "Error: ONNX needs more packages: pip install 'pyro-sbp[export]'"
+    )
+    (option,) = [p for p in cli.commands["bench"].params if p.name == "runtimes"]
+    assert tuple(option.type.choices) == RUNTIMES
 
 
 @pytest.fixture
