@@ -9,7 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.rows import TITLES, Record, of_network, title
+from pyro_sbp.experiments.rows import TITLES, Record, Row, of_network, title
 from pyro_sbp.files import write_whole
 from pyro_sbp.plots import Point, draw_frontier, published_points, svg
 
@@ -20,7 +20,10 @@ FILES = {"docs/frontier.svg": False, "docs/frontier-dark.svg": True}
 
 
 def panels(records: Sequence[Record]) -> dict[str, list[Point]]:
-    """The points of every network and data set that has records, medians over the seeds."""
+    """The points of every network and data set that has records, medians over the seeds.
+
+    Left out are recipes that another one beats in MACs and error, such as ablations.
+    """
     pairs = {(record.arch, record.dataset) for record in records if not record.random_labels}
     order = list(TITLES)
     found = {}
@@ -28,7 +31,10 @@ def panels(records: Sequence[Record]) -> dict[str, list[Point]]:
         pairs, key=lambda pair: (order.index(pair[0]) if pair[0] in order else len(order), pair)
     ):
         points = found[title(arch, dataset)] = published_points(arch, dataset)
-        for row in of_network(records, arch, dataset):
+        rows = of_network(records, arch, dataset)
+        for row in rows:
+            if any(_beats(other, row) for other in rows):
+                continue
             name = row.first.method.removeprefix("torch-pruning ")
             kind, name = (
                 ("baselines", name) if row.first.baseline else ("pyro-sbp", row.first.recipe)
@@ -38,6 +44,12 @@ def panels(records: Sequence[Record]) -> dict[str, list[Point]]:
             if row.dense is not None:
                 points.append(Point("before pruning", "", 1.0, row.dense))
     return found
+
+
+def _beats(other: Row, row: Row) -> bool:
+    """Whether another row of ours has fewer MACs and less error than one of ours."""
+    ours = not (other.first.baseline or row.first.baseline)
+    return ours and other.macs_ratio > row.macs_ratio and other.error < row.error
 
 
 def _description(drawn: Mapping[str, Sequence[Point]]) -> str:
