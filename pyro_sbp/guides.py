@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.models import GatedModel, unique_name
+from pyro_sbp.models import GatedModel, unique_name, widest
 from pyro_sbp.site_statistics import SiteStatistics
 
 __all__ = ["TruncatedLogNormalGuide"]
@@ -42,7 +42,9 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
         init_loc: the initial location of log theta.
         init_log_scale: the initial log scale of log theta.
-        max_log_scale: the largest log scale, at most 5.
+        max_log_scale: the largest log scale, at most 5; by default 5, and of a `GatedModel` with a
+            `prior_scale` its log: a posterior wider than its prior is flat, and nothing draws it
+            there.
 
     Raises:
         ValueError: the model has a latent site with another prior, or none at all, or
@@ -55,10 +57,12 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         *example_args: Any,
         init_loc: float = 0.0,
         init_log_scale: float = -5.0,
-        max_log_scale: float = LOG_SCALE_RANGE[1],
+        max_log_scale: float | None = None,
     ) -> None:
         super().__init__(model)
         low, high = LOG_SCALE_RANGE
+        if max_log_scale is None:
+            max_log_scale = widest(model.prior_scale) if isinstance(model, GatedModel) else high
         if not low <= max_log_scale <= high:
             raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
         self._log_scale_range = low, max_log_scale

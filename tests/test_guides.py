@@ -130,6 +130,20 @@ def test_a_posterior_may_be_kept_as_narrow_as_its_prior(data):
         sbp.TruncatedLogNormalGuide(regression, *data, max_log_scale=6.0)
 
 
+def test_a_posterior_of_gates_is_no_wider_than_their_prior():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    gates = sbp.find_gates(net, torch.randn(2, 4))
+    for prior_scale, widest in ((None, 5.0), (2.0, 0.6931), (3e9, 5.0)):
+        guide = sbp.TruncatedLogNormalGuide(
+            sbp.GatedModel(net, gates, num_data=10, prior_scale=prior_scale), init_log_scale=-1.0
+        )
+        (gate,) = gates
+        with torch.no_grad():
+            getattr(guide.log_scales, gate.name).fill_(9.0)
+        (q,) = guide.posteriors().values()
+        assert float(q.scale.detach().log().max()) == pytest.approx(widest, abs=1e-4)
+
+
 def test_subsampled_plates_get_parameters_of_the_whole(data):
     def model(x):
         with pyro.plate("items", 10, subsample_size=3):

@@ -32,7 +32,6 @@ from pyro_sbp.models import (
     check_prior,
     scales_of,
     theta_prior,
-    widest,
 )
 from pyro_sbp.probing import Gates
 from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units
@@ -188,7 +187,6 @@ class RBP(Method):
             model,
             init_loc=recipe.init_loc,
             init_log_scale=recipe.init_log_scale,
-            max_log_scale=widest(recipe.prior_scale),
         ).to(next(stage.net.parameters()))
         turn = _Turn(guide, {name: stage.units[name].physical for name in names})
         hooks = _hold_zeros(stage)

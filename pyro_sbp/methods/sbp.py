@@ -62,7 +62,6 @@ class SBP(Method):
             self.model,
             init_loc=recipe.init_loc,
             init_log_scale=recipe.init_log_scale,
-            max_log_scale=widest(recipe.prior_scale),
         ).to(next(net.parameters()))
 
     def noise(self) -> Iterator[Phase]:
