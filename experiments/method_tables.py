@@ -146,15 +146,21 @@ def _weights_left(record: Record) -> float:
     return (parameters["dense"] - before - classes) / (parameters["pruned"] - after - classes)
 
 
-def sparse_vd_units(records: Sequence[Record]) -> str:
-    """SparseVD's networks as units, beside SBP's; the first seed of each."""
+def sparse_vd_units(records: Sequence[Record], *beside: str) -> str:
+    """SparseVD's networks as units, beside a recipe of SBP's each; the first seed of each.
+
+    Raises:
+        RequestError: there are not as many recipes as networks, or one has no record.
+    """
+    if len(beside) != len(_PAPER):
+        raise RequestError(f"sparse-vd-units names {len(beside)} recipes, for {', '.join(_PAPER)}")
     cells = []
-    for arch in _PAPER:
-        for method in ("sparse-vd", "sbp"):
-            record = _default_row(records, arch, method).first
+    for arch, recipe in zip(_PAPER, beside, strict=True):
+        (sbp,) = named(records, arch, [recipe], "sparse-vd-units")
+        for record in (_default_row(records, arch, "sparse-vd").first, sbp.first):
             cells.append(
                 (
-                    f"{title(arch)}, {METHODS[method]}, seed {record.seed}",
+                    f"{title(arch)}, {METHODS[record.method]}, seed {record.seed}",
                     "-".join(map(str, record.units.values())),
                     f"{record.macs_ratio:.1f}x",
                     f"1 in {_weights_left(record):.1f}",
