@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
-from pyro_sbp.published import PUBLISHED, Published
+from pyro_sbp.published import published
 
 __all__ = ["commands", "dataset_of", "headline", "named", "network"]
 
@@ -29,10 +29,6 @@ def dataset_of(arch: str) -> str:
     return ARCHITECTURES[arch].dataset
 
 
-def _papers(arch: str, dataset: str) -> list[Published]:
-    return [paper for paper in PUBLISHED if (paper.arch, paper.dataset) == (arch, dataset)]
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -41,7 +37,7 @@ def network(records: Sequence[Record], arch: str, dataset: str | None = None) ->
     """The papers' rows of a network, ours and the baselines', by MACs ratio; ours are bold."""
     dataset = dataset or dataset_of(arch)
     lines = []
-    for paper in _papers(arch, dataset):
+    for paper in published(arch, dataset):
         source, _, words = paper.source.partition(": ")
         name = f"{paper.method}, {source.partition(', ')[0]}"
         cells = (name, "-", _percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
@@ -81,7 +77,7 @@ def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
     """
     dataset = dataset_of(arch)
     chosen = named(records, arch, recipes, "headline")
-    papers = {paper.method: paper for paper in _papers(arch, dataset)}
+    papers = {paper.method: paper for paper in published(arch, dataset)}
     cells = []
     if "SBP" in papers:
         paper, dense = papers["SBP"], _percent(papers["dense"].error)

@@ -149,6 +149,14 @@ class UnitCosts:
                 raise ValueError(f"keep of gate {name!r} has a value that is no probability")
         return float(self._expected({**self._all(), **values}))
 
+    def expected_under(self, snr: Mapping[str, Tensor]) -> float:
+        """Expected MACs under a posterior, by `keep_probability`.
+
+        Args:
+            snr: from gate name to the signal-to-noise ratios of its units, ``[units]``.
+        """
+        return self.expected({name: keep_probability(value) for name, value in snr.items()})
+
     def per_unit(self) -> dict[str, float]:
         """MACs that the network loses where one unit goes and all others stay, by gate: the mean
         over its units."""

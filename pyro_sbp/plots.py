@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
-from pyro_sbp.published import PUBLISHED
+from pyro_sbp.published import published
 from pyro_sbp.runs import Run
 
 if TYPE_CHECKING:
@@ -607,8 +607,7 @@ def published_points(arch: str, dataset: str) -> list[Point]:
     """What papers report of a network, as points of its frontier."""
     return [
         Point("published", paper.method, paper.macs_ratio, paper.error)
-        for paper in PUBLISHED
-        if (paper.arch, paper.dataset) == (arch, dataset)
+        for paper in published(arch, dataset)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PUBLISHED", "Published"]
+__all__ = ["PUBLISHED", "Published", "published"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,8 @@ PUBLISHED = (
     Published(*_VGG, "BB dropout", 6.66, 2.16, "", _BB),
     Published(*_VGG, "VIBNet", 7.17, 2.65, "", _VIB),
 )
+
+
+def published(arch: str, dataset: str) -> list[Published]:
+    """What is published of a network on a data set."""
+    return [paper for paper in PUBLISHED if (paper.arch, paper.dataset) == (arch, dataset)]

@@ -19,7 +19,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.costs import UnitCosts, keep_probability, scales_by_cost
+from pyro_sbp.costs import UnitCosts, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.gates import Gate, factors
 from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
@@ -198,7 +198,7 @@ class RBP(Method):
 
         def expected_macs() -> float:
             # Of the network that is left, whose other gates are decided on or yet to come.
-            return costs.expected({n: keep_probability(snr) for n, snr in guide.snr().items()})
+            return costs.expected_under(guide.snr())
 
         def finish() -> dict[str, Any]:
             for hook in hooks:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_sbp.costs import UnitCosts, keep_probability, scales_by_cost
+from pyro_sbp.costs import UnitCosts, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.methods.phase import (
@@ -95,8 +95,7 @@ class SBP(Method):
         return {name: int(unit.kept.sum()) for name, unit in units.items()}
 
     def _expected_macs(self) -> float:
-        keep = {name: keep_probability(snr) for name, snr in self.guide.snr().items()}
-        return self.costs.expected(keep)
+        return self.costs.expected_under(self.guide.snr())
 
     def _held(self) -> tuple[str, ...]:
         snr = self.guide.snr()
