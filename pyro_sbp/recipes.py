@@ -41,7 +41,10 @@ class Recipe:
             for RBP.
         finetune_epochs: epochs of ordinary training of the pruned network.
         batch_size: examples a step.
-        learning_rate: Adam's, for weights in the dense and the gated phase.
+        learning_rate: Adam's, for weights in the dense phase, and with noise unless the next says
+            otherwise.
+        gated_learning_rate: Adam's, for weights while there is noise. A network with batch norm,
+            whose statistics are frozen then, wants a tenth of `learning_rate`, or less.
         noise_learning_rate: Adam's, for the posterior of the noise.
         finetune_learning_rate: Adam's, for the pruned network.
         weight_decay: on the weights, never on the noise.
@@ -86,6 +89,7 @@ class Recipe:
     finetune_epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 1e-3
+    gated_learning_rate: float | None = None
     noise_learning_rate: float = 1e-2
     finetune_learning_rate: float = 3e-4
     weight_decay: float = 0.0
@@ -124,6 +128,8 @@ class Recipe:
             self._number("threshold", float, 0)
         if self.prior_scale is not None:
             self._number("prior_scale", float, 0, above=True, most=1e6)
+        if self.gated_learning_rate is not None:
+            self._number("gated_learning_rate", float, 0, above=True, most=1)
         self._number("init_loc", float, -25, most=5)
         self._number("init_log_scale", float, -10, most=5)
         scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}

@@ -26,8 +26,8 @@ __all__ = [
     "check_gates",
     "distillation",
     "elbo_loss",
+    "gated_weights_group",
     "noise_phases",
-    "weights_group",
 ]
 
 Predict = Callable[[Tensor], Tensor]
@@ -85,9 +85,15 @@ class Phase:
                     module.eval()
 
 
-def weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> dict[str, Any]:
+def _weights_group(net: nn.Module, learning_rate: float, weight_decay: float) -> dict[str, Any]:
     """The parameter group of a network's weights."""
     return {"params": list(net.parameters()), "lr": learning_rate, "weight_decay": weight_decay}
+
+
+def gated_weights_group(net: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """The parameter group of the weights of a network while there is noise on it."""
+    rate = recipe.gated_learning_rate or recipe.learning_rate
+    return _weights_group(net, rate, recipe.weight_decay)
 
 
 def elbo_loss(model: Any, guide: Any, num_data: int) -> Callable[[Tensor, Tensor], Parts]:
@@ -172,7 +178,7 @@ def plain_phase(
         return {name: net}
 
     rate = recipe.learning_rate if learning_rate is None else learning_rate
-    groups = [weights_group(net, rate, recipe.weight_decay)]
+    groups = [_weights_group(net, rate, recipe.weight_decay)]
     return Phase(name, epochs, net, groups, loss, net, finish, units, freeze_batch_norm=frozen)
 
 

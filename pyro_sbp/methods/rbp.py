@@ -23,7 +23,14 @@ from pyro_sbp.costs import UnitCosts, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.gates import Gate, factors
 from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
-from pyro_sbp.methods.phase import Method, Phase, Sites, check_gates, elbo_loss, weights_group
+from pyro_sbp.methods.phase import (
+    Method,
+    Phase,
+    Sites,
+    check_gates,
+    elbo_loss,
+    gated_weights_group,
+)
 from pyro_sbp.methods.sbp import SBP
 from pyro_sbp.models import (
     LOG_HIGH,
@@ -228,7 +235,7 @@ class RBP(Method):
             epochs,
             nn.ModuleList([stage.net, turn]),
             groups=[
-                weights_group(stage.net, recipe.learning_rate, recipe.weight_decay),
+                gated_weights_group(stage.net, recipe),
                 {"params": list(guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
             loss=elbo_loss(model, guide, self.num_data),

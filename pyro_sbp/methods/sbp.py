@@ -18,7 +18,7 @@ from pyro_sbp.methods.phase import (
     check_gates,
     elbo_loss,
     noise_phases,
-    weights_group,
+    gated_weights_group,
 )
 from pyro_sbp.models import (
     LOG_HIGH,
@@ -72,7 +72,7 @@ class SBP(Method):
             recipe.epochs,
             nn.ModuleList([self.net, self.guide]),
             groups=[
-                weights_group(self.net, recipe.learning_rate, recipe.weight_decay),
+                gated_weights_group(self.net, recipe),
                 {"params": list(self.guide.parameters()), "lr": recipe.noise_learning_rate},
             ],
             loss=elbo_loss(self.model, self.guide, self.num_data),

@@ -15,7 +15,7 @@ from pyro_sbp.methods.phase import (
     Sites,
     elbo_loss,
     noise_phases,
-    weights_group,
+    gated_weights_group,
 )
 from pyro_sbp.pruning import NothingLeft, check_settings, least_level
 from pyro_sbp.recipes import THRESHOLDS, Recipe
@@ -66,7 +66,7 @@ class SparseVD(Method):
                 recipe.epochs,
                 noisy,
                 groups=[
-                    weights_group(net, recipe.learning_rate, recipe.weight_decay),
+                    gated_weights_group(net, recipe),
                     {
                         "params": list(noisy.log_variances.parameters()),
                         "lr": recipe.noise_learning_rate,
