@@ -9,7 +9,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
 from pyro_sbp.published import published
 
-__all__ = ["commands", "dataset_of", "headline", "named", "network"]
+__all__ = ["baselines", "commands", "dataset_of", "headline", "named", "network"]
 
 
 #: The data sets of networks that are none of `ARCHITECTURES`.
@@ -34,7 +34,7 @@ def _percent(value: float | None) -> str:
 
 
 def network(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
-    """The papers' rows of a network, ours and the baselines', by MACs ratio; ours are bold."""
+    """The papers' rows of a network and ours, which are bold, by MACs ratio."""
     dataset = dataset or dataset_of(arch)
     lines = []
     for paper in published(arch, dataset):
@@ -43,9 +43,9 @@ def network(records: Sequence[Record], arch: str, dataset: str | None = None) ->
         cells = (name, "-", _percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
         lines.append((paper.macs_ratio, (*cells, words)))
     for row in of_network(records, arch, dataset):
-        name = row.name if row.first.baseline else f"**{row.name}**"
-        cells = (name, row.seeds, row.error_in_words, row.units, f"{row.macs_ratio:.2f}x")
-        lines.append((row.macs_ratio, (*cells, row.notes)))
+        if not row.first.baseline:
+            cells = (row.seeds, row.error_in_words, row.units, f"{row.macs_ratio:.2f}x", row.notes)
+            lines.append((row.macs_ratio, (f"**{row.name}**", *cells)))
     head = ("method", "seeds", "test error, %", "units", "MACs", "notes")
     return markdown(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
@@ -88,6 +88,28 @@ def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
         ratio = f"{row.macs_ratio:.2f}x"
         cells.append((name, dense, row.error_in_words, row.units, ratio))
     head = (title(arch, dataset), "dense error, %", "test error, %", "units", "MACs")
+    return markdown(head, cells)
+
+
+def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
+    """Named recipes of ours, each before what other libraries reach at its MACs and epochs.
+
+    Raises:
+        RequestError: no recipe is named, or one has no record, of ours or of another library.
+    """
+    dataset = dataset_of(arch)
+    theirs = [row for row in of_network(records, arch, dataset) if row.first.baseline]
+    cells = []
+    for ours in named(records, arch, recipes, "baselines"):
+        found = [row for row in theirs if row.first.recipe == ours.first.recipe]
+        if not found:
+            raise RequestError(f"no baseline of {arch} on {dataset} is of {ours.first.recipe!r}")
+        for row in (ours, *sorted(found, key=lambda row: row.error)):
+            name = row.first.method if row.first.baseline else f"**{row.name}**"
+            ratio = f"{row.macs_ratio:.2f}x"
+            dense = _percent(row.dense)
+            cells.append((name, row.seeds, dense, row.error_in_words, row.units, ratio))
+    head = ("method", "seeds", "dense error, %", "test error, %", "units", "MACs")
     return markdown(head, cells)
 
 

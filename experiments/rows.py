@@ -33,6 +33,9 @@ TITLES = {
     "lenet-300-100": "LeNet-300-100",
     "vgg-like": "VGG-like",
     "pyro_sbp.experiments.narrow:vgg_like": "VGG-like, a quarter as wide",
+    "pyro_sbp.experiments.dropout:lenet_300_100": "LeNet-300-100 with dropout",
+    "pyro_sbp.experiments.dropout:lenet5_32": "LeNet-5 for 32x32 images",
+    "pyro_sbp.experiments.dropout:lenet5_32_dropout": "LeNet-5 for 32x32 images, with dropout",
 }
 #: The seed in a command, or in the name of a record that a command has.
 _SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
@@ -211,12 +214,8 @@ class Row:
 
     @property
     def notes(self) -> str:
-        """The error of the dense networks, and what a baseline's records say of it."""
-        content = self.first.content
-        words = [] if self.dense is None else [f"dense {self.dense:.2f}"]
-        words += [f"{content['steps']} steps"] if "steps" in content else []
-        words += [content["note"]] if "note" in content else []
-        return "; ".join(words)
+        """The error of the dense networks."""
+        return "" if self.dense is None else f"dense {self.dense:.2f}"
 
     @property
     def minutes(self) -> str:

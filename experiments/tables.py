@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 TABLES: dict[str, Callable[..., str]] = {
     "network": network_tables.network,
     "headline": network_tables.headline,
+    "baselines": network_tables.baselines,
     "commands": network_tables.commands,
     "compare": method_tables.compare,
     "recursion": method_tables.recursion,

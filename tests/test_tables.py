@@ -121,8 +121,8 @@ def test_a_page_is_rebuilt_once_and_what_is_old_is_told(tmp_path, capsys):
     assert new.replace("11.00", "11.50") in line
 
 
-def test_a_network_stands_beside_papers_and_baselines():
-    lines = table("network lenet5", [*OURS, baseline(0, 1.2), baseline(1, 1.3)])
+def test_a_network_stands_beside_papers():
+    lines = table("network lenet5", [*OURS, baseline(0, 1.2)])
     assert lines[2] == "| dense, Neklyudov et al. 2017 | - | 0.80 | 20-50-800-500 | 1x | |"
     ratios = [float(line.split(" | ")[4].removesuffix("x")) for line in lines[2:]]
     assert ratios == sorted(ratios)
@@ -130,12 +130,22 @@ def test_a_network_stands_beside_papers_and_baselines():
         "| **SBP, `lenet5`** | 0 to 2 | 0.74 (0.70 to 0.90) | 6-100 | 11.00x | dense 0.70 |"
         in lines
     )
-    theirs = "| torch-pruning taylor, epochs of `lenet5` | 0, 1 | 1.25 (1.20 to 1.30) | 6-100 |"
-    assert f"{theirs} 10.50x | dense 0.70; 10 steps; a note |" in lines
-    assert len(table("network lenet5 mnist", OURS)) == len(lines) - 1
+    assert table("network lenet5 mnist", OURS) == lines
     # Labels drawn at random say nothing of how good a network is.
     random = made_up(0, 90.0, "random", training_error={"dense": None})
     assert table("network lenet5", [*OURS, random]) == table("network lenet5", OURS)
+
+
+def test_baselines_stand_below_the_recipe_whose_macs_they_have():
+    other = {**baseline(0, 1.0), "method": "torch-pruning magnitude"}
+    records = [*OURS, made_up(0, 0.6, "other"), baseline(0, 1.2), baseline(1, 1.3), other]
+    assert table("baselines lenet5 lenet5", records)[2:] == [
+        "| **SBP, `lenet5`** | 0 to 2 | 0.70 | 0.74 (0.70 to 0.90) | 6-100 | 11.00x |",
+        "| torch-pruning magnitude | 0 | 0.70 | 1.00 | 5-100 | 10.00x |",
+        "| torch-pruning taylor | 0, 1 | 0.70 | 1.25 (1.20 to 1.30) | 6-100 | 10.50x |",
+    ]
+    with pytest.raises(RequestError, match="no baseline of lenet5 on mnist is of 'other'"):
+        table("baselines lenet5 other", records)
 
 
 def test_the_error_is_that_of_the_network_handed_over():
