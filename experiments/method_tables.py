@@ -220,6 +220,9 @@ def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
 def random_labels(records: Sequence[Record]) -> str:
     """What was left of networks that learned labels drawn at random.
 
+    Units are those that reach the threshold after the last epoch; the network handed over keeps
+    one of a layer at least.
+
     Raises:
         RequestError: there is no such record.
     """
@@ -234,12 +237,16 @@ def random_labels(records: Sequence[Record]) -> str:
             dense += [errors["dense"]] if errors["dense"] is not None else []
             tuned = errors["finetuned"]
             handed_over.append(errors["pruned"] if tuned is None else tuned)
-        total = "-".join(str(unit["total"]) for unit in row.first.content["units"])
+        left, total = "", ""
+        for unit in row.first.content["units"]:
+            counts = [r.content["phases"][-1]["units"][unit["gate"]] for r in row.records]
+            left += f"-{statistics.median(counts):.0f}"
+            total += f"-{unit['total']}"
         cells.append(
             (
                 f"{title(row.first.arch, row.first.dataset)}, {row.name}",
                 row.seeds,
-                f"{row.units} of {total}",
+                f"{left[1:]} of {total[1:]}",
                 f"{statistics.median(dense):.1f}" if dense else "-",
                 f"{statistics.median(handed_over):.1f}",
                 f"{row.error:.1f}",

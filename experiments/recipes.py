@@ -102,8 +102,8 @@ _ALL = (
             random_labels=True,
             holdout=holdout,
         )
-        for of, holdout in (("", 55_000), ("-cifar", 45_000))
-        for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", 250, 1))
+        for of, holdout, until in (("", 55_000, 250), ("-cifar", 45_000, 100))
+        for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", until, 1))
     ),
     # As many epochs with noise as SBP's of the same network, shared out among the gates.
     Recipe(name="rbp", **_RBP),

@@ -176,14 +176,20 @@ def test_commands_are_told_once_a_row_with_where_they_ran():
 def test_random_labels_are_told_with_what_was_left_and_memorised():
     errors = {"mean": 90.0, "pruned": 88.0}
     memorised = {**errors, "dense": 2.0, "finetuned": 80.0}
+    phases = [{"units": {"conv1": 9, "fc1_input": 9}}, {"units": {"conv1": 2, "fc1_input": 0}}]
+
+    def random(seed, error, recipe, **training_error):
+        told = {**memorised, **training_error}
+        return made_up(seed, error, recipe, training_error=told, phases=phases)
+
     records = [
-        made_up(0, 90.0, "random", training_error=memorised),
-        made_up(1, 91.0, "random", training_error={**memorised, "dense": 4.0, "finetuned": None}),
-        made_up(0, 92.0, "never-dense", training_error={**errors, "dense": None, "finetuned": 1.0}),
+        random(0, 90.0, "random"),
+        random(1, 91.0, "random", dense=4.0, finetuned=None),
+        random(0, 92.0, "never-dense", dense=None, finetuned=1.0),
     ]
     assert table("random-labels", [*OURS, *records])[2:] == [
-        "| LeNet-5 on MNIST, SBP, `random` | 0, 1 | 6-100 of 20-800 | 3.0 | 84.0 | 90.5 |",
-        "| LeNet-5 on MNIST, SBP, `never-dense` | 0 | 5-100 of 20-800 | - | 1.0 | 92.0 |",
+        "| LeNet-5 on MNIST, SBP, `random` | 0, 1 | 2-0 of 20-800 | 3.0 | 84.0 | 90.5 |",
+        "| LeNet-5 on MNIST, SBP, `never-dense` | 0 | 2-0 of 20-800 | - | 1.0 | 92.0 |",
     ]
 
 
