@@ -372,14 +372,17 @@ class Loop:
     @torch.no_grad()
     def error_of(self, predict: Predict, split: Split | None = None) -> float:
         """The share of a split, the test set if none is given, that is classified wrongly, in
-        percent."""
+        percent.
+
+        It is computed in the precision of the parameters, that of the network handed over.
+        """
         split = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         batches = torch.arange(len(split)).split(TEST_BATCH)[rank::world]
-        with self.fabric.autocast(), closing(split.batches(batches)) as shares:
+        with closing(split.batches(batches)) as shares:
             for x, y in shares:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
         return round(100 * int(self._sum(wrong)) / len(split), 6)
