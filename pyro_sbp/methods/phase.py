@@ -189,7 +189,9 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     the factor its gradients keep their size whatever T (Hinton et al. 2015, arXiv 1503.02531,
     section 2).
     """
-    student, soft = ((x / temperature).log_softmax(1) for x in (logits, teacher))
+    # Two networks that nearly agree differ by less than bfloat16 can tell.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    student, soft = ((x.to(wide) / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(student, soft, log_target=True, reduction="batchmean")
 
 

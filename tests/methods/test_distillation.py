@@ -21,6 +21,15 @@ def test_it_is_the_divergence_from_the_teacher():
     assert float(distillation(teacher, teacher, 2.0)) == 0
 
 
+def test_it_keeps_what_bfloat16_would_lose():
+    torch.manual_seed(0)
+    teacher = torch.randn(128, 10).bfloat16()
+    logits = teacher + (torch.randn(128, 10) / 16).bfloat16()
+    expected = distillation(logits.float(), teacher.float(), 4.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(distillation(logits, teacher, 4.0), expected)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 100.0])
 def test_gradients_keep_their_size_whatever_the_temperature(temperature):
     torch.manual_seed(0)
