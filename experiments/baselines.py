@@ -6,12 +6,12 @@
 A record is that of a run (of an image folder, made where the folder lies); a number is a MACs
 ratio, to be had by the recipe that the network has by default or `--recipe` names. The dense epochs
 are those of the recipe and end at the same network as the run's: initial weights and the order of
-the data are the same, and the precision and the layout of images where the same are asked for.
-Then the network is trained for as many epochs as the run has with noise and in fine-tuning
-together. On the way, over the first half of these, it is pruned in steps, ten unless `--steps` says
-otherwise: iterative pruning is what the library offers for high ratios. Every step takes the same
-share of the MACs. Learning rates are the recipe's, constant up to the last step, and fall over the
-recipe's last share of what is left after it; each phase has an Adam of its own.
+the data are the same, in float32. Then the network is trained for as many epochs as the run has
+with noise and in fine-tuning together. On the way, over the first half of these, it is pruned in
+steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
+ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
+the last step, and fall over the recipe's last share of what is left after it; each phase has an
+Adam of its own.
 
 Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
 the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
@@ -51,7 +51,7 @@ from pyro_sbp.loop import Loop, Progress
 from pyro_sbp.methods import Phase
 from pyro_sbp.methods.phase import plain_phase
 from pyro_sbp.probing import find_gates
-from pyro_sbp.recipes import PRECISIONS, Request
+from pyro_sbp.recipes import Request
 from pyro_sbp.streaming import workers_watched
 from pyro_sbp.training import build_network, machine, prepare_data, versions
 
@@ -337,8 +337,6 @@ def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
     return Request(
         recipe=RECIPES[recipe],
         device=options.device,
-        precision=options.precision,
-        channels_last=options.channels_last,
         data_dir=str(options.data_dir),
         **named,
     )
@@ -369,8 +367,6 @@ def _run(target: str, options: argparse.Namespace) -> Path:
         request = _of_ratio(options)
         words.append(f"--arch {request.arch} --dataset {without_path(request.dataset)}")
         words.append(f"--recipe {request.recipe.name} --seed {request.seed} {target}")
-    words += [f"--precision {request.precision}"] * (request.precision != "32-true")
-    words += ["--channels-last"] * request.channels_last
     if options.steps != STEPS:
         words.insert(1, f"--steps {options.steps}")
         what += f"-{options.steps}-steps"
@@ -403,8 +399,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--recipe")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output-dir", type=Path, default=RESULTS)

@@ -17,8 +17,8 @@ from pyro_sbp.methods.phase import (
     Sites,
     check_gates,
     elbo_loss,
-    gated_weights_group,
     noise_phases,
+    gated_weights_group,
 )
 from pyro_sbp.models import (
     LOG_HIGH,
