@@ -42,7 +42,9 @@ __all__ = ["train"]
 @click.option("--epochs", type=int, help="Epochs with noise.  [default: the recipe's]")
 @click.option("--batch-size", type=int, help="Examples a step.  [default: the recipe's]")
 @click.option(
-    "--learning-rate", type=float, help="Adam's, for the weights.  [default: the recipe's]"
+    "--learning-rate",
+    type=float,
+    help="Adam's, for the weights before pruning.  [default: the recipe's]",
 )
 @click.option(
     "--macs-weight",

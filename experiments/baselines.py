@@ -11,7 +11,8 @@ with noise and in fine-tuning together. On the way, over the first half of these
 steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
 ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
 the last step, and fall over the recipe's last share of what is left after it; each phase has an
-Adam of its own.
+Adam of its own. It is the recipe's `learning_rate` throughout, and the labels are those of the
+data, without soft ones.
 
 Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
 the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
@@ -29,7 +30,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -273,8 +274,7 @@ def baseline(
         loop.go()
     small, names = method.small, ("dense", "pruned", "finetuned")
     macs, parameters = count_macs(small, method.example[:1]), count_parameters(small)
-    kept, features = widths(small), find_architecture(request.arch).input_features
-    recipe = request.recipe
+    kept, recipe = widths(small), request.recipe
     return {
         "kind": "baseline",
         "arch": request.arch,
@@ -282,6 +282,7 @@ def baseline(
         "method": f"torch-pruning {importance}",
         "seed": request.seed,
         "of": recipe.name,
+        "settings": asdict(recipe),
         "steps": steps,
         "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
         "device": request.device,
@@ -304,11 +305,6 @@ def baseline(
             "pruned": parameters,
             "ratio": method.parameters / parameters,
         },
-        "note": (
-            f"hidden units alone; SBP gates the inputs of {', '.join(features)} too"
-            if features
-            else "the same layers are gated by SBP"
-        ),
         "versions": {**versions(), "torch-pruning": version("torch-pruning")},
         "machine": machine(fabric.device),
     }

@@ -218,10 +218,11 @@ def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
 
 
 def random_labels(records: Sequence[Record]) -> str:
-    """What was left of networks that learned labels drawn at random.
+    """What memorised labels drawn at random: dense training, or the network a method handed over.
 
-    Units are those that reach the threshold after the last epoch; the network handed over keeps
-    one of a layer at least.
+    A recipe with dense epochs tells of dense training, in which all units are there. Of the others
+    the units are those that reach the threshold after the last epoch with noise; the network
+    handed over keeps one of a layer at least.
 
     Raises:
         RequestError: there is no such record.
@@ -231,36 +232,33 @@ def random_labels(records: Sequence[Record]) -> str:
         raise RequestError("no record of random labels is in experiments/results")
     cells = []
     for row in found:
-        dense, handed_over = [], []
-        for record in row.records:
-            errors = record.content["training_error"]
-            dense += [errors["dense"]] if errors["dense"] is not None else []
-            tuned = errors["finetuned"]
-            handed_over.append(errors["pruned"] if tuned is None else tuned)
+        dense = row.dense is not None
         left, total = "", ""
         for unit in row.first.content["units"]:
-            counts = [r.content["phases"][-1]["units"][unit["gate"]] for r in row.records]
-            left += f"-{statistics.median(counts):.0f}"
+            counts = [_last_noise(r)["units"][unit["gate"]] for r in row.records]
+            left += f"-{unit['total'] if dense else statistics.median(counts):.0f}"
             total += f"-{unit['total']}"
+        errors = [record.content["training_error"] for record in row.records]
+        names = ("dense",) if dense else ("finetuned", "pruned")
+        training = [next(e[name] for name in names if e[name] is not None) for e in errors]
+        how = f"dense training, `{row.first.recipe}`" if dense else row.name
         cells.append(
             (
-                f"{title(row.first.arch, row.first.dataset)}, {row.name}",
+                f"{title(row.first.arch, row.first.dataset)}, {how}",
                 row.seeds,
                 f"{left[1:]} of {total[1:]}",
-                f"{statistics.median(dense):.1f}" if dense else "-",
-                f"{statistics.median(handed_over):.1f}",
-                f"{row.error:.1f}",
+                f"{statistics.median(training):.1f}",
+                f"{row.dense if dense else row.error:.1f}",
             )
         )
-    head = (
-        "network, method",
-        "seeds",
-        "units left",
-        "training error of the dense network, %",
-        "of the one handed over, %",
-        "its test error, %",
-    )
+    head = ("network, method", "seeds", "units left", "training error, %", "test error, %")
     return markdown(head, cells)
+
+
+def _last_noise(record: Record) -> Mapping[str, Any]:
+    """The last phase with noise."""
+    phases = record.content["phases"]
+    return next(phase for phase in reversed(phases) if phase["phase"] != "finetuned")
 
 
 def recipes(records: Sequence[Record]) -> str:

@@ -62,7 +62,7 @@ def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: s
     rows_of = [row for row in of_network(records, arch, dataset) if not row.first.baseline]
     ours = {row.first.recipe: row for row in rows_of}
     if len(ours) < len(rows_of):
-        raise RequestError(f"records of {arch} on {dataset} by two commands have one recipe")
+        raise RequestError(f"records of {arch} on {dataset} by two methods have one recipe")
     for recipe in recipes:
         if recipe not in ours:
             raise RequestError(f"no record of {arch} on {dataset} has the recipe {recipe!r}")
@@ -101,11 +101,13 @@ def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
     theirs = [row for row in of_network(records, arch, dataset) if row.first.baseline]
     cells = []
     for ours in named(records, arch, recipes, "baselines"):
-        found = [row for row in theirs if row.first.recipe == ours.first.recipe]
+        recipe = ours.first.recipe
+        found = [row for row in theirs if f"-{recipe}-N.json" in row.first.command]
         if not found:
-            raise RequestError(f"no baseline of {arch} on {dataset} is of {ours.first.recipe!r}")
+            raise RequestError(f"no baseline of {arch} on {dataset} is of {recipe!r}")
         for row in (ours, *sorted(found, key=lambda row: row.error)):
-            name = row.first.method if row.first.baseline else f"**{row.name}**"
+            steps = row.first.content.get("steps")
+            name = f"{row.first.method}, {steps} steps" if steps else f"**{row.name}**"
             ratio = f"{row.macs_ratio:.2f}x"
             dense = _percent(row.dense)
             cells.append((name, row.seeds, dense, row.error_in_words, row.units, ratio))

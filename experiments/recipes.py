@@ -33,7 +33,7 @@ _VGG: dict[str, Any] = {
 
 #: A fifth of CIFAR-10's training images, for a machine without a GPU.
 _VGG_SUBSET: dict[str, Any] = {
-    "dense_epochs": 30,
+    "dense_epochs": 20,
     "finetune_epochs": 10,
     "batch_size": 32,
     "macs_weight": 4.0,

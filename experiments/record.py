@@ -43,7 +43,8 @@ def record(run: Path) -> dict[str, Any]:
     """The record of a run: its summary, and what it takes to repeat it.
 
     Raises:
-        ValueError: the run was made with a recipe that has no name here.
+        ValueError: the run was made with a recipe that has no name here, or from weights of its
+            own.
     """
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
@@ -56,7 +57,13 @@ def record(run: Path) -> dict[str, Any]:
     named = RECIPES.get(request.recipe.name)
     if named is None or request != replace(request, recipe=named):
         raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
+    if request.weights is not None:
+        raise ValueError(f"{run} began with {request.weights}, which a record cannot tell")
     command += f" --recipe {named.name}"
+    if request.device != "cpu":
+        command += f" --device {request.device}"
+    if request.devices != 1:
+        command += f" --devices {request.devices}"
     if request.precision != "32-true":
         command += f" --precision {request.precision}"
     command += " --channels-last" * request.channels_last

@@ -129,14 +129,13 @@ def read_records(directory: Path) -> list[Record]:
     """
     found = {path: Record.read(path) for path in sorted(directory.glob("*.json"))}
     for path, record in found.items():
-        if settings := record.content.get("settings"):
-            now = RECIPES.get(record.recipe)
-            made = Recipe.from_dict(settings, str(path))
-            if now is None or made != now.for_method(record.method):
-                raise RequestError(
-                    f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
-                    "now; rename one of the two, or make the record again"
-                )
+        now = RECIPES.get(record.recipe)
+        made = Recipe.from_dict(record.content["settings"], str(path))
+        if now is None or made != now.for_method("sbp" if record.baseline else record.method):
+            raise RequestError(
+                f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
+                "now; rename one of the two, or make the record again"
+            )
     return list(found.values())
 
 

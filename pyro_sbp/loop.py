@@ -374,7 +374,8 @@ class Loop:
         """The share of a split, the test set if none is given, that is classified wrongly, in
         percent.
 
-        It is computed in the precision of the parameters, that of the network handed over.
+        It is computed in the precision of the parameters: the network handed over does not
+        multiply in bfloat16, as training may have.
         """
         split = self.data.test if split is None else split
         if isinstance(predict, nn.Module):

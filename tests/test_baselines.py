@@ -1,6 +1,7 @@
 """Baselines of Torch-Pruning: the MACs asked for, the same training, and a record."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_the_record_of_a_baseline(done):
     entry, seen = done
     assert {
         "kind", "arch", "dataset", "method", "seed", "error", "macs", "parameters", "units",
-        "epochs", "of", "note", "versions", "machine", "train_seconds",
+        "epochs", "of", "settings", "versions", "machine", "train_seconds",
     } <= set(entry)  # fmt: skip
     assert entry["kind"] == "baseline" and entry["method"] == "torch-pruning taylor"
     assert entry["macs"]["dense"] == 266_200 and 12 <= entry["macs"]["ratio"] < 12.8
@@ -165,9 +166,10 @@ def test_a_record_is_matched_from_the_command_line(tmp_path, monkeypatch, capsys
     assert found["macs"]["ratio"] >= 5 > other["macs"]["ratio"] >= 3 and found["of"] == "digits"
     assert found["command"].endswith("--importance random --steps 1 experiments/results/ours.json")
     assert other["command"].endswith("--recipe digits --seed 1 3")
+    assert found["settings"] == asdict(SHORT.for_method("sbp"))
     # Other readers of records pass these by.
     recursion([str(f) for f in files])
-    capsys.readouterr()
+    assert "|" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(path), "--importance", "random", "--seed", "2", *out])
     assert "--seed is 2, but" in capsys.readouterr().err

@@ -91,3 +91,8 @@ def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is of another command"):
         main([str(run)])
     assert file.read_text() == before
+    (run / "recipe.json").write_text(json.dumps({**asked, "device": "cuda", "devices": 2}))
+    assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
+    (run / "recipe.json").write_text(json.dumps({**asked, "weights": "w.pt"}))
+    with pytest.raises(ValueError, match="began with w"):
+        record(run)

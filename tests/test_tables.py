@@ -1,21 +1,26 @@
 """Tables and figures of the README and docs, made of the records."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pyro_sbp import plots
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.recipes import RECIPES
 from pyro_sbp.experiments.rows import Record, read_records, rows
 from pyro_sbp.experiments.tables import main, rebuilt
+from pyro_sbp.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 
 
 def made_up(seed, error, recipe="lenet5", method="sbp", arch="lenet5", ratio=10.0, **others):
     """A record of a run, which handed over a network that was not fine-tuned."""
+    settings = RECIPES[recipe].for_method(method) if recipe in RECIPES else Recipe()
     return {
+        "settings": asdict(settings),
         "arch": arch,
         "dataset": "mnist",
         "method": method,
@@ -36,13 +41,13 @@ def made_up(seed, error, recipe="lenet5", method="sbp", arch="lenet5", ratio=10.
 
 
 def baseline(seed, error, target="experiments/results/lenet5-mnist-lenet5-{}.json"):
-    kept = made_up(seed, 9.0, method="torch-pruning taylor")
+    kept = made_up(seed, 9.0)
     del kept["recipe"]
     return {
         **kept,
+        "method": "torch-pruning taylor",
         "command": f"python -m pyro_sbp.experiments.baselines {target.format(seed)}",
         "steps": 10,
-        "note": "a note",
         "kind": "baseline",
         "of": "lenet5",
         "error": {"dense": 0.7, "pruned": 30.0, "finetuned": error},
@@ -139,10 +144,11 @@ def test_a_network_stands_beside_papers():
 def test_baselines_stand_below_the_recipe_whose_macs_they_have():
     other = {**baseline(0, 1.0), "method": "torch-pruning magnitude"}
     records = [*OURS, made_up(0, 0.6, "other"), baseline(0, 1.2), baseline(1, 1.3), other]
+    records.append(baseline(0, 1.2, "--recipe lenet5 --seed {} 40"))  # of a ratio of its own
     assert table("baselines lenet5 lenet5", records)[2:] == [
         "| **SBP, `lenet5`** | 0 to 2 | 0.70 | 0.74 (0.70 to 0.90) | 6-100 | 11.00x |",
-        "| torch-pruning magnitude | 0 | 0.70 | 1.00 | 5-100 | 10.00x |",
-        "| torch-pruning taylor | 0, 1 | 0.70 | 1.25 (1.20 to 1.30) | 6-100 | 10.50x |",
+        "| torch-pruning magnitude, 10 steps | 0 | 0.70 | 1.00 | 5-100 | 10.00x |",
+        "| torch-pruning taylor, 10 steps | 0, 1 | 0.70 | 1.25 (1.20 to 1.30) | 6-100 | 10.50x |",
     ]
     with pytest.raises(RequestError, match="no baseline of lenet5 on mnist is of 'other'"):
         table("baselines lenet5 other", records)
@@ -174,22 +180,26 @@ def test_commands_are_told_once_a_row_with_where_they_ran():
 
 
 def test_random_labels_are_told_with_what_was_left_and_memorised():
-    errors = {"mean": 90.0, "pruned": 88.0}
-    memorised = {**errors, "dense": 2.0, "finetuned": 80.0}
-    phases = [{"units": {"conv1": 9, "fc1_input": 9}}, {"units": {"conv1": 2, "fc1_input": 0}}]
+    phases = [
+        {"phase": "gated", "units": {"conv1": 2, "fc1_input": 0}},
+        {"phase": "finetuned", "units": {"conv1": 2, "fc1_input": 1}},
+    ]
 
     def random(seed, error, recipe, **training_error):
-        told = {**memorised, **training_error}
-        return made_up(seed, error, recipe, training_error=told, phases=phases)
+        told = {"mean": 90.0, "pruned": 88.0, "finetuned": None, **training_error}
+        entry = made_up(seed, error, recipe, training_error=told, phases=phases)
+        entry["error"]["dense"] = None if told["dense"] is None else 89.0 + seed
+        return entry
 
     records = [
-        random(0, 90.0, "random"),
-        random(1, 91.0, "random", dense=4.0, finetuned=None),
-        random(0, 92.0, "never-dense", dense=None, finetuned=1.0),
+        random(0, 70.0, "dropout", dense=2.0),
+        random(1, 70.0, "dropout", dense=4.0),
+        random(0, 90.0, "random", dense=None),
+        random(1, 91.0, "random", dense=None, finetuned=84.0),
     ]
     assert table("random-labels", [*OURS, *records])[2:] == [
-        "| LeNet-5 on MNIST, SBP, `random` | 0, 1 | 2-0 of 20-800 | 3.0 | 84.0 | 90.5 |",
-        "| LeNet-5 on MNIST, SBP, `never-dense` | 0 | 2-0 of 20-800 | - | 1.0 | 92.0 |",
+        "| LeNet-5 on MNIST, dense training, `dropout` | 0, 1 | 20-800 of 20-800 | 3.0 | 89.5 |",
+        "| LeNet-5 on MNIST, SBP, `random` | 0, 1 | 2-0 of 20-800 | 86.0 | 90.5 |",
     ]
 
 

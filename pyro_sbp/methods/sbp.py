@@ -17,8 +17,8 @@ from pyro_sbp.methods.phase import (
     Sites,
     check_gates,
     elbo_loss,
-    noise_phases,
     gated_weights_group,
+    noise_phases,
 )
 from pyro_sbp.models import (
     LOG_HIGH,

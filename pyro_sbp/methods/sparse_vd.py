@@ -14,8 +14,8 @@ from pyro_sbp.methods.phase import (
     Phase,
     Sites,
     elbo_loss,
-    noise_phases,
     gated_weights_group,
+    noise_phases,
 )
 from pyro_sbp.pruning import NothingLeft, check_settings, least_level
 from pyro_sbp.recipes import THRESHOLDS, Recipe
