@@ -200,13 +200,15 @@ _ALL = (
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 
-#: The default recipes of architectures and data sets, the first that fits; "" is any.
+#: The default recipes of architectures and data sets, the first that fits and that the method has;
+#: "" is any.
 _DEFAULTS = {
     ("lenet5", "digits"): "lenet5-digits",
     ("", "digits"): "digits",
     ("lenet5", ""): "lenet5",
     ("lenet-500-300", ""): "lenet-dense",
     ("lenet-300-100", ""): "lenet-dense",
+    ("vgg-like", ""): "vgg",
 }
 
 
@@ -214,8 +216,7 @@ def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
     """The recipe that a request gets which names none."""
     prefix = {"rbp": "rbp", "sparse-vd": "sparse"}.get(method, "")
     for (for_arch, for_dataset), name in _DEFAULTS.items():
-        if for_arch in ("", arch) and for_dataset in ("", dataset):
-            # Weights of every network of digits begin alike.
-            name = "digits" if prefix == "sparse" and dataset == "digits" else name
-            return RECIPES[f"{prefix}-{name}" if prefix else name]
+        found = RECIPES.get(f"{prefix}-{name}" if prefix else name)
+        if found and for_arch in ("", arch) and for_dataset in ("", dataset):
+            return found
     return RECIPES[prefix or "default"]

@@ -63,12 +63,17 @@ def test_every_arch_has_a_default_recipe():
     assert default_recipe("lenet5", "mnist", "sbp").name == "lenet5"
     assert default_recipe("lenet5", "digits", "sbp").name == "lenet5-digits"
     assert default_recipe("a.b:c", "digits", "sbp").name == "digits"
+    assert default_recipe("vgg-like", "cifar10", "sbp").name == "vgg"
     assert default_recipe("a.b:c", "cifar10", "sbp") == Recipe()
+    # Of what a method has no recipe for, it takes the next that fits.
+    assert default_recipe("lenet5", "digits", "sparse-vd").name == "sparse-digits"
+    assert default_recipe("vgg-like", "cifar10", "sparse-vd").name == "sparse"
 
 
 def test_recursive_pruning_has_default_recipes_of_its_own():
     assert default_recipe("lenet5", "mnist", "rbp").name == "rbp-lenet5"
     assert default_recipe("lenet-500-300", "mnist", "rbp").name == "rbp-lenet-dense"
+    assert default_recipe("vgg-like", "cifar10", "rbp").name == "rbp-vgg"
     assert default_recipe("a.b:c", "digits", "rbp").name == "rbp-digits"
     assert default_recipe("a.b:c", "cifar10", "rbp").name == "rbp"
     # Sees the data as often as SBP does, to compare with.
