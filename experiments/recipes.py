@@ -33,10 +33,10 @@ _VGG: dict[str, Any] = {
 
 #: A fifth of CIFAR-10's training images, for a machine without a GPU.
 _VGG_SUBSET: dict[str, Any] = {
-    "dense_epochs": 20,
-    "finetune_epochs": 10,
+    "dense_epochs": 15,
+    "finetune_epochs": 6,
     "batch_size": 32,
-    "macs_weight": 4.0,
+    "macs_weight": 2.0,
     "finetune_learning_rate": 1e-3,
     "distill": 4.0,
     "holdout": 40_000,
@@ -169,7 +169,7 @@ _ALL = (
     Recipe(name="vgg", **_VGG),
     Recipe(name="vgg-small", macs_weight=2.0, **_VGG),
     Recipe(name="rbp-vgg", kl_scale=0.5, macs_weight=2.0, **_RBP, **_VGG),
-    Recipe(name="vgg-subset", epochs=20, kl_scale=3.0, noise_learning_rate=5e-2, **_VGG_SUBSET),
+    Recipe(name="vgg-subset", epochs=20, noise_learning_rate=3e-2, **_VGG_SUBSET),
     Recipe(
         name="rbp-vgg-subset",
         epochs=28,
