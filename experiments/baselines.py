@@ -44,7 +44,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.benchmarking import count_macs, count_parameters
 from pyro_sbp.datasets import ImageData, load_dataset
 from pyro_sbp.devices import launch
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.record import RESULTS, file_name, without_path
 from pyro_sbp.files import write_json
@@ -318,7 +318,8 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
         method = found["method"]
         ratio = found["macs"]["ratio"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{path} is no record of a run: {error!r}") from error
+        words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise RequestError(f"{path} is no record of a run: {words}") from error
     for key, value in named.items():
         given = getattr(options, key)
         if given is not None and given != value:
@@ -366,6 +367,10 @@ def _run(target: str, options: argparse.Namespace) -> Path:
     if options.steps != STEPS:
         words.insert(1, f"--steps {options.steps}")
         what += f"-{options.steps}-steps"
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot write to {options.output_dir}: {error.strerror}") from error
     size = find_architecture(request.arch).image_size
     data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
     entry = baseline(request, data, ratio, options.importance, options.steps, _tell)
@@ -374,7 +379,6 @@ def _run(target: str, options: argparse.Namespace) -> Path:
         *(request.arch, request.dataset, "baseline", options.importance),
         *(request.recipe.name + what, request.seed),
     )
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(options.output_dir / name, entry)
     return options.output_dir / name
 
@@ -388,10 +392,15 @@ def _tell(progress: Progress) -> None:
 def main(arguments: list[str]) -> None:
     """Write the records of baselines."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="+", metavar="RECORD_OR_RATIO")
+    parser.add_argument(
+        "targets",
+        nargs="+",
+        metavar="RECORD_OR_RATIO",
+        help="a record of a run, or a MACs ratio of the network that --arch names",
+    )
     parser.add_argument("--importance", choices=IMPORTANCES, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--arch", help="of a ratio; a record has its own, as all of these")
+    parser.add_argument("--steps", type=int, default=STEPS, help="one number: cuts on the way")
+    parser.add_argument("--arch", help="with a ratio, as the next three")
     parser.add_argument("--dataset")
     parser.add_argument("--recipe")
     parser.add_argument("--seed", type=int)

@@ -118,9 +118,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     RESULTS.mkdir(exist_ok=True)
     for run in options.runs:
-        entry = record(run)
-        if options.sweep:
-            entry["thresholds"] = thresholds(run)
+        try:
+            entry = record(run)
+            if options.sweep:
+                entry["thresholds"] = thresholds(run)
+        except OSError as error:
+            sys.exit(f"{run} is no finished run: {error}")
+        except ValueError as error:
+            sys.exit(str(error))
         name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:

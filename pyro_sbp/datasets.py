@@ -60,7 +60,8 @@ class ImageData:
         """
         if count > len(self.train) - 2:
             raise RequestError(
-                f"holdout is {count}; expected less than the {len(self.train)} training images"
+                f"holdout is {count}; expected at most {len(self.train) - 2}, as two of the "
+                f"{len(self.train)} training images have to be left"
             )
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1))
         train, validation = order[count:].sort().values, order[:count].sort().values

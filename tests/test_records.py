@@ -94,5 +94,7 @@ def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
     (run / "recipe.json").write_text(json.dumps({**asked, "device": "cuda", "devices": 2}))
     assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
     (run / "recipe.json").write_text(json.dumps({**asked, "weights": "w.pt"}))
-    with pytest.raises(ValueError, match="began with w"):
-        record(run)
+    with pytest.raises(SystemExit, match="began with w"):
+        main([str(run)])
+    with pytest.raises(SystemExit, match="none is no finished run: "):
+        main([str(tmp_path / "none")])
