@@ -168,14 +168,21 @@ _ALL = (
     # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
     Recipe(name="vgg", **_VGG),
     Recipe(name="vgg-small", macs_weight=2.0, **_VGG),
-    Recipe(name="rbp-vgg", kl_scale=0.5, macs_weight=2.0, **_RBP, **_VGG),
+    Recipe(
+        name="rbp-vgg",
+        kl_scale=0.5,
+        macs_weight=2.0,
+        **_RBP,
+        **{**_VGG, "distill": 0.0, "finetune_learning_rate": 1e-3},
+    ),
     Recipe(name="vgg-subset", epochs=20, noise_learning_rate=3e-2, **_VGG_SUBSET),
     Recipe(
         name="rbp-vgg-subset",
         epochs=28,
         kl_scale=2.0,
         **{**_RBP, "noise_learning_rate": 0.1},
-        **_VGG_SUBSET,
+        # RBP's last network before a cut has lost too much to teach.
+        **{**_VGG_SUBSET, "distill": 0.0},
     ),
     Recipe(
         name="rbp-lenet5-digits",
