@@ -44,9 +44,10 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.benchmarking import count_macs, count_parameters
 from pyro_sbp.datasets import ImageData, load_dataset
 from pyro_sbp.devices import launch
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.record import RESULTS, file_name, without_path
+from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.files import write_json
 from pyro_sbp.loop import Loop, Progress
 from pyro_sbp.methods import Phase
@@ -318,8 +319,7 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
         method = found["method"]
         ratio = found["macs"]["ratio"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        raise RequestError(f"{path} is no record of a run: {words}") from error
+        raise unreadable(path, "record of a run", error) from error
     for key, value in named.items():
         given = getattr(options, key)
         if given is not None and given != value:

@@ -24,6 +24,7 @@ __all__ = [
     "read_records",
     "rows",
     "title",
+    "unreadable",
 ]
 
 #: The networks' names in words.
@@ -89,8 +90,7 @@ class Record:
         try:
             return cls.of(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
-            raise RequestError(f"{path} is no record: {words}") from error
+            raise unreadable(path, "record", error) from error
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Record:
@@ -118,6 +118,12 @@ class Record:
             machine=found["machine"],
             content=found,
         )
+
+
+def unreadable(path: Path, what: str, error: Exception) -> RequestError:
+    """What to raise of a file that is not what it should be, from what reading it raised."""
+    words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
+    return RequestError(f"{path} is no {what}: {words}")
 
 
 def read_records(directory: Path) -> list[Record]:

@@ -44,7 +44,7 @@ class Recipe:
         learning_rate: Adam's, for weights in the dense phase, and with noise unless the next says
             otherwise.
         gated_learning_rate: Adam's, for weights while there is noise. A network with batch norm,
-            whose statistics are frozen then, wants a tenth of `learning_rate`, or less.
+            whose statistics are frozen then, may want a tenth of `learning_rate`, or less.
         noise_learning_rate: Adam's, for the posterior of the noise.
         finetune_learning_rate: Adam's, for the pruned network.
         weight_decay: on the weights, never on the noise.
