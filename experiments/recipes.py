@@ -58,7 +58,7 @@ _ALL = (
         **{**_LENET_DENSE, "noise_learning_rate": 1e-2, "finetune_epochs": 20},
     ),
     Recipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
-    Recipe(name="lenet-dense-smallest", kl_scale=9.0, **_LENET_DENSE),
+    Recipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
     # Not fine-tuned, or by the labels of the data, to compare with RBP's.
     Recipe(
         name="lenet5-plain",
