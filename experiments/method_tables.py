@@ -10,7 +10,6 @@ from typing import Any
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.network_tables import dataset_of, named
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-from pyro_sbp.experiments.recursion import tables as turns
 from pyro_sbp.experiments.rows import (
     METHODS,
     TITLES,
@@ -178,7 +177,7 @@ def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
     """
     dataset = dataset_of(arch)
     found = [
-        record.content
+        record
         for row in of_network(records, arch, dataset)
         for record in row.records
         if record.method == "rbp" and "phases" in record.content
@@ -187,7 +186,36 @@ def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
     if not found:
         told = f" with the recipe {' or '.join(recipes)}" if recipes else ""
         raise RequestError(f"no record of {arch} on {dataset} by rbp{told} tells its phases")
-    return turns(found).rstrip()
+    return "\n\n".join(_turns(row) for row in rows(found))
+
+
+def _turns(row: Row) -> str:
+    """Medians over the seeds at the end of every phase."""
+    first = row.first
+    cells = []
+    for seeds in zip(*(record.content["phases"] for record in row.records), strict=True):
+        middle = {
+            key: statistics.median(phase[key] for phase in seeds)
+            for key in ("epochs", "error", "seconds_per_epoch")
+        }
+        units = (
+            statistics.median(phase["units"][gate] for phase in seeds) for gate in seeds[0]["units"]
+        )
+        cells.append(
+            (
+                seeds[0]["phase"],
+                f"{middle['epochs']:.0f}",
+                f"{middle['error']:.2f}",
+                "-".join(f"{n:.0f}" for n in units),
+                f"{middle['seconds_per_epoch']:.1f}",
+            )
+        )
+    head = ("after", "epochs", "error, %", "units", "seconds an epoch")
+    return (
+        f"{first.arch}, {first.dataset}, {first.method}, recipe {first.recipe}, "
+        f"{row.seeds_in_words}: {row.macs_ratio:.1f} times fewer MACs, {row.minutes} minutes\n\n"
+        + markdown(head, cells)
+    )
 
 
 def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:

@@ -8,7 +8,6 @@ import pytest
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.record import main, record
-from pyro_sbp.experiments.recursion import tables
 from pyro_sbp.experiments.rows import read_records
 from pyro_sbp.recipes import Request
 
@@ -55,15 +54,6 @@ def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path)
     assert found["dataset"] == "folder:images" and "--dataset folder:images " in found["command"]
     with pytest.raises(ValueError, match="used a recipe that is not in"):
         record(run_directory(tmp_path / "mine", 0, 4.5, replace(other, epochs=3)))
-
-
-def test_the_table_of_the_turns_has_medians_over_seeds(tmp_path):
-    records = [record(run_directory(tmp_path / str(s), s, e)) for s, e in enumerate((4, 6, 5))]
-    text = tables(records)
-    assert "lenet-500-300, mnist, rbp, recipe rbp-lenet-dense, seeds 0, 1, 2: " in text
-    assert "11.0 times fewer MACs, 2.0 minutes" in text
-    assert "| dense | 1 | 7.00 | 9-8 | 3.0 |" in text
-    assert "| gate a | 2 | 5.00 | 7-8 | 5.0 |" in text
 
 
 def test_a_record_of_a_recipe_that_has_changed_is_refused(tmp_path):

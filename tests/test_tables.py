@@ -220,7 +220,7 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     names = "rbp-lenet-dense-reversed lenet5 rbp-lenet5"
     assert table(f"compare lenet5 {names}", records)[2:] == [
         "| RBP, `rbp-lenet-dense-reversed` | reversed | 0 | 0.90 | 5-100 | 12.00x | 1.0 | 60 |",
-        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 30 |",
+        "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 40 |",
         "| RBP, `rbp-lenet5` | forward | 0, 1 | 0.90 (0.90 to 0.90) | 6-100 | 12.50x | 1.5 | 30 |",
     ]
 
