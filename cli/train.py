@@ -294,7 +294,7 @@ class _Bar:
             left = "-".join(str(count) for count in progress.units.values())
             text += f"  error {progress.error:.2f} %  units {left}"
             if progress.macs is not None:
-                text += f"  MACs {progress.macs:,.0f}"
+                text += f"  expected MACs {progress.macs:,.0f}"
             if progress.held:
                 text += f"  (all under the threshold: {', '.join(progress.held)})"
         title = f"{progress.phase} {progress.epoch}/{progress.epochs}"

@@ -22,6 +22,26 @@ METHODS = {
 }
 #: The signal-to-noise ratio of what a method keeps: of a unit; of a weight, where log alpha < 3.
 THRESHOLDS = {"sbp": 1.0, "sparse-vd": math.exp(-1.5), "rbp": 1.0}
+#: The settings that a method does not have, and why.
+_WITHOUT = {
+    "sbp": {
+        "order": "all gates have their noise at once",
+        "exact_kl": "its KL is exact",
+    },
+    "sparse-vd": {
+        "order": "all weights have their noise at once",
+        "prior_scale": "its prior is the log-uniform one",
+        **dict.fromkeys(
+            ("macs_weight", "noise_per", "init_loc"), "its noise is on weights, not on units"
+        ),
+    },
+    "rbp": {
+        "exact_kl": "its KL is exact",
+        **dict.fromkeys(
+            ("kl_free_epochs", "kl_rising_epochs"), "the KL of a gate counts in full in its turn"
+        ),
+    },
+}
 #: In which order RBP takes the gates.
 ORDERS = ("forward", "reversed", "together")
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
@@ -54,16 +74,16 @@ class Recipe:
         macs_weight: a unit's KL counts more by this times what it costs: the weight of a gate's KL
             is its `kl_scale` times 1 + macs_weight * MACs of one of its units / mean of all units.
             Not for SparseVD, whose noise is on weights.
-        exact_kl: of SparseVD, take the exact KL and not the paper's approximation.
-        noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. SparseVD
-            draws its noise for every example, in the layers' outputs.
+        exact_kl: for SparseVD only, take the exact KL and not the paper's approximation.
+        noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. Not
+            for SparseVD, which draws its noise for every example, in the layers' outputs.
         prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
             nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
         order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
             "together", all in one phase.
         distill: fine-tuning learns the soft labels, at this temperature, of the network before its
             last cut with the noise at its mean; 0 for the labels of the data.
-        init_loc: initial location of log theta.
+        init_loc: initial location of log theta; not for SparseVD.
         init_log_scale: initial log scale of log theta; of SparseVD, of every weight.
         threshold: units, of SparseVD weights, with a signal-to-noise ratio under it are removed; by
             default that of the method, in `THRESHOLDS`.
@@ -186,10 +206,12 @@ class Recipe:
         """A copy in which what a method has a default for is set.
 
         Raises:
-            RequestError: the recipe sets what only RBP has.
+            RequestError: the recipe sets what the method does not have.
         """
-        if method != "rbp" and self.order != "forward":
-            raise RequestError(f"order is {self.order!r}, but only rbp takes gates in an order")
+        for field in dataclasses.fields(self):
+            why = _WITHOUT[method].get(field.name)
+            if why and getattr(self, field.name) != field.default:
+                raise RequestError(f"{method} has no {field.name}: {why}")
         return self.replace(
             threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
         )

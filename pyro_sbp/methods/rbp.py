@@ -162,9 +162,6 @@ class RBP(Method):
         recipe, gates = self.recipe, self.gates
         check_gates(self.net, gates)
         check_prior(recipe.prior_scale, recipe.threshold)
-        for name in ("kl_free_epochs", "kl_rising_epochs"):
-            if getattr(recipe, name):
-                raise ValueError(f"rbp has no {name}: the KL of a gate counts in full in its turn")
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         # Refuses here what a turn would refuse after epochs.
         scales_by_cost(self.kl_scale, self._costs(self.net, gates), recipe.macs_weight)

@@ -39,10 +39,6 @@ class SparseVD(Method):
     def begin(self) -> None:
         """Put noise on all weights."""
         recipe = self.recipe
-        if recipe.prior_scale is not None:
-            raise ValueError("sparse-vd has no prior_scale: its prior is the log-uniform one")
-        if recipe.macs_weight:
-            raise ValueError("sparse-vd has no macs_weight: its noise is on weights, not on units")
         self.model = SparseModel(
             self.net,
             self.example_input[:2],

@@ -46,7 +46,7 @@ def test_the_run_directory_tells_the_whole_story(finished):
     # The noise of SparseVD is on weights, which cost nothing of their own.
     noisy = set() if recipe["method"] == "sparse-vd" else set(phases) - {"dense", "finetuned"}
     assert {line["phase"] for line in lines if "macs" in line} == noisy
-    assert result.stderr.count("  MACs ") == sum(phase in noisy for phase in phases)
+    assert result.stderr.count("  expected MACs ") == sum(phase in noisy for phase in phases)
     for line in lines:
         assert line["loss"] == pytest.approx(line["nll"] + line["weighted_kl"], rel=1e-6)
     summary = json.loads((directory / "summary.json").read_text())
