@@ -36,7 +36,7 @@ class Posterior:
         epoch: how many epochs with noise have ended.
         epochs: how many were asked for.
         left_alone: the layers whose units are not gated, or whose weights have no noise, and why;
-            None where the run does not tell.
+            gates that RBP has not come to are among them. None where the run does not tell.
     """
 
     sites: dict[str, Any]
@@ -94,10 +94,14 @@ def read_posterior(directory: Path) -> Posterior:
                 priors.update(found.priors)
                 weights = found.weights
         units = saved["lines"][-1]["units"] if saved["lines"] else {}
-        order = units if sites.keys() <= units.keys() else _layers(weights)
+        of_gates = sites.keys() <= units.keys()
+        order = units if of_gates else _layers(weights)
         sites = {name: sites[name] for name in dict.fromkeys([*order, *sites]) if name in sites}
         ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
         left_alone = saved.get("left_alone")
+        waiting = dict.fromkeys((name for name in units if name not in sites), "no turn yet")
+        if of_gates and waiting:
+            left_alone = {**waiting, **(left_alone or {})}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
     if not sites:

@@ -211,6 +211,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
 
     with pytest.raises(training.Interrupted):
         training.train(request(), digits, tmp_path / "run", stop=stop)
+    told = read_posterior(tmp_path / "run")
+    assert [n for n, why in told.left_alone.items() if why == "no turn yet"] == [
+        name for name in ("a", "fc") if name not in told.sites
+    ]
+    assert len(told.sites) == (1 if epochs <= 5 else 3)
     torch.manual_seed(99)
     again = training.train(request(), digits, tmp_path / "run")
     assert without_times(again) == without_times(summary)
