@@ -62,4 +62,6 @@ def _text(description: dict[str, Any]) -> str:
     else:
         held = f"all weights under the threshold: {held}" if held else ""
     left = [f"not gated: {name}, {why}" for name, why in (description["left_alone"] or {}).items()]
+    if description["waiting"]:
+        left.insert(0, f"no turn yet: {', '.join(description['waiting'])}")
     return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)

@@ -190,6 +190,7 @@ def _request(
         close = did_you_mean(method, METHODS)
         raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}{close}")
     chosen = _recipe(recipe, arch, dataset, method).with_epochs(epochs).replace(**changes)
+    chosen.check_method(method)
     if weights is not None:
         if not weights.is_file():
             raise RequestError(f"there is no file {weights} to take weights from")

@@ -177,16 +177,15 @@ def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
     """
     dataset = dataset_of(arch)
     found = [
-        record
+        row
         for row in of_network(records, arch, dataset)
-        for record in row.records
-        if record.method == "rbp" and "phases" in record.content
-        if not recipes or record.recipe in recipes
+        if row.first.method == "rbp" and all("phases" in r.content for r in row.records)
+        if not recipes or row.first.recipe in recipes
     ]
     if not found:
         told = f" with the recipe {' or '.join(recipes)}" if recipes else ""
         raise RequestError(f"no record of {arch} on {dataset} by rbp{told} tells its phases")
-    return "\n\n".join(_turns(row) for row in rows(found))
+    return "\n\n".join(_turns(row) for row in found)
 
 
 def _turns(row: Row) -> str:

@@ -36,7 +36,8 @@ class Posterior:
         epoch: how many epochs with noise have ended.
         epochs: how many were asked for.
         left_alone: the layers whose units are not gated, or whose weights have no noise, and why;
-            gates that RBP has not come to are among them. None where the run does not tell.
+            None where the run does not tell.
+        waiting: the gates that RBP has not come to.
     """
 
     sites: dict[str, Any]
@@ -45,6 +46,7 @@ class Posterior:
     epoch: int
     epochs: int
     left_alone: dict[str, str] | None = None
+    waiting: Sequence[str] = ()
 
     @property
     def elements(self) -> str:
@@ -99,9 +101,7 @@ def read_posterior(directory: Path) -> Posterior:
         sites = {name: sites[name] for name in dict.fromkeys([*order, *sites]) if name in sites}
         ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
         left_alone = saved.get("left_alone")
-        waiting = dict.fromkeys((name for name in units if name not in sites), "no turn yet")
-        if of_gates and waiting:
-            left_alone = {**waiting, **(left_alone or {})}
+        waiting = [name for name in units if name not in sites] if of_gates else []
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
     if not sites:
@@ -109,7 +109,7 @@ def read_posterior(directory: Path) -> Posterior:
             f"{directory} has no posterior yet: it was stopped before there was noise; "
             f"go on by pyro-sbp train --resume {directory}"
         )
-    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone)
+    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone, waiting)
 
 
 def _layers(weights: Mapping[str, Tensor]) -> list[str]:
@@ -127,7 +127,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     Returns:
         `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
         `left_alone` (the layers whose units are not gated, or whose weights have no noise, and why;
-        None where an old run does not tell)
+        None where an old run does not tell), `waiting` (the gates that RBP has not come to)
         and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
         until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
         elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in
@@ -168,6 +168,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "elements": posterior.elements,
         "gates": gates,
         "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
+        "waiting": list(posterior.waiting),
     }
 
 

@@ -31,9 +31,9 @@ _WITHOUT = {
     "sparse-vd": {
         "order": "all weights have their noise at once",
         "prior_scale": "its prior is the log-uniform one",
-        **dict.fromkeys(
-            ("macs_weight", "noise_per", "init_loc"), "its noise is on weights, not on units"
-        ),
+        "macs_weight": "its noise is on weights, not on units",
+        "noise_per": "its noise is drawn for every example",
+        "init_loc": "its means are the network's weights",
     },
     "rbp": {
         "exact_kl": "its KL is exact",
@@ -79,8 +79,8 @@ class Recipe:
             for SparseVD, which draws its noise for every example, in the layers' outputs.
         prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
             nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
-        order: in which order RBP takes the gates: "forward" as data flow, "reversed", or
-            "together", all in one phase.
+        order: for RBP only, in which order it takes the gates: "forward" as data flow,
+            "reversed", or "together", all in one phase.
         distill: fine-tuning learns the soft labels, at this temperature, of the network before its
             last cut with the noise at its mean; 0 for the labels of the data.
         init_loc: initial location of log theta; not for SparseVD.
@@ -203,18 +203,21 @@ class Recipe:
         return self.replace(epochs=epochs, **shares)
 
     def for_method(self, method: str) -> Recipe:
-        """A copy in which what a method has a default for is set.
+        """A copy in which what a method has a default for is set."""
+        return self.replace(
+            threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
+        )
+
+    def check_method(self, method: str) -> None:
+        """Refuse what a method does not have.
 
         Raises:
-            RequestError: the recipe sets what the method does not have.
+            RequestError: the recipe sets it, to another value than by default.
         """
         for field in dataclasses.fields(self):
             why = _WITHOUT[method].get(field.name)
             if why and getattr(self, field.name) != field.default:
                 raise RequestError(f"{method} has no {field.name}: {why}")
-        return self.replace(
-            threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
-        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Recipe:

@@ -280,6 +280,9 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             ],
         )
     )
+    if description["waiting"]:
+        words = f"No turn yet: {', '.join(description['waiting'])}."
+        parts.append(pages.paragraph(words, "soft"))
     left = description["left_alone"]
     if left:
         rows = list(left.items())

@@ -6,7 +6,7 @@ import pytest
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-from pyro_sbp.recipes import Recipe, Request, read_recipe
+from pyro_sbp.recipes import METHODS, Recipe, Request, read_recipe
 
 
 def test_a_file_sets_what_it_names(tmp_path):
@@ -81,3 +81,34 @@ def test_recursive_pruning_has_default_recipes_of_its_own():
         recursive = RECIPES[f"rbp-{name.removesuffix('-plain')}"]
         for what in ("dense_epochs", "epochs", "finetune_epochs", "batch_size"):
             assert getattr(RECIPES[name], what) == getattr(recursive, what)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value", "words"),
+    [
+        ("sbp", "order", "together", "sbp has no order: all gates have their noise at once"),
+        ("sbp", "exact_kl", True, "sbp has no exact_kl: its KL is exact"),
+        ("rbp", "exact_kl", True, "rbp has no exact_kl: its KL is exact"),
+        ("rbp", "kl_free_epochs", 1, "rbp has no kl_free_epochs: the KL of a gate counts in full"),
+        ("rbp", "kl_rising_epochs", 1, "rbp has no kl_rising_epochs: the KL of a gate counts in"),
+        ("sparse-vd", "order", "reversed", "sparse-vd has no order: all weights have their noise"),
+        ("sparse-vd", "prior_scale", 3.0, "sparse-vd has no prior_scale: its prior is the log-uni"),
+        ("sparse-vd", "macs_weight", 1.0, "sparse-vd has no macs_weight: its noise is on weights"),
+        ("sparse-vd", "noise_per", "example", "sparse-vd has no noise_per: its noise is drawn for"),
+        ("sparse-vd", "init_loc", 0.1, "sparse-vd has no init_loc: its means are the network's"),
+    ],
+)
+def test_what_a_method_does_not_have_is_refused(method, setting, value, words):
+    recipe = Recipe(**{setting: value})
+    for other in METHODS:
+        if other != method and setting not in ("exact_kl", "order"):
+            recipe.check_method(other)
+    with pytest.raises(RequestError, match=words):
+        recipe.check_method(method)
+    Recipe().check_method(method)
+
+
+def test_the_named_recipes_are_those_of_their_methods():
+    for name, recipe in RECIPES.items():
+        prefix = name.partition("-")[0]
+        recipe.check_method({"rbp": "rbp", "sparse": "sparse-vd"}.get(prefix, "sbp"))

@@ -1,4 +1,4 @@
-"""Records of runs, and the tables that are made from them."""
+"""Records of runs."""
 
 import json
 from dataclasses import replace

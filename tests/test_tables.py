@@ -55,10 +55,14 @@ def baseline(seed, error, target="experiments/results/lenet5-mnist-lenet5-{}.jso
     }
 
 
-def recursive(seed, recipe="rbp-lenet5"):
-    units = {"conv1": 5, "fc1_input": 100}
+def recursive(seed, recipe="rbp-lenet5", longer=0):
+    units = {"conv1": 5 + longer, "fc1_input": 100}
+    seconds = 2 + longer
     phases = [
-        {"phase": name, "epochs": 11, "error": error + seed, "units": units, "seconds_per_epoch": 2}
+        {
+            **{"phase": name, "epochs": 11, "error": error + seed},
+            **{"units": units, "seconds_per_epoch": seconds},
+        }
         for name, error in (("dense", 0.5), ("gate conv1", 0.75))
     ]
     return made_up(seed, 0.9, recipe, "rbp", ratio=12.0, phases=phases)
@@ -207,12 +211,13 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     records = [
         made_up(0, 0.7, phases=recursive(0)["phases"][:1]),
         recursive(0),
-        recursive(1),
+        recursive(1, longer=1),
+        recursive(9, longer=10),
         recursive(0, "rbp-lenet-dense-reversed"),
     ]
     lines = table("recursion lenet5", records)
-    assert lines[0].startswith("lenet5, mnist, rbp, recipe rbp-lenet5, seeds 0, 1: 12.5 times")
-    assert "| gate conv1 | 11 | 1.25 | 5-100 | 2.0 |" in lines
+    assert lines[0].startswith("lenet5, mnist, rbp, recipe rbp-lenet5, seeds 0, 1, 9: 13.0 times")
+    assert "| gate conv1 | 11 | 1.75 | 6-100 | 3.0 |" in lines
     assert sum("recipe" in line for line in lines) == 2
     (of_one,) = (line for line in table("recursion lenet5 rbp-lenet5", records) if "recipe" in line)
     assert of_one == lines[0]
@@ -221,7 +226,8 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
     assert table(f"compare lenet5 {names}", records)[2:] == [
         "| RBP, `rbp-lenet-dense-reversed` | reversed | 0 | 0.90 | 5-100 | 12.00x | 1.0 | 60 |",
         "| SBP, `lenet5` | - | 0 | 0.70 | 5-100 | 10.00x | 1.0 | 40 |",
-        "| RBP, `rbp-lenet5` | forward | 0, 1 | 0.90 (0.90 to 0.90) | 6-100 | 12.50x | 1.5 | 30 |",
+        "| RBP, `rbp-lenet5` | forward | 0, 1, 9 | 0.90 (0.90 to 0.90) | 6-100 | 13.00x | 2.0 "
+        "| 30 |",
     ]
 
 

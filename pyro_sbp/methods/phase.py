@@ -229,6 +229,7 @@ class Method(ABC):
         input_features: tuple[str, ...] = (),
     ) -> None:
         self.net, self.example_input, self.num_data = net, example_input, num_data
+        recipe.check_method(self.name)
         self.recipe = recipe.for_method(self.name)
         # Two examples find what eight do, in less memory.
         self.gates = find_gates(net, example_input[:2], input_features)

@@ -109,5 +109,3 @@ def test_a_network_without_gates_can_be_sparse():
     method = SparseVD(net, x, Recipe(), num_data=8)
     method.prune(threshold=0.5)
     assert method.units == {} and method.recipe.threshold == pytest.approx(0.22313)
-    with pytest.raises(ValueError, match="sparse-vd has no prior_scale"):
-        SparseVD(net, x, Recipe(prior_scale=3.0), num_data=8)

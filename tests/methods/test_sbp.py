@@ -1,6 +1,5 @@
 """SBP: what units cost, in its KL and in what it tells of an epoch."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from pyro_sbp import training
 from pyro_sbp.datasets import load_dataset
-from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import SBP
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.posterior import read_posterior
@@ -84,8 +82,3 @@ def test_a_run_from_before_this_setting_goes_on(digits, tmp_path):
     torch.save(saved, path)
     training.train(old, digits, tmp_path / "run")
     assert [("macs" in line) for line in lines_of(tmp_path / "run")] == [0, 0, 1, 1, 0]
-
-
-def test_sparse_variational_dropout_refuses_it():
-    with pytest.raises(RequestError, match="sparse-vd has no macs_weight: its noise is on weights"):
-        dataclasses.replace(REQUEST, method="sparse-vd")
