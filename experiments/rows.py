@@ -60,6 +60,7 @@ class Record:
         macs_ratio: how many times fewer MACs than the dense network.
         minutes: of training.
         command: how to repeat it; its seed is `N`.
+        settings: of the recipe, as they were then.
         content: the whole file.
     """
 
@@ -76,6 +77,7 @@ class Record:
     macs_ratio: float
     minutes: float
     command: str
+    settings: dict[str, Any]
     versions: dict[str, str]
     machine: str
     content: dict[str, Any]
@@ -114,6 +116,7 @@ class Record:
             macs_ratio=float(found["macs"]["ratio"]),
             minutes=found["train_seconds"] / 60,
             command=re.sub(_SEED, "N", found["command"]),
+            settings=found["settings"],
             versions=found["versions"],
             machine=found["machine"],
             content=found,
@@ -136,7 +139,7 @@ def read_records(directory: Path) -> list[Record]:
     found = {path: Record.read(path) for path in sorted(directory.glob("*.json"))}
     for path, record in found.items():
         now = RECIPES.get(record.recipe)
-        made = Recipe.from_dict(record.content["settings"], str(path))
+        made = Recipe.from_dict(record.settings, str(path))
         if now is None or made != now.for_method("sbp" if record.baseline else record.method):
             raise RequestError(
                 f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
