@@ -131,7 +131,14 @@ def commands(records: Sequence[Record]) -> str:
         used = {
             versions.setdefault(_versions(r), chr(ord("A") + len(versions))) for r in row.records
         }
-        made = "<br>".join(f"`{words}`" for words in dict.fromkeys(r.command for r in row.records))
+        by_command = {
+            words: Row(tuple(r for r in row.records if r.command == words)).seeds_in_words
+            for words in dict.fromkeys(r.command for r in row.records)
+        }
+        made = "<br>".join(
+            f"`{words}`" + f" ({seeds})" * (len(by_command) > 1)
+            for words, seeds in by_command.items()
+        )
         on = ", ".join(map(str, sorted(where))) + "; " + ", ".join(sorted(used))
         what = f"{title(row.first.arch)}, {row.name}"
         cells.append((what, made, row.seeds, row.minutes, on))

@@ -154,10 +154,12 @@ class Recipe:
         self._number("init_log_scale", float, -10, most=5)
         scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}
         for gate, value in scales.items():
+            what = f"kl_scale {gate}".strip()
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise RequestError(f"kl_scale {gate} is {value!r}; expected a number")
+                by_gate = "" if gate else ", or numbers by gate"
+                raise RequestError(f"{what} is {value!r}; expected a number{by_gate}")
             if not 0 <= value < float("inf"):
-                raise RequestError(f"kl_scale {gate} is {value}; expected a number >= 0")
+                raise RequestError(f"{what} is {value}; expected a number >= 0")
         before = self.kl_free_epochs + self.kl_rising_epochs
         if before >= self.epochs:
             raise RequestError(
@@ -185,7 +187,7 @@ class Recipe:
             bound = f"{'>' if above else '>='} {least}"
             bound += f" and <= {most}" if most < float("inf") else ""
             noun = "a number" if kind is float else "an integer"
-            raise RequestError(f"{name.replace('_', ' ')} is {value!r}; expected {noun} {bound}")
+            raise RequestError(f"{name} is {value!r}; expected {noun} {bound}")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other values; a change to None is left out."""
@@ -225,10 +227,8 @@ class Recipe:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in fields:
-                close = did_you_mean(name, fields)
-                raise RequestError(
-                    f"{source} sets {name!r}; a recipe has {', '.join(fields)}{close}"
-                )
+                close = did_you_mean(name, fields) or f"; a recipe has {', '.join(fields)}"
+                raise RequestError(f"{source} sets {name!r}, which no recipe has{close}")
         try:
             return cls(**values)
         except RequestError as error:

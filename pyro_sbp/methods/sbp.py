@@ -121,6 +121,7 @@ class SBP(Method):
         # Where nothing carries signal the best unit of every gate stays.
         largest = max(float(snr.max()) for snr in self.guide.snr().values())
         self.prune(threshold=min(self.recipe.threshold, largest))
+        self.held = self._held()
         mean = self.guide.mean()
         self.mean = lambda x: self.model.gated(x, mean)
         return {"mean": self.mean, "pruned": self.small}
