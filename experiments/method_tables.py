@@ -16,6 +16,7 @@ from pyro_sbp.experiments.rows import (
     Record,
     Row,
     markdown,
+    median_units,
     of_network,
     rows,
     title,
@@ -193,20 +194,13 @@ def _turns(row: Row) -> str:
     first = row.first
     cells = []
     for seeds in zip(*(record.content["phases"] for record in row.records), strict=True):
-        middle = {
-            key: statistics.median(phase[key] for phase in seeds)
-            for key in ("epochs", "error", "seconds_per_epoch")
-        }
-        units = (
-            statistics.median(phase["units"][gate] for phase in seeds) for gate in seeds[0]["units"]
-        )
         cells.append(
             (
                 seeds[0]["phase"],
-                f"{middle['epochs']:.0f}",
-                f"{middle['error']:.2f}",
-                "-".join(f"{n:.0f}" for n in units),
-                f"{middle['seconds_per_epoch']:.1f}",
+                str(seeds[0]["epochs"]),
+                f"{statistics.median(phase['error'] for phase in seeds):.2f}",
+                median_units([phase["units"] for phase in seeds]),
+                f"{statistics.median(phase['seconds_per_epoch'] for phase in seeds):.1f}",
             )
         )
     head = ("after", "epochs", "error, %", "units", "seconds an epoch")
@@ -260,11 +254,8 @@ def random_labels(records: Sequence[Record]) -> str:
     cells = []
     for row in found:
         dense = row.dense is not None
-        left, total = "", ""
-        for unit in row.first.content["units"]:
-            counts = [_last_noise(r)["units"][unit["gate"]] for r in row.records]
-            left += f"-{unit['total'] if dense else statistics.median(counts):.0f}"
-            total += f"-{unit['total']}"
+        total = "-".join(str(unit["total"]) for unit in row.first.content["units"])
+        left = total if dense else median_units([_last_noise(r)["units"] for r in row.records])
         errors = [record.content["training_error"] for record in row.records]
         names = ("dense",) if dense else ("finetuned", "pruned")
         training = [next(e[name] for name in names if e[name] is not None) for e in errors]
@@ -273,7 +264,7 @@ def random_labels(records: Sequence[Record]) -> str:
             (
                 f"{title(row.first.arch, row.first.dataset)}, {how}",
                 row.seeds,
-                f"{left[1:]} of {total[1:]}",
+                f"{left} of {total}",
                 f"{statistics.median(training):.1f}",
                 f"{row.dense if dense else row.error:.1f}",
             )

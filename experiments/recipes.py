@@ -18,6 +18,7 @@ _LENET: dict[str, Any] = {
     "finetune_learning_rate": 1e-3,
     "distill": 4.0,
 }
+_LENET5: dict[str, Any] = {"dense_epochs": 8, "epochs": 22, **_LENET}
 _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
 
 _VGG: dict[str, Any] = {
@@ -49,9 +50,9 @@ _SPARSE: dict[str, Any] = {"threshold": 0.8, "finetune_learning_rate": 1e-3}
 
 _ALL = (
     Recipe(),
-    Recipe(name="lenet5", dense_epochs=8, epochs=22, macs_weight=3.0, **_LENET),
-    Recipe(name="lenet5-small", dense_epochs=8, epochs=22, macs_weight=8.0, **_LENET),
-    Recipe(name="lenet5-smallest", dense_epochs=8, epochs=22, macs_weight=12.0, **_LENET),
+    Recipe(name="lenet5", macs_weight=3.0, **_LENET5),
+    Recipe(name="lenet5-small", macs_weight=8.0, **_LENET5),
+    Recipe(name="lenet5-smallest", macs_weight=12.0, **_LENET5),
     # Noise as slow as the paper's teaches a little more, and removes less.
     Recipe(
         name="lenet-dense",

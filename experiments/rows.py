@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "Record",
     "Row",
     "markdown",
+    "median_units",
     "of_network",
     "read_records",
     "rows",
@@ -209,10 +210,7 @@ class Row:
     @property
     def units(self) -> str:
         """Median units kept, gate by gate."""
-        gates = self.first.units
-        return "-".join(
-            f"{self.median(lambda record, g=gate: record.units[g]):.0f}" for gate in gates
-        )
+        return median_units([record.units for record in self.records])
 
     @property
     def error_in_words(self) -> str:
@@ -249,6 +247,11 @@ def rows(records: Sequence[Record]) -> list[Row]:
             raise RequestError(f"seed {record.seed} of {words} is recorded twice")
         group.append(record)
     return [Row(tuple(group)) for group in groups.values()]
+
+
+def median_units(counts: Sequence[Mapping[str, int]]) -> str:
+    """Medians of units by gate, in the order of the first."""
+    return "-".join(f"{statistics.median(c[gate] for c in counts):.0f}" for gate in counts[0])
 
 
 def of_network(records: Sequence[Record], arch: str, dataset: str) -> list[Row]:

@@ -157,12 +157,12 @@ def choose_units(
     threshold = 1.0 if threshold is None else threshold
     if not gates:
         raise ValueError("there is no gate to choose units of")
-    snr = {name: value.detach().cpu() for name, value in snr.items()}
+    snr = {gate.name: snr[gate.name].detach().cpu() for gate in gates}
     levels = torch.cat([snr[gate.name] for gate in gates]).unique()
 
     def chosen(level: float) -> Choice:
         mask = {gate.name: snr[gate.name] >= level for gate in gates}
-        held = tuple(name for name, kept in mask.items() if min_units and not kept.any())
+        held = held_gates(snr, level) if min_units else ()
         _bring_back(gates, mask, snr, round_to, min_units)
         theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
         units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
@@ -177,6 +177,11 @@ def choose_units(
         return chosen(threshold)
     units_at = lambda level: chosen(level).units  # noqa: E731
     return chosen(least_level(net, gates, example_input, levels, macs_ratio, units_at, dense))
+
+
+def held_gates(snr: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
+    """The gates of which no unit reaches a signal-to-noise ratio; `snr` is by name, ``[units]``."""
+    return tuple(name for name, values in snr.items() if not (values >= threshold).any())
 
 
 def least_level(

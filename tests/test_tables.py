@@ -57,12 +57,9 @@ def baseline(seed, error, target="experiments/results/lenet5-mnist-lenet5-{}.jso
 
 def recursive(seed, recipe="rbp-lenet5", longer=0):
     units = {"conv1": 5 + longer, "fc1_input": 100}
-    seconds = 2 + longer
+    alike = {"epochs": 11, "units": units, "seconds_per_epoch": 2 + longer}
     phases = [
-        {
-            **{"phase": name, "epochs": 11, "error": error + seed},
-            **{"units": units, "seconds_per_epoch": seconds},
-        }
+        {"phase": name, "error": error + seed, **alike}
         for name, error in (("dense", 0.5), ("gate conv1", 0.75))
     ]
     return made_up(seed, 0.9, recipe, "rbp", ratio=12.0, phases=phases)

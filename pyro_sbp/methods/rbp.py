@@ -41,7 +41,7 @@ from pyro_sbp.models import (
     theta_prior,
 )
 from pyro_sbp.probing import Gates
-from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units
+from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units, held_gates
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import Units, cut, remaining_gates, surviving_units
 
@@ -239,7 +239,7 @@ class RBP(Method):
             predict=lambda x: model.gated(x, _masked(guide, recipe.threshold)),
             finish=finish,
             units=units,
-            held=lambda: _held(guide, recipe.threshold),
+            held=lambda: held_gates(guide.snr(), recipe.threshold),
             kl=lambda: sum(float(kl.sum()) for kl in guide.kl().values()),
             macs=expected_macs,
             freeze_batch_norm=True,
@@ -269,7 +269,7 @@ class RBP(Method):
             self.example_input,
             threshold=min(recipe.threshold, largest),
         )
-        held = _held(guide, recipe.threshold)
+        held = held_gates(own, recipe.threshold)
         # What stays although it is under the threshold stays: `prune` shall not ask again.
         stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
         return dataclasses.replace(choice, held=held), {**snr, **stayed}
@@ -349,10 +349,6 @@ def _turns(gates: Sequence[Gate], recipe: Recipe) -> list[tuple[tuple[str, ...],
     if recipe.order == "reversed":
         names.reverse()
     return [((name,), each + (index < more)) for index, name in enumerate(names)]
-
-
-def _held(guide: TruncatedLogNormalGuide, threshold: float) -> tuple[str, ...]:
-    return tuple(name for name, snr in guide.snr().items() if not (snr >= threshold).any())
 
 
 def _masked(guide: TruncatedLogNormalGuide, threshold: float) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from pyro_sbp.models import (
     theta_prior,
     widest,
 )
-from pyro_sbp.pruning import checked_shrink, choose_units, masked_mean
+from pyro_sbp.pruning import checked_shrink, choose_units, held_gates, masked_mean
 from pyro_sbp.recipes import Recipe
 from pyro_sbp.surgery import surviving_units
 
@@ -98,8 +98,7 @@ class SBP(Method):
         return self.costs.expected_under(self.guide.snr())
 
     def _held(self) -> tuple[str, ...]:
-        snr = self.guide.snr()
-        return tuple(n for n, value in snr.items() if not (value >= self.recipe.threshold).any())
+        return held_gates(self.guide.snr(), self.recipe.threshold)
 
     def prune(self, **settings: Any) -> None:
         """Make the smaller network, by `choose_units` with these settings."""
@@ -121,6 +120,7 @@ class SBP(Method):
         # Where nothing carries signal the best unit of every gate stays.
         largest = max(float(snr.max()) for snr in self.guide.snr().values())
         self.prune(threshold=min(self.recipe.threshold, largest))
+        # At the recipe's threshold, which the best unit of all may be under too.
         self.held = self._held()
         mean = self.guide.mean()
         self.mean = lambda x: self.model.gated(x, mean)
