@@ -17,7 +17,7 @@ from pyro_sbp.cli.report import report
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import OfOneProcess, RequestError, first_line
-from pyro_sbp.processes import is_first
+from pyro_sbp.training.processes import is_first
 
 __all__ = ["cli", "main"]
 

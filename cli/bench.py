@@ -11,7 +11,7 @@ import click
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_network, read_network, read_request, table
 from pyro_sbp.errors import RequestError
-from pyro_sbp.files import write_json
+from pyro_sbp.training.files import write_json
 
 __all__ = ["bench"]
 
@@ -70,10 +70,10 @@ def bench(
 
     import torch
 
-    from pyro_sbp.benchmarking import benchmark, one_unit_network
-    from pyro_sbp.probing import find_gates
-    from pyro_sbp.runtimes import check_runtimes
-    from pyro_sbp.saving import load
+    from pyro_sbp.deployment.benchmarking import benchmark, one_unit_network
+    from pyro_sbp.deployment.runtimes import check_runtimes
+    from pyro_sbp.deployment.saving import load
+    from pyro_sbp.gates.probing import find_gates
 
     runtimes = tuple(dict.fromkeys(runtimes))
     check_runtimes(runtimes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.runs import read_request
+from pyro_sbp.training.runs import read_request
 
 __all__ = [
     "check_device",

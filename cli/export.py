@@ -32,8 +32,8 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     architecture = find_architecture(read_request(run).arch)
     _, shape = read_network(saved)
 
-    from pyro_sbp import exporting
-    from pyro_sbp.saving import load
+    from pyro_sbp.deployment import exporting
+    from pyro_sbp.deployment.saving import load
 
     try:
         net = load(saved, architecture.resolve())

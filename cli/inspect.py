@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pyro_sbp.cli.common import find_run, table
-from pyro_sbp.runs import Run
+from pyro_sbp.training.runs import Run
 
 __all__ = ["inspect"]
 
@@ -25,7 +25,7 @@ def inspect(run: Path | None, as_json: bool) -> None:
     """
     found = Run.read(find_run(run, finished=False))
 
-    from pyro_sbp.posterior import describe, read_posterior
+    from pyro_sbp.reports.posterior import describe, read_posterior
 
     description = describe(found, read_posterior(found.directory))
     if as_json:
@@ -44,7 +44,7 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from pyro_sbp.posterior import gate_table, in_words
+    from pyro_sbp.reports.posterior import gate_table, in_words
 
     gates = description["gates"]
     values = table(*gate_table(description))

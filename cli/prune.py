@@ -10,8 +10,8 @@ import click
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, find_run, read_request
+from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
-from pyro_sbp.sources import check_dataset
 
 __all__ = ["prune"]
 
@@ -61,11 +61,11 @@ def prune(
     check_dataset(request.dataset, data_dir)
     check_device(request.device)
 
-    from pyro_sbp import training
-    from pyro_sbp.datasets import load_dataset
+    from pyro_sbp.datasets.loading import load_dataset
+    from pyro_sbp.training import again
 
     data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
-    summary = training.prune_again(request, data, run, target, **settings)
+    summary = again.prune_again(request, data, run, target, **settings)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:

@@ -13,15 +13,16 @@ import click
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
+from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
-from pyro_sbp.files import LOCK
-from pyro_sbp.processes import is_first, num_processes
-from pyro_sbp.recipes import METHODS, PRECISIONS, Recipe, Request, read_recipe
-from pyro_sbp.sources import SOURCES, check_dataset
+from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import METHODS, PRECISIONS, Recipe, read_recipe
+from pyro_sbp.training.files import LOCK
+from pyro_sbp.training.processes import is_first, num_processes
 
 if TYPE_CHECKING:
-    from pyro_sbp.datasets import ImageData
+    from pyro_sbp.datasets.loading import ImageData
     from pyro_sbp.training import Progress
 
 __all__ = ["train"]
@@ -116,10 +117,11 @@ def train(
 
     import torch
 
-    from pyro_sbp import training
-    from pyro_sbp.datasets import load_dataset
-    from pyro_sbp.devices import launch, on_first
-    from pyro_sbp.streaming import StreamedSplit, WorkerDied
+    from pyro_sbp.datasets.loading import load_dataset
+    from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
+    from pyro_sbp.training import train as training
+    from pyro_sbp.training.devices import launch, on_first
+    from pyro_sbp.training.loop import Interrupted
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
@@ -144,7 +146,7 @@ def train(
                 summary = training.train(request, data, directory, bar.update, stop, fabric)
             except Stopped as error:
                 raise Stopped(error.number, _hint_at_once(directory)) from error
-            except training.Interrupted as error:
+            except Interrupted as error:
                 hint = f"stopped; go on by pyro-sbp train --resume {directory}"
                 raise Stopped(stop.number or 0, hint) from error
             except (OSError, WorkerDied, Elsewhere) as error:

@@ -23,12 +23,10 @@ hidden units alone: Torch-Pruning has no notion of an input that is not read.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -38,135 +36,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.benchmarking import count_macs, count_parameters
-from pyro_sbp.datasets import ImageData, load_dataset
-from pyro_sbp.devices import launch
+from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.record import RESULTS, file_name, without_path
 from pyro_sbp.experiments.rows import unreadable
-from pyro_sbp.files import write_json
-from pyro_sbp.loop import Loop, Progress
+from pyro_sbp.experiments.torch_pruning import IMPORTANCES, prune_to, widths
+from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.methods import Phase
 from pyro_sbp.methods.phase import plain_phase
-from pyro_sbp.probing import find_gates
-from pyro_sbp.recipes import Request
-from pyro_sbp.streaming import workers_watched
-from pyro_sbp.training import build_network, machine, prepare_data, versions
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.devices import launch
+from pyro_sbp.training.files import write_json
+from pyro_sbp.training.job import build_network, machine, prepare_data, versions
+from pyro_sbp.training.loop import Loop, Progress
 
-__all__ = ["IMPORTANCES", "STEPS", "baseline", "prune_to", "widths"]
+__all__ = ["STEPS", "baseline"]
+
 
 #: In how many steps a network is pruned unless another number is asked for.
 STEPS = 10
+
+
 #: How many batches the gradients of Taylor importance are of, as in the library's own examples.
 GRADIENT_BATCHES = 10
-
-Score = Callable[[Any], Tensor]
-
-
-def _magnitude() -> Score:
-    import torch_pruning as tp
-
-    return tp.importance.MagnitudeImportance(p=1, group_reduction="first")
-
-
-def _taylor() -> Score:
-    import torch_pruning as tp
-
-    return tp.importance.GroupTaylorImportance()
-
-
-def _group_norm() -> Score:
-    import torch_pruning as tp
-
-    return tp.importance.GroupMagnitudeImportance(p=2)
-
-
-def _random() -> Score:
-    import torch_pruning as tp
-
-    return tp.importance.RandomImportance()
-
-
-#: What a unit is judged by. Magnitude: the sum of its own weights' sizes. Group-norm: the mean of
-#: the squared norms of its weights, those that read it, and its batch norm's gain. Taylor: the
-#: same of weights times gradients, the first order of what the loss would lose. Random: a draw.
-IMPORTANCES: dict[str, Callable[[], Score]] = {
-    "magnitude": _magnitude,
-    "taylor": _taylor,
-    "group-norm": _group_norm,
-    "random": _random,
-}
-
-
-def widths(net: nn.Module) -> dict[str, int]:
-    """The units of every dense layer and convolution, in the order of their registration."""
-    return {
-        name: layer.weight.shape[0]
-        for name, layer in net.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
-
-
-def prune_to(
-    net: nn.Module,
-    macs: float,
-    example: Tensor,
-    importance: Score,
-    ignore: Sequence[str],
-    seed: int,
-) -> nn.Module:
-    """A copy of a network, pruned by Torch-Pruning of the fewest units that leave at most `macs`.
-
-    Args:
-        net: the network; gradients that it has are used, and not those of the copy.
-        macs: multiply-accumulates of one example.
-        example: a batch of inputs.
-        importance: from a group of the library to scores ``[units]``.
-        ignore: the layers whose units all stay.
-        seed: of random importance.
-
-    Raises:
-        ValueError: one unit a layer has more MACs.
-    """
-    import torch_pruning as tp
-
-    def spared(group: Any) -> Tensor:
-        scores = importance(group)
-        scores[scores.argmax()] = float("inf")
-        return scores
-
-    free = [n for name, n in widths(net).items() if name not in ignore and n > 1]
-
-    def without(count: int) -> nn.Module:
-        small = copy.deepcopy(net)
-        for new, old in zip(small.parameters(), net.parameters(), strict=True):
-            new.grad = None if old.grad is None else old.grad.clone()
-        # Half a unit keeps the library's rounding off whole numbers.
-        share = (count - 0.5) / max(1, sum(free))
-        ignored = [small.get_submodule(name) for name in ignore]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tp.pruner.BasePruner(
-                small,
-                example,
-                importance=spared,
-                global_pruning=True,
-                pruning_ratio=share,
-                ignored_layers=ignored,
-            ).step()
-        small.zero_grad()
-        return small
-
-    counts = range(sum(free) - len(free) + 1)
-    index = bisect_left(counts, True, key=lambda n: count_macs(without(n), example[:1]) <= macs)
-    if index == len(counts):
-        least = count_macs(without(counts[-1]), example[:1])
-        raise ValueError(f"{macs:.0f} MACs cannot be had: one unit a layer has {least}")
-    return without(counts[index])
 
 
 class _TorchPruning:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import TITLES, Record, Row, of_network, title
-from pyro_sbp.files import write_whole
-from pyro_sbp.plots import Point, draw_frontier, published_points, svg
+from pyro_sbp.reports.plots.frontier import Point, draw_frontier, published_points
+from pyro_sbp.reports.plots.style import svg
+from pyro_sbp.training.files import write_whole
 
 __all__ = ["FILES", "draw", "out_of_date", "panels"]
 

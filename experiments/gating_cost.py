@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_sbp.probing import find_gates
-from pyro_sbp.pruning import checked_shrink
-from pyro_sbp.surgery import shrink
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.surgery import shrink
+from pyro_sbp.pruning.exactness import checked_shrink
 
 __all__ = ["main"]
 

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyro_sbp.datasets.sources import SOURCES
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.network_tables import dataset_of, named
-from pyro_sbp.experiments.recipes import RECIPES, default_recipe
 from pyro_sbp.experiments.rows import (
     METHODS,
     TITLES,
@@ -21,8 +21,8 @@ from pyro_sbp.experiments.rows import (
     rows,
     title,
 )
-from pyro_sbp.recipes import Recipe
-from pyro_sbp.sources import SOURCES
+from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.settings import Recipe
 
 __all__ = [
     "compare",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
-from pyro_sbp.published import published
+from pyro_sbp.reports.published import published
 
 __all__ = ["baselines", "commands", "dataset_of", "headline", "named", "network"]
 

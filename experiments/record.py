@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.experiments.recipes import RECIPES
-from pyro_sbp.recipes import Request
+from pyro_sbp.recipes.named import RECIPES
+from pyro_sbp.recipes.request import Request
 
 __all__ = ["RESULTS", "file_name", "phases", "record", "thresholds", "without_path"]
 
@@ -83,8 +83,8 @@ def thresholds(run: Path) -> list[dict[str, Any]]:
     """The run's network at other thresholds, from `sweep`; of a method that removes weights, the
     curve of compression against error."""
     from pyro_sbp.architectures import find_architecture
-    from pyro_sbp.datasets import load_dataset
-    from pyro_sbp.training import sweep
+    from pyro_sbp.datasets.loading import load_dataset
+    from pyro_sbp.training.again import sweep
 
     request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
     size = find_architecture(request.arch).image_size

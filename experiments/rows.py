@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError, first_line
-from pyro_sbp.experiments.recipes import RECIPES
-from pyro_sbp.recipes import Recipe
+from pyro_sbp.recipes.named import RECIPES
+from pyro_sbp.recipes.settings import Recipe
 
 __all__ = [
     "METHODS",

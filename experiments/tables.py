@@ -20,7 +20,7 @@ from pathlib import Path
 from pyro_sbp.errors import RequestError, did_you_mean
 from pyro_sbp.experiments import frontier, method_tables, network_tables
 from pyro_sbp.experiments.rows import Record, read_records
-from pyro_sbp.files import write_text
+from pyro_sbp.training.files import write_text
 
 __all__ = ["TABLES", "main", "rebuilt"]
 

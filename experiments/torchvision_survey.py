@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.attention import has_attention, separate_attention
-from pyro_sbp.benchmarking import count_macs
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates import GatedNetwork, call
-from pyro_sbp.probing import Gates, find_gates
-from pyro_sbp.proving import enliven
-from pyro_sbp.surgery import relative_difference, shrink_in_place, surviving_units
+from pyro_sbp.gates.attention import has_attention, separate_attention
+from pyro_sbp.gates.folding import GatedNetwork, call
+from pyro_sbp.gates.probing import Gates, find_gates
+from pyro_sbp.gates.proving import enliven
+from pyro_sbp.gates.surgery import relative_difference, shrink_in_place, surviving_units
+from pyro_sbp.pruning.macs import count_macs
 
 __all__ = ["main", "survey"]
 

@@ -21,16 +21,16 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_sbp import networks, special
-from pyro_sbp.benchmarking import device_name
+from pyro_sbp.deployment.benchmarking import device_name
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.elbo import ClosedFormELBO
-from pyro_sbp.gates import Gate, GatedNetwork
-from pyro_sbp.guides import TruncatedLogNormalGuide
-from pyro_sbp.log_uniform_kl import K1, K2, K3
-from pyro_sbp.models import LOG_HIGH, LOG_LOW, GatedModel
-from pyro_sbp.probing import find_gates
-from pyro_sbp.sparse_guide import AdditiveNormalGuide
-from pyro_sbp.sparse_model import SparseModel
+from pyro_sbp.distributions.log_uniform_kl import K1, K2, K3
+from pyro_sbp.gates.folding import Gate, GatedNetwork
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.models.elbo import ClosedFormELBO
+from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel
+from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
+from pyro_sbp.models.sparse_model import SparseModel
 
 __all__ = ["main", "steps"]
 

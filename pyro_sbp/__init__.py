@@ -4,25 +4,30 @@ Names are imported on first use, so that ``import pyro_sbp`` costs nothing and l
 network needs torch only.
 """
 
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from pyro_sbp import distributions, networks
-    from pyro_sbp.attention import separate_attention
-    from pyro_sbp.benchmarking import benchmark
-    from pyro_sbp.elbo import ClosedFormELBO
-    from pyro_sbp.gates import Gate, GatedNetwork, fold
-    from pyro_sbp.guides import TruncatedLogNormalGuide
-    from pyro_sbp.models import GatedModel
-    from pyro_sbp.probing import find_gates
-    from pyro_sbp.pruning import prune
-    from pyro_sbp.recalibration import recalibrate_batch_norm
-    from pyro_sbp.saving import load, save
-    from pyro_sbp.sparse_guide import AdditiveNormalGuide
-    from pyro_sbp.sparse_model import SparseModel
-    from pyro_sbp.sparsity import prune_weights
-    from pyro_sbp.surgery import shrink
+    from pyro_sbp.deployment.benchmarking import benchmark
+    from pyro_sbp.deployment.exporting import export
+    from pyro_sbp.deployment.saving import load, save
+    from pyro_sbp.gates.attention import separate_attention
+    from pyro_sbp.gates.folding import Gate, GatedNetwork, fold
+    from pyro_sbp.gates.probing import find_gates
+    from pyro_sbp.gates.surgery import relative_difference, shrink
+    from pyro_sbp.models.elbo import ClosedFormELBO
+    from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+    from pyro_sbp.models.gated_model import GatedModel
+    from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
+    from pyro_sbp.models.sparse_model import SparseModel
+    from pyro_sbp.pruning.costs import UnitCosts
+    from pyro_sbp.pruning.macs import count_macs
+    from pyro_sbp.pruning.pruning import prune
+    from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
+    from pyro_sbp.pruning.sparsity import prune_weights
 
 __all__ = [
     "AdditiveNormalGuide",
@@ -32,8 +37,11 @@ __all__ = [
     "GatedNetwork",
     "SparseModel",
     "TruncatedLogNormalGuide",
+    "UnitCosts",
     "benchmark",
+    "count_macs",
     "distributions",
+    "export",
     "find_gates",
     "fold",
     "load",
@@ -41,44 +49,42 @@ __all__ = [
     "prune",
     "prune_weights",
     "recalibrate_batch_norm",
+    "relative_difference",
     "save",
     "separate_attention",
     "shrink",
 ]
 
-_MODULE_OF = {
-    "AdditiveNormalGuide": "sparse_guide",
-    "ClosedFormELBO": "elbo",
-    "Gate": "gates",
-    "GatedModel": "models",
-    "GatedNetwork": "gates",
-    "SparseModel": "sparse_model",
-    "TruncatedLogNormalGuide": "guides",
-    "benchmark": "benchmarking",
-    "find_gates": "probing",
-    "fold": "gates",
-    "load": "saving",
-    "prune": "pruning",
-    "prune_weights": "sparsity",
-    "recalibrate_batch_norm": "recalibration",
-    "save": "saving",
-    "separate_attention": "attention",
-    "shrink": "surgery",
-}
+_find, _names, _ = lazy_loader.attach(
+    __name__,
+    submodules=["distributions", "networks"],
+    submod_attrs={
+        "deployment.benchmarking": ["benchmark"],
+        "deployment.exporting": ["export"],
+        "deployment.saving": ["load", "save"],
+        "gates.attention": ["separate_attention"],
+        "gates.folding": ["Gate", "GatedNetwork", "fold"],
+        "gates.probing": ["find_gates"],
+        "gates.surgery": ["relative_difference", "shrink"],
+        "models.elbo": ["ClosedFormELBO"],
+        "models.gated_guide": ["TruncatedLogNormalGuide"],
+        "models.gated_model": ["GatedModel"],
+        "models.sparse_guide": ["AdditiveNormalGuide"],
+        "models.sparse_model": ["SparseModel"],
+        "pruning.costs": ["UnitCosts"],
+        "pruning.macs": ["count_macs"],
+        "pruning.pruning": ["prune"],
+        "pruning.recalibration": ["recalibrate_batch_norm"],
+        "pruning.sparsity": ["prune_weights"],
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return metadata.version("pyro-sbp")
-    if name in _MODULE_OF:
-        value = getattr(import_module(f"pyro_sbp.{_MODULE_OF[name]}"), name)
-    elif name in __all__:
-        value = import_module(f"pyro_sbp.{name}")
-    else:
-        raise AttributeError(f"module 'pyro_sbp' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    return _find(name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_names()])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from pyro_sbp import benchmarking
-from pyro_sbp.costs import UnitCosts
+from pyro_sbp.deployment import benchmarking
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.log_uniform_kl import approximate_kl, exact_kl
-from pyro_sbp.models import check_prior, theta_prior
+from pyro_sbp.distributions.log_uniform_kl import approximate_kl, exact_kl
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.models.gated_model import check_prior, theta_prior
 from pyro_sbp.networks import LeNet5
-from pyro_sbp.probing import find_gates
-from pyro_sbp.recipes import Recipe, read_recipe
+from pyro_sbp.pruning.costs import UnitCosts
+from pyro_sbp.recipes.settings import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -115,7 +115,9 @@ def test_the_limits():
 
 
 def test_the_reasons_are_those_of_the_code():
-    code = "".join((ROOT / "pyro_sbp" / n).read_text("utf-8") for n in ("probing.py", "proving.py"))
+    code = "".join(
+        (ROOT / "pyro_sbp" / n).read_text("utf-8") for n in ("gates/probing.py", "gates/proving.py")
+    )
     for words, _ in table("limits.md", "`left_alone` says"):
         for reason in re.findall(r"`(.+?)`", words):
             assert reason in code, reason

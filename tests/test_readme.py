@@ -7,8 +7,8 @@ import pyro
 import pytest
 import torch
 
-from pyro_sbp.datasets import load_dataset
-from pyro_sbp.recipes import read_recipe
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.recipes.settings import read_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_sbp.special import attach, frame
+from pyro_sbp.special.derivatives import attach
+from pyro_sbp.special.frame import frame
 
 __all__ = ["quantile", "uniform"]
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_sbp.elbo import ClosedFormELBO, Parts
-from pyro_sbp.probing import Gates, find_gates
-from pyro_sbp.pruning import Equivalence
-from pyro_sbp.recipes import Recipe
-from pyro_sbp.surgery import Units
+from pyro_sbp.gates.probing import Gates, find_gates
+from pyro_sbp.gates.surgery import Units
+from pyro_sbp.models.elbo import ClosedFormELBO, Parts
+from pyro_sbp.pruning.exactness import Equivalence
+from pyro_sbp.recipes.settings import Recipe
 
 __all__ = [
     "Method",

@@ -19,10 +19,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.costs import UnitCosts, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.gates import Gate, factors
-from pyro_sbp.guides import LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.gates.folding import Gate, factors
+from pyro_sbp.gates.probing import Gates
+from pyro_sbp.gates.surgery import Units, cut, remaining_gates, surviving_units
 from pyro_sbp.methods.phase import (
     Method,
     Phase,
@@ -32,18 +32,13 @@ from pyro_sbp.methods.phase import (
     gated_weights_group,
 )
 from pyro_sbp.methods.sbp import SBP
-from pyro_sbp.models import (
-    LOG_HIGH,
-    LOG_LOW,
-    GatedModel,
-    check_prior,
-    scales_of,
-    theta_prior,
-)
-from pyro_sbp.probing import Gates
-from pyro_sbp.pruning import Choice, Equivalence, checked_shrink, choose_units, held_gates
-from pyro_sbp.recipes import Recipe
-from pyro_sbp.surgery import Units, cut, remaining_gates, surviving_units
+from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior
+from pyro_sbp.models.sites import scales_of
+from pyro_sbp.pruning.choosing import Choice, choose_units, held_gates
+from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
+from pyro_sbp.recipes.settings import Recipe
 
 __all__ = ["RBP", "in_order"]
 

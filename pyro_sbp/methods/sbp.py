@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_sbp.costs import UnitCosts, scales_by_cost
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.guides import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.gates.surgery import surviving_units
 from pyro_sbp.methods.phase import (
     Method,
     Phase,
@@ -20,18 +19,20 @@ from pyro_sbp.methods.phase import (
     gated_weights_group,
     noise_phases,
 )
-from pyro_sbp.models import (
+from pyro_sbp.models.gated_guide import LOC_MARGIN, LOG_SCALE_RANGE, TruncatedLogNormalGuide
+from pyro_sbp.models.gated_model import (
     LOG_HIGH,
     LOG_LOW,
     GatedModel,
     check_prior,
-    scales_of,
     theta_prior,
     widest,
 )
-from pyro_sbp.pruning import checked_shrink, choose_units, held_gates, masked_mean
-from pyro_sbp.recipes import Recipe
-from pyro_sbp.surgery import surviving_units
+from pyro_sbp.models.sites import scales_of
+from pyro_sbp.pruning.choosing import choose_units, held_gates, masked_mean
+from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.exactness import checked_shrink
+from pyro_sbp.recipes.settings import Recipe
 
 __all__ = ["SBP"]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
+from pyro_sbp.gates.surgery import Units
 from pyro_sbp.methods.phase import (
     Method,
     Phase,
@@ -17,13 +18,12 @@ from pyro_sbp.methods.phase import (
     gated_weights_group,
     noise_phases,
 )
-from pyro_sbp.pruning import NothingLeft, check_settings, least_level
-from pyro_sbp.recipes import THRESHOLDS, Recipe
-from pyro_sbp.sparse_guide import AdditiveNormalGuide
-from pyro_sbp.sparse_model import SparseModel
-from pyro_sbp.sparsity import needed_units, remaining_units, shrink_sparse
-from pyro_sbp.surgery import Units
-from pyro_sbp.weight_noise import unflat, within_range
+from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
+from pyro_sbp.models.sparse_model import SparseModel
+from pyro_sbp.models.weight_noise import unflat, within_range
+from pyro_sbp.pruning.choosing import NothingLeft, check_settings, least_level
+from pyro_sbp.pruning.sparsity import needed_units, remaining_units, shrink_sparse
+from pyro_sbp.recipes.settings import THRESHOLDS, Recipe
 
 __all__ = ["SparseVD"]
 

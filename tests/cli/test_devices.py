@@ -15,8 +15,8 @@ from PIL import Image
 
 import pyro_sbp as sbp
 from pyro_sbp.cli import cli
-from pyro_sbp.datasets import load_dataset
-from pyro_sbp.files import lock
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.training.files import lock
 
 RECIPE = """
 dense_epochs = 1

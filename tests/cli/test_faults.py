@@ -19,11 +19,11 @@ import torch
 from click.testing import CliRunner
 from helpers import METHODS, StopAfter
 
-from pyro_sbp import training
 from pyro_sbp.cli import cli
 from pyro_sbp.cli.stopping import Stopped
-from pyro_sbp.datasets import load_dataset
-from pyro_sbp.files import lock
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.training import train as training
+from pyro_sbp.training.files import lock
 
 RECIPE = """
 dense_epochs = 2
@@ -264,7 +264,7 @@ def test_data_that_are_not_finite_are_told(arguments, tmp_path, monkeypatch):
         object.__setattr__(data.train, "images", images)
         return data
 
-    monkeypatch.setattr("pyro_sbp.datasets.load_dataset", poisoned)
+    monkeypatch.setattr("pyro_sbp.datasets.loading.load_dataset", poisoned)
     line = one_line(run(*arguments, "--output-dir", tmp_path / "run"), 1)
     assert "not finite in epoch 1 of phase 'dense'" in line
     assert not (tmp_path / "run" / "checkpoint.pt").exists()

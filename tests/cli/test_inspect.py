@@ -26,7 +26,7 @@ STEPS = {"dense": 10, "gated": 60, "finetuned": 100}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run, and the same stopped in each phase."""
-    from pyro_sbp import training
+    from pyro_sbp.training import train as training
 
     root = tmp_path_factory.mktemp("runs")
     (root / "quick.toml").write_text(QUICK)

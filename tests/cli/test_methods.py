@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import METHODS, StopAfter, run, train_quickly
 
-from pyro_sbp import saving
 from pyro_sbp.cli.stopping import Stopped
-from pyro_sbp.datasets import load_dataset
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.deployment import saving
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_summary(finished, tmp_path):
 # With 23 steps an epoch: in the dense phase, at the end of an epoch, with noise, in fine-tuning.
 @pytest.mark.parametrize("steps", [10, 23, 100, 215])
 def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, steps):
-    from pyro_sbp import training
+    from pyro_sbp.training import train as training
 
     directory, _, args = finished
     train = training.train

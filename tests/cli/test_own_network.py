@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import run
 
-from pyro_sbp import saving
-from pyro_sbp.datasets import load_dataset
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.deployment import saving
 
 NETWORK = """
 from torch import nn

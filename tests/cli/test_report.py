@@ -10,11 +10,12 @@ import pytest
 from browser import Browser
 from helpers import run
 
-from pyro_sbp import plots, training
-from pyro_sbp.datasets import load_dataset
+from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.errors import RequestError
-from pyro_sbp.findings import costs_of
-from pyro_sbp.runs import Run
+from pyro_sbp.reports.findings import costs_of
+from pyro_sbp.reports.plots import style
+from pyro_sbp.training import again
+from pyro_sbp.training.runs import Run
 
 QUICK = """
 dense_epochs = 1
@@ -155,7 +156,7 @@ def test_the_same_run_gives_the_same_page(stopped):
 def test_the_sweep_has_the_numbers_of_prune(finished):
     found = Run.read(finished)
     data = load_dataset("digits", Path("nowhere"), 28)
-    rows = training.sweep(found.request, data, finished)
+    rows = again.sweep(found.request, data, finished)
     assert [row["threshold"] for row in rows] == sorted({row["threshold"] for row in rows})
     assert 1.0 in [row["threshold"] for row in rows] and len(rows) >= 5
     row = rows[4]
@@ -168,10 +169,10 @@ def test_the_sweep_has_the_numbers_of_prune(finished):
     assert row["units"] == {u["gate"]: u["kept"] for u in summary["units"]}
     macs = [row["macs"] for row in rows]
     assert macs == sorted(macs, reverse=True) and macs[0] == summary["macs"]["dense"]
-    largest = training.sweep(found.request, data, finished, thresholds=(1e9,))
+    largest = again.sweep(found.request, data, finished, thresholds=(1e9,))
     assert largest == []
     with pytest.raises(RequestError, match="expected a signal-to-noise ratio >= 0"):
-        training.sweep(found.request, data, finished, thresholds=(-1.0,))
+        again.sweep(found.request, data, finished, thresholds=(-1.0,))
 
 
 def test_what_was_held_out_is_what_a_sweep_measures(tmp_path):
@@ -182,9 +183,7 @@ def test_what_was_held_out_is_what_a_sweep_measures(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["validation_error"].keys() == summary["error"].keys()
     found = Run.read(tmp_path / "run")
-    rows = training.sweep(
-        found.request, load_dataset("digits", Path("nowhere"), 28), found.directory
-    )
+    rows = again.sweep(found.request, load_dataset("digits", Path("nowhere"), 28), found.directory)
     assert {row["split"] for row in rows} == {"validation"}
     row = rows[5]
     result = run("prune", tmp_path / "run", "--threshold", row["threshold"], "--json")
@@ -254,7 +253,7 @@ def test_refusals_are_one_line_and_write_nothing(finished, tmp_path, monkeypatch
         result = run("report", *args)
         assert result.exit_code == 2 and words in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
     (tmp_path / "torn" / "metrics.jsonl").unlink()
     result = run("report", "torn")
     assert result.exit_code == 2 and "pip install 'pyro-sbp[report]'" in result.stderr

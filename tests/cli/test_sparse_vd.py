@@ -7,10 +7,10 @@ import torch
 from helpers import StopAfter, run
 
 import pyro_sbp as sbp
-from pyro_sbp import training
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.methods import SparseVD
-from pyro_sbp.recipes import Recipe
+from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.training import train as training
 
 QUICK = """
 dense_epochs = 0

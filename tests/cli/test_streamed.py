@@ -16,10 +16,10 @@ import torch
 from helpers import StopAfter, run
 from PIL import Image
 
-from pyro_sbp import saving
 from pyro_sbp.cli.stopping import Stopped
-from pyro_sbp.datasets import load_dataset
-from pyro_sbp.streaming import default_workers
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.datasets.streaming import default_workers
+from pyro_sbp.deployment import saving
 
 WORKERS = min(2, default_workers())
 RECIPE = """
@@ -84,7 +84,7 @@ def test_streamed_or_not_a_run_ends_the_same(root, held, tmp_path):
 # With 6 steps an epoch: within the dense phase, and at the end of an epoch with noise.
 @pytest.mark.parametrize("steps", [3, 18])
 def test_it_goes_on_within_an_epoch(root, held, tmp_path, monkeypatch, steps):
-    from pyro_sbp import training
+    from pyro_sbp.training import train as training
 
     train = training.train
     monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(steps)))
@@ -122,7 +122,7 @@ def test_what_was_not_standardised_tells_nothing(root, tmp_path):
 @pytest.fixture
 def stopped(root, tmp_path, monkeypatch):
     """A folder of one's own, and a run on it that was stopped in its second epoch."""
-    from pyro_sbp import training
+    from pyro_sbp.training import train as training
 
     shutil.copytree(root / "data", tmp_path / "data")
     shutil.copy(root / "recipe.toml", tmp_path)
@@ -145,7 +145,7 @@ def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
 
 
 def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
-    from pyro_sbp import training
+    from pyro_sbp.training import train as training
 
     def kill_worker():
         multiprocessing.active_children()[0].kill()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import run, train_quickly
 
-from pyro_sbp import sources
 from pyro_sbp.cli import cli, common
+from pyro_sbp.datasets import sources
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_bench_takes_the_newest_run(finished, tmp_path, monkeypatch):
 
 
 def test_bench_tells_runtimes_apart(finished, tmp_path, monkeypatch):
-    from pyro_sbp import exporting
-    from pyro_sbp.runtimes import RUNTIMES
+    from pyro_sbp.deployment import exporting
+    from pyro_sbp.deployment.runtimes import RUNTIMES
 
     directory = tmp_path / "run"
     shutil.copytree(finished[0], directory)

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
-from pyro_sbp.log_uniform_kl import approximate_kl
+from pyro_sbp.distributions.log_uniform_kl import approximate_kl
 
 LOC = torch.tensor([0.5, -1.0, 2.0])
 LOG_VARIANCE = torch.tensor([-4.0, 0.0, 3.0])

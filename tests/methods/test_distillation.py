@@ -8,7 +8,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import RBP, SBP, SparseVD
 from pyro_sbp.methods.phase import distillation, plain_phase
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes import Recipe
+from pyro_sbp.recipes.settings import Recipe
 
 
 def test_it_is_the_divergence_from_the_teacher():

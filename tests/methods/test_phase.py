@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes import METHODS, Recipe
+from pyro_sbp.recipes.settings import METHODS, Recipe
 
 
 @pytest.mark.parametrize("method", METHODS)

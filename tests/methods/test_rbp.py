@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sbp import saving, training
-from pyro_sbp.benchmarking import count_macs
-from pyro_sbp.checkpoints import read_checkpoint
-from pyro_sbp.datasets import load_dataset
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.deployment import saving
 from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.methods.rbp import RBP, in_order
 from pyro_sbp.networks import LeNet5, LeNet300_100
-from pyro_sbp.posterior import describe, read_posterior
-from pyro_sbp.probing import find_gates
-from pyro_sbp.recipes import Recipe, Request
-from pyro_sbp.runs import Run
+from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.reports.posterior import describe, read_posterior
+from pyro_sbp.training import again
+from pyro_sbp.training import train as training
+from pyro_sbp.training.checkpoints import read_checkpoint
+from pyro_sbp.training.loop import Interrupted
+from pyro_sbp.training.runs import Run
 
 
 class Residual(nn.Module):
@@ -209,7 +213,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
         left -= 1
         return left <= 0
 
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         training.train(request(), digits, tmp_path / "run", stop=stop)
     told = read_posterior(tmp_path / "run")
     assert (list(told.sites), told.waiting) == (
@@ -281,7 +285,7 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
     directory, summary = finished
 
     def prune(name, **settings):
-        result = training.prune_again(request(), digits, directory, tmp_path / name, **settings)
+        result = again.prune_again(request(), digits, directory, tmp_path / name, **settings)
         return result, saving.load(tmp_path / name, constructor=Residual)
 
     same, net = prune("same", threshold=RECIPE.threshold)
@@ -302,7 +306,7 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
     assert 2 * ratio <= half < 4 * ratio
     with pytest.raises(RequestError, match=r"cannot be met: .* the network has"):
         prune("no", macs_ratio=1e6)
-    rows = training.sweep(request(), digits, directory, [0.5, 1.0, 3.0])
+    rows = again.sweep(request(), digits, directory, [0.5, 1.0, 3.0])
     assert [row["macs"] for row in rows[:2]] == [summary["macs"]["pruned"]] * 2
     assert rows[2]["macs"] == higher["macs"]["pruned"]
 
@@ -332,14 +336,14 @@ def test_a_prior_that_would_keep_what_falls_to_it_is_refused(digits, tmp_path):
 
 def test_rounding_takes_the_weakest_of_a_gate_that_has_lost_units(finished, digits, tmp_path):
     directory, summary = finished
-    result = training.prune_again(request(), digits, directory, tmp_path / "r", round_to=4)
+    result = again.prune_again(request(), digits, directory, tmp_path / "r", round_to=4)
     for before, after in zip(summary["units"], result["units"], strict=True):
         there = before["kept"] + before["zeroed"]
         whole = there == before["total"] or there < 4
         expected = there if whole else there - there % 4
         assert after["kept"] + after["zeroed"] == expected
     with pytest.raises(RequestError, match="round_to is 0"):
-        training.prune_again(request(), digits, directory, tmp_path / "n", round_to=0)
+        again.prune_again(request(), digits, directory, tmp_path / "n", round_to=0)
 
 
 def test_all_gates_at_once_with_the_log_uniform_prior_is_sbp(digits, tmp_path):

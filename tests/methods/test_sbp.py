@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from pyro_sbp import training
-from pyro_sbp.datasets import load_dataset
+from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.methods import SBP
 from pyro_sbp.networks import LeNet5
-from pyro_sbp.posterior import read_posterior
-from pyro_sbp.recipes import Recipe, Request
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.reports.posterior import read_posterior
+from pyro_sbp.training import train as training
+from pyro_sbp.training.loop import Interrupted
 
 RECIPE = Recipe(
     name="quick",
@@ -71,7 +73,7 @@ def test_every_epoch_with_noise_tells_the_expected_macs(finished):
 def test_a_run_from_before_this_setting_goes_on(digits, tmp_path):
     old = Request("lenet-300-100", "digits", "sbp", RECIPE.replace(macs_weight=0.0))
     steps = iter(range(1000))
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         training.train(old, digits, tmp_path / "run", stop=lambda: next(steps) == 60)
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)

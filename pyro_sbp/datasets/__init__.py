@@ -1,0 +1,18 @@
+"""Data sets: labelled images to train and to test on, in memory or streamed from disk.
+
+Names are imported on first use: what tells where data lies (`sources`) needs no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from pyro_sbp.datasets.loading import ImageData, load_dataset
+    from pyro_sbp.datasets.splits import Split
+
+__all__ = ["ImageData", "Split", "load_dataset"]
+
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__, submod_attrs={"loading": ["ImageData", "load_dataset"], "splits": ["Split"]}
+)

@@ -1,0 +1,214 @@
+"""Data sets: labelled images to train and to test on, in memory or streamed from disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_sbp.datasets.memory import available_memory
+from pyro_sbp.datasets.sources import SOURCES, check_dataset, folder_classes
+from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.standardization import Standardization
+from pyro_sbp.datasets.streaming import ImageFiles, StreamedSplit, default_workers, image_size_of
+from pyro_sbp.errors import RequestError, first_line
+
+__all__ = ["ImageData", "Split", "load_dataset"]
+
+#: A folder is streamed that would take more than this share of the available memory.
+MEMORY_SHARE = 0.25
+#: How many training images mean and standard deviation are measured on, drawn by a fixed seed.
+STANDARDIZE_ON = 10_000
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set.
+
+    Attributes:
+        train: what is trained on.
+        test: what is tested on.
+        classes: their names.
+        validation: what choices are made by, if it was held out of the training data.
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    validation: Split | None = None
+
+    def _each(self, change: Callable[[Split], Split]) -> ImageData:
+        validation = None if self.validation is None else change(self.validation)
+        return ImageData(change(self.train), change(self.test), self.classes, validation)
+
+    def to(self, device: torch.device) -> ImageData:
+        """The same on a device."""
+        return self._each(lambda split: split.to(device))
+
+    def held_out(self, count: int) -> ImageData:
+        """The same with so many training images for validation: the same ones for every seed.
+
+        Raises:
+            RequestError: fewer than two would be left to train on.
+        """
+        if count > len(self.train) - 2:
+            raise RequestError(
+                f"holdout is {count}; expected at most {len(self.train) - 2}, as two of the "
+                f"{len(self.train)} training images have to be left"
+            )
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1))
+        train, validation = order[count:].sort().values, order[:count].sort().values
+        return ImageData(
+            self.train.part(train), self.test, self.classes, self.train.part(validation)
+        )
+
+    def with_random_labels(self, seed: int) -> ImageData:
+        """The same with labels of training images drawn at random: there is nothing to learn, only
+        to memorise (arXiv 1611.03530)."""
+        drawn = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn)
+        labels = labels.to(self.train.labels)
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, labels=labels))
+
+    def standardized(self) -> ImageData:
+        """The same, every channel standardised by its mean and deviation over training images.
+
+        Of more than `STANDARDIZE_ON` training images, a sample is measured: the same one whether
+        they are streamed or not.
+        """
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        sample = order[:STANDARDIZE_ON].sort().values
+        measured = Standardization.measure(self.train.pixels(sample.split(100)))
+        return self._each(lambda split: dataclasses.replace(split, standardization=measured))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+        return self.train.image_shape
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+) -> ImageData:
+    """Load a data set, downloading it under `data_dir` where it is missing.
+
+    Args:
+        name: one of `SOURCES`, "digits", or "folder:PATH".
+        data_dir: where torchvision's data sets lie.
+        image_size: height and width to which images of another size are resized (bilinear); None
+            keeps them.
+        workers: for a folder: 0 loads its images into memory, more are processes that read them
+            from disk while they are needed. None reads from disk, by up to four, where the decoded
+            images would take more than `MEMORY_SHARE` of the available memory. Batches are the
+            same either way.
+        device: where the data will go (`ImageData.to`); the memory of a GPU counts too.
+
+    Raises:
+        RequestError: the data set is unknown, missing or damaged, or none that can be streamed.
+            An image that is streamed and damaged raises it when its batch is due.
+    """
+    data_dir = Path(data_dir)
+    check_dataset(name, data_dir, workers)
+    if name == "digits":
+        data = _digits()
+    elif name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:"))
+        data = _folder(root, image_size, workers, torch.device(device))
+    else:
+        data = _torchvision(name, data_dir)
+    if image_size is None or data.image_shape[1:] == (image_size, image_size):
+        return data
+    return ImageData(
+        Split(_resize(data.train.images, image_size), data.train.labels),
+        Split(_resize(data.test.images, image_size), data.test.labels),
+        data.classes,
+    )
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    resized = F.interpolate(
+        images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def _digits() -> ImageData:
+    """scikit-learn's 1,797 handwritten digits of 8x8; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    test = torch.arange(len(labels)) % 5 == 4
+    return ImageData(
+        Split(images[~test], labels[~test]),
+        Split(images[test], labels[test]),
+        tuple(str(name) for name in bunch.target_names),
+    )
+
+
+def _torchvision(name: str, data_dir: Path) -> ImageData:
+    from torchvision import datasets
+
+    source = SOURCES[name]
+    here = all((data_dir / source.folder / file).is_file() for file in source.files)
+    try:
+        parts = [
+            getattr(datasets, source.class_name)(data_dir, train=train, download=not here)
+            for train in (True, False)
+        ]
+        splits = [Split(_images(part.data), torch.as_tensor(part.targets)) for part in parts]
+    except (AssertionError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"{name} under {data_dir / source.folder} cannot be read ({first_line(error)}): delete "
+            "it so that it can be fetched again, or give another --data-dir"
+        ) from error
+    for split in splits:
+        if len(split.images) != len(split.labels):
+            raise RequestError(
+                f"{name} under {data_dir / source.folder} has {len(split.images)} images and "
+                f"{len(split.labels)} labels: delete it so that it can be fetched again"
+            )
+    return ImageData(splits[0], splits[1], tuple(parts[0].classes))
+
+
+def _images(data: Any) -> Tensor:
+    images = torch.as_tensor(data)
+    return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
+
+
+def _folder(
+    root: Path, image_size: int | None, workers: int | None, device: torch.device
+) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    samples = [ImageFolder(str(root / part)).samples for part in ("train", "test")]
+    # The first image decides, where the network does not.
+    size = image_size_of(samples[0][0][0]) if image_size is None else (image_size, image_size)
+    files = [ImageFiles([path for path, _ in part], size) for part in samples]
+    labels = [torch.tensor([label for _, label in part]) for part in samples]
+    if workers is None:
+        workers = default_workers() if _too_large(files, device) else 0
+    if workers:
+        splits = [StreamedSplit(f, y, workers=workers) for f, y in zip(files, labels, strict=True)]
+    else:
+        splits = [Split(f.read(range(len(f.paths))), y) for f, y in zip(files, labels, strict=True)]
+    return ImageData(*splits, tuple(folder_classes(root)))
+
+
+def _too_large(files: Sequence[ImageFiles], device: torch.device) -> bool:
+    """Whether the decoded images would take more than their share of the memory."""
+    available = available_memory(device)
+    decoded = sum(math.prod(part.shape) for part in files)
+    return available is not None and decoded > MEMORY_SHARE * available

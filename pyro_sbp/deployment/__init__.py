@@ -1,0 +1,1 @@
+"""A pruned network outside of training: saved, exported, measured."""

@@ -1,0 +1,218 @@
+"""Dense and pruned networks side by side: MACs, parameters and measured latency."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.deployment.runtimes import Start, check_runtimes, prepare
+from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.surgery import shrink
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+
+__all__ = ["Comparison", "Latency", "benchmark", "device_name", "one_unit_network"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a call, the median over blocks of calls, of a dense and a pruned network.
+
+    Attributes:
+        spread: half the interquartile range over the median, the larger of the two networks.
+        floor_ms: of the network with one unit a layer: what no pruning goes below. None if it was
+            not measured.
+        runtime: what ran them, one of `runtimes.RUNTIMES`.
+    """
+
+    device: str
+    threads: int
+    batch_size: int
+    dense_ms: float
+    pruned_ms: float
+    speedup: float
+    spread: float
+    floor_ms: float | None = None
+    runtime: str = "eager"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense and a pruned network side by side; MACs at batch size 1."""
+
+    dense_macs: int
+    pruned_macs: int
+    dense_parameters: int
+    pruned_parameters: int
+    latencies: tuple[Latency, ...]
+
+    @property
+    def macs_ratio(self) -> float:
+        """How many times fewer MACs."""
+        return self.dense_macs / self.pruned_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"macs_ratio": self.macs_ratio}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the processor or graphics card behind a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) -> nn.Module:
+    """The network with one unit left in every gate: its latency is the floor for any pruning."""
+    theta = {gate.name: torch.zeros(gate.size) for gate in gates}
+    device = next(net.parameters()).device
+    return shrink(net, gates, {k: v.to(device) for k, v in theta.items()}, example_input)
+
+
+def benchmark(
+    dense: nn.Module,
+    pruned: nn.Module,
+    example_input: Tensor,
+    *,
+    floor: nn.Module | None = None,
+    batch_sizes: Sequence[int] = (1, 128),
+    threads: Sequence[int] = (1,),
+    devices: Sequence[str] | None = None,
+    runtimes: Sequence[str] = ("eager",),
+    seconds: float = 2.0,
+) -> Comparison:
+    """Compare a dense and a pruned network: MACs, parameters, latency.
+
+    The networks are measured in turn, in blocks, so that a busy moment of the machine hits all.
+    Each runtime is measured on its own, after its outputs were compared with eager's.
+
+    Args:
+        dense: the original network.
+        pruned: the smaller one.
+        example_input: ``[batch, ...]``; its examples are repeated to the batch sizes.
+        floor: a third network to measure, from `one_unit_network`.
+        batch_sizes: how many examples a call.
+        threads: how many CPU threads; each is measured.
+        devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
+        runtimes: "eager", "compile" (`torch.compile` with Inductor; what the process has compiled
+            before is forgotten), "onnxruntime" (on the CPU only).
+        seconds: how long to measure each network in each setting.
+
+    Raises:
+        RequestError: a runtime is unknown or not installed, or ONNX Runtime is to run on a GPU
+            alone.
+        ExportError: a runtime cannot run a network, or gives other outputs than eager.
+    """
+    check_runtimes(runtimes)
+    if devices is None:
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if "onnxruntime" in runtimes and all(torch.device(d).type != "cpu" for d in devices):
+        raise RequestError("onnxruntime is measured on the CPU only: add 'cpu' to the devices")
+    nets = {"dense": dense, "pruned": pruned} | ({"floor": floor} if floor is not None else {})
+    latencies = []
+    for name in devices:
+        device = torch.device(name)
+        placed = {key: copy.deepcopy(net).to(device).eval() for key, net in nets.items()}
+        # Programs are written before anything is measured.
+        starts = {
+            runtime: {
+                key: prepare(net, runtime, example_input.shape[1:]) for key, net in placed.items()
+            }
+            for runtime in runtimes
+            if runtime != "onnxruntime" or device.type == "cpu"
+        }
+        for size in batch_sizes:
+            index = torch.arange(size, device=example_input.device) % len(example_input)
+            x = example_input[index].to(device)
+            for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
+                for runtime, of_nets in starts.items():
+                    latencies.append(_latency(of_nets, x, device, count, seconds, runtime))
+    return Comparison(
+        count_macs(dense, example_input[:1]),
+        count_macs(pruned, example_input[:1]),
+        count_parameters(dense),
+        count_parameters(pruned),
+        tuple(latencies),
+    )
+
+
+def _without_cuda_home(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found, using CUDA_HOME=")
+
+
+def _latency(
+    starts: Mapping[str, Start],
+    x: Tensor,
+    device: torch.device,
+    threads: int,
+    seconds: float,
+    runtime: str,
+) -> Latency:
+    # Its import warns on machines that have CUDA's compiler but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_without_cuda_home)
+    from torch.utils.benchmark import Timer
+    from torch.utils.benchmark import timer as synchronizing
+
+    # Without need this one asks for a GPU at every reading, which may take longer than the network.
+    clock = synchronizing if device.type == "cuda" else time.perf_counter
+    rounds = 5
+    times: dict[str, list[float]] = {name: [] for name in starts}
+    with torch.inference_mode():
+        timers = {
+            name: Timer("call()", timer=clock, globals={"call": call}, num_threads=threads)
+            for name, call in _started(starts, x, threads, runtime).items()
+        }
+        for timer in timers.values():
+            timer.timeit(3)
+        for _ in range(rounds):
+            for name, timer in timers.items():
+                times[name] += timer.blocked_autorange(min_run_time=seconds / rounds).times
+    median, spread = {}, {}
+    for name, values in times.items():
+        low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        )
+        median[name] = 1e3 * float(middle)
+        spread[name] = float((high - low) / (2 * middle))
+    return Latency(
+        device=f"{device.type}: {device_name(device)}",
+        threads=threads,
+        batch_size=len(x),
+        dense_ms=median["dense"],
+        pruned_ms=median["pruned"],
+        speedup=median["dense"] / median["pruned"],
+        spread=max(spread["dense"], spread["pruned"]),
+        floor_ms=median.get("floor"),
+        runtime=runtime,
+    )
+
+
+def _started(
+    starts: Mapping[str, Start], x: Tensor, threads: int, runtime: str
+) -> dict[str, Callable[[], Any]]:
+    """The networks' calls on an input, made with as many threads as they will be measured with."""
+    if runtime == "compile":
+        # A `forward` has room for eight programs, and the ninth would be refused.
+        torch.compiler.reset()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return {name: start(x, threads) for name, start in starts.items()}
+    finally:
+        torch.set_num_threads(before)

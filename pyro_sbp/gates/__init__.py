@@ -1,0 +1,49 @@
+"""Gates: where noise can stand in a network, and what is removed with its units."""
+
+from pyro_sbp.gates.attention import Attention, separate_attention
+from pyro_sbp.gates.folding import (
+    Gate,
+    GatedNetwork,
+    Span,
+    call,
+    check_theta,
+    convert,
+    evaluating,
+    factors,
+    fold,
+    repeatable,
+    tensors_of,
+)
+from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.probing import Gates, find_gates
+from pyro_sbp.gates.surgery import (
+    Units,
+    relative_difference,
+    remaining_gates,
+    shrink,
+    surviving_units,
+)
+
+__all__ = [
+    "Attention",
+    "Gate",
+    "GatedNetwork",
+    "Gates",
+    "Select",
+    "Span",
+    "Units",
+    "call",
+    "check_theta",
+    "convert",
+    "evaluating",
+    "factors",
+    "find_gates",
+    "fold",
+    "relative_difference",
+    "remaining_gates",
+    "repeatable",
+    "separate_attention",
+    "shrink",
+    "surviving_units",
+    "tensors_of",
+]

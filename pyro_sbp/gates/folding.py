@@ -1,0 +1,296 @@
+"""Gates: where multiplicative noise enters a network, and what it does there.
+
+A gate stands at the inputs of the readers of a set of units, not at the output of their writer.
+A reader is linear in its input columns, so theta folds into its weight, and theta_c = 0 is the same
+as deleting column c.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.gates.layers import channel_dim, column_factor, serves
+
+__all__ = [
+    "Gate",
+    "GatedNetwork",
+    "Span",
+    "call",
+    "check_theta",
+    "convert",
+    "evaluating",
+    "factors",
+    "fold",
+    "repeatable",
+    "tensors_of",
+]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which unit each row or column of a layer carries.
+
+    `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
+    layer with `groups` must keep as many of them in each group that it keeps.
+    """
+
+    layer: str
+    units: Tensor
+    groups: int = 1
+    _on: dict[torch.device, tuple[Tensor, bool]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
+        if values.device not in self._on:
+            units = self.units.to(values.device)
+            whole = torch.equal(self.units, torch.arange(len(self.units)))
+            self._on[values.device] = (units, whole)
+        units, whole = self._on[values.device]
+        if whole and len(units) == values.shape[-1]:
+            return values
+        padded = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
+        return padded.index_select(-1, units % padded.shape[-1])
+
+
+@dataclass(frozen=True, repr=False)
+class Gate:
+    """A set of units that one noise variable theta ``[size]`` multiplies.
+
+    Attributes:
+        name: the name of the Pyro sample site.
+        size: the number of units.
+        readers: the layers that take the units as input columns.
+        writers: the layers that produce them as output rows. None for a gate on input features.
+        channelwise: the layers between, which treat every channel alone.
+        selects: the `Select`s between, which an earlier cut put before a reader: the unit of every
+            feature that flows into them.
+    """
+
+    name: str
+    size: int
+    readers: tuple[Span, ...]
+    writers: tuple[Span, ...] = ()
+    channelwise: tuple[Span, ...] = ()
+    selects: tuple[Span, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = [repr(self.name), f"{self.size} units"]
+        for kind in ("writers", "readers", "channelwise", "selects"):
+            layers = ", ".join(span.layer for span in getattr(self, kind))
+            parts += [f"{kind}: {layers}"] if layers else []
+        return f"Gate({'; '.join(parts)})"
+
+
+def tensors_of(x: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses, in order.
+
+    Raises:
+        TypeError: there is something else inside that may hold a tensor.
+    """
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from tensors_of(value)
+    elif isinstance(x, list | tuple):
+        for value in x:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        for item in dataclasses.fields(x):
+            yield from tensors_of(getattr(x, item.name))
+    elif x is not None and not isinstance(x, str | bytes | bool | int | float | complex):
+        raise TypeError(f"cannot look into a {type(x).__name__} for tensors")
+
+
+def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """A copy of a nested structure, floating-point tensors in `dtype`, all tensors on `device`."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device, dtype if x.is_floating_point() else None, copy=True)
+    if isinstance(x, Mapping):
+        new: Any = copy.copy(x)
+        for key, value in x.items():
+            new[key] = convert(value, dtype, device)
+        return new
+    if isinstance(x, list | tuple):
+        values = [convert(value, dtype, device) for value in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    return x
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Inside, a network is in evaluation mode; then every module has its own mode again."""
+    before = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def repeatable(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a network draws the same random numbers each time, makes new tensors in `dtype`, and
+    leaves the random state of the CPU as it was."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A network's input as arguments: a tuple is several inputs, a dict named ones."""
+    if isinstance(x, tuple):
+        return x, {}
+    if isinstance(x, dict):
+        return (), x
+    return (x,), {}
+
+
+def call(net: nn.Module, x: Any) -> Any:
+    """Call a network on its input: a tensor, a tuple of inputs, or a dict of named inputs."""
+    args, kwargs = _arguments(x)
+    return net(*args, **kwargs)
+
+
+def _column_scales(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factor of every reader's input columns, the product over the gates that reach it."""
+    scales: dict[str, Tensor] = {}
+    for gate in gates:
+        if gate.name not in theta:
+            continue
+        for span in gate.readers:
+            scale = span.expand(theta[gate.name])
+            scales[span.layer] = scales[span.layer] * scale if span.layer in scales else scale
+    return scales
+
+
+def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where theta names no gate of `gates`, or has a wrong shape for it."""
+    sizes = {gate.name: gate.size for gate in gates}
+    for name, value in theta.items():
+        if name not in sizes:
+            raise ValueError(f"theta names the gate {name!r}; the gates are {', '.join(sizes)}")
+        if value.ndim not in (1, 2) or value.shape[-1] != sizes[name]:
+            raise ValueError(
+                f"theta of gate {name!r} has shape {list(value.shape)}; "
+                f"expected [{sizes[name]}] or [batch, {sizes[name]}]"
+            )
+
+
+def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold noise into the weights of the readers.
+
+    Args:
+        net: the network.
+        gates: its gates, from `find_gates`.
+        theta: from gate name to a tensor ``[units]``; a gate that is not named stays as it is.
+
+    Returns:
+        From parameter name to the folded weight, of the parameter's shape and dtype, for
+        `torch.func.functional_call`. The network itself is not changed.
+
+    Raises:
+        ValueError: theta names no gate of `gates`, or has the wrong length.
+    """
+    return {name: weight * factor for name, weight, factor in factors(net, gates, theta)}
+
+
+def factors(
+    net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and factor of every weight that `fold` multiplies."""
+    check_theta(gates, theta)
+    for layer, scale in _column_scales(gates, theta).items():
+        if scale.ndim != 1:
+            raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
+        weight = net.get_parameter(f"{layer}.weight")
+        scale = scale.to(weight.dtype)
+        yield f"{layer}.weight", weight, column_factor(net.get_submodule(layer), scale)
+
+
+class _Gating(TorchFunctionMode):
+    """Scale the columns of readers, each known by its weight: by ``[columns]`` in the weight or in
+    the input, whichever has fewer elements, by ``[batch, columns]`` in the input."""
+
+    def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        layers = {name: net.get_submodule(name) for name in scales}
+        self.readers = {id(layers[name].weight): (name, layers[name]) for name in scales}
+        self.scales = scales
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        weight = args[1] if len(args) > 1 else given.get("weight")
+        name, layer = self.readers.get(id(weight), ("", None))
+        if layer is None or not serves(func, layer):
+            return func(*args, **given)
+        x, scale = args[0] if args else given["input"], self.scales[name]
+        if scale.ndim == 1 and weight.numel() < x.numel():
+            weight = weight * column_factor(layer, scale.to(weight.dtype))
+        else:
+            x = _scaled_input(name, layer, x, scale)
+        if len(args) > 1:
+            return func(x, weight, *args[2:], **given)
+        given["weight"] = weight
+        return func(x, **given) if args else func(**{**given, "input": x})
+
+
+def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    dim = channel_dim(layer, x)
+    shape = [1] * x.ndim
+    shape[dim] = scale.shape[-1]
+    if scale.ndim == 2 and len(scale) > 1:
+        if dim == 0 or x.shape[0] != len(scale):
+            raise ValueError(
+                f"layer {name!r} gets an input of shape {list(x.shape)}, without the batch of "
+                f"{len(scale)} in dimension 0, which noise per example needs"
+            )
+        shape[0] = len(scale)
+    return x * scale.to(x.dtype).view(shape)
+
+
+class GatedNetwork(nn.Module):
+    """A network whose units are multiplied by theta: a pure function of the input and theta.
+
+    Args:
+        net: the network; its parameters are shared, not copied.
+        gates: where theta enters, from `find_gates`.
+    """
+
+    def __init__(self, net: nn.Module, gates: Sequence[Gate]) -> None:
+        super().__init__()
+        self.net = net
+        self.gates = tuple(gates)
+
+    def forward(self, x: Any, theta: Mapping[str, Tensor]) -> Any:
+        """Call the network on `x` with noise `theta`.
+
+        Args:
+            x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
+            theta: from gate name to ``[units]`` (one draw for the batch) or ``[batch, units]``
+                (one for each example; a batch of one row is the same for all).
+
+        Raises:
+            ValueError: theta names an unknown gate, has a wrong shape, or is given per example
+                where a reader's input has no batch in dimension 0.
+        """
+        check_theta(self.gates, theta)
+        with _Gating(self.net, _column_scales(self.gates, theta)):
+            return call(self.net, x)

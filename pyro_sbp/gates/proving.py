@@ -1,0 +1,111 @@
+"""Prove that units can be removed from a network: cut them, and compare with the masked network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.errors import first_line
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, convert, repeatable
+from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
+
+__all__ = ["Proof", "copy_for_measurement", "enliven"]
+
+#: The largest relative difference of the shrunk from the masked network in a proof, in float64.
+TOLERANCE = 1e-10
+
+
+def _a_third(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)[: -(-size // 3)]
+
+
+def _first_half(size: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(size // 2)
+
+
+def _all_but_one(size: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(size, generator=generator)[1:]
+
+
+class Proof:
+    """Shrinks a network by random theta and compares it with the masked one, in float64.
+
+    Which units go decides whether code that counts on the width of something is found out: some
+    here and there, those that come first, all but one.
+    """
+
+    def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
+        self.net, self.x, self.training_paths = net, x, training_paths
+
+    def problem(self, gates: Sequence[Gate]) -> str | None:
+        """Why the shrunk network differs from the masked one; None if it does not."""
+        problems = (self._try(gates, gone) for gone in (_a_third, _first_half, _all_but_one))
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _try(
+        self, gates: Sequence[Gate], gone: Callable[[int, torch.Generator], Tensor]
+    ) -> str | None:
+        generator = torch.Generator().manual_seed(0)
+        theta = {}
+        for gate in gates:
+            values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
+            values[gone(gate.size, generator)] = 0
+            theta[gate.name] = values
+        net = copy_for_measurement(self.net, torch.float64, self.training_paths)
+        enliven(net, generator)
+        each = {name: value[None] for name, value in theta.items()}
+        try:
+            with torch.no_grad():
+                with repeatable(torch.float64):
+                    masked = GatedNetwork(net, gates)(convert(self.x, torch.float64), each)
+                shrink_in_place(net, gates, theta)
+                with repeatable(torch.float64):
+                    small = call(net, convert(self.x, torch.float64))
+            difference = relative_difference(masked, small)
+        except Exception as error:  # a network's own code may raise anything
+            return f"cutting it fails: {first_line(error)}"
+        if not difference <= TOLERANCE:
+            return f"cutting it changes the output by {difference:.1e}"
+        return None
+
+    def keep(self, gates: Sequence[Gate], proven: list[Gate], left_alone: dict[str, str]) -> None:
+        """Add to `proven` what goes with it, found by halving; the rest is left alone."""
+        problem = self.problem([*proven, *gates])
+        if problem is None:
+            proven += gates
+        elif len(gates) == 1:
+            left_alone[gates[0].name] = problem
+        else:
+            half = len(gates) // 2
+            self.keep(gates[:half], proven, left_alone)
+            self.keep(gates[half:], proven, left_alone)
+
+
+def copy_for_measurement(
+    net: nn.Module, dtype: torch.dtype, training_paths: bool = False
+) -> nn.Module:
+    """A copy for measurements: on the CPU, as in evaluation, without gradients.
+
+    With `training_paths`, modules that hold others are in training mode: some call heads of
+    theirs only there.
+    """
+    net = copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
+    for module in net.modules():
+        module.training = training_paths and any(True for _ in module.children())
+    return net
+
+
+def enliven(net: nn.Module, generator: torch.Generator) -> None:
+    """Give parameters that are (nearly) zero an ordinary size: behind a head or a layer scale of
+    zeros every difference would vanish."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.is_floating_point() or parameter.numel() == 0:
+                continue
+            if float(parameter.abs().max()) < 1e-3:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise, alpha=0.1)

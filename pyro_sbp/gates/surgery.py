@@ -1,0 +1,410 @@
+"""Remove units from a network: fold theta in, delete what is zero, leave an ordinary network."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors, tensors_of
+from pyro_sbp.gates.layers import Select, groups_of, resize
+
+__all__ = [
+    "Units",
+    "cut",
+    "readable",
+    "relative_difference",
+    "remaining_gates",
+    "shrink",
+    "shrink_in_place",
+    "surviving_units",
+]
+
+
+#: A difference of this share of the largest value is rounding in float64.
+ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class Units:
+    """What becomes of the units of a gate; both are bool tensors ``[size]``.
+
+    Attributes:
+        kept: units that carry signal.
+        physical: units that remain in the network. One that remains without being kept is a column
+            of zeros, left where a layer could not be cut otherwise: nothing would remain of it, or
+            its groups would become uneven.
+    """
+
+    kept: Tensor
+    physical: Tensor
+
+    @property
+    def removed(self) -> Tensor:
+        """Units that are not there any more, bool ``[size]``."""
+        return ~self.physical
+
+    @property
+    def zeroed(self) -> Tensor:
+        """Units that remain as a column of zeros, bool ``[size]``."""
+        return self.physical & ~self.kept
+
+    def then(self, later: Units) -> Units:
+        """These units after another cut, which knew only those that this one had left."""
+        kept, physical = torch.zeros_like(self.kept), torch.zeros_like(self.physical)
+        kept[self.physical], physical[self.physical] = later.kept, later.physical
+        return Units(self.kept & kept, physical)
+
+
+def _spread(alive: Tensor, span: Span) -> Tensor:
+    """Alive units as alive rows or columns; one without a unit is alive."""
+    return alive[span.units.clamp(min=0)] | (span.units < 0)
+
+
+def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which rows or columns of every layer are alive: those whose gates all have theirs alive."""
+    found: dict[str, Tensor] = {}
+    for gate, span in spans:
+        here = _spread(alive[gate], span)
+        found[span.layer] = found[span.layer] & here if span.layer in found else here
+    return found
+
+
+def _columns(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in gate.readers]
+
+
+def _selected(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in gate.selects]
+
+
+def _rows(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
+    return [(gate.name, span) for gate in gates for span in (*gate.writers, *gate.channelwise)]
+
+
+def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a gate arrive in a living column, bool ``[size]``.
+
+    In a layer with groups a column lives only where a row of its group does.
+    """
+    read = torch.zeros(gate.size, dtype=torch.bool)
+    for span in gate.readers:
+        living = columns.get(span.layer, torch.ones_like(span.units, dtype=torch.bool))
+        if span.groups > 1 and span.layer in rows:
+            groups = rows[span.layer].view(span.groups, -1).any(1)
+            living = living & groups.repeat_interleave(len(living) // span.groups)
+        read[span.units[living & (span.units >= 0)]] = True
+    return read
+
+
+def surviving_units(
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    *,
+    min_units: int = 1,
+    round_to: int = 1,
+    score: Mapping[str, Tensor] | None = None,
+) -> dict[str, Units]:
+    """Which units remain where the zeros of theta are removed, gate by gate.
+
+    A unit is also gone if no living column is left that reads it (a channel all of whose flattened
+    features are removed), and a feature if its channel is, to a fixed point.
+
+    Args:
+        gates: the gates.
+        theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
+        min_units: how many units of every gate remain at least; one does in any case.
+        round_to: the number of units that remain is a multiple of this, or all of the gate.
+        score: from gate name to a tensor ``[units]``: of the units that are to go, those with the
+            highest score remain where more have to remain; the first ones where it is not given.
+    """
+    alive = {
+        gate.name: theta[gate.name].detach().cpu() != 0
+        if gate.name in theta
+        else torch.ones(gate.size, dtype=torch.bool)
+        for gate in gates
+    }
+    columns_of, rows_of = _columns(gates), _rows(gates)
+    while True:
+        columns, rows = _alive(columns_of, alive), _alive(rows_of, alive)
+        new = {gate.name: alive[gate.name] & _read(gate, columns, rows) for gate in gates}
+        if all(torch.equal(alive[name], new[name]) for name in alive):
+            break
+        alive = new
+    physical = _physical(gates, alive, min_units, round_to, score or {})
+    return {gate.name: Units(alive[gate.name], physical[gate.name]) for gate in gates}
+
+
+def _physical(
+    gates: Sequence[Gate],
+    alive: Mapping[str, Tensor],
+    min_units: int,
+    round_to: int,
+    score: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The least units that have to remain, with those alive, for every layer to have a shape."""
+    physical = {name: units.clone() for name, units in alive.items()}
+    order = {
+        gate.name: score.get(gate.name, -torch.arange(gate.size)).detach().cpu() for gate in gates
+    }
+
+    def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
+        """Let the best `count` of the removed units among some remain."""
+        candidates = torch.nonzero(among & ~physical[gate.name]).flatten()
+        best = order[gate.name][candidates].argsort(descending=True, stable=True)[:count]
+        physical[gate.name][candidates[best]] = True
+        return len(best) > 0
+
+    changed = True
+    while changed:
+        changed = False
+        for gate in gates:
+            count = int(physical[gate.name].sum())
+            least = min(max(count, min_units, 1), gate.size)
+            missing = min(-(-least // round_to) * round_to, gate.size) - count
+            if missing > 0:
+                # Units that are still joined to what remains of the other gates come first.
+                bring_back(gate, readable(gate, gates, physical), missing)
+                missing -= int(physical[gate.name].sum()) - count
+                bring_back(gate, torch.ones(gate.size, dtype=torch.bool), missing)
+                changed = True
+        changed |= _even_groups(gates, physical, bring_back)
+    return physical
+
+
+def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_back: Any) -> bool:
+    """Make the groups of every layer even that keep anything; say whether that took units."""
+    sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
+    for gate in gates:
+        for side, spans in enumerate((gate.writers, gate.readers)):
+            for span in spans:
+                if span.groups > 1:
+                    sides.setdefault(span.layer, ([], []))[side].append((gate, span))
+    changed = False
+    for both in sides.values():
+        counts = [_group_counts(spans, physical) for spans in both]
+        # A side without a gate keeps all of its rows or columns, and with them every group.
+        kept = torch.tensor(True)
+        if all(count is not None for count in counts):
+            kept = (counts[0] > 0) | (counts[1] > 0)
+        for spans, count in zip(both, counts, strict=True):
+            if count is None:
+                continue
+            most = max(1, int(count.max()))
+            for group in torch.nonzero(kept & (count < most)).flatten().tolist():
+                missing = most - int(count[group])
+                for gate, span in spans:
+                    among = torch.zeros(gate.size, dtype=torch.bool)
+                    units = span.units.view(span.groups, -1)[group]
+                    among[units[units >= 0]] = True
+                    changed |= bring_back(gate, among, missing)
+                    missing = most - int(_group_counts(spans, physical)[group])
+                    if missing <= 0:
+                        break
+    return changed
+
+
+def _group_counts(
+    spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]
+) -> Tensor | None:
+    """How many rows, or columns, of every group of a layer remain; None without a gate."""
+    if not spans:
+        return None
+    (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
+    return alive.view(spans[0][1].groups, -1).sum(1)
+
+
+def shrink(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    example_input: Any,
+    units: Mapping[str, Units] | None = None,
+) -> nn.Module:
+    """Make the plain, smaller network that computes what the network masked by theta computes.
+
+    Zeros of theta are removed: the columns of the readers, then the rows of writers that no reader
+    takes any more and their channels in batch norms and depthwise convolutions. The rest of theta
+    is folded into the readers. Where a layer keeps only some features of what flows into it, a
+    `Select` stands before it.
+
+    Args:
+        net: the network; it is not changed.
+        gates: its gates, from `find_gates`.
+        theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
+        example_input: an input of the network, on which the result is called once.
+        units: what remains of every gate, from `surviving_units` of the same theta, if it was
+            asked for more than the least.
+
+    Returns:
+        A copy of the network with smaller layers and no hooks. A layer whose units would all be
+        gone keeps one of them as a column of zeros.
+
+    Raises:
+        ValueError: theta names no gate of `gates`, or has the wrong length.
+        RuntimeError: the smaller network cannot be called on `example_input`.
+    """
+    small = copy.deepcopy(net)
+    shrink_in_place(small, gates, theta, units)
+    with torch.no_grad(), evaluating(small):
+        call(small, example_input)
+    return small
+
+
+def shrink_in_place(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    units: Mapping[str, Units] | None = None,
+) -> None:
+    """As `shrink`, without a copy and without a call."""
+    check_theta(gates, theta)
+    units = surviving_units(gates, theta) if units is None else units
+    with torch.no_grad():
+        for _, weight, factor in factors(net, gates, theta):
+            weight.mul_(factor)
+    cut(net, gates, units)
+
+
+def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a gate some layer could read, bool ``[size]``, by what is alive elsewhere."""
+    others = _columns([other for other in gates if other is not gate])
+    return _read(gate, _alive(others, alive), {})
+
+
+def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
+    """Remove rows and columns in place; the weights of those that remain are not touched."""
+    physical = {name: unit.physical for name, unit in units.items()}
+    rows = _alive(_rows(gates), physical)
+    # Removing rows upstream decides which columns still arrive; of those, some are wanted.
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
+    wanted = _alive(_columns(gates), physical)
+    for layer in {**rows, **wanted}:
+        module = net.get_submodule(layer)
+        columns = wanted.get(layer)
+        resize(module, _index(rows.get(layer)), _index(columns))
+        if columns is None:
+            continue
+        arrives = arriving.get(layer, torch.ones_like(columns))
+        before = _select_before(net, layer)
+        if before is not None:
+            # By numbers, as a mask does not index where nothing is computed.
+            before.index = before.index[torch.nonzero(columns).flatten().to(before.index.device)]
+        elif not torch.equal(arrives, columns):
+            weight = module.get_parameter("weight")
+            select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
+            _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
+    for name, arrives in _alive(_selected(gates), physical).items():
+        select = net.get_submodule(name)
+        select.index = (arrives.cumsum(0) - 1).to(select.index.device)[select.index]
+
+
+def _select_before(net: nn.Module, layer: str) -> Select | None:
+    """The `Select` that an earlier cut has put before a layer."""
+    parent, _, leaf = layer.rpartition(".")
+    select = getattr(net.get_submodule(parent), "select", None)
+    return select if leaf == "layer" and isinstance(select, Select) else None
+
+
+def remaining_gates(
+    small: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]
+) -> list[Gate]:
+    """The gates of a network that `cut` has made smaller, without probing it.
+
+    They keep their names and the order of their units. A layer with a `Select` before it is called
+    by its new name, ``fc1.layer`` for ``fc1``.
+
+    Args:
+        small: the network that remains, from `cut` or `shrink` with these units.
+        gates: the gates of the network that was cut.
+        units: what remained of them, from `surviving_units`.
+    """
+    physical = {name: unit.physical for name, unit in units.items()}
+    rows, columns = _alive(_rows(gates), physical), _alive(_columns(gates), physical)
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
+    selected = _alive(_selected(gates), physical)
+
+    def rest(gate: Gate, span: Span, alive: Mapping[str, Tensor], layer: str = "") -> Span:
+        number = physical[gate.name].cumsum(0) - 1
+        old = span.units[alive[span.layer]]
+        new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
+        layer = layer or _present_name(small, span.layer)
+        # A convolution that has come to one channel a group still has rows and columns.
+        groups = groups_of(small.get_submodule(layer)) if span.groups > 1 else 1
+        return Span(layer, new, groups)
+
+    def carrying(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(span for span in spans if bool((span.units >= 0).any()))
+
+    found = []
+    for gate in gates:
+        # Of a layer that has got a Select, the features that arrive there.
+        fresh = [
+            rest(gate, span, arriving, f"{span.layer}.select")
+            for span in (gate.readers if gate.writers else ())
+            if _present_name(small, span.layer) != span.layer
+        ]
+        found.append(
+            Gate(
+                gate.name,
+                int(physical[gate.name].sum()),
+                readers=carrying(rest(gate, span, columns) for span in gate.readers),
+                writers=carrying(rest(gate, span, rows) for span in gate.writers),
+                channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),
+                selects=carrying([*(rest(gate, s, selected) for s in gate.selects), *fresh]),
+            )
+        )
+    return found
+
+
+def _present_name(small: nn.Module, layer: str) -> str:
+    """What a layer is called where a `Select` may have come before it."""
+    module = small.get_submodule(layer)
+    new = isinstance(module, nn.Sequential) and _select_before(small, f"{layer}.layer") is not None
+    return f"{layer}.layer" if new else layer
+
+
+def _index(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else torch.nonzero(mask).flatten()
+
+
+def _put(net: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(net.get_submodule(parent), name, module)
+
+
+def relative_difference(expected: Any, actual: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value that differs.
+
+    Tensors are compared each on its own scale, so that a large one hides nothing. What is not a
+    finite number, or no number with a point, has to be equal; else the difference is infinite.
+
+    Raises:
+        ValueError: the outputs hold no tensor, or not as many.
+    """
+    pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
+    if not pairs:
+        raise ValueError("there is no tensor in the output to compare")
+    return max(_difference(a.detach(), b.detach()) for a, b in pairs)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.is_floating_point() and not a.is_complex():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    whole = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.zeros(())
+    a, b = a[a != b], b[a != b]
+    if a.numel() == 0:
+        return 0.0
+    if not bool((a.isfinite() & b.isfinite()).all()):
+        return float("inf")
+    difference = (a - b).abs()
+    differs = difference > ROUNDING * whole
+    scale = a[differs].abs().max() if bool(differs.any()) else whole
+    return float(difference.max() / scale)

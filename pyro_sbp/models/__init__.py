@@ -1,0 +1,1 @@
+"""Pyro models and guides of networks with noise."""

@@ -1,0 +1,182 @@
+"""The mean-field truncated log-normal posterior of multiplicative noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from pyro.nn.module import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
+from pyro_sbp.models.gated_model import GatedModel, widest
+from pyro_sbp.models.site_statistics import SiteStatistics
+from pyro_sbp.models.sites import unique_name
+
+__all__ = ["TruncatedLogNormalGuide"]
+
+_PRIORS = (TruncatedLogUniform, TruncatedLogNormal)
+#: How far loc may leave the support of log theta, and the range of log scale: the box in which the
+#: numerics of the truncated normal are proven.
+LOC_MARGIN = 5.0
+LOG_SCALE_RANGE = (-10.0, 5.0)
+
+
+class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
+    """Independent truncated log-normal posteriors (arXiv 1705.07283), one per element.
+
+    The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
+    before the first step and a state dict loads at any time. Every call first puts them back into
+    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5] or up to `max_log_scale`.
+
+    Args:
+        model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
+            or `TruncatedLogNormal` prior with constant bounds (hide other sites with
+            `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
+        example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
+        init_loc: the initial location of log theta.
+        init_log_scale: the initial log scale of log theta.
+        max_log_scale: the largest log scale, at most 5; by default 5, and of a `GatedModel` with a
+            `prior_scale` its log: a posterior wider than its prior is flat, and nothing draws it
+            there.
+
+    Raises:
+        ValueError: the model has a latent site with another prior, or none at all, or
+            `max_log_scale` is out of [-10, 5].
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *example_args: Any,
+        init_loc: float = 0.0,
+        init_log_scale: float = -5.0,
+        max_log_scale: float | None = None,
+    ) -> None:
+        super().__init__(model)
+        low, high = LOG_SCALE_RANGE
+        if max_log_scale is None:
+            max_log_scale = widest(model.prior_scale) if isinstance(model, GatedModel) else high
+        if not low <= max_log_scale <= high:
+            raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
+        self._log_scale_range = low, max_log_scale
+        self._pyro_name = unique_name(type(self).__name__)
+        if isinstance(model, GatedModel):
+            priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
+        else:
+            self._setup_prototype(*example_args)
+            priors = {n: s["fn"] for n, s in self.prototype_trace.iter_stochastic_nodes()}
+        if not priors:
+            raise ValueError("the model has no latent site to infer")
+        self.locs, self.log_scales = PyroModule(), PyroModule()
+        self._bounds: dict[str, tuple[float, float]] = {}
+        self._priors: dict[str, TruncatedLogNormal] = {}  # those that are not log-uniform
+        for name, prior in priors.items():
+            base = _base(prior)
+            if not isinstance(base, _PRIORS):
+                raise ValueError(
+                    f"site {name!r} has the prior {type(base).__name__}; this guide is for "
+                    "TruncatedLogUniform and TruncatedLogNormal sites: hide the others with "
+                    "pyro.poutine.block"
+                )
+            shape = self._full_shape(name, prior)
+            low, high = float(base.log_low.min()), float(base.log_high.max())
+            if low != float(base.log_low.max()) or high != float(base.log_high.min()):
+                raise ValueError(f"site {name!r} has several bounds; this guide takes one pair")
+            self._bounds[name] = low, high
+            if isinstance(base, TruncatedLogNormal):
+                self._priors[name] = base
+            like = base.log_low
+            _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
+            _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
+
+    def _full_shape(self, name: str, prior: Any) -> list[int]:
+        """The shape of a site over all of its plates, subsampled ones at their full size."""
+        shape = list(prior.shape())
+        if self.prototype_trace is not None:
+            for frame in self.prototype_trace.nodes[name]["cond_indep_stack"]:
+                shape[frame.dim - prior.event_dim] = frame.full_size or frame.size
+        return shape
+
+    def _in_the_box(self, name: str) -> tuple[Tensor, Tensor]:
+        """Location and log scale of a site, put back into the box."""
+        get = attrgetter(name)
+        loc, log_scale = get(self.locs), get(self.log_scales)
+        low, high = self._bounds[name]
+        with torch.no_grad():
+            loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
+            log_scale.clamp_(*self._log_scale_range)
+        return loc, log_scale
+
+    def _posterior(self, name: str) -> TruncatedLogNormal:
+        loc, log_scale = self._in_the_box(name)
+        return TruncatedLogNormal(loc, log_scale.exp(), *self._bounds[name])
+
+    def _joint_posteriors(self) -> dict[str, TruncatedLogNormal]:
+        """The posteriors of a `GatedModel`, which draw and compute together."""
+        bounds = set(self._bounds.values())
+        if len(bounds) > 1:
+            return self.posteriors()
+        locs, log_scales = zip(*map(self._in_the_box, self._bounds), strict=True)
+        whole = TruncatedLogNormal(torch.cat(locs), torch.cat(log_scales).exp(), *bounds.pop())
+        return dict(zip(self._bounds, whole.split([len(loc) for loc in locs]), strict=True))
+
+    def posteriors(self) -> dict[str, TruncatedLogNormal]:
+        """The posterior of every site, from site name to a distribution over its elements."""
+        return {name: self._posterior(name) for name in self._bounds}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site from its posterior, with the arguments of the model."""
+        if isinstance(self.model, GatedModel):
+            return self.model.sample_sites(self._joint_posteriors().__getitem__, *args[:1])
+        plates = self._create_plates(*args, **kwargs)
+        values = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                posterior = self._posterior(name).to_event(site["fn"].event_dim)
+                values[name] = pyro.sample(name, posterior)
+        return values
+
+    def kl(self) -> dict[str, Tensor]:
+        """The KL divergence from prior to posterior of every element in nats, by site.
+
+        The prior is the one that the site had when the guide was made.
+        """
+        with torch.no_grad():
+            return {
+                name: torch.distributions.kl_divergence(q, self._prior(name, q))
+                for name, q in self.posteriors().items()
+            }
+
+    def _prior(self, name: str, q: TruncatedLogNormal) -> TruncatedLogUniform | TruncatedLogNormal:
+        if name not in self._priors:
+            return TruncatedLogUniform(q.log_low, q.log_high).expand(q.batch_shape)
+        p = self._priors[name]
+        loc, scale = (x.detach().to(q.loc) for x in (p.loc, p.scale))
+        return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
+
+
+def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
+    """Put a parameter at a dotted name into nested modules, as Pyro's own guides do."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            setattr(module, part, PyroModule())
+        module = getattr(module, part)
+    setattr(module, leaf, PyroParam(value, constraints.real, event_dim))
+
+
+def _base(distribution: Any) -> Any:
+    """The distribution inside `to_event` and `mask`."""
+    while hasattr(distribution, "base_dist") and not isinstance(distribution, _PRIORS):
+        distribution = distribution.base_dist
+    return distribution

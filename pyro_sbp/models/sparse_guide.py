@@ -1,0 +1,51 @@
+"""The mean-field normal posterior of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_sbp.distributions import AdditiveNormal
+from pyro_sbp.models.site_statistics import SiteStatistics
+from pyro_sbp.models.sites import unique_name
+from pyro_sbp.models.sparse_model import SparseModel
+
+__all__ = ["AdditiveNormalGuide"]
+
+
+class AdditiveNormalGuide(SiteStatistics, AutoGuide):
+    """Independent normal posteriors of the weights of a `SparseModel` (arXiv 1701.05369).
+
+    Its parameters are the model's: the weights of the network are the means, and the log variances
+    lie beside them. Every call first raises the variances that are under their range.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: SparseModel) -> None:
+        super().__init__(model)
+        self._pyro_name = unique_name(type(self).__name__)
+
+    def posteriors(self) -> dict[str, AdditiveNormal]:
+        """The posterior of every layer's weight, by the layer's name."""
+        return self._posteriors(self.model.noisy.in_range())
+
+    def _posteriors(self, log_variances: dict[str, Tensor]) -> dict[str, AdditiveNormal]:
+        local = self.model.noise == "local"
+        means = self.model.noisy.means()
+        return {n: AdditiveNormal(w, log_variances[n], local) for n, w in means.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site from its posterior: of local noise, its mean."""
+        log_variances = self.model.noisy.in_range()
+        self.model.hand_on(log_variances)
+        return self.model.sample_sites(self._posteriors(log_variances).__getitem__)
+
+    def kl(self) -> dict[str, Tensor]:
+        """The KL divergence of every weight from the prior in nats, by site."""
+        posteriors = self.posteriors()
+        return {n: kl_divergence(q, self.model.prior(n)).detach() for n, q in posteriors.items()}

@@ -1,0 +1,237 @@
+"""From a posterior to the units to keep."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import (
+    Gate,
+    convert,
+)
+from pyro_sbp.gates.surgery import (
+    Units,
+    cut,
+    readable,
+    surviving_units,
+)
+from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.pruning.macs import count_macs
+
+__all__ = [
+    "Choice",
+    "NothingLeft",
+    "check_settings",
+    "check_threshold",
+    "choose_units",
+    "least_level",
+    "masked_mean",
+]
+
+
+class NothingLeft(ValueError):
+    """A threshold removes every unit of every gate."""
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+
+
+def check_settings(
+    threshold: float | None, macs_ratio: float | None, round_to: int, min_units: int
+) -> None:
+    """Raise ValueError unless these can be settings of `choose_units`."""
+    for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+    if threshold is not None and macs_ratio is not None:
+        raise ValueError("give a threshold or a macs_ratio, not both")
+    if threshold is not None:
+        check_threshold(threshold)
+
+
+def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
+    """E[theta] of units with SNR >= threshold and 0 of the others, by site.
+
+    This is the paper's deterministic test-time network (arXiv 1705.07283, section 4).
+
+    Raises:
+        ValueError: the threshold is negative or not finite.
+    """
+    check_threshold(threshold)
+    snr = guide.snr()
+    return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to keep of every gate.
+
+    Attributes:
+        theta: from gate name to ``[units]``, 0 where a unit is to go.
+        units: what remains of them, by gate.
+        threshold: the signal-to-noise ratio that decided.
+        held: the gates of which no unit reaches it, and which keep the fewest allowed.
+    """
+
+    theta: dict[str, Tensor]
+    units: dict[str, Units]
+    threshold: float
+    held: tuple[str, ...] = ()
+
+
+def choose_units(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    mean: Mapping[str, Tensor],
+    snr: Mapping[str, Tensor],
+    example_input: Any,
+    *,
+    threshold: float | None = None,
+    macs_ratio: float | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
+    dense: nn.Module | None = None,
+) -> Choice:
+    """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
+
+    Args:
+        net: the network.
+        gates: its gates.
+        mean, snr: from gate name to a tensor ``[units]``.
+        example_input: an input of the network, at whose size MACs are counted.
+        threshold: units with SNR >= threshold are kept; 1 if neither this nor a budget is given.
+        macs_ratio: instead of the threshold, keep as much as leaves the network with at least this
+            many times fewer MACs.
+        round_to: every gate keeps a multiple of this many units: of those under the threshold, the
+            best stay. A gate of fewer keeps all.
+        min_units: every gate keeps its best so many units, whatever the threshold. With 0 a gate
+            may lose all, and a residual branch with it all that it adds but a constant; one column
+            of zeros stays for the shape.
+        dense: the network whose MACs a budget counts from, where `net` was cut before.
+
+    Raises:
+        ValueError: a setting is out of range, the threshold removes every unit of every gate, or
+            the budget cannot be met; the message says what can.
+    """
+    check_settings(threshold, macs_ratio, round_to, min_units)
+    threshold = 1.0 if threshold is None else threshold
+    if not gates:
+        raise ValueError("there is no gate to choose units of")
+    snr = {gate.name: snr[gate.name].detach().cpu() for gate in gates}
+    levels = torch.cat([snr[gate.name] for gate in gates]).unique()
+
+    def chosen(level: float) -> Choice:
+        mask = {gate.name: snr[gate.name] >= level for gate in gates}
+        held = held_gates(snr, level) if min_units else ()
+        _bring_back(gates, mask, snr, round_to, min_units)
+        theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
+        units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
+        return Choice(theta, units, level, held)
+
+    if macs_ratio is None:
+        if threshold > float(levels[-1]):
+            raise NothingLeft(
+                f"threshold {threshold:g} removes every unit of every gate; "
+                f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
+            )
+        return chosen(threshold)
+    units_at = lambda level: chosen(level).units  # noqa: E731
+    return chosen(least_level(net, gates, example_input, levels, macs_ratio, units_at, dense))
+
+
+def held_gates(snr: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
+    """The gates of which no unit reaches a signal-to-noise ratio; `snr` is by name, ``[units]``."""
+    return tuple(name for name, values in snr.items() if not (values >= threshold).any())
+
+
+def least_level(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    example_input: Any,
+    levels: Tensor,
+    macs_ratio: float,
+    units_at: Callable[[float], Mapping[str, Units]],
+    dense: nn.Module | None = None,
+) -> float:
+    """The lowest threshold at which a network has so many times fewer MACs.
+
+    Args:
+        net, gates, example_input: the network.
+        levels: the thresholds that make a difference, rising.
+        macs_ratio: how many times fewer.
+        units_at: from a threshold to what remains of the units.
+        dense: the network whose MACs count, where `net` was cut before.
+
+    Raises:
+        ValueError: the ratio is under 1 or not met by the highest threshold.
+    """
+    if not 1 <= macs_ratio < float("inf"):
+        raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
+    ratio = _macs_ratios(net, gates, example_input, dense)
+    most = ratio(units_at(float(levels[-1])))
+    if most < macs_ratio:
+        raise ValueError(
+            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units that are allowed the "
+            f"network has {most:.2f} times fewer MACs"
+        )
+    low, high = 0, len(levels) - 1  # the answer is at most at high
+    while low < high:
+        middle = (low + high) // 2
+        if ratio(units_at(float(levels[middle]))) >= macs_ratio:
+            high = middle
+        else:
+            low = middle + 1
+    return float(levels[high])
+
+
+def _bring_back(
+    gates: Sequence[Gate],
+    mask: dict[str, Tensor],
+    snr: Mapping[str, Tensor],
+    round_to: int,
+    min_units: int,
+) -> None:
+    """Let the best units under the threshold stay, where that many are asked for."""
+    for gate in gates:
+        kept = int(surviving_units(gates, mask)[gate.name].kept.sum())
+        wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)
+        possible = readable(gate, gates, mask) & ~mask[gate.name]
+        if wanted > kept and bool(possible.any()):
+            score = torch.where(possible, snr[gate.name].double(), -torch.inf)
+            best = score.argsort(descending=True, stable=True)[: wanted - kept]
+            mask[gate.name] = mask[gate.name].clone()
+            mask[gate.name][best[possible[best]]] = True
+
+
+def _macs_ratios(
+    net: nn.Module, gates: Sequence[Gate], example_input: Any, whole: nn.Module | None
+) -> Callable[[Mapping[str, Units]], float]:
+    """From what remains of the units to how many times fewer MACs, counted without computing."""
+    device = torch.device("meta")
+    while True:
+        shape = copy.deepcopy(net).to(device, torch.float32)
+        x = convert(example_input, torch.float32, device)
+        try:
+            dense = count_macs(shape, x)
+            if whole is not None:
+                dense = count_macs(copy.deepcopy(whole).to(device, torch.float32), x)
+            break
+        except Exception:  # some networks need numbers to be called
+            if device.type == "cpu":
+                raise
+            device = torch.device("cpu")
+
+    def ratio(units: Mapping[str, Units]) -> float:
+        small = copy.deepcopy(shape)
+        cut(small, gates, units)
+        return dense / count_macs(small, x)
+
+    return ratio

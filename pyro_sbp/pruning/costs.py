@@ -1,0 +1,218 @@
+"""What the units of a network cost, in multiply-accumulates (MACs)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate, Span
+from pyro_sbp.gates.layers import groups_of, num_columns, num_rows
+from pyro_sbp.pruning.macs import costs_by_layer, original_name
+
+__all__ = ["UnitCosts", "keep_probability", "scales_by_cost"]
+
+#: Spans, each with the name of its gate.
+_Spans = Sequence[tuple[str, Span]]
+
+
+def keep_probability(snr: Tensor) -> Tensor:
+    """SNR^2 / (1 + SNR^2): the probability that a unit is there, from its posterior.
+
+    The distribution on two points {0, c}, a unit that is gone or there, with the posterior's
+    E[theta] and Var[theta] has P(c) = E[theta]^2 / E[theta^2]. SNR >= 1 is P >= 1/2.
+
+    Args:
+        snr: the signal-to-noise ratio of every unit, of any shape, in [0, inf].
+    """
+    return 1 / (1 + snr.reciprocal().square())  # the square of a large SNR would overflow
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose rows or columns carry units.
+
+    Attributes:
+        macs: of a row and a column that meet, over all positions.
+        rows, columns: how many it has.
+        groups: rows meet the columns of their group.
+        writes, reads: the spans over its rows, and over its columns.
+    """
+
+    macs: float
+    rows: int
+    columns: int
+    groups: int
+    writes: _Spans
+    reads: _Spans
+
+    def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Expected MACs, a scalar."""
+        rows, columns = _there(self.writes, self.rows, keep), _there(self.reads, self.columns, keep)
+        pairs = self._by_group(rows) @ self._by_group(columns)
+        # A row and a column of one unit are there together: p, where the product above has p^2.
+        for gate, write, read in self._shared():
+            p = keep[gate]
+            rows = _there([x for x in self.writes if x[0] != gate], self.rows, keep)
+            columns = _there([x for x in self.reads if x[0] != gate], self.columns, keep)
+            both = self._by_unit(write, rows, p) * self._by_unit(read, columns, p)
+            pairs = pairs + (both @ (p - p * p)).sum()
+        return self.macs * pairs
+
+    def _shared(self) -> list[tuple[str, Span, Span]]:
+        reads = dict(self.reads)
+        return [(gate, write, reads[gate]) for gate, write in self.writes if gate in reads]
+
+    def _by_group(self, values: Tensor) -> Tensor:
+        return values.view(self.groups, -1).sum(1)
+
+    def _by_unit(self, span: Span, values: Tensor, p: Tensor) -> Tensor:
+        """Sums ``[groups, units]`` over the rows, or columns, of each group and unit."""
+        group = torch.arange(len(values)) // (len(values) // self.groups)
+        carries = span.units >= 0
+        place = (group * len(p) + span.units)[carries]
+        return (
+            p.new_zeros(self.groups * len(p)).index_add(0, place, values[carries]).view(-1, len(p))
+        )
+
+
+def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
+    """With what probability each row or column is there: all of its units have to be."""
+    there = torch.ones(size, dtype=torch.float64)
+    for gate, span in spans:
+        there = there * span.expand(keep[gate])
+    return there
+
+
+class UnitCosts:
+    """What the units of a network cost in MACs, from one call of it.
+
+    A dense layer or convolution costs what each of its rows costs with each column that it meets:
+    in a layer with groups those of its group, in a depthwise convolution its own. What no unit
+    touches costs the same in any case, and so does what is counted outside of the layers, such as
+    the products inside attention, even where a unit is one of its heads.
+
+    Args:
+        net: the network, dense or cut before; it is called once and not changed.
+        gates: its gates, from `find_gates` or `remaining_gates`.
+        example_input: its input; the MACs are those of one call on it.
+    """
+
+    def __init__(self, net: nn.Module, gates: Sequence[Gate], example_input: Any) -> None:
+        self.sizes = {gate.name: gate.size for gate in gates}
+        writes: dict[str, list[tuple[str, Span]]] = {}
+        reads: dict[str, list[tuple[str, Span]]] = {}
+        for gate in gates:
+            for span in (*gate.writers, *gate.channelwise):
+                writes.setdefault(span.layer, []).append((gate.name, span))
+            for span in gate.readers:
+                reads.setdefault(span.layer, []).append((gate.name, span))
+        macs = {
+            name: float(count) for name, (count, _) in costs_by_layer(net, example_input).items()
+        }
+        self._layers = []
+        for name in dict.fromkeys([*writes, *reads]):
+            cost = macs.pop(original_name(net, name), 0.0)
+            if cost:  # not batch norms
+                self._layers.append(
+                    _layer(net.get_submodule(name), cost, writes.get(name, ()), reads.get(name, ()))
+                )
+        self._rest = sum(macs.values())
+
+    def expected(self, keep: Mapping[str, Tensor]) -> float:
+        """Expected MACs of the network where every unit is there with a probability of its own.
+
+        With probabilities 0 and 1 these are the MACs of the network cut to those units: to all
+        that stay physically, `Units.physical`. A cut may leave more than is wanted (one unit of
+        every gate, as many in every group) and may take a unit that nothing reads any more; the
+        expectation is over the units alone.
+
+        Args:
+            keep: from gate name to ``[units]`` in [0, 1]; a gate that is not named keeps its units.
+
+        Raises:
+            ValueError: `keep` names no gate, has a wrong shape, or a value outside of [0, 1].
+        """
+        values = {name: value.detach().cpu().double() for name, value in keep.items()}
+        for name, value in values.items():
+            if name not in self.sizes:
+                raise ValueError(f"keep names {name!r}; the gates are {', '.join(self.sizes)}")
+            if value.shape != (self.sizes[name],):
+                raise ValueError(
+                    f"keep of gate {name!r} has shape {list(value.shape)}; "
+                    f"expected [{self.sizes[name]}]"
+                )
+            if not bool(((value >= 0) & (value <= 1)).all()):
+                raise ValueError(f"keep of gate {name!r} has a value that is no probability")
+        return float(self._expected({**self._all(), **values}))
+
+    def expected_under(self, snr: Mapping[str, Tensor]) -> float:
+        """Expected MACs under a posterior, by `keep_probability`.
+
+        Args:
+            snr: from gate name to the signal-to-noise ratios of its units, ``[units]``.
+        """
+        return self.expected({name: keep_probability(value) for name, value in snr.items()})
+
+    def per_unit(self) -> dict[str, float]:
+        """MACs that the network loses where one unit goes and all others stay, by gate: the mean
+        over its units."""
+        if not self._layers:
+            return dict.fromkeys(self.sizes, 0.0)
+        keep = {name: ones.requires_grad_() for name, ones in self._all().items()}
+        with torch.enable_grad():
+            # The expectation is linear in the probability of every single unit.
+            whole = self._expected(keep)
+            slopes = torch.autograd.grad(whole, list(keep.values()), materialize_grads=True)
+        return {name: float(slope.mean()) for name, slope in zip(keep, slopes, strict=True)}
+
+    def relative(self) -> dict[str, float]:
+        """`per_unit` over its mean over all units of all gates.
+
+        Raises:
+            ValueError: no unit costs any MACs that can be told.
+        """
+        costs = self.per_unit()
+        mean = sum(costs[name] * size for name, size in self.sizes.items())
+        mean /= sum(self.sizes.values())
+        if not mean > 0:
+            raise ValueError("no layer that the units of a gate reach has MACs of its own to weigh")
+        return {name: cost / mean for name, cost in costs.items()}
+
+    def _all(self) -> dict[str, Tensor]:
+        return {name: torch.ones(size, dtype=torch.float64) for name, size in self.sizes.items()}
+
+    def _expected(self, keep: Mapping[str, Tensor]) -> Tensor:
+        whole = torch.tensor(self._rest, dtype=torch.float64)
+        for layer in self._layers:
+            whole = whole + layer.expected(keep)
+        return whole
+
+
+def _layer(module: nn.Module, macs: float, writes: _Spans, reads: _Spans) -> _Layer:
+    rows, columns, groups = num_rows(module), num_columns(module), groups_of(module)
+    return _Layer(macs * groups / (rows * columns), rows, columns, groups, writes, reads)
+
+
+def scales_by_cost(
+    kl_scale: Mapping[str, float], costs: UnitCosts, macs_weight: float
+) -> dict[str, float]:
+    """The weight of the KL of every gate, more where its units cost more.
+
+    The average unit's grows by the factor 1 + `macs_weight`, and none gets less than before.
+
+    Args:
+        kl_scale: the weights before, by gate.
+        costs: of the units of all gates.
+        macs_weight: 0 leaves them as they are.
+
+    Raises:
+        ValueError: as `UnitCosts.relative`.
+    """
+    if not macs_weight:
+        return dict(kl_scale)
+    relative = costs.relative()
+    return {name: scale * (1 + macs_weight * relative[name]) for name, scale in kl_scale.items()}

@@ -1,0 +1,113 @@
+"""Smaller networks that are compared with the masked network they come from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import (
+    Gate,
+    GatedNetwork,
+    call,
+    convert,
+    evaluating,
+    repeatable,
+    tensors_of,
+)
+from pyro_sbp.gates.surgery import (
+    Units,
+    cut,
+    relative_difference,
+    shrink_in_place,
+    surviving_units,
+)
+
+__all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
+
+
+#: The largest relative difference of the pruned from the masked network, in float64.
+TOLERANCE = 1e-10
+
+
+class EquivalenceError(RuntimeError):
+    """A pruned network does not compute what the masked network computes."""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far a pruned network is from the masked one.
+
+    Attributes:
+        max_rel_diff_float64: in float64, relative to the largest output.
+        max_abs_diff: in the network's own precision, absolute.
+    """
+
+    max_rel_diff_float64: float
+    max_abs_diff: float
+
+
+def checked_shrink(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    theta: Mapping[str, Tensor],
+    example_input: Any,
+    units: Mapping[str, Units] | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+) -> tuple[nn.Module, Equivalence]:
+    """Shrink a network and compare the result with the masked network, without using `fold` there.
+
+    The work is done in float64, and the weights that were checked are those handed over.
+
+    Args:
+        net, gates, theta, example_input, units: as for `shrink`.
+        reference: the theta of the masked network, if it is another one: that of no gate where
+            the units that theta removes are not read anyway.
+
+    Returns:
+        The smaller network, and how far it is from the masked one.
+
+    Raises:
+        EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
+    """
+    reference = theta if reference is None else reference
+    # One copy after the other, so that there are never many of them at a time.
+    with torch.no_grad():
+        net_eval = copy.deepcopy(net).eval()
+        with repeatable(torch.get_default_dtype()):
+            masked = _masked(net_eval, gates, reference, copy.deepcopy(example_input))
+        exact = net_eval.double()
+        theta64 = convert(dict(theta), torch.float64)
+        with repeatable(torch.float64):
+            reference64 = convert(dict(reference), torch.float64)
+            masked64 = _masked(exact, gates, reference64, convert(example_input, torch.float64))
+        shrink_in_place(exact, gates, theta64, units)
+        with repeatable(torch.float64):
+            relative = relative_difference(
+                masked64, call(exact, convert(example_input, torch.float64))
+            )
+    state = exact.state_dict()
+    del exact, net_eval
+    small = copy.deepcopy(net)
+    cut(small, gates, surviving_units(gates, theta) if units is None else units)
+    small.load_state_dict(state)
+    del state
+    with torch.no_grad(), evaluating(small), repeatable(torch.get_default_dtype()):
+        pruned = call(small, copy.deepcopy(example_input))
+    pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
+    absolute = max(float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs)
+    if not relative <= TOLERANCE:
+        raise EquivalenceError(
+            f"the pruned network differs from the masked one by {relative:.1e} of the largest "
+            f"output in float64; at most {TOLERANCE:.0e} is allowed"
+        )
+    return small, Equivalence(relative, absolute)
+
+
+def _masked(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], x: Any) -> Any:
+    """The network with its activations multiplied: a row for all examples, so nothing folds."""
+    return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})

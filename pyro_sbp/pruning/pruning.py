@@ -1,0 +1,56 @@
+"""Pruning: from a gated model and its posterior to a smaller network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.models.gated_model import GatedModel
+from pyro_sbp.pruning.choosing import choose_units
+from pyro_sbp.pruning.exactness import checked_shrink
+
+__all__ = ["prune"]
+
+
+def prune(
+    model: GatedModel,
+    guide: TruncatedLogNormalGuide,
+    example_input: Any,
+    threshold: float | None = None,
+    *,
+    macs_ratio: float | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> nn.Module:
+    """Make the smaller network that the posterior asks for: units under the threshold are gone.
+
+    Args:
+        model: the gated network.
+        guide: its posterior.
+        example_input: an input of the network, on which the result is compared with the masked
+            network.
+        threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+
+    Returns:
+        A plain network with E[theta] folded into its weights, in the training mode of the original.
+
+    Raises:
+        ValueError: what `choose_units` refuses.
+        EquivalenceError: the result differs from the masked network by more than 1e-10, relative
+            to the largest output, in float64.
+    """
+    net, gates = model.gated.net, model.gates
+    choice = choose_units(
+        net,
+        gates,
+        guide.mean(),
+        guide.snr(),
+        example_input,
+        threshold=threshold,
+        macs_ratio=macs_ratio,
+        round_to=round_to,
+        min_units=min_units,
+    )
+    return checked_shrink(net, gates, choice.theta, example_input, choice.units)[0]

@@ -1,0 +1,1 @@
+"""What a run found, as values, tables, pictures and a page."""

@@ -1,0 +1,107 @@
+"""All that a report tells of a run, as values, with the reason where something is missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.datasets.sources import check_dataset
+from pyro_sbp.deployment.saving import load
+from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.attention import has_attention, separate_attention
+from pyro_sbp.pruning.macs import costs_by_layer
+from pyro_sbp.reports.posterior import Posterior, describe, read_posterior
+from pyro_sbp.training.again import sweep
+from pyro_sbp.training.runs import Run
+
+__all__ = ["Findings", "costs_of", "find"]
+
+
+@dataclass
+class Findings:
+    """What there is to tell of a run.
+
+    Attributes:
+        run: the run.
+        posterior: what its noise has come to.
+        description: of the posterior, from `describe`.
+        sweep: from `sweep`.
+        costs: from `costs_of`.
+        missing: why one of the above is None, by its name.
+    """
+
+    run: Run
+    posterior: Posterior | None = None
+    description: dict[str, Any] | None = None
+    sweep: list[dict[str, Any]] | None = None
+    costs: dict[str, dict[str, tuple[int, int]]] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Findings:
+    """Find out what there is to tell of a run, without asking anything of a network.
+
+    Args:
+        run: the run, finished or not.
+        data_dir: where its data set lies; by default where it was trained from.
+        thresholds: whether to sweep over thresholds.
+    """
+    found = Findings(run)
+    try:
+        found.posterior = read_posterior(run.directory)
+        found.description = describe(run, found.posterior)
+    except RequestError as error:
+        found.missing["posterior"] = str(error)
+    if run.summary is None:
+        return found
+    try:
+        found.costs = costs_of(run)
+    except RequestError as error:
+        found.missing["costs"] = str(error)
+    if not thresholds:
+        found.missing["sweep"] = "it was left out by --no-sweep"
+        return found
+    try:
+        found.sweep = _sweep(run, data_dir)
+    except RequestError as error:
+        found.missing["sweep"] = str(error)
+    return found
+
+
+def _sweep(run: Run, data_dir: Path | None) -> list[dict[str, Any]]:
+    request = run.request
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("the run was made on a CUDA device, and there is none on this machine")
+    size = find_architecture(request.arch).image_size
+    data_dir = Path(request.data_dir) if data_dir is None else data_dir
+    check_dataset(request.dataset, data_dir, download=False)
+    data = load_dataset(request.dataset, data_dir, size, device=request.device)
+    return sweep(request, data, run.directory)
+
+
+def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
+    """MACs and parameters of every layer, from its name to {`dense`, `pruned`}: (MACs, parameters).
+
+    Raises:
+        RequestError: the run has not finished, its network is damaged or cannot be built here.
+    """
+    if run.network is None:
+        raise RequestError(f"{run.directory} has no pruned network")
+    constructor = find_architecture(run.request.arch).resolve()
+    try:
+        pruned = load(run.directory / "pruned", constructor)
+        dense = constructor(**run.network["kwargs"]).eval()
+        example = torch.rand(1, *run.network["input_shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{run.directory} has no whole pruned network: {error}") from error
+    if has_attention(dense):
+        dense = separate_attention(dense)
+    before, after = costs_by_layer(dense, example), costs_by_layer(pruned, example)
+    names = [*before, *(name for name in after if name not in before)]
+    none = (0, 0)
+    return {n: {"dense": before.get(n, none), "pruned": after.get(n, none)} for n in names}

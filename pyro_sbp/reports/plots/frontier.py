@@ -1,0 +1,150 @@
+"""Test error against times fewer MACs, of runs and of published results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.reports.plots.style import (
+    WIDTH,
+    color_cycle,
+    drawing,
+    minor_ticks,
+    new_figure,
+    plain_ticks,
+    run_of,
+)
+from pyro_sbp.reports.published import published
+from pyro_sbp.training.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+__all__ = ["Point", "draw_frontier", "frontier", "published_points"]
+
+
+#: The points of a frontier: marker, colour of the cycle, filling and size.
+KINDS = {
+    "published": ("s", 1, "full", 6),
+    "pyro-sbp": ("o", 0, "full", 8),
+    "before pruning": ("o", 0, "none", 6),
+    "baselines": ("^", 2, "full", 7),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network of a frontier.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        name: what is written beside it; may be empty.
+        macs_ratio: how many times fewer MACs than the dense network.
+        error: test error in percent.
+        spread: the least and the greatest of the errors that `error` is the median of.
+    """
+
+    kind: str
+    name: str
+    macs_ratio: float
+    error: float
+    spread: tuple[float, float] | None = None
+
+
+def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
+    """Test error against how many times fewer MACs: finished runs, and what papers report.
+
+    A panel for each pair of network and data set.
+
+    Raises:
+        RequestError: no run has finished.
+    """
+    panels: dict[tuple[str, str], list[Point]] = {}
+    for run in map(run_of, sources):
+        if run.summary is None:
+            continue
+        pair = (run.request.arch, run.request.dataset)
+        points = panels.setdefault(pair, published_points(*pair))
+        points.append(Point("pyro-sbp", run.name, run.macs_ratio, run.error))
+        if run.summary["error"]["dense"] is not None:
+            points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
+    if not panels:
+        raise RequestError("no run has finished")
+    titled = {f"{arch} on {dataset}": points for (arch, dataset), points in panels.items()}
+    return draw_frontier(titled, dark=dark)
+
+
+def published_points(arch: str, dataset: str) -> list[Point]:
+    """What papers report of a network, as points of its frontier."""
+    return [
+        Point("published", paper.method, paper.macs_ratio, paper.error)
+        for paper in published(arch, dataset)
+    ]
+
+
+@drawing
+def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Figure:
+    """Test error against times fewer MACs, the latter logarithmic.
+
+    Args:
+        panels: the points of every panel, by its title; at least one point each.
+        columns: how many panels stand side by side.
+    """
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = new_figure(3.9 * rows, rows, columns, width=WIDTH * columns)
+    for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        labels = dict.fromkeys(point.kind for point in points)
+        for point in points:
+            marker, index, fill, size = KINDS[point.kind]
+            style = {
+                "color": color_cycle()[index],
+                "label": point.kind if point.kind in labels else None,
+            }
+            labels.pop(point.kind, None)
+            ax.plot(point.macs_ratio, point.error, marker, fillstyle=fill, markersize=size, **style)
+            if point.spread:
+                ends = [[abs(end - point.error)] for end in point.spread]
+                ax.errorbar(point.macs_ratio, point.error, ends, fmt="none", ecolor=style["color"])
+        ax.set(xscale="log", xlabel="times fewer MACs", ylabel="test error, %", title=title)
+        ax.set_xlim(0.9, max(point.macs_ratio for point in points) * 1.9)
+        ax.margins(y=0.12)
+        _name_points(ax, points)
+        plain_ticks(ax.xaxis)
+        minor_ticks(ax.xaxis)
+        ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
+    return figure
+
+
+def _name_points(ax: Any, points: Sequence[Point]) -> None:
+    """Names beside points, moved up or down where they would lie on another."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    letter, line, marker = 0.0145, 0.045, 0.014  # of the axes, about
+    places = [
+        (
+            math.log(point.macs_ratio / left) / math.log(right / left),
+            (point.error - bottom) / (top - bottom),
+        )
+        for point in points
+    ]
+    taken = [(place - marker, place + marker, height) for place, height in places]
+    named = ((at, point.name) for at, point in zip(places, points, strict=True) if point.name)
+    for (place, height), name in sorted(named):
+        place += 0.02
+        for step in (0, 1, -1, 2, -2, 3, -3, 4, -4):
+            at = height + step * line
+            free = all(
+                abs(at - other) >= line or place > end or place + letter * len(name) < begin
+                for begin, end, other in taken
+            )
+            if free:
+                break
+        taken.append((place, place + letter * len(name), at))
+        ax.text(place, at, name, transform=ax.transAxes, fontsize=7.5, va="center")

@@ -1,0 +1,220 @@
+"""Pictures of a posterior: signal-to-noise ratios, kept pixels, kept filters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_sbp.architectures import ARCHITECTURES
+from pyro_sbp.errors import RequestError
+from pyro_sbp.reports.plots.style import (
+    MOST_FILTERS,
+    MOST_GATES,
+    REMOVED,
+    color_cycle,
+    drawing,
+    minor_ticks,
+    most_shown,
+    new_figure,
+    plain_ticks,
+    run_of,
+)
+from pyro_sbp.training.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from pyro_sbp.reports.posterior import Posterior
+
+__all__ = ["first_filters", "image_shape", "kept_pixels", "snr_histograms"]
+
+
+def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
+    """The posterior of a run, or anything that has signal-to-noise ratios, and the threshold."""
+    if isinstance(source, Run | str | Path):
+        from pyro_sbp.reports.posterior import read_posterior
+
+        run = run_of(source)
+        threshold = run.request.recipe.threshold if threshold is None else threshold
+        source = read_posterior(run.directory)
+    return source, 1.0 if threshold is None else threshold
+
+
+@drawing
+def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
+    """How many units of each gate have which signal-to-noise ratio, both axes logarithmic.
+
+    Args:
+        source: a run, its directory, its posterior, or a guide.
+        threshold: where kept units begin; by default that of the run's recipe, or 1.
+    """
+    source, threshold = _posterior(source, threshold)
+    snr = {name: value.detach().flatten().cpu().double() for name, value in source.snr().items()}
+    names = sorted(snr, key=lambda name: -len(snr[name]))[:MOST_GATES]
+    names = [name for name in snr if name in names]
+    columns = 1 if len(names) <= 8 else 2
+    rows = math.ceil(len(names) / columns)
+    figure, axes = new_figure(0.7 + 1.15 * rows, rows, columns, sharex=True)
+    least = min(float(value.min()) for value in snr.values())
+    most = max(float(value.max()) for value in snr.values())
+    edges = _edges(min(least, 0.9 * threshold), max(most, 1.1 * threshold), threshold)
+    colors = color_cycle()
+    for ax, name in zip(axes.flat, names, strict=False):
+        values = snr[name]
+        kept, removed = values[values >= threshold], values[values < threshold]
+        for color, part in ((REMOVED, removed), (colors[0], kept)):
+            ax.hist(part.numpy(), bins=edges, color=color)
+        ax.axvline(threshold, color=colors[1], linestyle="--")
+        ax.set(xscale="log", yscale="log")
+        ax.set_ylim(0.5, None)
+        words = f"{name}: {len(kept)} of {len(values)}"
+        words += f" at or over {threshold:.3g}" if columns == 1 else ""
+        ax.set_title(words, fontsize=9 if columns == 1 else 8)
+        plain_ticks(ax.xaxis)
+        plain_ticks(ax.yaxis)
+    for ax in list(axes.flat)[len(names) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        minor_ticks(ax.xaxis)
+    left_out = most_shown(len(names), len(snr), "gates")
+    if left_out:
+        figure.suptitle(left_out, fontsize=9)
+    figure.supxlabel("signal-to-noise ratio", fontsize=10)
+    figure.supylabel(getattr(source, "elements", "units"), fontsize=10)
+    return figure
+
+
+def _edges(low: float, high: float, threshold: float, bins: int = 40) -> list[float]:
+    """Edges of equal width on a logarithmic axis, one of which is the threshold."""
+    if threshold <= 0:
+        return [low * (high / low) ** (i / bins) for i in range(bins)] + [high * 1.001]
+    width = math.log(high / low) / bins
+    below = math.ceil(math.log(threshold / low) / width)
+    above = math.floor(math.log(high / threshold) / width) + 1
+    return [threshold * math.exp(i * width) for i in range(-below, above + 1)]
+
+
+def image_shape(run: Run) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images that a run's network takes, where they are known."""
+    if run.network is not None and len(run.network.get("input_shape") or ()) == 3:
+        channels, height, width = run.network["input_shape"]
+        return channels, height, width
+    known = ARCHITECTURES.get(run.request.arch)
+    if known is None or known.image_size is None:
+        return None
+    return (3 if known.dataset == "cifar10" else 1), known.image_size, known.image_size
+
+
+def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
+    """The site that says what the pixels of the image carry, and their signal-to-noise ratios
+    ``[channels, height, width]``: of noise on weights, the best of those that read a pixel."""
+    shape = image_shape(run)
+    if shape is None:
+        return None
+    for name, value in posterior.snr().items():
+        if posterior.elements == "weights" and value.ndim == 2:
+            value = value.amax(0)
+        elif not name.endswith("_input"):
+            continue
+        if value.numel() == math.prod(shape):
+            return name, value.detach().double().cpu().reshape(shape)
+    return None
+
+
+@drawing
+def kept_pixels(source: Run | str | Path) -> Figure:
+    """The signal-to-noise ratio of the pixels of the image, and which pixels are kept.
+
+    Of an image with several channels, the largest ratio of each pixel.
+    """
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.patches import Patch
+
+    run = run_of(source)
+    posterior, threshold = _posterior(run, None)
+    found = pixel_snr(run, posterior)
+    if found is None:
+        raise RequestError(f"{run.directory} has no noise on the pixels of its images")
+    name, snr = found
+    values = snr.amax(0).numpy()
+    figure, axes = new_figure(3.0, 1, 2)
+    left, right = axes[0]
+    shown = left.imshow(values, cmap="cividis", norm=LogNorm())
+    left.set_title(f"SNR of {name}", fontsize=9)
+    bar = figure.colorbar(shown, cax=left.inset_axes((0, -0.12, 1, 0.05)), orientation="horizontal")
+    ticks = [tick for tick in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= values.max()]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.ax.minorticks_off()
+    colors = (REMOVED, color_cycle()[0])
+    right.imshow(values >= threshold, cmap=ListedColormap(colors), vmin=0, vmax=1)
+    kept = int((snr >= threshold).sum())
+    right.set_title(f"{kept} of {snr.numel()} kept", fontsize=9)
+    handles = [
+        Patch(color=color, label=word)
+        for color, word in zip(colors, ("removed", "kept"), strict=True)
+    ]
+    right.legend(handles=handles, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.04),
+                 ncols=2)  # fmt: skip
+    for ax in axes[0]:
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def _rows_left(run: Run, gate: str, size: int, rows: int) -> dict[int, int]:
+    """From the units of a gate to the rows of its writer, which RBP has cut before."""
+    if rows == size:
+        return {unit: unit for unit in range(size)}
+    left = sorted(run.units[gate]["kept"] + run.units[gate]["zeroed"]) if run.units else []
+    if len(left) != rows:
+        raise RequestError(f"which filters of {gate} are left is told when the run has finished")
+    return {unit: row for row, unit in enumerate(left)}
+
+
+@drawing
+def first_filters(source: Run | str | Path) -> Figure:
+    """The filters of the first convolution that are kept, with their signal-to-noise ratios."""
+    import torch
+
+    from pyro_sbp.reports.posterior import read_posterior
+
+    run = run_of(source)
+    posterior, shape = read_posterior(run.directory), image_shape(run)
+    threshold = run.request.recipe.threshold
+    # Of noise on weights, the best of a filter's.
+    snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
+    found = [
+        (name.removesuffix(".weight"), value)
+        for name, value in posterior.weights.items()
+        if value.ndim == 4 and name.endswith(".weight")
+    ]
+    if not found or found[0][0] not in snr or not shape or found[0][1].shape[1] != shape[0]:
+        raise RequestError(f"{run.directory} has no noise on a first convolution")
+    name, weight = found[0]
+    if shape[0] not in (1, 3) or weight.shape[-1] == 1:
+        raise RequestError(f"the filters of {name} are no pictures of one or three channels")
+    row = _rows_left(run, name, len(snr[name]), len(weight))
+    left = torch.tensor(list(row))
+    over = left[snr[name][left] >= threshold]
+    order = over[snr[name][over].argsort(descending=True)][:MOST_FILTERS].tolist()
+    if not order:
+        raise RequestError(f"no filter of {name} reaches the threshold {threshold:g}")
+    columns = min(8, len(order))
+    rows = math.ceil(len(order) / columns)
+    figure, axes = new_figure(0.6 + 0.85 * rows, rows, columns)
+    scale = float(weight[[row[unit] for unit in order]].abs().max())
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, unit in zip(axes.flat, order, strict=False):
+        picture = weight[row[unit]].float()
+        if shape[0] == 1:
+            ax.imshow(picture[0].numpy(), cmap="PuOr", vmin=-scale, vmax=scale)
+        else:
+            ax.imshow((0.5 + 0.5 * picture / scale).clamp(0, 1).permute(1, 2, 0).numpy())
+        ax.set_title(f"{unit}: {float(snr[name][unit]):.3g}", fontsize=8, loc="center")
+    more = f", the best {len(order)}" if len(order) < len(over) else ""
+    figure.suptitle(
+        f"{name}: {len(over)} of {len(snr[name])} filters kept{more}; unit: SNR", fontsize=9
+    )
+    return figure

@@ -1,0 +1,227 @@
+"""The posterior of a run, read from its checkpoint: neither the network nor the data is needed."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.settings import METHODS
+from pyro_sbp.training.checkpoints import read_checkpoint
+from pyro_sbp.training.runs import Run
+
+__all__ = ["Posterior", "describe", "gate_table", "in_words", "read_posterior"]
+
+#: How many units are named on either side of the threshold.
+NEAREST = 3
+QUANTILES = (0, 25, 50, 75, 100)
+#: The phases whose epochs have no noise.
+WITHOUT_NOISE = ("dense", "finetuned")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of a run's noise; `mean`, `snr` and `kl` are those of the guide.
+
+    Attributes:
+        sites: from the name of a gate, of SparseVD a layer, to the distribution over its elements.
+        priors: of every site.
+        weights: the network's state at that time, from parameter name to tensor.
+        epoch: how many epochs with noise have ended.
+        epochs: how many were asked for.
+        left_alone: the layers whose units are not gated, or whose weights have no noise, and why;
+            None where the run does not tell.
+        waiting: the gates that RBP has not come to.
+    """
+
+    sites: dict[str, Any]
+    priors: dict[str, Any]
+    weights: dict[str, Tensor]
+    epoch: int
+    epochs: int
+    left_alone: dict[str, str] | None = None
+    waiting: Sequence[str] = ()
+
+    @property
+    def elements(self) -> str:
+        """What a site has a distribution over: units, or weights."""
+        return "weights" if any(len(q.batch_shape) > 1 for q in self.sites.values()) else "units"
+
+    def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        return {name: function(q) for name, q in self.sites.items()}
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of every element, by site."""
+        return self._statistic(lambda q: q.mean)
+
+    def snr(self) -> dict[str, Tensor]:
+        """The signal-to-noise ratio of every element, by site."""
+        return self._statistic(lambda q: q.snr)
+
+    def kl(self) -> dict[str, Tensor]:
+        """The KL divergence of every element from the prior in nats, by site."""
+        return {
+            name: torch.distributions.kl_divergence(q, self.priors[name])
+            for name, q in self.sites.items()
+        }
+
+
+def read_posterior(directory: Path) -> Posterior:
+    """The posterior that a run has left, or has come to.
+
+    Raises:
+        RequestError: there is no checkpoint, it is damaged, or the run has no posterior yet.
+    """
+    path = directory / "checkpoint.pt"
+    if not path.is_file():
+        raise RequestError(f"{directory} has no posterior yet: there is no checkpoint.pt")
+    saved = read_checkpoint(path)
+    request = saved["request"]
+    read = pkgutil.resolve_name(METHODS[request.method]).read
+    sites: dict[str, Any] = {}
+    priors: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
+    try:
+        # A later phase goes on with what an earlier one left, or has sites of its own.
+        for state in [*saved["finished"], saved["module"]]:
+            found = read(state, request.recipe)
+            if found.posteriors:
+                sites.update(found.posteriors)
+                priors.update(found.priors)
+                weights = found.weights
+        units = saved["lines"][-1]["units"] if saved["lines"] else {}
+        of_gates = sites.keys() <= units.keys()
+        order = units if of_gates else _layers(weights)
+        sites = {name: sites[name] for name in dict.fromkeys([*order, *sites]) if name in sites}
+        ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
+        left_alone = saved.get("left_alone")
+        waiting = [name for name in units if name not in sites] if of_gates else []
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
+    if not sites:
+        raise RequestError(
+            f"{directory} has no posterior yet: it was stopped before there was noise; "
+            f"go on by pyro-sbp train --resume {directory}"
+        )
+    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone, waiting)
+
+
+def _layers(weights: Mapping[str, Tensor]) -> list[str]:
+    """The layers of a network, in its order, which that of a guide's parameters is not."""
+    return [name.removesuffix(".weight") for name in weights]
+
+
+def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
+    """What a posterior says about every gate, as plain values for JSON.
+
+    Args:
+        run: the run; of a finished one, `kept` and `zeroed` are those of the network handed over.
+        posterior: of that run.
+
+    Returns:
+        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
+        `left_alone` (the layers whose units are not gated, or whose weights have no noise, and why;
+        None where an old run does not tell), `waiting` (the gates that RBP has not come to)
+        and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
+        until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
+        elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in
+        nats), `under` and `over` (the elements nearest the threshold: {`unit`, `snr`}; a weight's
+        unit is a list, its place), `held` (no element reaches the threshold)}.
+    """
+    threshold = run.request.recipe.threshold
+    mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()
+    of_units = posterior.elements == "units"
+    done = {}
+    if run.summary is not None and of_units:
+        done = {unit["gate"]: unit for unit in run.summary["units"]}
+    gates = []
+    for name, values in snr.items():
+        over = values >= threshold
+        count = int(over.sum())
+        gates.append(
+            {
+                "gate": name,
+                "total": values.numel(),
+                # The best unit stays where none reaches the threshold.
+                "kept": done[name]["kept"] if name in done else max(count, int(of_units)),
+                "zeroed": done[name]["zeroed"] if name in done else None,
+                "snr": _quantiles(values),
+                "mean": float(mean[name].double().abs().mean()),
+                "kl": float(kl[name].double().sum()),
+                "under": _nearest(values, ~over, descending=True),
+                "over": _nearest(values, over, descending=False),
+                "held": not count,
+            }
+        )
+    left_alone = posterior.left_alone
+    return {
+        "finished": run.summary is not None,
+        "epoch": posterior.epoch,
+        "epochs": posterior.epochs,
+        "threshold": threshold,
+        "elements": posterior.elements,
+        "gates": gates,
+        "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
+        "waiting": list(posterior.waiting),
+    }
+
+
+def in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
+    """The elements nearest a threshold, each with its signal-to-noise ratio."""
+    places = [n["unit"] if isinstance(n["unit"], list) else [n["unit"]] for n in nearest]
+    return (
+        ", ".join(
+            f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
+            for place, n in zip(places, nearest, strict=True)
+        )
+        or "-"
+    )
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Quantiles by percent; torch's own takes no more than 16 million values."""
+    ordered = values.double().flatten().sort().values
+    found = {}
+    for percent in QUANTILES:
+        place = percent / 100 * (len(ordered) - 1)
+        low, share = int(place), place - int(place)
+        high = min(low + 1, len(ordered) - 1)
+        found[str(percent)] = float(ordered[low] + share * (ordered[high] - ordered[low]))
+    return found
+
+
+def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The head and the rows of a table of the gates that `describe` gives."""
+    gates, of_units = description["gates"], description["elements"] == "units"
+    first = "gate" if of_units else "layer"
+    head = [first, "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
+    rows = [
+        (
+            gate["gate"],
+            gate["kept"],
+            gate["total"],
+            "-" if gate["zeroed"] is None else gate["zeroed"],
+            *(f"{value:.3g}" for value in gate["snr"].values()),
+            f"{gate['mean']:.3f}",
+            f"{gate['kl']:.1f}",
+        )
+        for gate in gates
+    ]
+    return [*head, "E[theta]" if of_units else "|mean|", "KL, nats"], rows
+
+
+def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:
+    places = torch.nonzero(which.flatten()).flatten()
+    values = snr.flatten()
+    best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
+    found = []
+    for place in places[best].tolist():
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), snr.shape)]
+        found.append({"unit": unit if len(unit) > 1 else unit[0], "snr": float(values[place])})
+    return found

@@ -1,0 +1,539 @@
+"""A run, or several, on one page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.reports import pages, plots
+from pyro_sbp.reports.findings import Findings, find
+from pyro_sbp.reports.posterior import gate_table, in_words
+from pyro_sbp.reports.published import PUBLISHED
+from pyro_sbp.training.files import write_text, write_whole
+from pyro_sbp.training.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+#: Dots an inch of the PNG files.
+DPI = 150
+#: A spread of latencies over which a row says little.
+NOISY = 0.3
+HELD_OUT_WORDS = (
+    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "measured on the {count:,} training images that were held out, so a threshold may be chosen "
+    "here; the test images then tell its error."
+)
+ZERO_WORDS = (
+    "Single zeros alone make nothing faster: a dense layer multiplies by them. What does is that "
+    "units that no weight reads are removed, which the MACs count."
+)
+SWEEP_WORDS = (
+    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "measured on the test images, as pyro-sbp prune --threshold measures them: all training images "
+    "were trained on, and none were held back. So this is to look at, not to choose by: a "
+    "threshold chosen here needs other images to tell its error."
+)
+
+
+def write_report(
+    runs: Sequence[Run],
+    data_dir: Path | None = None,
+    sweep: bool = True,
+    watch: Callable[[str], None] = lambda words: None,
+) -> Path:
+    """Write `report.html` into the directory of the first run, and its pictures into `report/`.
+
+    Args:
+        runs: one or several, finished or not.
+        data_dir: where the data sets lie; by default where each run was trained from. Nothing is
+            downloaded.
+        sweep: whether to measure finished runs at other thresholds, which takes the longest.
+        watch: told what is being done.
+
+    Returns:
+        The page.
+
+    Raises:
+        RequestError: Matplotlib is missing, or the directory cannot be written.
+    """
+    plots.check_matplotlib()
+    target = runs[0].directory
+    pictures = _Pictures(target / "report")
+    body = []
+    names = [run.name for run in runs]
+    for index, run in enumerate(runs):
+        watch(f"{run.directory}: looking at it")
+        found = find(run, data_dir, sweep)
+        watch(f"{run.directory}: drawing")
+        # Directories may have the same name in different places.
+        number = f"{index}-" if names.count(run.name) > 1 else ""
+        pictures.prefix = f"{number}{run.name}-" if len(runs) > 1 else ""
+        body += _of_run(found, pictures, 2 if len(runs) > 1 else 1)
+    pictures.prefix = ""
+    several = []
+    if len(runs) > 1:
+        several = [pages.heading(1, f"{len(runs)} runs of pyro-sbp"), _overview(runs)]
+    title = f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
+    compared = _frontier(runs, pictures)
+    parts = [*several, *compared, *body] if several else [*body, *compared]
+    try:
+        write_text(target / "report.html", pages.page(f"pyro-sbp: {title}", parts))
+    except OSError as error:
+        raise RequestError(str(error)) from error
+    return target / "report.html"
+
+
+class _Pictures:
+    """Draws pictures for the page, and as PNG files into a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.prefix = directory, ""
+        try:
+            directory.mkdir(exist_ok=True)
+            for old in directory.glob("*.png"):
+                old.unlink()
+        except OSError as error:
+            raise RequestError(f"cannot write {directory}: {error.strerror}") from error
+
+    def __call__(self, name: str, draw: Callable[..., Figure], words: str, *args: Any) -> str:
+        """A picture by a function of `plots`, or a line that says why there is none."""
+        try:
+            light, dark = draw(*args), draw(*args, dark=True)
+        except RequestError as error:
+            return pages.paragraph(f"No picture: {error}.", "soft")
+        png = io.BytesIO()
+        light.savefig(png, dpi=DPI, format="png")
+        write_whole(self.directory / f"{self.prefix}{name}.png", png.getvalue())
+        return pages.picture(plots.svg(light), plots.svg(dark), words)
+
+
+def _of_run(found: Findings, pictures: _Pictures, level: int) -> list[str]:
+    run = found.run
+    request = run.request
+    words = f"{request.arch} on {request.dataset} by {request.method}, seed {request.seed}"
+    parts = [pages.heading(level, f"{run.name}: {words}")]
+    if run.summary is None:
+        parts.append(pages.paragraph(_standing(found), "note"))
+    else:
+        parts += [_headline(run), _result(run.summary)]
+    sections: tuple[tuple[str, Callable[[Findings, _Pictures], list[str]]], ...] = (
+        ("Units", _units),
+        ("Training", _training),
+        ("Other thresholds", _thresholds),
+        ("Layers", _layers),
+        ("Latency", _latency),
+        ("What was asked for", _asked),
+    )
+    for title, section in sections:
+        content = section(found, pictures)
+        if content:
+            parts += [pages.heading(level + 1, title), *content]
+    return parts
+
+
+def _standing(found: Findings) -> str:
+    run = found.run
+    go_on = f"Go on by pyro-sbp train --resume {run.directory}."
+    if not run.metrics:
+        return f"This run has not finished its first epoch. {go_on}"
+    last = run.metrics[-1]
+    return (
+        "This run has not finished: there is no smaller network yet, and what follows is as of its "
+        f"last whole epoch or later. It stands at epoch {last['epoch']} of the phase "
+        f"{last['phase']!r}, with a test error of {_percent(last['error'])}. {go_on}"
+    )
+
+
+def _headline(run: Run) -> str:
+    assert run.summary is not None
+    macs, parameters = run.summary["macs"], run.summary["parameters"]
+    dense = run.summary["error"]["dense"]
+    before = "" if dense is None else f", where the dense network has {_percent(dense)}"
+    return pages.paragraph(
+        f"{macs['ratio']:.2f} times fewer multiply-accumulates and {parameters['ratio']:.2f} times "
+        f"fewer parameters, at a test error of {_percent(run.error)}{before}."
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _result(summary: dict[str, Any]) -> str:
+    error, check = summary["error"], summary["equivalence"]
+    names = {
+        "dense": "dense, without noise",
+        "mean": "all units, noise at its mean",
+        "pruned": "pruned",
+        "finetuned": "fine-tuned",
+    }
+    errors = pages.table(
+        ("network", "test error"),
+        [(words, _percent(error.get(name))) for name, words in names.items()],
+        "Test errors after the last epoch",
+    )
+    sizes = pages.table(
+        ("", "dense", "pruned", "ratio"),
+        [
+            (label, f"{size['dense']:,}", f"{size['pruned']:,}", f"{size['ratio']:.2f}x")
+            for label, size in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
+        ],
+        "Sizes; MACs for one image",
+    )
+    checked = pages.paragraph(
+        "The pruned network differs from the network with the other units masked by "
+        f"{check['max_rel_diff_float64']:.1e} of the largest output in float64, and by "
+        f"{check['max_abs_diff']:.1e} in the network's own precision.",
+        "soft",
+    )
+    return pages.side([errors, sizes]) + _weights(summary) + checked
+
+
+def _weights(summary: dict[str, Any]) -> str:
+    """The single weights that a method kept, where it is one that removes such."""
+    if "weights" not in summary:
+        return ""
+    weights, files = summary["weights"], summary["files"]
+    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
+    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
+    compression = weights["compression"]
+    fewer = "No weight is left" if compression is None else f"{compression:.1f} times fewer weights"
+    return pages.table(("layer", "weights kept", "of"), rows, "Weights by layer") + pages.paragraph(
+        f"{fewer}, as the paper counts them. {ZERO_WORDS} "
+        f"The file of the dense network has {files['dense']:,} bytes, that of the smaller one "
+        f"{files['pruned']:,}, and {files['sparse']:,} with its zeros left out."
+    )
+
+
+def _units(found: Findings, pictures: _Pictures) -> list[str]:
+    if found.description is None or found.posterior is None:
+        return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
+    description, run = found.description, found.run
+    gates, threshold = description["gates"], description["threshold"]
+    elements = description["elements"]
+    head, rows = gate_table(description)
+    near = [(g["gate"], in_words(g["under"]), in_words(g["over"])) for g in gates]
+    words = {
+        "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
+        "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
+        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
+        f"more, a log alpha of {-2 * math.log(threshold or 1):.3g} or less. Quantiles of it, the "
+        "mean of the weights without their sign, and the KL of the layer in nats:",
+    }
+    parts = [
+        pages.paragraph(words[elements]),
+        pages.table(head, rows, f"{elements.capitalize()} by {head[0]}"),
+    ]
+    held = ", ".join(g["gate"] for g in gates if g["held"])
+    if held:
+        kept = ", and the best is kept" if elements == "units" else ""
+        words = f"No {elements[:-1]} reaches the threshold{kept}: {held}."
+        parts.append(pages.paragraph(words, "note"))
+    counts = "; ".join(f"{g['gate']} keeps {g['kept']} of {g['total']}" for g in gates)
+    drawn = [
+        pictures(
+            "snr",
+            plots.snr_histograms,
+            f"Histograms of the signal-to-noise ratio of every {head[0]}, with the threshold "
+            f"{threshold:.3g}. {counts}.",
+            found.posterior,
+            threshold,
+        )
+    ]
+    # Not every network has such gates: no words about those that it lacks.
+    if plots.pixel_snr(run, found.posterior) is not None:
+        drawn.append(
+            pictures(
+                "pixels",
+                plots.kept_pixels,
+                "The image's pixels with their signal-to-noise ratios, and those that are kept.",
+                run,
+            )
+        )
+    if any(value.ndim == 4 for value in found.posterior.weights.values()):
+        drawn.append(
+            pictures(
+                "filters",
+                plots.first_filters,
+                "The filters of the first convolution that are kept, best first.",
+                run,
+            )
+        )
+    parts.append(pages.side(drawn))
+    parts.append(
+        pages.details(
+            f"{elements.capitalize()} nearest the threshold {threshold:.3g}",
+            [
+                pages.table(
+                    (head[0], f"under: {elements[:-1]} (SNR)", "at or over"),
+                    near,
+                    f"Nearest {elements}",
+                )
+            ],
+        )
+    )
+    if description["waiting"]:
+        words = f"No turn yet: {', '.join(description['waiting'])}."
+        parts.append(pages.paragraph(words, "soft"))
+    left = description["left_alone"]
+    if left:
+        rows = list(left.items())
+        parts.append(
+            pages.details(
+                f"Not gated: {len(left)} of the layers",
+                [pages.table(("layer", "why"), rows, "Layers without a gate")],
+            )
+        )
+    return parts
+
+
+def _training(found: Findings, pictures: _Pictures) -> list[str]:
+    lines = found.run.metrics
+    if not lines:
+        return [pages.paragraph("No epoch has ended yet.", "soft")]
+    last = {line["phase"]: line for line in lines}
+    words = "; ".join(
+        f"{name}: {line['epoch']} epochs, at the end loss {line['loss']:.4g}, test error "
+        f"{_percent(line['error'])}, {sum(line['units'].values())} units"
+        for name, line in last.items()
+    )
+    rows = [
+        (
+            name,
+            line["epoch"],
+            f"{line['loss']:.4g}",
+            f"{line['nll']:.4g}",
+            f"{line['kl']:.4g}",
+            _percent(line["error"]),
+            sum(line["units"].values()),
+            f"{sum(one['seconds'] for one in lines if one['phase'] == name):.0f} s",
+        )
+        for name, line in last.items()
+    ]
+    head = ("phase", "epochs", "loss", "NLL", "KL", "test error", "units", "time")
+    parts = [
+        pages.table(head, rows, "Every phase at its end; nats per example, KL without its weights"),
+        pictures(
+            "training",
+            plots.training_curves,
+            f"Loss, NLL, KL, test error and units left over the epochs. {words}.",
+            found.run,
+        ),
+    ]
+    return [pages.side(parts)]
+
+
+def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
+    if found.run.summary is None:
+        return []
+    if found.sweep is None:
+        return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
+    recipe = found.run.request.recipe
+    threshold, kind = recipe.threshold, found.sweep[0]["split"]
+    gates = list(found.sweep[0]["units"])
+    # A network of many gates has its sums alone.
+    shown = gates if len(gates) <= 6 else []
+    rows = [
+        (
+            f"{row['threshold']:.3g}"
+            + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            _percent(row["error"]),
+            f"{row['macs']:,}",
+            f"{row['ratio']:.2f}x",
+            *([f"{row['compression'] or math.inf:.1f}x"] if "compression" in row else []),
+            *([row["units"][gate] for gate in shown] or [sum(row["units"].values())]),
+            ", ".join(row["held"]) or "-",
+        )
+        for row in found.sweep
+    ]
+    head = (
+        "threshold",
+        f"{kind} error",
+        "MACs",
+        "ratio",
+        *(["weights"] if "compression" in found.sweep[0] else []),
+        *(shown or ["units"]),
+        "held at one unit",
+    )
+    words = "; ".join(
+        f"{row['threshold']:.3g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
+        for row in found.sweep
+    )
+    drawn = [
+        pictures(
+            "error-threshold",
+            plots.error_against_threshold,
+            f"{kind.capitalize()} error against the threshold. {words}.",
+            found.sweep,
+            threshold,
+        ),
+        pictures(
+            "error-macs",
+            plots.error_against_macs,
+            f"{kind.capitalize()} error against times fewer MACs, by threshold. {words}.",
+            found.sweep,
+            threshold,
+        ),
+    ]
+    return [
+        pages.paragraph(
+            HELD_OUT_WORDS.format(count=recipe.holdout) if recipe.holdout else SWEEP_WORDS
+        ),
+        pages.table(head, rows, "Thresholds, errors and units kept"),
+        pages.side(drawn),
+    ]
+
+
+def _layers(found: Findings, pictures: _Pictures) -> list[str]:
+    if found.run.summary is None:
+        return []
+    if found.costs is None:
+        return [pages.paragraph(f"Not counted: {found.missing['costs']}.", "soft")]
+    rows = [
+        (
+            name or "elsewhere",
+            *(f"{cost[part][0]:,}" for part in ("dense", "pruned")),
+            *(f"{cost[part][1]:,}" for part in ("dense", "pruned")),
+        )
+        for name, cost in found.costs.items()
+    ]
+    head = ("layer", "MACs, dense", "pruned", "parameters, dense", "pruned")
+    whole = pages.table(head, rows, "MACs of one image, and parameters, by layer")
+    words = "; ".join(
+        f"{name or 'elsewhere'}: {cost['dense'][0]:,} to {cost['pruned'][0]:,} MACs"
+        for name, cost in list(found.costs.items())[:12]
+    )
+    parts = [
+        whole if len(rows) <= 20 else pages.details(f"All {len(rows)} layers", [whole]),
+        pictures(
+            "layers",
+            plots.layer_costs,
+            f"MACs and parameters of every layer before and after. {words}.",
+            found.run,
+            found.costs,
+        ),
+    ]
+    return [pages.side(parts)]
+
+
+def _latency(found: Findings, pictures: _Pictures) -> list[str]:
+    run = found.run
+    if run.summary is None:
+        return []
+    if not run.bench:
+        return [
+            pages.paragraph(f"Not measured: pyro-sbp bench {run.directory} measures it.", "soft")
+        ]
+    # Not a column of one word.
+    several = any(row["runtime"] != "eager" for row in run.bench)
+    rows = [
+        (
+            row["device"],
+            *([row["runtime"]] if several else []),
+            row["threads"],
+            row["batch_size"],
+            f"{row['dense_ms']:.3f}",
+            f"{row['pruned_ms']:.3f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['spread']:.0%}",
+        )
+        for row in run.bench
+    ]
+    runtime = ["runtime"] if several else []
+    head = ("device", *runtime, "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
+    noisy = []
+    if any(row["spread"] > NOISY for row in run.bench):
+        words = f"A spread over {NOISY:.0%}: the machine was busy, measure again."
+        noisy = [pages.paragraph(words, "note")]
+    words = "; ".join(
+        f"{row['device']}, {row['runtime'] + ', ' if several else ''}batch {row['batch_size']}, "
+        f"{row['threads']} threads: {row['speedup']:.2f}x"
+        for row in run.bench
+    )
+    parts = [
+        pages.table(
+            head, rows, "Milliseconds a call, median; spread: half the interquartile range"
+        ),
+        pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
+    ]
+    return [*noisy, pages.side(parts)]
+
+
+def _asked(found: Findings, pictures: _Pictures) -> list[str]:
+    rows = []
+    for key, value in found.run.asked.items():
+        inner = value if isinstance(value, dict) else None
+        rows += (
+            [(f"{key}: {k}", _text(v)) for k, v in inner.items()]
+            if inner
+            else [(key, _text(value))]
+        )
+    return [pages.details("Recipe, seed, versions and machine", [pages.table(("", "value"), rows)])]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        done = run.summary
+        rows.append(
+            (
+                run.name,
+                run.request.arch,
+                run.request.dataset,
+                run.request.recipe.name,
+                run.request.seed,
+                "not finished" if done is None else _percent(run.error),
+                "-" if done is None else f"{done['macs']['ratio']:.2f}x",
+                "-" if done is None else f"{done['parameters']['ratio']:.2f}x",
+            )
+        )
+    head = ("run", "arch", "data set", "recipe", "seed", "test error", "MACs", "parameters")
+    return pages.table(head, rows, "The runs; how many times fewer MACs and parameters")
+
+
+def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
+    finished = [run for run in runs if run.summary is not None]
+    if not finished:
+        return []
+    pairs = {(run.request.arch, run.request.dataset) for run in finished}
+    papers = [paper for paper in PUBLISHED if (paper.arch, paper.dataset) in pairs]
+    if not papers and len(finished) == 1:
+        return []
+    mine = "; ".join(
+        f"{run.name}: {_percent(run.error)} at {run.macs_ratio:.1f} times" for run in finished
+    )
+    theirs = "; ".join(f"{p.method}: {p.error} % at {p.macs_ratio:.1f} times" for p in papers)
+    parts = [
+        pages.heading(2, "Error against MACs"),
+        pages.paragraph(
+            "The runs at their last epoch beside what papers report. Most papers report the best "
+            "test error they saw, so a small difference says little. MACs are counted from the "
+            "published units."
+        ),
+        pictures(
+            "frontier",
+            plots.frontier,
+            f"Test error against times fewer MACs. Runs: {mine}. Published: {theirs or 'none'}.",
+            runs,
+        ),
+    ]
+    if papers:
+        rows = [
+            (p.method, p.arch, f"{p.error:.2f} %", f"{p.macs_ratio:.2f}x", p.units or "-", p.source)
+            for p in papers
+        ]
+        head = ("method", "arch", "test error", "MACs", "units left", "source")
+        parts.append(pages.details("Published results", [pages.table(head, rows, "Published")]))
+    return parts

@@ -1,0 +1,1 @@
+"""Runs: a request in, a run directory out."""

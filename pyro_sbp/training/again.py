@@ -1,0 +1,136 @@
+"""Finished runs pruned again, by other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.datasets.streaming import workers_watched
+from pyro_sbp.errors import RequestError
+from pyro_sbp.methods import Method
+from pyro_sbp.pruning.choosing import NothingLeft
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import THRESHOLDS
+from pyro_sbp.training.devices import launch
+from pyro_sbp.training.job import Job, prepare_job
+from pyro_sbp.training.loop import Loop
+from pyro_sbp.training.summary import write_result
+
+__all__ = ["SWEEP_FACTORS", "prune_again", "sweep"]
+
+
+#: Where a sweep looks, in times of what the method keeps by default, beside the recipe's own
+#: threshold: the same for all runs of a method, to compare them.
+SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
+
+
+@workers_watched()
+def prune_again(
+    request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
+) -> dict[str, Any]:
+    """Prune a finished run once more by other settings, without fine-tuning.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+        target: where the network is saved; it must not exist.
+        settings: what to keep, as for `choose_units`.
+
+    Returns:
+        What `train` would return, of this network.
+
+    Raises:
+        RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
+    """
+    with _replayed(request, data, directory) as (job, loop):
+        try:
+            job.method.prune(**settings)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        loop.recalibrate()
+        loop.measure("pruned", job.method.small)
+        loop.errors["finetuned"] = None
+        loop.validation_errors["finetuned"] = loop.training_errors["finetuned"] = None
+    return write_result(job, loop, target)
+
+
+@workers_watched()
+def sweep(
+    request: Request,
+    data: ImageData,
+    directory: Path,
+    thresholds: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """What a run's network would be at other thresholds, without fine-tuning; nothing is written.
+
+    Errors are of the images that the recipe held out, to choose a threshold by. Without such they
+    are of the test set, and show how much room there is: whoever chooses by them must measure the
+    error of the choice on other images.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+        thresholds: signal-to-noise ratios; those that would remove every unit of every gate are
+            left out. By default `SWEEP_FACTORS` and the recipe's own.
+
+    Returns:
+        By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
+        `parameters`, `units` (kept, by gate), `held` (gates of which the best stay though under
+        it), and of SparseVD `compression` (all weights over those kept)}.
+
+    Raises:
+        RequestError: the run has no whole checkpoint, or a threshold is negative.
+    """
+    if thresholds is None:
+        unit = THRESHOLDS[request.method]
+        thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
+    rows = []
+    with _replayed(request, data, directory) as (job, loop):
+        method = job.method
+        for threshold in sorted(set(thresholds)):
+            try:
+                method.prune(threshold=threshold)
+            except NothingLeft:
+                break
+            except ValueError as error:
+                raise RequestError(str(error)) from error
+            loop.recalibrate()
+            error = loop.error_of(method.small, job.data.validation)  # as it was trained
+            small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
+            macs = count_macs(small, job.example[:1].float())
+            rows.append(
+                {
+                    "threshold": threshold,
+                    "error": error,
+                    "split": "test" if job.data.validation is None else "validation",
+                    "macs": macs,
+                    "ratio": job.macs / macs,
+                    "parameters": count_parameters(small),
+                    "units": {name: int(unit.kept.sum()) for name, unit in method.units.items()},
+                    "held": list(method.held),
+                    **_compression(method),
+                }
+            )
+    return rows
+
+
+def _compression(method: Method) -> dict[str, float]:
+    """All weights over those kept, of a method that keeps single ones."""
+    weights = method.summary().get("weights")
+    return {} if weights is None else {"compression": weights["compression"]}
+
+
+@contextmanager
+def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
+    """A run with its posterior, as the phases left it."""
+    fabric = launch(request.device, precision=request.precision)
+    job = prepare_job(request, data, directory, fabric)
+    loop = Loop(request, job.method, job.data, directory, fabric)
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        loop.replay()
+        yield job, loop

@@ -1,0 +1,125 @@
+"""On how many devices a run computes, and in what precision: Lightning Fabric, set up by a request.
+
+A run on several devices is several processes that do the same in step: each takes its share of
+every batch and draws its own noise, gradients are averaged, and the first one alone writes. Either
+Fabric starts the others by running the same command again, or `torchrun` has started all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+
+from pyro_sbp.errors import Elsewhere, RequestError
+from pyro_sbp.training.processes import num_processes, processes_here
+
+__all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
+
+#: What gloo says where the process at the other end is gone.
+GONE = ("closed by peer", "reset by peer", "Broken pipe")
+
+
+def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
+    """Start what a run computes with; where it takes several processes this waits for all.
+
+    Args:
+        device: "cpu" or "cuda".
+        devices: how many, over all machines; under `torchrun` as many as it started processes.
+        precision: "32-true", "64-true" or "bf16-mixed".
+
+    Raises:
+        RequestError: there are not so many devices, or `torchrun` started another number.
+    """
+    external = num_processes()
+    if external is not None and external != devices:
+        raise RequestError(f"the run is for {devices} devices, and torchrun started {external}")
+    here = devices if external is None else processes_here()
+    if device == "cuda" and torch.cuda.device_count() < here:
+        raise RequestError(f"devices is {here}; this machine has {torch.cuda.device_count()}")
+    # It tells of every process that joins.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
+    if devices > 1:
+        # A network may have parameters that a phase has no use for: always the same ones.
+        strategy = DDPStrategy(static_graph=True)
+    fabric = Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=devices // here,
+        strategy=strategy,
+        precision=precision,
+    )
+    with _ended_by_signals() if devices > 1 else nullcontext():
+        fabric.launch()
+    return fabric
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end the process: it waits for others where Python runs nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of the parameters, and of what a network is given; autocast decides what is mixed."""
+    return torch.float64 if precision == "64-true" else torch.float32
+
+
+_Result = TypeVar("_Result")
+
+
+def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
+    """What a function returns on the first process, while the others wait; None on those.
+
+    Raises:
+        Elsewhere: it failed there, and this is another process.
+    """
+    result, failure = None, None
+    if fabric.is_global_zero:
+        try:
+            result = function()
+        except BaseException as error:  # it is raised below, when the others know
+            failure = error
+    failed = fabric.broadcast(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Elsewhere
+    return result
+
+
+@contextmanager
+def in_step(fabric: Fabric) -> Iterator[None]:
+    """Inside, the end of another process raises `Elsewhere`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if fabric.world_size == 1 or not any(words in str(error) for words in GONE):
+            raise
+        raise Elsewhere from error
+
+
+def gather(fabric: Fabric, value: Any) -> list[Any]:
+    """The value of every process, in their order, on all of them."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values

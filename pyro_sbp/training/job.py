@@ -1,0 +1,149 @@
+"""A request with the network, the data and the method that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pkgutil
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.deployment.benchmarking import device_name
+from pyro_sbp.deployment.saving import load_weights
+from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.gates.attention import has_attention, separate_attention
+from pyro_sbp.gates.folding import call
+from pyro_sbp.methods import Method
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import METHODS
+from pyro_sbp.training.devices import dtype_of
+
+__all__ = ["build_network", "machine", "prepare_data", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("pyro-sbp", "torchvision", "pyro-ppl")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: version(name) for name in names},
+    }
+
+
+def machine(device: torch.device) -> str:
+    """The machine that a result depends on: its processor or graphics card, cores and threads."""
+    return f"{device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:
+    """The data as the request's recipe wants it, on a device.
+
+    Raises:
+        RequestError: the recipe crops more than the images have, or holds out too many.
+    """
+    recipe = request.recipe
+    if recipe.crop >= min(data.image_shape[1:]):
+        height, width = data.image_shape[1:]
+        raise RequestError(
+            f"crop is {recipe.crop}; expected less than the images' {height} x {width}"
+        )
+    data = data.to(device)
+    if recipe.random_labels:
+        data = data.with_random_labels(request.seed)
+    if recipe.holdout:
+        data = data.held_out(recipe.holdout)
+    return data.standardized() if recipe.standardize else data
+
+
+def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
+    """The untrained network of a request, drawn by its seed, and its constructor's arguments.
+
+    Raises:
+        RequestError: it cannot be built, or does not take the data's images.
+    """
+    torch.manual_seed(request.seed)
+    architecture = find_architecture(request.arch)
+    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+    example, _ = data.test.batch(slice(0, 8))
+    return _build(architecture.resolve(), kwargs, example, len(data.classes)), kwargs
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request with all that it needs; the sizes are those of the dense network."""
+
+    request: Request
+    data: ImageData
+    example: Tensor
+    kwargs: dict[str, Any]
+    method: Method
+    macs: int
+    parameters: int
+
+
+def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> Job:
+    """Build the network and the method that are asked for; nothing is written."""
+    data = prepare_data(request, data, fabric.device)
+    dense, kwargs = build_network(request, data)
+    example, _ = data.test.batch(slice(0, 8))
+    # A checkpoint has taken over what it was started from.
+    if request.weights is not None and not (directory / "checkpoint.pt").exists():
+        load_weights(dense, Path(request.weights))
+    if has_attention(dense):
+        dense = separate_attention(dense)
+    dtype = dtype_of(request.precision)
+    dense, example = dense.to(dtype), example.to(dtype)
+    if request.channels_last:
+        dense = dense.to(memory_format=torch.channels_last)
+    try:
+        method = pkgutil.resolve_name(METHODS[request.method])(
+            dense.to(fabric.device),
+            example,
+            request.recipe,
+            len(data.train),
+            find_architecture(request.arch).input_features,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
+    return Job(request, data, example, kwargs, method, macs, parameters)
+
+
+def _build(
+    constructor: Callable[..., nn.Module], kwargs: Any, example: Tensor, classes: int
+) -> nn.Module:
+    try:
+        net = constructor(**kwargs)
+    except Exception as error:  # a network's own code may raise anything
+        given = ", ".join(kwargs) or "no arguments"
+        raise RequestError(
+            f"the network cannot be built from {given}: {first_line(error)}"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise RequestError(f"--arch builds a {type(net).__name__}; expected a torch.nn.Module")
+    try:
+        with torch.no_grad():
+            output = call(net.eval(), example.cpu())
+    except Exception as error:  # a network's own code may raise anything
+        raise RequestError(
+            f"the network does not take images of {list(example.shape[1:])}: {first_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
+        found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise RequestError(
+            f"the network does not give logits [batch, {classes}], a column for each class: it "
+            f"gives {found} for {len(example)} images; an argument num_classes of its constructor "
+            "gets their number"
+        )
+    return net

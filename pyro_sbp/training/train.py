@@ -1,0 +1,97 @@
+"""A training run: a request in, a run directory out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from lightning_fabric import Fabric
+
+from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.datasets.streaming import workers_watched
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.devices import in_step, launch, on_first
+from pyro_sbp.training.files import lock, write_json
+from pyro_sbp.training.job import Job, machine, prepare_job, versions
+from pyro_sbp.training.loop import Loop, Progress
+from pyro_sbp.training.summary import write_result
+
+__all__ = ["train"]
+
+
+@workers_watched()
+def train(
+    request: Request,
+    data: ImageData,
+    directory: Path,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
+    fabric: Fabric | None = None,
+) -> dict[str, Any]:
+    """Train, prune and fine-tune a network as requested, and write a run directory.
+
+    A directory that holds the checkpoint of the same request goes on from there, to the same end.
+
+    Args:
+        request: what to do.
+        data: what to do it on, as `load_dataset` gives it for the architecture.
+        directory: the run directory; it is made where it is missing.
+        watch: told of the progress.
+        stop: asked after every step whether to leave a checkpoint and stop.
+        fabric: what to compute with, from `launch`; it is launched here if not given.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        RequestError: the architecture cannot be built or does not take the data's images, the
+            recipe names a gate that the network does not have, or the directory cannot be written.
+        EquivalenceError: the pruned network does not compute what the masked one computes.
+        FloatingPointError: the loss or a parameter is not finite any more; the checkpoint is the
+            last one that was good.
+        WorkerDied: a process that reads images was killed; the checkpoint is the last one.
+        Interrupted: it was asked to stop.
+    """
+    fabric = fabric or launch(request.device, request.devices, request.precision)
+    job = prepare_job(request, data, directory, fabric)
+    with in_step(fabric), ExitStack() as stack:
+        on_first(fabric, lambda: stack.enter_context(_begun(directory, request)))
+        if not fabric.is_global_zero:
+            # The first process goes on with the random numbers of the construction.
+            torch.manual_seed(request.seed + fabric.global_rank)
+        loop = Loop(request, job.method, job.data, directory, fabric, watch, stop)
+        # Pyro's store of parameters, shared by the process, is left as it was. Validation would
+        # refuse a loss that is not finite in its own words, and costs a sixth of a step.
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            loop.go()
+        return fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+
+
+def _finish(job: Job, loop: Loop, directory: Path) -> dict[str, Any]:
+    # Left by a run that was stopped between this and its summary.
+    shutil.rmtree(directory / "pruned", ignore_errors=True)
+    summary = write_result(job, loop, directory / "pruned")
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+@contextmanager
+def _begun(directory: Path, request: Request) -> Iterator[None]:
+    """Make the run directory, or find it, and keep it for this process."""
+    named = {"versions": versions(), "machine": machine(torch.device(request.device))}
+    asked = {**request.to_dict(), **named}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"cannot write {directory}: {error.strerror}") from error
+    with lock(directory):
+        # A run that left no checkpoint left nothing to go on with.
+        if not (directory / "checkpoint.pt").exists():
+            write_json(directory / "recipe.json", asked)
+        yield

@@ -1,0 +1,94 @@
+"""export: programs that compute what the network computes, on any batch size."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_sbp import networks
+from pyro_sbp.deployment.exporting import FORMATS, ExportError, export
+from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.surgery import shrink
+
+
+def pruned(make, *shape, features=()):
+    torch.manual_seed(0)
+    net = make().eval()
+    x = torch.rand(2, *shape)
+    gates = find_gates(net, x, features)
+    theta = {gate.name: torch.rand(gate.size) * (torch.rand(gate.size) > 0.4) for gate in gates}
+    return shrink(net, gates, theta, x)
+
+
+def mobilenet_v2():
+    from torchvision.models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=10, width_mult=0.25)
+
+
+def resnet18():
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("make", "shape", "features"),
+    [
+        (networks.LeNet5, (1, 28, 28), ["fc1"]),
+        (networks.VGGLike, (3, 32, 32), ()),
+        (resnet18, (3, 32, 32), ()),
+        (mobilenet_v2, (3, 32, 32), ()),
+    ],
+    ids=["lenet5", "vgg-like", "resnet18", "mobilenet_v2"],
+)
+def test_the_program_agrees_with_the_network(make, shape, features, format, tmp_path):
+    net = pruned(make, *shape, features=features)
+    path = tmp_path / f"net.{format}"
+    assert export(net, path, shape, format) <= 1e-5
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_pt2_file_needs_torch_only(tmp_path):
+    net = pruned(networks.LeNet5, 1, 28, 28, features=["fc1"])
+    export(net, tmp_path / "net.pt2", (1, 28, 28), "pt2")
+    x = torch.rand(3, 1, 28, 28)
+    torch.save((x, net(x).detach()), tmp_path / "io.pt")
+    program = (
+        "import sys; sys.modules['pyro'] = sys.modules['pyro_sbp'] = None\n"
+        "import torch\n"
+        "x, y = torch.load('io.pt')\n"
+        "assert torch.allclose(torch.export.load('net.pt2').module()(x), y, atol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+def test_wrong_requests_write_nothing(tmp_path):
+    net = nn.Linear(3, 2)
+    with pytest.raises(RequestError, match="unknown format 'tflite'; expected onnx or pt2"):
+        export(net, tmp_path / "a", (3,), "tflite")
+    for target in (tmp_path / "no" / "where.pt2", tmp_path):
+        with pytest.raises(RequestError, match="cannot write"):
+            export(net, target, (3,), "pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+class Untraceable(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_a_program_that_differs_is_not_left_behind(tmp_path):
+    for net, words in ((Noisy(), "differs from the network by"), (Untraceable(), "cannot trace")):
+        with pytest.raises(ExportError, match=words):
+            export(net, tmp_path / "net.pt2", (3,), "pt2")
+        assert list(tmp_path.iterdir()) == []

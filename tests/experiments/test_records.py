@@ -1,0 +1,90 @@
+"""Records of runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.record import main, record
+from pyro_sbp.experiments.rows import read_records
+from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.request import Request
+
+
+def run_directory(path, seed, error, recipe=None, method="rbp", dataset="mnist"):
+    """What a run leaves, made up."""
+    recipe = recipe or default_recipe("lenet-500-300", "mnist", method)
+    request = Request("lenet-500-300", dataset, method, recipe, seed=seed)
+    path.mkdir()
+    asked = {**request.to_dict(), "versions": {}, "machine": "a machine"}
+    (path / "recipe.json").write_text(json.dumps(asked))
+    named = {"arch": request.arch, "dataset": request.dataset, "method": method, "seed": seed}
+    summary = {**named, "macs": {"ratio": 10.0 + seed}, "train_seconds": 120.0}
+    (path / "summary.json").write_text(json.dumps(summary))
+    phases = [("dense", 7, 3), ("gate a", 5, 6), ("gate a", error, 4), ("gate b", 4, 2)]
+    lines = [
+        {"phase": name, "error": value, "seconds": seconds, "units": {"a": 9 - index, "b": 8}}
+        for index, (name, value, seconds) in enumerate(phases)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path):
+    found = record(run_directory(tmp_path / "run", 3, 4.5))
+    assert found["command"] == (
+        "pyro-sbp train --arch lenet-500-300 --dataset mnist --method rbp "
+        "--recipe rbp-lenet-dense --seed 3"
+    )
+    assert found["recipe"] == "rbp-lenet-dense"
+    assert [phase["phase"] for phase in found["phases"]] == ["dense", "gate a", "gate b"]
+    assert found["phases"][1] == {
+        "phase": "gate a", "epochs": 2, "error": 4.5, "units": {"a": 7, "b": 8},
+        "seconds_per_epoch": 5,
+    }  # fmt: skip
+    other = RECIPES["rbp-lenet-dense-reversed"]
+    found = record(run_directory(tmp_path / "other", 0, 4.5, other))
+    assert "--method rbp --recipe rbp-lenet-dense-reversed --seed 0" in found["command"]
+    found = record(run_directory(tmp_path / "sbp", 0, 4.5, method="sbp"))
+    assert found["command"].endswith("--dataset mnist --recipe lenet-dense --seed 0")
+    found = record(
+        run_directory(tmp_path / "folder", 0, 4.5, other, dataset="folder:/there/images")
+    )
+    assert found["dataset"] == "folder:images" and "--dataset folder:images " in found["command"]
+    with pytest.raises(ValueError, match="used a recipe that is not in"):
+        record(run_directory(tmp_path / "mine", 0, 4.5, replace(other, epochs=3)))
+
+
+def test_a_record_of_a_recipe_that_has_changed_is_refused(tmp_path):
+    found = record(run_directory(tmp_path / "run", 0, 4.5))
+    found |= {"error": {"dense": 5.0, "finetuned": 4.5}, "units": []}
+    records = tmp_path / "results"
+    records.mkdir()
+    (records / "a.json").write_text(json.dumps(found))
+    assert [one.recipe for one in read_records(records)] == ["rbp-lenet-dense"]
+    found["settings"]["kl_scale"] = 1.5
+    (records / "a.json").write_text(json.dumps(found))
+    with pytest.raises(RequestError, match="made by a recipe 'rbp-lenet-dense' of other settings"):
+        read_records(records)
+
+
+def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_sbp.experiments.record.RESULTS", tmp_path / "results")
+    run = run_directory(tmp_path / "run", 0, 4.5)
+    main([str(run)])
+    main([str(run)])
+    (file,) = (tmp_path / "results").iterdir()
+    before = file.read_text()
+    asked = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**asked, "precision": "bf16-mixed"}))
+    with pytest.raises(SystemExit, match="is of another command"):
+        main([str(run)])
+    assert file.read_text() == before
+    (run / "recipe.json").write_text(json.dumps({**asked, "device": "cuda", "devices": 2}))
+    assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
+    (run / "recipe.json").write_text(json.dumps({**asked, "weights": "w.pt"}))
+    with pytest.raises(SystemExit, match="began with w"):
+        main([str(run)])
+    with pytest.raises(SystemExit, match="none is no finished run: "):
+        main([str(tmp_path / "none")])

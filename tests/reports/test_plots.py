@@ -1,0 +1,234 @@
+"""plots: figures that show the numbers of a run, whichever page they stand on."""
+
+import json
+import math
+
+import matplotlib
+import pytest
+import torch
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.reports import plots
+from pyro_sbp.reports.plots import style
+from pyro_sbp.training.checkpoints import CONTENT
+from pyro_sbp.training.runs import Run
+
+# log theta at -0.1 within 1 %: a ratio of 100; and spread over its whole range: of 1/3.
+KEPT, REMOVED = (-0.1, -4.6), (-10.0, 4.9)
+PIXELS = range(300, 400)
+PHASES = ("dense", "dense", "gated", "gated")
+
+
+def noise(size, kept):
+    values = torch.tensor([KEPT if unit in kept else REMOVED for unit in range(size)])
+    return values[:, 0], values[:, 1]
+
+
+def write_run(directory, arch, gates, weights):
+    """A run that was stopped with noise; `gates` has the size and the kept units of each."""
+    request = Request(arch, "mnist", "sbp", Recipe(epochs=3))
+    directory.mkdir()
+    (directory / "recipe.json").write_text(json.dumps(request.to_dict()))
+    lines = [
+        {
+            "phase": phase,
+            "epoch": 1 + i % 2,
+            "loss": 1.0 / (i + 1),
+            "nll": 0.5 / (i + 1),
+            "kl": 0.0 if phase == "dense" else 0.1,
+            "weighted_kl": 0.0 if phase == "dense" else 0.5 / (i + 1),
+            "error": 5.0 - i,
+            "units": {name: size // (i + 1) for name, (size, _) in gates.items()},
+            "seconds": 1.0,
+        }
+        for i, phase in enumerate(PHASES)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / "metrics.jsonl").write_text(text)
+    module = {f"0.{name}": value for name, value in weights.items()}
+    for name, (size, kept) in gates.items():
+        loc, log_scale = noise(size, kept)
+        module[f"1.locs.{name}_unconstrained"] = loc
+        module[f"1.log_scales.{name}_unconstrained"] = log_scale
+    saved = {
+        "request": json.dumps(request.to_dict()),
+        "finished": [weights],
+        "module": module,
+        "place": {"epoch": 2},
+        "lines": lines,
+    }
+    rest = dict.fromkeys(CONTENT - saved.keys())
+    torch.save({**saved, **rest}, directory / "checkpoint.pt")
+    return directory
+
+
+@pytest.fixture
+def dense_run(tmp_path):
+    gates = {"fc1_input": (784, PIXELS), "fc1": (500, range(7))}
+    return write_run(tmp_path / "dense", "lenet-500-300", gates, {"fc1.weight": torch.ones(2, 2)})
+
+
+@pytest.fixture
+def convolutional_run(tmp_path):
+    gates = {"conv1": (20, (3, 11)), "conv2": (50, (1,))}
+    weights = {"conv1.weight": torch.linspace(-1, 1, 500).reshape(20, 1, 5, 5)}
+    return write_run(tmp_path / "convolutional", "lenet5", gates, weights)
+
+
+class Fixed:
+    """Anything with ratios, such as a guide."""
+
+    def snr(self):
+        return {"a": torch.tensor([0.3, 0.5, 0.999, 1.0, 7.0]), "b": torch.tensor([0.4, 0.6])}
+
+
+def counts(ax, color):
+    wanted = matplotlib.colors.to_rgba(color)
+    return sum(bar.get_height() for bar in ax.patches if bar.get_facecolor() == wanted)
+
+
+def test_the_histogram_parts_the_units_at_the_threshold():
+    figure = plots.snr_histograms(Fixed())
+    for ax, under, over in zip(figure.axes, (3, 2), (2, 0), strict=True):
+        assert counts(ax, style.REMOVED) == under and counts(ax, style.LIGHT_CYCLE[0]) == over
+        assert ax.get_xscale() == "log"
+        (line,) = ax.lines
+        assert set(line.get_xdata()) == {1.0}
+        for bar in ax.patches:  # no bar lies across it
+            assert bar.get_x() >= 1 - 1e-9 or bar.get_x() + bar.get_width() <= 1 + 1e-9
+    ax = plots.snr_histograms(Fixed(), threshold=0.55).axes[1]
+    assert counts(ax, style.REMOVED) == counts(ax, style.LIGHT_CYCLE[0]) == 1
+
+
+def test_the_histogram_of_a_run_counts_its_units(dense_run):
+    figure = plots.snr_histograms(dense_run)
+    assert [counts(ax, style.LIGHT_CYCLE[0]) for ax in figure.axes] == [len(PIXELS), 7]
+    assert [counts(ax, style.REMOVED) for ax in figure.axes] == [784 - len(PIXELS), 493]
+
+
+def test_the_curves_are_those_of_the_metrics(dense_run):
+    loss, error, units = plots.training_curves(dense_run).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in loss.lines}
+    assert lines["loss"] == [1, 1 / 2, 1 / 3, 1 / 4]
+    # There is no noise in the dense phase, and no zero on a logarithmic axis.
+    assert all(map(math.isnan, lines["KL, as the loss weighs it"][:2]))
+    assert lines["KL, as the loss weighs it"][2:] == lines["NLL"][2:]
+    assert list(error.lines[0].get_ydata()) == [5, 4, 3, 2]
+    shares = {line.get_label(): list(line.get_ydata()) for line in units.lines}
+    assert shares["fc1"] == pytest.approx([100, 50, 100 * 166 / 500, 25])
+
+
+def test_a_run_without_an_epoch_is_refused(dense_run):
+    (dense_run / "metrics.jsonl").unlink()
+    with pytest.raises(RequestError, match=r"no epoch in metrics\.jsonl yet"):
+        plots.training_curves(dense_run)
+
+
+def test_the_sweep_marks_the_recipe_s_threshold():
+    rows = [
+        {"threshold": t, "error": e, "ratio": r, "split": "test"}
+        for t, e, r in ((0.0, 1.0, 1.0), (1.0, 1.2, 9.0), (2.0, 30.0, 40.0))
+    ]
+    (ax,) = plots.error_against_threshold(rows, 1.0).axes
+    assert list(ax.lines[0].get_xdata()) == [1, 2]  # zero has no place there
+    assert list(ax.lines[1].get_xdata()) == [1] and list(ax.lines[1].get_ydata()) == [1.2]
+    (ax,) = plots.error_against_macs(rows, 1.0).axes
+    assert list(ax.lines[0].get_xdata()) == [1, 9, 40]
+    assert list(ax.lines[0].get_ydata()) == [1.0, 1.2, 30.0]
+
+
+def test_layers_and_latencies_are_bars(dense_run):
+    costs = {
+        "fc1": {"dense": (400, 410), "pruned": (40, 44)},
+        "": {"dense": (9, 0), "pruned": (0, 0)},
+        "bn": {"dense": (0, 8), "pruned": (0, 4)},
+    }
+    macs, parameters = plots.layer_costs(dense_run, costs).axes
+    assert [bar.get_width() for bar in macs.patches] == [400, 9, 40, 0]
+    assert [bar.get_width() for bar in parameters.patches] == [410, 0, 44, 0]
+    assert [label.get_text() for label in macs.get_yticklabels()] == ["fc1", "elsewhere"]
+    with pytest.raises(RequestError, match=r"has no bench\.json; make it by pyro-sbp bench"):
+        plots.latency(dense_run)
+    row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0, "pruned_ms": 2.0}
+    (dense_run / "bench.json").write_text(json.dumps([row]))
+    (ax,) = plots.latency(dense_run).axes
+    assert [bar.get_width() for bar in ax.patches] == [4, 2]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["CPU, batch 8,\n1 thread"]
+    # A row of an older file names no runtime.
+    rows = [row, {**row, "runtime": "onnxruntime", "dense_ms": 1.0}]
+    (dense_run / "bench.json").write_text(json.dumps(rows))
+    (ax,) = plots.latency(dense_run).axes
+    labels = [label.get_text().split("\n")[-1] for label in ax.get_yticklabels()]
+    assert labels == ["eager", "onnxruntime"]
+    assert [bar.get_width() for bar in ax.patches] == [4, 1, 2, 2]
+
+
+def test_the_pixels_that_are_kept_lie_where_they_are(dense_run, convolutional_run):
+    figure = plots.kept_pixels(dense_run)
+    shown = figure.axes[1].images[0].get_array()
+    assert shown.shape == (28, 28)
+    assert shown.flatten().nonzero()[0].tolist() == list(PIXELS)
+    with pytest.raises(RequestError, match="no noise on the pixels"):
+        plots.kept_pixels(convolutional_run)
+
+
+def test_the_filters_that_are_kept_are_shown(dense_run, convolutional_run):
+    figure = plots.first_filters(convolutional_run)
+    whole = torch.linspace(-1, 1, 500).reshape(20, 5, 5)
+    shown = [torch.from_numpy(ax.images[0].get_array().data) for ax in figure.axes]
+    assert len(shown) == 2
+    assert torch.equal(shown[0], whole[3]) and torch.equal(shown[1], whole[11])
+    with pytest.raises(RequestError, match="no noise on a first convolution"):
+        plots.first_filters(dense_run)
+
+
+def test_the_frontier_has_the_finished_runs_and_the_papers(dense_run, tmp_path):
+    with pytest.raises(RequestError, match="no run has finished"):
+        plots.frontier([dense_run])
+    summary = {
+        "error": {"dense": 1.4, "mean": 1.5, "pruned": 1.6, "finetuned": 1.3},
+        "macs": {"ratio": 12.5},
+        "units": [],
+    }
+    (dense_run / "summary.json").write_text(json.dumps(summary))
+    (ax,) = plots.frontier([dense_run, Run.read(dense_run)]).axes
+    points = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in ax.lines}
+    assert {(12.5, 1.3), (1.0, 1.4), (11.23, 1.55)} <= points
+    assert {text.get_text() for text in ax.texts} >= {"dense", "SBP", "BB dropout"}
+
+
+def luminance(color):
+    """Relative luminance by WCAG 2."""
+    parts = [
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+        for v in matplotlib.colors.to_rgb(color)
+    ]
+    return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_figure_can_be_read_on_its_page(dark, dense_run):
+    page, ink = style.DARK_PAGE if dark else style.LIGHT_PAGE
+    cycle = style.DARK_CYCLE if dark else style.LIGHT_CYCLE
+    assert contrast(page, ink) >= 7  # WCAG: text; graphics want 3
+    assert all(contrast(page, color) >= 3 for color in (*cycle[:3], style.REMOVED))
+    before = dict(matplotlib.rcParams)
+    figure = plots.training_curves(dense_run, dark=dark)
+    assert dict(matplotlib.rcParams) == before
+    assert figure.get_facecolor() == matplotlib.colors.to_rgba(page)
+    assert figure.axes[0].yaxis.label.get_color() == ink
+    used = [line.get_color() for line in figure.axes[2].lines[:2]]
+    assert used == list(cycle[:2])
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"pip install 'pyro-sbp\[report\]'"):
+        plots.snr_histograms(Fixed())
