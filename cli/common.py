@@ -11,6 +11,7 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.runs import read_request
+from pyro_sbp.training.summary import Summary
 
 __all__ = [
     "check_device",
@@ -128,66 +129,44 @@ def little_removed(steps: int) -> str:
     return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
 
 
-def times_fewer(weights: dict[str, Any]) -> str:
-    """How many weights are left, in words."""
-    compression = weights["compression"]
-    return "no weight is left" if compression is None else f"{compression:.1f} times fewer weights"
-
-
-def _weights(summary: dict[str, Any]) -> str:
-    """The single weights that are left, of a method that removes such."""
-    weights, files = summary["weights"], summary["files"]
-    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
-    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
-    size = (
-        f"{times_fewer(weights)}; the file has {files['pruned']:,} bytes,"
-        f" {files['sparse']:,} without its zeros, that of the dense network {files['dense']:,}.\n"
-        "Zeros alone make nothing faster; the units below that nobody reads are gone, and do."
+def _weights(summary: Summary) -> str:
+    """The single weights that are left, for a method that removes weights."""
+    weights, files = summary.weights, summary.files
+    if weights is None:
+        return ""
+    size = weights.in_words
+    if files is not None:
+        size += f"; the file has {files.pruned:,} bytes,"
+        if files.sparse is not None:
+            size += f" {files.sparse:,} without its zeros,"
+        size += f" that of the dense network {files.dense:,}"
+    return (
+        f"{table(('layer', 'weights', 'of'), weights.rows())}\n\n{size}.\n"
+        "Zeros alone make nothing faster. The units below that no weight reads are removed, which "
+        "does."
     )
-    return f"{table(('layer', 'weights', 'of'), rows)}\n\n{size}"
 
 
-def closing_table(
-    summary: dict[str, Any], hint: str = "", weak: str = "under the threshold"
-) -> str:
-    """The result of a run as a text table, from its summary.
+def closing_table(summary: Summary, hint: str = "", weak: str = "under the threshold") -> str:
+    """The result of a run as a text table.
 
     Args:
-        summary: as in `summary.json`.
+        summary: the result.
         hint: what to say where little was removed.
-        weak: what the units are of a gate that only the best of them are left of.
+        weak: what is wrong with the units of a gate that keeps only the best.
     """
-    units = table(
-        ("gate", "kept", "of", "zeroed"),
-        [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
-    )
-    names = {
-        "dense": "dense",
-        "mean": "noise at its mean",
-        "pruned": "pruned",
-        "finetuned": "fine-tuned",
-    }
-    errors = table(
-        ("error", "%"),
-        [
-            (names[name], "-" if value is None else f"{value:.2f}")
-            for name, value in summary["error"].items()
-        ],
-    )
-    sizes = table(
-        ("", "dense", "pruned", "ratio"),
-        [
-            (label, f"{s['dense']:,}", f"{s['pruned']:,}", f"{s['ratio']:.2f}x")
-            for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
-        ],
-    )
-    weights = _weights(summary) if "weights" in summary else ""
-    words = "no weight reads a unit of {gate}: a column of zeros stands for it"
-    words = words if weights else f"all units {weak}, the best kept: {{gate}}"
-    held = [words.format(gate=gate) for gate in summary.get("held", ())]
-    left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
+    weights = _weights(summary)
+    units = table(("gate", "kept", "of", "zeroed"), summary.unit_rows())
+    splits = list(summary.errors())
+    head = ("error", "%") if splits == ["test"] else ("error, %", *splits)
+    errors = table(head, summary.error_rows())
+    sizes = table(("", "dense", "pruned", "ratio"), summary.size_rows())
+    words = "no weight reads a unit of {gate}: one column of zeros remains"
+    words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"
+    held = [words.format(gate=gate) for gate in summary.held]
+    left = [f"not gated: {name}, {reason}" for name, reason in summary.left_alone.items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    little = hint if summary["macs"]["ratio"] < 1.05 and not weights else ""
+    little = hint if summary.macs.ratio < 1.05 and not weights else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

@@ -67,7 +67,7 @@ def prune(
     data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
     summary = again.prune_again(request, data, run, target, **settings)
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
         weak = "under the threshold" if macs_ratio is None else "too weak for the budget"
         click.echo(closing_table(summary, weak=weak))

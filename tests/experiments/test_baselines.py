@@ -23,7 +23,7 @@ SHORT = RECIPES["digits"].replace(dense_epochs=2, epochs=3, finetune_epochs=1)
 
 
 def request(**changes):
-    return Request("lenet-300-100", "digits", "sbp", SHORT.replace(**changes), seed=1)
+    return Request("lenet-300-100", "digits", SHORT.replace(**changes), seed=1)
 
 
 @pytest.fixture(scope="module")

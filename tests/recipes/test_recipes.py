@@ -58,7 +58,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_request_survives_json():
-    request = Request("lenet5", "mnist", "sbp", RECIPES["lenet5"], seed=3)
+    request = Request("lenet5", "mnist", RECIPES["lenet5"], seed=3)
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import style
 from pyro_sbp.training.checkpoints import CONTENT
@@ -28,7 +28,7 @@ def noise(size, kept):
 
 def write_run(directory, arch, gates, weights):
     """A run that was stopped with noise; `gates` has the size and the kept units of each."""
-    request = Request(arch, "mnist", "sbp", Recipe(epochs=3))
+    request = Request(arch, "mnist", SBPRecipe(epochs=3))
     directory.mkdir()
     (directory / "recipe.json").write_text(json.dumps(request.to_dict()))
     lines = [
