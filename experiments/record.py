@@ -53,10 +53,9 @@ def record(run: Path) -> dict[str, Any]:
     command = f"pyro-sbp train --arch {request.arch} --dataset {dataset}"
     if request.method != "sbp":
         command += f" --method {request.method}"
-    # As requests, which fill in what a recipe leaves to the method.
     named = RECIPES.get(request.recipe.name)
     if named is None or request != replace(request, recipe=named):
-        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
+        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.recipes")
     if request.weights is not None:
         raise ValueError(f"{run} began with {request.weights}, which a record cannot tell")
     command += f" --recipe {named.name}"

@@ -315,6 +315,16 @@ class RBPRecipe(GatedRecipe):
 
     method: ClassVar[str] = "rbp"
 
+    noise_learning_rate: _Rate = _setting(
+        5e-2,
+        "Learning rate of the posterior. Every gate has only its share of the epochs, so it is "
+        "larger than for SBP.",
+    )
+    prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
+        4.0,
+        "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
+        "is removed (1.2 to 20). `none` is the log-uniform prior of SBP.",
+    )
     order: Literal["forward", "reversed", "together"] = _setting(
         "forward",
         "The order in which the gates take their turns: as data flow, reversed, or all together.",

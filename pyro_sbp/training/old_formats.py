@@ -19,7 +19,7 @@ from pyro_sbp.methods.gated import over_all_units
 from pyro_sbp.models.gated_guide import LOC_MARGIN, LOG_SCALE_RANGE
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, widest
 from pyro_sbp.models.weight_noise import unflat, within_range
-from pyro_sbp.training.old_recipes import recipe
+from pyro_sbp.training import old_recipes
 
 __all__ = ["checkpoint"]
 
@@ -37,8 +37,7 @@ def checkpoint(saved: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: it is not such a checkpoint.
     """
-    request = json.loads(saved["request"])
-    request["recipe"] = recipe(request["recipe"], request["method"])
+    request = old_recipes.request(json.loads(saved["request"]))
     posteriors: dict[str, tuple[Tensor, Tensor]] = {}
     for state in [*saved["finished"], saved["module"]]:
         posteriors.update(_posteriors(state, request["recipe"].get("prior_scale")))

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
+from pyro_sbp.training import old_recipes
 
 __all__ = ["Run", "read_request"]
 
@@ -22,9 +23,10 @@ def read_request(directory: Path) -> Request:
     if not (directory / "recipe.json").is_file():
         raise RequestError(f"{directory} holds no run: it has no recipe.json")
     try:
-        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{directory} holds no run: {error}") from error
+        asked = json.loads((directory / "recipe.json").read_text("utf-8"))
+        return Request.from_dict(old_recipes.request(asked))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{directory}/recipe.json is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
