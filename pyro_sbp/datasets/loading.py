@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.datasets.sources import SOURCES, check_dataset, folder_classes
-from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.splits import LabelledImages, Split
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.datasets.streaming import ImageFiles, StreamedSplit, default_workers, image_size_of
 from pyro_sbp.errors import RequestError, first_line
@@ -39,12 +39,12 @@ class ImageData:
         validation: what choices are made by, if it was held out of the training data.
     """
 
-    train: Split
-    test: Split
+    train: LabelledImages
+    test: LabelledImages
     classes: tuple[str, ...]
-    validation: Split | None = None
+    validation: LabelledImages | None = None
 
-    def _each(self, change: Callable[[Split], Split]) -> ImageData:
+    def _each(self, change: Callable[[LabelledImages], LabelledImages]) -> ImageData:
         validation = None if self.validation is None else change(self.validation)
         return ImageData(change(self.train), change(self.test), self.classes, validation)
 
@@ -75,7 +75,7 @@ class ImageData:
         drawn = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn)
         labels = labels.to(self.train.labels)
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, labels=labels))
+        return dataclasses.replace(self, train=self.train.with_labels(labels))
 
     def standardized(self) -> ImageData:
         """The same, every channel standardised by its mean and deviation over training images.
@@ -86,7 +86,7 @@ class ImageData:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         sample = order[:STANDARDIZE_ON].sort().values
         measured = Standardization.measure(self.train.pixels(sample.split(100)))
-        return self._each(lambda split: dataclasses.replace(split, standardization=measured))
+        return self._each(lambda split: split.standardized_by(measured))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -120,30 +120,29 @@ def load_dataset(
     """
     data_dir = Path(data_dir)
     check_dataset(name, data_dir, workers)
-    if name == "digits":
-        data = _digits()
-    elif name.startswith("folder:"):
+    if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:"))
-        data = _folder(root, image_size, workers, torch.device(device))
-    else:
-        data = _torchvision(name, data_dir)
-    if image_size is None or data.image_shape[1:] == (image_size, image_size):
-        return data
-    return ImageData(
-        Split(_resize(data.train.images, image_size), data.train.labels),
-        Split(_resize(data.test.images, image_size), data.test.labels),
-        data.classes,
-    )
+        return _folder(root, image_size, workers, torch.device(device))
+    train, test, classes = _digits() if name == "digits" else _torchvision(name, data_dir)
+    if image_size is not None:
+        train, test = _resized(train, image_size), _resized(test, image_size)
+    return ImageData(train, test, classes)
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def _resized(split: Split, size: int) -> Split:
+    if split.image_shape[1:] == (size, size):
+        return split
     resized = F.interpolate(
-        images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+        split.images.float(),
+        size=(size, size),
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
     )
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    return Split(resized.round().clamp(0, 255).to(torch.uint8), split.labels)
 
 
-def _digits() -> ImageData:
+def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     """scikit-learn's 1,797 handwritten digits of 8x8; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
@@ -151,14 +150,14 @@ def _digits() -> ImageData:
     images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
     test = torch.arange(len(labels)) % 5 == 4
-    return ImageData(
+    return (
         Split(images[~test], labels[~test]),
         Split(images[test], labels[test]),
         tuple(str(name) for name in bunch.target_names),
     )
 
 
-def _torchvision(name: str, data_dir: Path) -> ImageData:
+def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     from torchvision import datasets
 
     source = SOURCES[name]
@@ -180,7 +179,7 @@ def _torchvision(name: str, data_dir: Path) -> ImageData:
                 f"{name} under {data_dir / source.folder} has {len(split.images)} images and "
                 f"{len(split.labels)} labels: delete it so that it can be fetched again"
             )
-    return ImageData(splits[0], splits[1], tuple(parts[0].classes))
+    return splits[0], splits[1], tuple(parts[0].classes)
 
 
 def _images(data: Any) -> Tensor:
@@ -200,11 +199,11 @@ def _folder(
     labels = [torch.tensor([label for _, label in part]) for part in samples]
     if workers is None:
         workers = default_workers() if _too_large(files, device) else 0
-    if workers:
-        splits = [StreamedSplit(f, y, workers=workers) for f, y in zip(files, labels, strict=True)]
-    else:
-        splits = [Split(f.read(range(len(f.paths))), y) for f, y in zip(files, labels, strict=True)]
-    return ImageData(*splits, tuple(folder_classes(root)))
+    train, test = (
+        StreamedSplit(f, y, workers=workers) if workers else Split(f.read(range(len(f.paths))), y)
+        for f, y in zip(files, labels, strict=True)
+    )
+    return ImageData(train, test, tuple(folder_classes(root)))
 
 
 def _too_large(files: Sequence[ImageFiles], device: torch.device) -> bool:

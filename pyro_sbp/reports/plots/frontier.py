@@ -66,11 +66,12 @@ def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
     """
     panels: dict[tuple[str, str], list[Point]] = {}
     for run in map(run_of, sources):
-        if run.summary is None:
+        ratio, error = run.macs_ratio, run.error
+        if run.summary is None or ratio is None or error is None:
             continue
         pair = (run.request.arch, run.request.dataset)
         points = panels.setdefault(pair, published_points(*pair))
-        points.append(Point("pyro-sbp", run.name, run.macs_ratio, run.error))
+        points.append(Point("pyro-sbp", run.name, ratio, error))
         if run.summary["error"]["dense"] is not None:
             points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
     if not panels:

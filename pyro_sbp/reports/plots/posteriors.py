@@ -177,11 +177,9 @@ def first_filters(source: Run | str | Path) -> Figure:
     """The filters of the first convolution that are kept, with their signal-to-noise ratios."""
     import torch
 
-    from pyro_sbp.reports.posterior import read_posterior
-
     run = run_of(source)
-    posterior, shape = read_posterior(run.directory), image_shape(run)
-    threshold = run.request.recipe.threshold
+    posterior, threshold = _posterior(run, None)
+    shape = image_shape(run)
     # Of noise on weights, the best of a filter's.
     snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
     found = [

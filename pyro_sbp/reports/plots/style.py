@@ -15,6 +15,7 @@ from pyro_sbp.training.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 
 __all__ = ["check_matplotlib", "svg"]
@@ -63,7 +64,7 @@ def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
         from cycler import cycler
 
         page, ink = DARK_PAGE if dark else LIGHT_PAGE
-        style = {
+        style: dict[RcKeyType, Any] = {
             "axes.prop_cycle": cycler(color=DARK_CYCLE if dark else LIGHT_CYCLE),
             "axes.spines.right": False,
             "axes.spines.top": False,
@@ -73,11 +74,13 @@ def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
             "font.size": 10,
             "legend.frameon": False,
             "grid.alpha": 0.25,
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), page),
-            **dict.fromkeys(
-                ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
-                ink,
-            ),
+            "figure.facecolor": page,
+            "axes.facecolor": page,
+            "text.color": ink,
+            "axes.edgecolor": ink,
+            "axes.labelcolor": ink,
+            "xtick.color": ink,
+            "ytick.color": ink,
         }
         with matplotlib.rc_context(style):
             return function(*args, **kwargs)
