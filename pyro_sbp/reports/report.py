@@ -336,6 +336,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
+    if not found.sweep:
+        return [pages.paragraph("Not measured: every threshold removes all units.", "soft")]
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
