@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_sbp.datasets.downloading import download
 from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.datasets.sources import SOURCES, check_dataset, folder_classes
 from pyro_sbp.datasets.splits import LabelledImages, Split
@@ -26,6 +28,17 @@ __all__ = ["ImageData", "Split", "load_dataset"]
 MEMORY_SHARE = 0.25
 #: How many training images mean and standard deviation are measured on, drawn by a fixed seed.
 STANDARDIZE_ON = 10_000
+#: What torchvision raises on files that are damaged.
+_DAMAGED = (
+    AssertionError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -160,24 +173,26 @@ def _digits() -> tuple[Split, Split, tuple[str, ...]]:
 def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     from torchvision import datasets
 
+    download(name, data_dir)
     source = SOURCES[name]
-    here = all((data_dir / source.folder / file).is_file() for file in source.files)
+    folder = data_dir / source.folder
     try:
-        parts = [
-            getattr(datasets, source.class_name)(data_dir, train=train, download=not here)
-            for train in (True, False)
-        ]
+        parts = [getattr(datasets, source.class_name)(data_dir, train=t) for t in (True, False)]
         splits = [Split(_images(part.data), torch.as_tensor(part.targets)) for part in parts]
-    except (AssertionError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
         raise RequestError(
-            f"{name} under {data_dir / source.folder} cannot be read ({first_line(error)}): delete "
-            "it so that it can be fetched again, or give another --data-dir"
+            f"{name} in {folder} cannot be read ({first_line(error)}): give another --data-dir"
+        ) from error
+    except _DAMAGED as error:
+        raise RequestError(
+            f"{name} in {folder} is damaged ({first_line(error)}): delete it so that it can be "
+            "downloaded again, or give another --data-dir"
         ) from error
     for split in splits:
         if len(split.images) != len(split.labels):
             raise RequestError(
-                f"{name} under {data_dir / source.folder} has {len(split.images)} images and "
-                f"{len(split.labels)} labels: delete it so that it can be fetched again"
+                f"{name} in {folder} is damaged: it has {len(split.images)} images and "
+                f"{len(split.labels)} labels; delete it so that it can be downloaded again"
             )
     return splits[0], splits[1], tuple(parts[0].classes)
 
