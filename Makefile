@@ -21,6 +21,8 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format $(if $(CI),--check) .
 	$(BIN)/ruff check $(if $(CI),,--fix) .
+	$(BIN)/python tests/wheel_layout.py imports
+	$(BIN)/python tests/wheel_layout.py types
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -65,16 +65,15 @@ def sparse_vd(records: Sequence[Record]) -> str:
         row = _default_row(records, arch, "sparse-vd")
         several = "median of " * (len(row.records) > 1)
         left = row.median(lambda record: record.content["weights"]["compression"])
-        sizes = [
-            row.median(lambda r, key=key: r.content["files"][key]) for key in ("dense", "sparse")
-        ]
+        dense = row.median(lambda record: record.content["files"]["dense"])
+        sparse = row.median(lambda record: record.content["files"]["sparse"])
         cells.append(
             (
                 f"{title(arch)}, {several}{row.seeds_in_words}",
                 f"1 in {left:.3g}",
                 f"{row.error:.2f} %",
                 _papers(arch),
-                ", ".join(f"{size:,.0f}" for size in sizes),
+                f"{dense:,.0f}, {sparse:,.0f}",
                 row.units,
                 f"{row.macs_ratio:.1f}x",
             )

@@ -24,9 +24,10 @@ def dataset_of(arch: str) -> str:
     """
     if arch in _DATASETS:
         return _DATASETS[arch]
-    if arch not in ARCHITECTURES or not ARCHITECTURES[arch].dataset:
+    dataset = ARCHITECTURES[arch].dataset if arch in ARCHITECTURES else None
+    if dataset is None:
         raise RequestError(f"unknown network {arch!r}; expected {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch].dataset
+    return dataset
 
 
 def _percent(value: float | None) -> str:

@@ -238,11 +238,12 @@ def rows(records: Sequence[Record]) -> list[Row]:
     Raises:
         RequestError: a seed is there twice.
     """
-    groups: dict[tuple[Any, ...], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        key = (record.arch, record.dataset, record.method, record.recipe)
-        key += (record.command,) if record.baseline else ()
-        group = groups.setdefault(key, [])
+        key = [record.arch, record.dataset, record.method, record.recipe]
+        if record.baseline:
+            key.append(record.command)
+        group = groups.setdefault(tuple(key), [])
         if record.seed in {other.seed for other in group}:
             words = f"{record.arch} on {record.dataset} by {record.method}, {record.recipe}"
             raise RequestError(f"seed {record.seed} of {words} is recorded twice")

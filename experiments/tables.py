@@ -75,7 +75,8 @@ def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[
     """
     lines: list[str] = []
     stale: list[str] = []
-    words, begin, old = None, 0, []
+    old: list[str] = []
+    words, begin = None, 0
     for number, line in enumerate(text.split("\n"), 1):
         opens, ends = _BEGIN.fullmatch(line), _END.fullmatch(line)
         if words is None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pyro
 import torch
 import torch.nn.functional as F
-from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.infer import ELBO, SVI, TraceMeanField_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_sbp import networks, special
@@ -34,6 +36,10 @@ from pyro_sbp.models.sparse_model import SparseModel
 
 __all__ = ["main", "steps"]
 
+NoisePer = Literal["batch", "example"]
+#: The loss of a minibatch of images and labels.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 NUM_DATA = 60_000
 NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     "lenet-500-300": (networks.LeNet500_300, (1, 28, 28), ("fc1",)),
@@ -48,10 +54,14 @@ SPARSE_NETWORKS = {
 
 def _frozen(net: nn.Module) -> nn.Module:
     """Batch norms use their running statistics, as the gated phase has it, in all that is timed."""
-    return net.train().apply(lambda m: m.eval() if "BatchNorm" in type(m).__name__ else m)
+    net.train()
+    for module in net.modules():
+        if "BatchNorm" in type(module).__name__:
+            module.eval()
+    return net
 
 
-def _by_hand(net: nn.Module, gates: list[Gate], noise_per: str) -> tuple[list[Tensor], Callable]:
+def _by_hand(net: nn.Module, gates: list[Gate], noise_per: NoisePer) -> tuple[list[Tensor], Loss]:
     """SBP without Pyro: parameters, and the loss of a minibatch."""
     device = next(net.parameters()).device
     low, high = (torch.full((), bound, device=device) for bound in (LOG_LOW, LOG_HIGH))
@@ -74,7 +84,7 @@ def _by_hand(net: nn.Module, gates: list[Gate], noise_per: str) -> tuple[list[Te
 
 
 def steps(
-    name: str, batch_size: int, noise_per: str, device: torch.device
+    name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """A function for every way of doing one training step, by name."""
     make, shape, features = NETWORKS[name]
@@ -82,7 +92,7 @@ def steps(
     y = torch.randint(10, (batch_size,), device=device)
     gates = find_gates(make(), torch.rand(2, *shape), features)
 
-    def stepper(parameters: list[Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    def stepper(parameters: Sequence[Tensor], loss: Loss) -> Callable[[], object]:
         optimizer = torch.optim.Adam(parameters, fused=True)
 
         def step() -> None:
@@ -92,6 +102,12 @@ def steps(
 
         return step
 
+    def stepper_of(elbo: ELBO) -> Callable[[], object]:
+        model, guide = model_and_guide()
+        loss = elbo(model, guide)
+        parameters = [*model.gated.net.parameters(), *guide.parameters()]
+        return stepper(parameters, lambda x, y: loss(x, y) / NUM_DATA)
+
     def model_and_guide() -> tuple[GatedModel, TruncatedLogNormalGuide]:
         model = GatedModel(_frozen(make().to(device)), gates, NUM_DATA, noise_per=noise_per)
         return model, TruncatedLogNormalGuide(model).to(device)
@@ -99,13 +115,10 @@ def steps(
     dense = _frozen(make().to(device))
     found = {"dense": stepper(list(dense.parameters()), lambda x, y: F.cross_entropy(dense(x), y))}
     found["by hand"] = stepper(*_by_hand(_frozen(make().to(device)), gates, noise_per))
-    for label, elbo in (("closed form", ClosedFormELBO()), ("mean field", TraceMeanField_ELBO())):
-        model, guide = model_and_guide()
-        loss = elbo(model, guide)
-        parameters = [*model.gated.net.parameters(), *guide.parameters()]
-        found[label] = stepper(parameters, lambda x, y, loss=loss: loss(x, y) / NUM_DATA)
+    found["closed form"] = stepper_of(ClosedFormELBO())
+    found["mean field"] = stepper_of(TraceMeanField_ELBO())
     model, guide = model_and_guide()
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 1e-3}), TraceMeanField_ELBO())
     found["SVI"] = lambda: svi.step(x, y)
     return found
 
@@ -131,14 +144,14 @@ class _SparseByHand(nn.Module):
 
 
 def sparse_steps(
-    name: str, batch_size: int, noise_per: str, device: torch.device
+    name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """As `steps`, with noise on the weights: drawn for every example, in the layers' outputs."""
     make, shape, _ = SPARSE_NETWORKS[name]
     x = torch.rand(batch_size, *shape, device=device)
     y = torch.randint(10, (batch_size,), device=device)
 
-    def stepper(module: nn.Module, loss: Callable[[], Tensor]) -> Callable:
+    def stepper(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], object]:
         optimizer = torch.optim.Adam(module.parameters(), fused=True)
 
         def step() -> None:
@@ -147,6 +160,11 @@ def sparse_steps(
             optimizer.step()
 
         return step
+
+    def stepper_of(elbo: ELBO) -> Callable[[], object]:
+        model = SparseModel(make().to(device), x[:2], NUM_DATA)
+        loss = elbo(model, AdditiveNormalGuide(model))
+        return stepper(model, lambda: loss(x, y) / NUM_DATA)
 
     dense, by_hand = make().to(device), make().to(device)
     layers = {}
@@ -162,15 +180,13 @@ def sparse_steps(
 
     found = {"dense": stepper(dense, lambda: F.cross_entropy(dense(x), y))}
     found["by hand"] = stepper(by_hand, hand_loss)
-    for label, elbo in (("closed form", ClosedFormELBO()), ("mean field", TraceMeanField_ELBO())):
-        model = SparseModel(make().to(device), x[:2], NUM_DATA)
-        loss = elbo(model, AdditiveNormalGuide(model))
-        found[label] = stepper(model, lambda loss=loss: loss(x, y) / NUM_DATA)
+    found["closed form"] = stepper_of(ClosedFormELBO())
+    found["mean field"] = stepper_of(TraceMeanField_ELBO())
     return found
 
 
 def parts(
-    name: str, batch_size: int, noise_per: str, device: torch.device
+    name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """The dense step and the closed form, and what of it can be done alone, by name."""
     found = steps(name, batch_size, noise_per, device)
@@ -278,10 +294,11 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown or (sparse and options.parts):
         parser.error(f"sbp is measured on {', '.join(NETWORKS)}, sparse-vd on "
                      f"{', '.join(SPARSE_NETWORKS)} and without --parts")  # fmt: skip
+    every: tuple[NoisePer, ...] = ("example",) if sparse else ("batch", "example")
     for name in options.networks or there:
         usual = 32 if name == "vgg-like" and device.type == "cpu" else 128
         for size in options.batch_sizes or [usual]:
-            for noise_per in ("example",) if sparse else ("batch", "example"):
+            for noise_per in every:
                 found = make(name, size, noise_per, device)
                 times = _measure(found, options.rounds, device)
                 row = _parts_line(times) if options.parts else _line(times, size)

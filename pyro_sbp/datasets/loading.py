@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_sbp.datasets.downloading import download
 from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.datasets.sources import SOURCES, check_dataset, folder_classes
-from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.splits import LabelledImages, Split
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.datasets.streaming import ImageFiles, StreamedSplit, default_workers, image_size_of
 from pyro_sbp.errors import RequestError, first_line
@@ -26,6 +28,17 @@ __all__ = ["ImageData", "Split", "load_dataset"]
 MEMORY_SHARE = 0.25
 #: How many training images mean and standard deviation are measured on, drawn by a fixed seed.
 STANDARDIZE_ON = 10_000
+#: What torchvision raises on files that are damaged.
+_DAMAGED = (
+    AssertionError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +52,12 @@ class ImageData:
         validation: what choices are made by, if it was held out of the training data.
     """
 
-    train: Split
-    test: Split
+    train: LabelledImages
+    test: LabelledImages
     classes: tuple[str, ...]
-    validation: Split | None = None
+    validation: LabelledImages | None = None
 
-    def _each(self, change: Callable[[Split], Split]) -> ImageData:
+    def _each(self, change: Callable[[LabelledImages], LabelledImages]) -> ImageData:
         validation = None if self.validation is None else change(self.validation)
         return ImageData(change(self.train), change(self.test), self.classes, validation)
 
@@ -75,7 +88,7 @@ class ImageData:
         drawn = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn)
         labels = labels.to(self.train.labels)
-        return dataclasses.replace(self, train=dataclasses.replace(self.train, labels=labels))
+        return dataclasses.replace(self, train=self.train.with_labels(labels))
 
     def standardized(self) -> ImageData:
         """The same, every channel standardised by its mean and deviation over training images.
@@ -86,7 +99,7 @@ class ImageData:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         sample = order[:STANDARDIZE_ON].sort().values
         measured = Standardization.measure(self.train.pixels(sample.split(100)))
-        return self._each(lambda split: dataclasses.replace(split, standardization=measured))
+        return self._each(lambda split: split.standardized_by(measured))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -120,30 +133,29 @@ def load_dataset(
     """
     data_dir = Path(data_dir)
     check_dataset(name, data_dir, workers)
-    if name == "digits":
-        data = _digits()
-    elif name.startswith("folder:"):
+    if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:"))
-        data = _folder(root, image_size, workers, torch.device(device))
-    else:
-        data = _torchvision(name, data_dir)
-    if image_size is None or data.image_shape[1:] == (image_size, image_size):
-        return data
-    return ImageData(
-        Split(_resize(data.train.images, image_size), data.train.labels),
-        Split(_resize(data.test.images, image_size), data.test.labels),
-        data.classes,
-    )
+        return _folder(root, image_size, workers, torch.device(device))
+    train, test, classes = _digits() if name == "digits" else _torchvision(name, data_dir)
+    if image_size is not None:
+        train, test = _resized(train, image_size), _resized(test, image_size)
+    return ImageData(train, test, classes)
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def _resized(split: Split, size: int) -> Split:
+    if split.image_shape[1:] == (size, size):
+        return split
     resized = F.interpolate(
-        images.float(), size=(size, size), mode="bilinear", align_corners=False, antialias=True
+        split.images.float(),
+        size=(size, size),
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
     )
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    return Split(resized.round().clamp(0, 255).to(torch.uint8), split.labels)
 
 
-def _digits() -> ImageData:
+def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     """scikit-learn's 1,797 handwritten digits of 8x8; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
@@ -151,36 +163,38 @@ def _digits() -> ImageData:
     images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
     test = torch.arange(len(labels)) % 5 == 4
-    return ImageData(
+    return (
         Split(images[~test], labels[~test]),
         Split(images[test], labels[test]),
         tuple(str(name) for name in bunch.target_names),
     )
 
 
-def _torchvision(name: str, data_dir: Path) -> ImageData:
+def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     from torchvision import datasets
 
+    download(name, data_dir)
     source = SOURCES[name]
-    here = all((data_dir / source.folder / file).is_file() for file in source.files)
+    folder = data_dir / source.folder
     try:
-        parts = [
-            getattr(datasets, source.class_name)(data_dir, train=train, download=not here)
-            for train in (True, False)
-        ]
+        parts = [getattr(datasets, source.class_name)(data_dir, train=t) for t in (True, False)]
         splits = [Split(_images(part.data), torch.as_tensor(part.targets)) for part in parts]
-    except (AssertionError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
         raise RequestError(
-            f"{name} under {data_dir / source.folder} cannot be read ({first_line(error)}): delete "
-            "it so that it can be fetched again, or give another --data-dir"
+            f"{name} in {folder} cannot be read ({first_line(error)}): give another --data-dir"
+        ) from error
+    except _DAMAGED as error:
+        raise RequestError(
+            f"{name} in {folder} is damaged ({first_line(error)}): delete it so that it can be "
+            "downloaded again, or give another --data-dir"
         ) from error
     for split in splits:
         if len(split.images) != len(split.labels):
             raise RequestError(
-                f"{name} under {data_dir / source.folder} has {len(split.images)} images and "
-                f"{len(split.labels)} labels: delete it so that it can be fetched again"
+                f"{name} in {folder} is damaged: it has {len(split.images)} images and "
+                f"{len(split.labels)} labels; delete it so that it can be downloaded again"
             )
-    return ImageData(splits[0], splits[1], tuple(parts[0].classes))
+    return splits[0], splits[1], tuple(parts[0].classes)
 
 
 def _images(data: Any) -> Tensor:
@@ -200,11 +214,11 @@ def _folder(
     labels = [torch.tensor([label for _, label in part]) for part in samples]
     if workers is None:
         workers = default_workers() if _too_large(files, device) else 0
-    if workers:
-        splits = [StreamedSplit(f, y, workers=workers) for f, y in zip(files, labels, strict=True)]
-    else:
-        splits = [Split(f.read(range(len(f.paths))), y) for f, y in zip(files, labels, strict=True)]
-    return ImageData(*splits, tuple(folder_classes(root)))
+    train, test = (
+        StreamedSplit(f, y, workers=workers) if workers else Split(f.read(range(len(f.paths))), y)
+        for f, y in zip(files, labels, strict=True)
+    )
+    return ImageData(train, test, tuple(folder_classes(root)))
 
 
 def _too_large(files: Sequence[ImageFiles], device: torch.device) -> bool:

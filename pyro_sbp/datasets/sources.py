@@ -46,6 +46,10 @@ class Source:
     archives: tuple[str, ...]
     host: str
 
+    def is_unpacked(self, data_dir: Path) -> bool:
+        """Whether all files lie under the data directory."""
+        return all((data_dir / self.folder / file).is_file() for file in self.files)
+
 
 def _idx(class_name: str, host: str) -> Source:
     files = tuple(
@@ -107,11 +111,10 @@ def check_dataset(
     if name == "digits":
         return
     source = SOURCES[name]
-    present = [data_dir / source.folder / file for file in source.files]
-    if all(path.is_file() for path in present):
-        for path in present:
-            if path.name.endswith("-ubyte"):
-                _check_idx(path)
+    if source.is_unpacked(data_dir):
+        for file in source.files:
+            if file.endswith("-ubyte"):
+                _check_idx(data_dir / source.folder / file)
         return
     if not download:
         raise RequestError(f"{name} is not under {data_dir}; give --data-dir")
@@ -131,12 +134,12 @@ def _check_idx(path: Path) -> None:
         dims = head[3] if len(head) == 4 and head[:2] == b"\0\0" else 0
         sizes = file.read(4 * dims)
     if not dims or len(sizes) != 4 * dims:
-        raise RequestError(f"{path} is no IDX file: delete it so that it can be fetched again")
+        raise RequestError(f"{path} is no IDX file: delete it so that it can be downloaded again")
     expected = 4 + 4 * dims + math.prod(struct.unpack(f">{dims}I", sizes))
     if path.stat().st_size != expected:
         raise RequestError(
-            f"{path} is damaged: it has {path.stat().st_size} bytes, and {expected} are due; "
-            "delete it so that it can be fetched again"
+            f"{path} is damaged: it has {path.stat().st_size} bytes instead of {expected}; "
+            "delete it so that it can be downloaded again"
         )
 
 

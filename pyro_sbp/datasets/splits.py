@@ -1,35 +1,97 @@
-"""Labelled images, held as tensors, and how they are handed out in batches."""
+"""Labelled images and the batches that are made of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from pyro_sbp.datasets.standardization import Standardization
 
-__all__ = ["Split"]
+__all__ = ["LabelledImages", "Split"]
+
+
+class LabelledImages(ABC):
+    """Images with labels, in memory or on disk, of which batches are made.
+
+    Attributes:
+        labels: int64 ``[examples]``, on the device where batches are wanted.
+        standardization: applied to every batch last; None leaves pixels in [0, 1].
+    """
+
+    labels: Tensor
+    standardization: Standardization | None
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Self:
+        """The same with batches on a device."""
+
+    @abstractmethod
+    def part(self, index: Tensor) -> Self:
+        """The examples of an index tensor, as a split of their own."""
+
+    @abstractmethod
+    def with_labels(self, labels: Tensor) -> Self:
+        """The same images with other labels."""
+
+    @abstractmethod
+    def standardized_by(self, standardization: Standardization) -> Self:
+        """The same with another standardization."""
+
+    @abstractmethod
+    def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
+        """The images as they are stored, uint8, on the device: a batch for every index tensor."""
+
+    @abstractmethod
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Some examples: images as float32, in [0, 1] unless standardised, and labels."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self, indices: Sequence[Tensor], augment: Callable[[Tensor], Tensor] | None = None
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """Batches as of `batch`, one for every index tensor, in order.
+
+        Args:
+            indices: which examples, int64.
+            augment: applied to images in [0, 1] on the device, before they are standardised. It is
+                called when the batch is taken, so its random numbers are drawn in order.
+        """
+        with closing(self.pixels(indices)) as stored:
+            for index, pixels in zip(indices, stored, strict=True):
+                yield self._values(pixels, augment), self.labels[index.to(self.labels.device)]
+
+    def _values(self, pixels: Tensor, augment: Callable[[Tensor], Tensor] | None) -> Tensor:
+        x = pixels.float().div(255)
+        x = x if augment is None else augment(x)
+        return x if self.standardization is None else self.standardization(x)
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(LabelledImages):
     """Images ``[examples, channels, height, width]``, uint8; labels ``[examples]``, int64.
 
     Attributes:
         images, labels: on the device where batches are wanted.
-        standardization: what every batch goes through last; None leaves pixels in [0, 1].
+        standardization: applied to every batch last; None leaves pixels in [0, 1].
     """
 
     images: Tensor
     labels: Tensor
     standardization: Standardization | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -47,33 +109,22 @@ class Split:
         )
 
     def part(self, index: Tensor) -> Split:
-        """Some of the examples, as a split of their own."""
+        """The examples of an index tensor, as a split of their own."""
         index = index.to(self.labels.device)
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
-    def pixels(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+    def with_labels(self, labels: Tensor) -> Split:
+        """The same images with other labels."""
+        return dataclasses.replace(self, labels=labels)
+
+    def standardized_by(self, standardization: Standardization) -> Split:
+        """The same with another standardization."""
+        return dataclasses.replace(self, standardization=standardization)
+
+    def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
         """The images as they are stored, uint8, on the device: a batch for every index tensor."""
         return (self.images[index.to(self.images.device)] for index in indices)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Some examples: images as float32, in [0, 1] unless standardised, and labels."""
         return self._values(self.images[index], None), self.labels[index]
-
-    def batches(
-        self, indices: Sequence[Tensor], augment: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches as of `batch`, one for every index tensor, in order.
-
-        Args:
-            indices: which examples, int64.
-            augment: what is done to images in [0, 1] on the device, before they are standardised;
-                it is called when the batch is taken, so its random numbers are drawn in order.
-        """
-        with closing(self.pixels(indices)) as stored:
-            for index, pixels in zip(indices, stored, strict=True):
-                yield self._values(pixels, augment), self.labels[index.to(self.labels.device)]
-
-    def _values(self, pixels: Tensor, augment: Callable[[Tensor], Tensor] | None) -> Tensor:
-        x = pixels.float().div(255)
-        x = x if augment is None else augment(x)
-        return x if self.standardization is None else self.standardization(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.splits import LabelledImages
+from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.errors import OfOneProcess, RequestError, first_line
 
 __all__ = [
@@ -105,17 +107,25 @@ def _read(path: str, size: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class StreamedSplit(Split):
+class StreamedSplit(LabelledImages):
     """A split whose images are read from disk, batch by batch.
 
     Attributes:
         images: the files.
-        labels: on the device where batches are wanted.
+        labels: int64 ``[examples]``, on the device where batches are wanted.
+        standardization: applied to every batch last; None leaves pixels in [0, 1].
         workers: how many processes read for `batches`; `batch` reads in this one.
     """
 
     images: ImageFiles
+    labels: Tensor
+    standardization: Standardization | None = None
     workers: int = 1
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+        return self.images.shape[1:]
 
     def to(self, device: torch.device) -> StreamedSplit:
         """The same with batches on a device."""
@@ -127,13 +137,21 @@ class StreamedSplit(Split):
         )
 
     def part(self, index: Tensor) -> StreamedSplit:
-        """As of `Split`."""
+        """The examples of an index tensor, as a split of their own."""
         files = ImageFiles([self.images.paths[i] for i in index.tolist()], self.images.size)
         labels = self.labels[index.to(self.labels.device)]
         return dataclasses.replace(self, images=files, labels=labels)
 
+    def with_labels(self, labels: Tensor) -> StreamedSplit:
+        """The same images with other labels."""
+        return dataclasses.replace(self, labels=labels)
+
+    def standardized_by(self, standardization: Standardization) -> StreamedSplit:
+        """The same with another standardization."""
+        return dataclasses.replace(self, standardization=standardization)
+
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """As of `Split`.
+        """Some examples: images as float32, in [0, 1] unless standardised, and labels.
 
         Raises:
             DamagedImage: a file is no image.
@@ -142,12 +160,15 @@ class StreamedSplit(Split):
         pixels = self.images.read(numbers.tolist()).to(self.labels.device)
         return self._values(pixels, None), self.labels[numbers.to(self.labels.device)]
 
-    def pixels(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """As of `Split`; the workers live as long as the iterator.
+    def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
+        """The images as they are stored, uint8, on the device: a batch for every index tensor.
+
+        The workers live as long as the generator.
 
         Raises:
             DamagedImage: a file is no image.
-        WorkerDied: a worker was killed. Mostly torch tells that elsewhere: see `workers_watched`.
+            WorkerDied: a worker was killed. Torch mostly raises for it at another place: see
+                `workers_watched`.
         """
         device = self.labels.device
         loader = DataLoader(
@@ -173,7 +194,7 @@ class StreamedSplit(Split):
         finally:
             # Now, not when the last traceback that holds the iterator goes: at the exit of the
             # program the workers would take their time.
-            if self.workers and len(indices):
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
                 batches._shutdown_workers()
                 # One may be stuck at a lock that a killed one held.
                 for worker in batches._workers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -60,7 +62,9 @@ class AdditiveNormal(Normal, TorchDistribution):
                 value = getattr(self, name)
                 require(owner, name, value, value.isfinite(), "finite")
 
-    def expand(self, batch_shape, _instance=None) -> AdditiveNormal:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: AdditiveNormal | None = None
+    ) -> AdditiveNormal:
         """A new instance of the batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(AdditiveNormal, _instance)
@@ -71,7 +75,7 @@ class AdditiveNormal(Normal, TorchDistribution):
         return new
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> Tensor:  # type: ignore[override]  # torch's may be set, this one follows
         """The standard deviation."""
         return (0.5 * self.log_variance).exp()
 
@@ -89,13 +93,13 @@ class AdditiveNormal(Normal, TorchDistribution):
         """Signal-to-noise ratio, the absolute mean over the standard deviation: alpha^-1/2."""
         return self.loc.abs() / self.scale
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples of shape `sample_shape + batch_shape`, reparameterized."""
         if self.local:
-            return self.loc.expand(self._extended_shape(sample_shape))
-        return super().rsample(sample_shape)
+            return self.loc.expand(self._extended_shape(torch.Size(sample_shape)))
+        return super().rsample(torch.Size(sample_shape))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """`rsample` without gradient."""
         return self.rsample(sample_shape).detach()
 

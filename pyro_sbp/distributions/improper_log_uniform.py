@@ -47,7 +47,9 @@ class ImproperLogUniform(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.real
 
-    def expand(self, batch_shape, _instance=None) -> ImproperLogUniform:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: ImproperLogUniform | None = None
+    ) -> ImproperLogUniform:
         """A new instance of the batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(ImproperLogUniform, _instance)
@@ -67,7 +69,7 @@ class ImproperLogUniform(TorchDistribution):
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         return -value.abs().log().expand(shape)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """`start`, of shape `sample_shape + batch_shape`.
 
         Raises:
@@ -78,4 +80,4 @@ class ImproperLogUniform(TorchDistribution):
                 "ImproperLogUniform has no samples: its density has no integral. Take those of a "
                 "guide, or give start="
             )
-        return self.start.detach().expand(self._extended_shape(sample_shape))
+        return self.start.detach().expand(self._extended_shape(torch.Size(sample_shape)))

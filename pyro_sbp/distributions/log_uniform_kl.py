@@ -14,10 +14,12 @@ F(u / sqrt(2)).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pyro_sbp.special.derivatives import Saved
 
 __all__ = ["approximate_kl", "exact_kl", "kl_of_normal"]
 
@@ -141,7 +143,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         loc: Tensor,
         log_variance: Tensor,
         function: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -153,7 +155,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         loc, derivative = ctx.saved_tensors
         by_log_r = grad * derivative
         # The derivative falls with loc^2.

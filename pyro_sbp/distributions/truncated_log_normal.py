@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions.torch import TransformedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
@@ -27,6 +26,7 @@ from pyro_sbp.distributions.log_bounds import (
     log_within,
 )
 from pyro_sbp.distributions.together import Part, Whole
+from pyro_sbp.distributions.transformed import TransformedDistribution
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 
 __all__ = ["TruncatedLogNormal"]
@@ -67,17 +67,19 @@ class TruncatedLogNormal(TransformedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        parameters = broadcast_parameters(
+        loc, scale, low, high = broadcast_parameters(
             owner, loc=loc, scale=scale, log_low=log_low, log_high=log_high
         )
-        base = TruncatedNormal(*parameters, validate_args=False)
+        base = TruncatedNormal(loc, scale, low, high, validate_args=False)
         super().__init__(base, ExpTransform(), validate_args=False)
         self._validate_args = validates(validate_args)
         if self._validate_args:
-            check_normal(owner, *parameters[:2])
-            check_log_bounds(owner, *parameters[2:])
+            check_normal(owner, loc, scale)
+            check_log_bounds(owner, low, high)
 
-    def expand(self, batch_shape, _instance=None) -> TruncatedLogNormal:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: TruncatedLogNormal | None = None
+    ) -> TruncatedLogNormal:
         """A new instance of the batch shape, as `TruncatedNormal.expand`."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogNormal, _instance)
@@ -178,16 +180,16 @@ class TruncatedLogNormal(TransformedDistribution):
         theta = self.base_dist._at(value, special.icdf).exp()
         return clamp_theta(theta, self.log_low, self.log_high)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         if self._part is not None and self._part.draws(shape):
             return self._part.draw()
         # exp() before rounding: log theta in float32 would cost theta 1e-6 of its size.
         theta = self.base_dist._rsample64(sample_shape).exp()
         return clamp_theta(theta, self.log_low, self.log_high)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """`rsample` without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from pyro.distributions.torch import TransformedDistribution, Uniform
+from pyro.distributions.torch import Uniform
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
@@ -24,6 +25,7 @@ from pyro_sbp.distributions.log_bounds import (
     is_within,
     log_within,
 )
+from pyro_sbp.distributions.transformed import TransformedDistribution
 
 __all__ = ["TruncatedLogUniform"]
 
@@ -54,14 +56,16 @@ class TruncatedLogUniform(TransformedDistribution):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        bounds = broadcast_parameters(owner, log_low=log_low, log_high=log_high)
-        base = Uniform(*bounds, validate_args=False)
+        low, high = broadcast_parameters(owner, log_low=log_low, log_high=log_high)
+        base = Uniform(low, high, validate_args=False)
         super().__init__(base, ExpTransform(), validate_args=False)
         self._validate_args = validates(validate_args)
         if self._validate_args:
-            check_log_bounds(owner, *bounds)
+            check_log_bounds(owner, low, high)
 
-    def expand(self, batch_shape, _instance=None) -> TruncatedLogUniform:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: TruncatedLogUniform | None = None
+    ) -> TruncatedLogUniform:
         """A new instance of the batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogUniform, _instance)
@@ -139,13 +143,13 @@ class TruncatedLogUniform(TransformedDistribution):
             require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
         return self._quantile(value.double())
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=torch.float64, device=self.log_low.device)
         return self._quantile(u)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """`rsample`; the bounds are constants, so there is no gradient in either."""
         return self.rsample(sample_shape)
 

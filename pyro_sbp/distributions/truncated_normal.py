@@ -62,14 +62,19 @@ class TruncatedNormal(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         owner = type(self).__name__
-        self._parameters = broadcast_parameters(owner, loc=loc, scale=scale, low=low, high=high)
-        super().__init__(self._parameters[0].shape, validate_args=False)
+        loc, scale, low, high = broadcast_parameters(
+            owner, loc=loc, scale=scale, low=low, high=high
+        )
+        self._parameters = loc, scale, low, high
+        super().__init__(loc.shape, validate_args=False)
         self._validate_args = validates(validate_args)
         if self._validate_args:
-            check_normal(owner, *self._parameters[:2])
-            check_bounds(owner, low=self._parameters[2], high=self._parameters[3])
+            check_normal(owner, loc, scale)
+            check_bounds(owner, low=low, high=high)
 
-    def expand(self, batch_shape, _instance=None) -> TruncatedNormal:
+    def expand(
+        self, batch_shape: Sequence[int], _instance: TruncatedNormal | None = None
+    ) -> TruncatedNormal:
         """A new instance of the batch shape. The parameters stay as they are and are broadcast
         on use: what depends on them alone is computed once for all copies."""
         new = self._get_checked_instance(TruncatedNormal, _instance)
@@ -86,11 +91,11 @@ class TruncatedNormal(TorchDistribution):
         They compute together: a sample, the KL or a statistic of one is computed for all, and a
         gradient may be taken through it once, for all.
         """
-        whole = Whole(sizes, self._compute, lambda: self._rsample64(torch.Size()))
+        whole = Whole(sizes, self._compute, lambda: self._rsample64(()))
         parts = []
         split = zip(*(x.split(whole.sizes) for x in self._parameters), strict=True)
-        for index, parameters in enumerate(split):
-            part = TruncatedNormal(*parameters, validate_args=False)
+        for index, (loc, scale, low, high) in enumerate(split):
+            part = TruncatedNormal(loc, scale, low, high, validate_args=False)
             part._validate_args = self._validate_args
             part._part = Part(whole, index)
             parts.append(part)
@@ -197,13 +202,13 @@ class TruncatedNormal(TorchDistribution):
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         return function(value, *self._parameters).expand(shape)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples of shape `sample_shape + batch_shape`, within the bounds."""
         return self._rsample64(sample_shape).to(self._dtype)
 
-    def _rsample64(self, sample_shape: torch.Size) -> Tensor:
+    def _rsample64(self, sample_shape: Sequence[int]) -> Tensor:
         """Samples before they are rounded to the dtype of the parameters."""
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         if self._part is not None and self._part.draws(shape):
             return self._part.draw()
         device = self._parameters[0].device

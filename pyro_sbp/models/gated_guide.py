@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
@@ -72,7 +72,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
             priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
         else:
             self._setup_prototype(*example_args)
-            priors = {n: s["fn"] for n, s in self.prototype_trace.iter_stochastic_nodes()}
+            priors = {name: site["fn"] for name, site in self._prototype_sites()}
         if not priors:
             raise ValueError("the model has no latent site to infer")
         self.locs, self.log_scales = PyroModule(), PyroModule()
@@ -96,6 +96,11 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
             like = base.log_low
             _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
             _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
+
+    def _prototype_sites(self) -> Iterable[tuple[str, dict[str, Any]]]:
+        """The latent sites of a general model, by name, as it was traced once."""
+        assert self.prototype_trace is not None
+        return self.prototype_trace.iter_stochastic_nodes()
 
     def _full_shape(self, name: str, prior: Any) -> list[int]:
         """The shape of a site over all of its plates, subsampled ones at their full size."""
@@ -138,7 +143,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
             return self.model.sample_sites(self._joint_posteriors().__getitem__, *args[:1])
         plates = self._create_plates(*args, **kwargs)
         values = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._prototype_sites():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.folding import call, evaluating, repeatable
 from pyro_sbp.gates.layers import is_linear_in_weight, serves
+from pyro_sbp.special.derivatives import Saved
 
 __all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "unflat", "within_range"]
 
@@ -30,7 +32,7 @@ class _Noise(torch.autograd.Function):
     """A draw of normals by mean and variance, with its gradient by hand: half of the memory."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, variance: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, mean: Tensor, variance: Tensor) -> Tensor:
         scale = variance.clamp_min(TINY).sqrt_()
         # In one stretch, whatever the layout: only so are normals drawn several at a time.
         noise = torch.randn(mean.numel(), device=mean.device).to(mean.dtype)
@@ -41,7 +43,7 @@ class _Noise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor]:
         (ratio,) = ctx.saved_tensors
         return grad, (grad * ratio).mul_(0.5)
 
@@ -121,7 +123,7 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
             raise ValueError("the network is a single layer: give torch.nn.Sequential(layer)")
         else:
             layers[name] = module
-    means = {name: layer.weight for name, layer in layers.items()}
+    means = {name: net.get_parameter(f"{name}.weight") for name in layers}
     mode = _Substitution(layers, means, None)
     with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()), mode:
         call(net, example_input)
@@ -143,13 +145,13 @@ class _AtMost(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, most: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, most: Tensor) -> Tensor:
         ctx.save_for_backward(x <= most)
         return torch.minimum(x, most)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, None]:
         (less,) = ctx.saved_tensors
         return grad * less, None
 

@@ -221,7 +221,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     elements = description["elements"]
     head, rows = gate_table(description)
     near = [(g["gate"], in_words(g["under"]), in_words(g["over"])) for g in gates]
-    words = {
+    meanings = {
         "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
         "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
         "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
@@ -229,7 +229,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         "mean of the weights without their sign, and the KL of the layer in nats:",
     }
     parts = [
-        pages.paragraph(words[elements]),
+        pages.paragraph(meanings[elements]),
         pages.table(head, rows, f"{elements.capitalize()} by {head[0]}"),
     ]
     held = ", ".join(g["gate"] for g in gates if g["held"])
@@ -336,6 +336,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
+    if not found.sweep:
+        return [pages.paragraph("Not measured: every threshold removes all units.", "soft")]
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-__all__ = []
+__all__ = ["Saved", "attach"]
+
+
+class Saved(Protocol):
+    """The context of a backward pass: torch's own annotation allows for one tensor only."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
 
 class _Attach(torch.autograd.Function):
-    """The first argument, with the gradients of the others given instead of traced."""
+    """The first argument as a function of inputs, whose derivatives follow them."""
 
     generate_vmap_rule = True
 
@@ -18,21 +28,20 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.num_inputs = (len(inputs) - 1) // 2
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors[: ctx.num_inputs]
-        derivatives = ctx.saved_tensors[ctx.num_inputs :]
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        inputs, derivatives = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if torch.is_grad_enabled():  # a graph of the gradient is asked for
-            derivatives = [_OnceDifferentiable.apply(d, *inputs) for d in derivatives]
-        return (None, *(grad * d for d in derivatives), *(None,) * ctx.num_inputs)
+            derivatives = tuple(_OnceDifferentiable.apply(d, *inputs) for d in derivatives)
+        return (None, *(grad * d for d in derivatives), *(None,) * len(inputs))
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The first argument, that depends on the others in a way that is not known."""
+    """The first argument, which depends on the others in a way that is not known."""
 
     generate_vmap_rule = True
 
@@ -41,11 +50,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         return derivative.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError("pyro_sbp.special is once differentiable: no second derivatives")
 
 

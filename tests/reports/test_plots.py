@@ -11,7 +11,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
-from pyro_sbp.reports.plots import style
+from pyro_sbp.reports.plots import Point, style
 from pyro_sbp.training.checkpoints import CONTENT
 from pyro_sbp.training.runs import Run
 
@@ -77,11 +77,19 @@ def convolutional_run(tmp_path):
     return write_run(tmp_path / "convolutional", "lenet5", gates, weights)
 
 
-class Fixed:
-    """Anything with ratios, such as a guide."""
+class Ratios:
+    """Anything with ratios, such as a guide or a posterior."""
+
+    elements = "units"
+
+    def __init__(self, **ratios):
+        self.ratios = {name: torch.as_tensor(values) for name, values in ratios.items()}
 
     def snr(self):
-        return {"a": torch.tensor([0.3, 0.5, 0.999, 1.0, 7.0]), "b": torch.tensor([0.4, 0.6])}
+        return self.ratios
+
+
+FIXED = Ratios(a=[0.3, 0.5, 0.999, 1.0, 7.0], b=[0.4, 0.6])
 
 
 def counts(ax, color):
@@ -90,7 +98,7 @@ def counts(ax, color):
 
 
 def test_the_histogram_parts_the_units_at_the_threshold():
-    figure = plots.snr_histograms(Fixed())
+    figure = plots.snr_histograms(FIXED)
     for ax, under, over in zip(figure.axes, (3, 2), (2, 0), strict=True):
         assert counts(ax, style.REMOVED) == under and counts(ax, style.LIGHT_CYCLE[0]) == over
         assert ax.get_xscale() == "log"
@@ -98,8 +106,88 @@ def test_the_histogram_parts_the_units_at_the_threshold():
         assert set(line.get_xdata()) == {1.0}
         for bar in ax.patches:  # no bar lies across it
             assert bar.get_x() >= 1 - 1e-9 or bar.get_x() + bar.get_width() <= 1 + 1e-9
-    ax = plots.snr_histograms(Fixed(), threshold=0.55).axes[1]
+    ax = plots.snr_histograms(FIXED, threshold=0.55).axes[1]
     assert counts(ax, style.REMOVED) == counts(ax, style.LIGHT_CYCLE[0]) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-30, 1.0, 1e10])
+@pytest.mark.parametrize(
+    ("ratios", "drawn"),
+    [
+        ([0.0, 0.5, 2.0], 3),
+        ([math.inf, 0.5, 2.0], 3),
+        ([math.nan, 0.5, 2.0], 2),
+        ([-1.0, 0.5], 2),
+        ([1e-45, 1e30], 2),
+        ([2.0], 1),
+        ([2.0, 2.0], 2),
+    ],
+)
+def test_every_ratio_is_in_the_histogram(threshold, ratios, drawn):
+    figure = plots.snr_histograms(Ratios(a=ratios, empty=[]), threshold=threshold)
+    plots.svg(figure)  # it can be drawn, too
+    (ax,) = figure.axes
+    over = sum(value >= threshold for value in ratios)
+    assert counts(ax, style.LIGHT_CYCLE[0]) == over
+    assert counts(ax, style.REMOVED) == drawn - over
+
+
+def test_the_histogram_says_where_a_ratio_has_no_place_on_its_axis():
+    def label(*ratios):
+        return plots.snr_histograms(Ratios(a=ratios)).get_supxlabel()
+
+    assert label(0.5, 2.0) == "signal-to-noise ratio"
+    assert label(0.0, 2.0) == "signal-to-noise ratio (0 in the first bar)"
+    assert label(0.5, math.inf).endswith("(infinity in the last bar)")
+    assert label(0.5, math.nan).endswith("(NaN is not drawn)")
+
+
+def test_a_posterior_of_zeros_is_drawn_where_there_is_a_threshold():
+    (ax,) = plots.snr_histograms(Ratios(a=[0.0, 0.0])).axes
+    assert counts(ax, style.REMOVED) == 2
+    with pytest.raises(RequestError, match="no signal-to-noise ratio is positive and finite"):
+        plots.snr_histograms(Ratios(a=[0.0, 0.0]), threshold=0.0)
+    for nothing in (Ratios(), Ratios(a=[]), Ratios(a=[math.nan])):
+        with pytest.raises(RequestError, match="no signal-to-noise ratio to draw"):
+            plots.snr_histograms(nothing)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan, 2.0])
+def test_pixels_of_any_ratio_are_drawn(value, dense_run, monkeypatch):
+    ratios = torch.full((784,), 2.0)
+    ratios[3] = value
+    found = Ratios(fc1_input=ratios)
+    monkeypatch.setattr("pyro_sbp.reports.posterior.read_posterior", lambda directory: found)
+    figure = plots.kept_pixels(dense_run)
+    plots.svg(figure)
+    shown = figure.axes[1].images[0].get_array().flatten()
+    assert bool(shown[3]) == (value >= 1) and shown.sum() == 783 + bool(value >= 1)
+
+
+def test_filters_of_zeros_are_drawn(tmp_path):
+    gates = {"conv1": (20, (3,)), "conv2": (50, (1,))}
+    weights = {"conv1.weight": torch.zeros(20, 1, 5, 5)}
+    plots.svg(plots.first_filters(write_run(tmp_path / "run", "lenet5", gates, weights)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": 0.0, "nll": 0.0, "weighted_kl": 0.0},
+        {"loss": -1.0, "nll": -1.0},
+        {"loss": math.nan, "nll": math.nan, "weighted_kl": math.nan},
+        {"loss": math.inf},
+        {"error": 0.0},
+        {"units": {}},
+        {"units": {"fc1": 0}},
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_curves_of_any_values_are_drawn(change, epochs, dense_run):
+    run = Run.read(dense_run)
+    run.metrics[0].update(change)
+    del run.metrics[epochs:]
+    plots.svg(plots.training_curves(run))
 
 
 def test_the_histogram_of_a_run_counts_its_units(dense_run):
@@ -139,6 +227,27 @@ def test_the_sweep_marks_the_recipe_s_threshold():
     assert list(ax.lines[0].get_ydata()) == [1.0, 1.2, 30.0]
 
 
+@pytest.mark.parametrize("change", [{"error": 0.0}, {"ratio": 1.0}, {"error": math.nan}])
+def test_sweeps_of_any_values_are_drawn(change):
+    row = {"threshold": 1.0, "error": 1.0, "ratio": 2.0, "split": "test"}
+    for rows in ([{**row, **change}], [row, {**row, "threshold": 2.0, "error": 90.0, **change}]):
+        plots.svg(plots.error_against_threshold(rows))
+        plots.svg(plots.error_against_macs(rows))
+
+
+@pytest.mark.parametrize("pruned", [(0, 0), (40, 0)])
+@pytest.mark.parametrize("dense", [(400, 0), (400, 410), (0, 0)])
+def test_layers_of_any_cost_are_drawn(dense, pruned, dense_run):
+    plots.svg(plots.layer_costs(dense_run, {"fc1": {"dense": dense, "pruned": pruned}}))
+
+
+@pytest.mark.parametrize("milliseconds", [0.0, 1e-5, math.inf, math.nan])
+def test_latencies_of_any_value_are_drawn(milliseconds, dense_run):
+    row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0}
+    (dense_run / "bench.json").write_text(json.dumps([{**row, "pruned_ms": milliseconds}]))
+    plots.svg(plots.latency(dense_run))
+
+
 def test_layers_and_latencies_are_bars(dense_run):
     costs = {
         "fc1": {"dense": (400, 410), "pruned": (40, 44)},
@@ -149,12 +258,17 @@ def test_layers_and_latencies_are_bars(dense_run):
     assert [bar.get_width() for bar in macs.patches] == [400, 9, 40, 0]
     assert [bar.get_width() for bar in parameters.patches] == [410, 0, 44, 0]
     assert [label.get_text() for label in macs.get_yticklabels()] == ["fc1", "elsewhere"]
+    costs["fc1"] = {"dense": (1_663_370, 8_000), "pruned": (20_500, 999)}
+    macs, parameters = plots.layer_costs(dense_run, costs).axes
+    assert [text.get_text() for text in macs.texts] == ["1.66M", "9", "20.5k", "0"]
+    assert [text.get_text() for text in parameters.texts] == ["8k", "0", "999", "0"]
     with pytest.raises(RequestError, match=r"has no bench\.json; make it by pyro-sbp bench"):
         plots.latency(dense_run)
     row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0, "pruned_ms": 2.0}
     (dense_run / "bench.json").write_text(json.dumps([row]))
     (ax,) = plots.latency(dense_run).axes
-    assert [bar.get_width() for bar in ax.patches] == [4, 2]
+    assert [bar.get_width() for bar in ax.patches] == [0.004, 0.002]
+    assert [text.get_text() for text in ax.texts] == ["4 ms", "2 ms"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["CPU, batch 8,\n1 thread"]
     # A row of an older file names no runtime.
     rows = [row, {**row, "runtime": "onnxruntime", "dense_ms": 1.0}]
@@ -162,7 +276,7 @@ def test_layers_and_latencies_are_bars(dense_run):
     (ax,) = plots.latency(dense_run).axes
     labels = [label.get_text().split("\n")[-1] for label in ax.get_yticklabels()]
     assert labels == ["eager", "onnxruntime"]
-    assert [bar.get_width() for bar in ax.patches] == [4, 1, 2, 2]
+    assert [bar.get_width() for bar in ax.patches] == [0.004, 0.001, 0.002, 0.002]
 
 
 def test_the_pixels_that_are_kept_lie_where_they_are(dense_run, convolutional_run):
@@ -199,6 +313,19 @@ def test_the_frontier_has_the_finished_runs_and_the_papers(dense_run, tmp_path):
     assert {text.get_text() for text in ax.texts} >= {"dense", "SBP", "BB dropout"}
 
 
+def test_a_frontier_leaves_out_what_has_no_place():
+    point = Point("pyro-sbp", "a", 2.0, 1.0)
+    for values in ((0.0, 1.0), (math.inf, 1.0), (2.0, math.nan)):
+        other = Point("pyro-sbp", "b", *values)
+        figure = plots.draw_frontier({"net": [point, other]})
+        plots.svg(figure)
+        assert [text.get_text() for text in figure.axes[0].texts] == ["a"]
+        with pytest.raises(RequestError, match="net has no result that can be drawn"):
+            plots.draw_frontier({"net": [other]})
+    for values in ((1.0, 0.0), (0.5, 1.0)):
+        plots.svg(plots.draw_frontier({"net": [Point("pyro-sbp", "b", *values)]}))
+
+
 def luminance(color):
     """Relative luminance by WCAG 2."""
     parts = [
@@ -231,4 +358,4 @@ def test_a_figure_can_be_read_on_its_page(dark, dense_run):
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(style, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"pip install 'pyro-sbp\[report\]'"):
-        plots.snr_histograms(Fixed())
+        plots.snr_histograms(FIXED)

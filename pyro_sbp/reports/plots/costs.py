@@ -108,7 +108,7 @@ def layer_costs(source: Run | str | Path, costs: Mapping[str, Any] | None = None
 
 @drawing
 def latency(source: Run | str | Path) -> Figure:
-    """Milliseconds a call of the dense and the pruned network, from `bench.json`."""
+    """The time of a call of the dense and of the pruned network, in seconds, from `bench.json`."""
     run = run_of(source)
     if not run.bench:
         raise RequestError(
@@ -123,14 +123,14 @@ def latency(source: Run | str | Path) -> Figure:
         for row in rows
     ]
     bars = {
-        "dense": [row["dense_ms"] for row in rows],
-        "pruned": [row["pruned_ms"] for row in rows],
+        "dense": [row["dense_ms"] / 1e3 for row in rows],
+        "pruned": [row["pruned_ms"] / 1e3 for row in rows],
     }
     if all(row.get("floor_ms") for row in rows):
-        bars["one unit a gate"] = [row["floor_ms"] for row in rows]
+        bars["one unit a gate"] = [row["floor_ms"] / 1e3 for row in rows]
     figure, axes = new_figure(1.1 + 0.7 * len(rows))
-    draw_bars(axes[0, 0], names, bars)
-    axes[0, 0].set_xlabel("ms a call, median")
+    draw_bars(axes[0, 0], names, bars, unit="s")
+    axes[0, 0].set_xlabel("time of a call, median")
     axes[0, 0].legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     return figure
 

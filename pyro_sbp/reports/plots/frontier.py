@@ -66,11 +66,12 @@ def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
     """
     panels: dict[tuple[str, str], list[Point]] = {}
     for run in map(run_of, sources):
-        if run.summary is None:
+        ratio, error = run.macs_ratio, run.error
+        if run.summary is None or ratio is None or error is None:
             continue
         pair = (run.request.arch, run.request.dataset)
         points = panels.setdefault(pair, published_points(*pair))
-        points.append(Point("pyro-sbp", run.name, run.macs_ratio, run.error))
+        points.append(Point("pyro-sbp", run.name, ratio, error))
         if run.summary["error"]["dense"] is not None:
             points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
     if not panels:
@@ -91,10 +92,16 @@ def published_points(arch: str, dataset: str) -> list[Point]:
 def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Figure:
     """Test error against times fewer MACs, the latter logarithmic.
 
+    Points without a place on these axes are left out.
+
     Args:
-        panels: the points of every panel, by its title; at least one point each.
+        panels: the points of every panel, by its title.
         columns: how many panels stand side by side.
+
+    Raises:
+        RequestError: a panel has no point that can be drawn.
     """
+    panels = {title: _placed(title, points) for title, points in panels.items()}
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(3.9 * rows, rows, columns, width=WIDTH * columns)
@@ -112,7 +119,8 @@ def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Fi
                 ends = [[abs(end - point.error)] for end in point.spread]
                 ax.errorbar(point.macs_ratio, point.error, ends, fmt="none", ecolor=style["color"])
         ax.set(xscale="log", xlabel="times fewer MACs", ylabel="test error, %", title=title)
-        ax.set_xlim(0.9, max(point.macs_ratio for point in points) * 1.9)
+        ratios = [point.macs_ratio for point in points]
+        ax.set_xlim(min(0.9, 0.9 * min(ratios)), 1.9 * max(ratios))
         ax.margins(y=0.12)
         _name_points(ax, points)
         plain_ticks(ax.xaxis)
@@ -121,6 +129,14 @@ def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Fi
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
     return figure
+
+
+def _placed(title: str, points: Sequence[Point]) -> list[Point]:
+    """The points that have a place on a logarithmic and a linear axis."""
+    placed = [p for p in points if 0 < p.macs_ratio < math.inf and math.isfinite(p.error)]
+    if not placed:
+        raise RequestError(f"{title} has no result that can be drawn")
+    return placed
 
 
 def _name_points(ax: Any, points: Sequence[Point]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,29 +45,37 @@ def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
 
 @drawing
 def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
-    """How many units of each gate have which signal-to-noise ratio, both axes logarithmic.
+    """A histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
+
+    Ratios that have no place on a logarithmic axis are drawn in the first or the last bar, except
+    NaN, which is not drawn.
 
     Args:
         source: a run, its directory, its posterior, or a guide.
-        threshold: where kept units begin; by default that of the run's recipe, or 1.
+        threshold: the ratio from which units are kept; by default that of the run's recipe, or 1.
+
+    Raises:
+        RequestError: there is no ratio that can be drawn.
     """
     source, threshold = _posterior(source, threshold)
     snr = {name: value.detach().flatten().cpu().double() for name, value in source.snr().items()}
+    snr = {name: value for name, value in snr.items() if not value.isnan().all()}
+    if not snr:
+        raise RequestError("there is no signal-to-noise ratio to draw")
+    edges = _edges(snr.values(), threshold)
     names = sorted(snr, key=lambda name: -len(snr[name]))[:MOST_GATES]
     names = [name for name in snr if name in names]
     columns = 1 if len(names) <= 8 else 2
     rows = math.ceil(len(names) / columns)
     figure, axes = new_figure(0.7 + 1.15 * rows, rows, columns, sharex=True)
-    least = min(float(value.min()) for value in snr.values())
-    most = max(float(value.max()) for value in snr.values())
-    edges = _edges(min(least, 0.9 * threshold), max(most, 1.1 * threshold), threshold)
     colors = color_cycle()
     for ax, name in zip(axes.flat, names, strict=False):
         values = snr[name]
         kept, removed = values[values >= threshold], values[values < threshold]
         for color, part in ((REMOVED, removed), (colors[0], kept)):
-            ax.hist(part.numpy(), bins=edges, color=color)
-        ax.axvline(threshold, color=colors[1], linestyle="--")
+            ax.hist(part.clamp(edges[0], edges[-1]).numpy(), bins=edges, color=color)
+        if threshold > 0:
+            ax.axvline(threshold, color=colors[1], linestyle="--")
         ax.set(xscale="log", yscale="log")
         ax.set_ylim(0.5, None)
         words = f"{name}: {len(kept)} of {len(values)}"
@@ -81,13 +90,44 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
     left_out = most_shown(len(names), len(snr), "gates")
     if left_out:
         figure.suptitle(left_out, fontsize=9)
-    figure.supxlabel("signal-to-noise ratio", fontsize=10)
+    figure.supxlabel(f"signal-to-noise ratio{_outside_words(snr.values())}", fontsize=10)
     figure.supylabel(getattr(source, "elements", "units"), fontsize=10)
     return figure
 
 
-def _edges(low: float, high: float, threshold: float, bins: int = 40) -> list[float]:
-    """Edges of equal width on a logarithmic axis, one of which is the threshold."""
+def _positive_range(values: Iterable[Tensor], *marks: float) -> tuple[float, float]:
+    """The range of the values and marks that have a place on a logarithmic axis; never empty.
+
+    Raises:
+        RequestError: there is none.
+    """
+    ends = [mark for mark in marks if mark > 0]
+    for value in values:
+        placed = value[(value > 0) & value.isfinite()]
+        ends += [float(placed.min()), float(placed.max())] if len(placed) else []
+    if not ends:
+        raise RequestError("no signal-to-noise ratio is positive and finite")
+    low, high = min(ends), max(ends)
+    return (low, high) if low < high else (0.9 * low, 1.1 * high)
+
+
+def _outside_words(values: Iterable[Tensor]) -> str:
+    """Where the ratios are drawn that have no place on a logarithmic axis."""
+    words = []
+    for value in values:
+        words += ["0 in the first bar"] if bool((value <= 0).any()) else []
+        words += ["infinity in the last bar"] if bool((value == math.inf).any()) else []
+        words += ["NaN is not drawn"] if bool(value.isnan().any()) else []
+    return f" ({', '.join(dict.fromkeys(words))})" if words else ""
+
+
+def _edges(values: Iterable[Tensor], threshold: float, bins: int = 40) -> list[float]:
+    """Edges of equal width on a logarithmic axis, one of which is the threshold.
+
+    Raises:
+        RequestError: neither a value nor the threshold has a place on it.
+    """
+    low, high = _positive_range(values, 0.9 * threshold, 1.1 * threshold)
     if threshold <= 0:
         return [low * (high / low) ** (i / bins) for i in range(bins)] + [high * 1.001]
     width = math.log(high / low) / bins
@@ -127,7 +167,10 @@ def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
 def kept_pixels(source: Run | str | Path) -> Figure:
     """The signal-to-noise ratio of the pixels of the image, and which pixels are kept.
 
-    Of an image with several channels, the largest ratio of each pixel.
+    For an image with several channels, the largest ratio of each pixel is shown.
+
+    Raises:
+        RequestError: the run has no noise on the pixels, or no ratio can be drawn.
     """
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
@@ -138,17 +181,20 @@ def kept_pixels(source: Run | str | Path) -> Figure:
     if found is None:
         raise RequestError(f"{run.directory} has no noise on the pixels of its images")
     name, snr = found
-    values = snr.amax(0).numpy()
+    best = snr.amax(0)
+    low, high = _positive_range([best])
     figure, axes = new_figure(3.0, 1, 2)
     left, right = axes[0]
-    shown = left.imshow(values, cmap="cividis", norm=LogNorm())
+    # 0, infinity and NaN have no place on a logarithmic scale.
+    placed = best.nan_to_num(nan=low, posinf=high).clamp(low, high)
+    shown = left.imshow(placed.numpy(), cmap="cividis", norm=LogNorm(low, high))
     left.set_title(f"SNR of {name}", fontsize=9)
     bar = figure.colorbar(shown, cax=left.inset_axes((0, -0.12, 1, 0.05)), orientation="horizontal")
-    ticks = [tick for tick in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= values.max()]
+    ticks = [tick for tick in (0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
     colors = (REMOVED, color_cycle()[0])
-    right.imshow(values >= threshold, cmap=ListedColormap(colors), vmin=0, vmax=1)
+    right.imshow((best >= threshold).numpy(), cmap=ListedColormap(colors), vmin=0, vmax=1)
     kept = int((snr >= threshold).sum())
     right.set_title(f"{kept} of {snr.numel()} kept", fontsize=9)
     handles = [
@@ -177,11 +223,9 @@ def first_filters(source: Run | str | Path) -> Figure:
     """The filters of the first convolution that are kept, with their signal-to-noise ratios."""
     import torch
 
-    from pyro_sbp.reports.posterior import read_posterior
-
     run = run_of(source)
-    posterior, shape = read_posterior(run.directory), image_shape(run)
-    threshold = run.request.recipe.threshold
+    posterior, threshold = _posterior(run, None)
+    shape = image_shape(run)
     # Of noise on weights, the best of a filter's.
     snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
     found = [
@@ -203,7 +247,7 @@ def first_filters(source: Run | str | Path) -> Figure:
     columns = min(8, len(order))
     rows = math.ceil(len(order) / columns)
     figure, axes = new_figure(0.6 + 0.85 * rows, rows, columns)
-    scale = float(weight[[row[unit] for unit in order]].abs().max())
+    scale = float(weight[[row[unit] for unit in order]].abs().max()) or 1.0
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, unit in zip(axes.flat, order, strict=False):

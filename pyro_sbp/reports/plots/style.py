@@ -15,6 +15,7 @@ from pyro_sbp.training.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 
 __all__ = ["check_matplotlib", "svg"]
@@ -63,7 +64,7 @@ def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
         from cycler import cycler
 
         page, ink = DARK_PAGE if dark else LIGHT_PAGE
-        style = {
+        style: dict[RcKeyType, Any] = {
             "axes.prop_cycle": cycler(color=DARK_CYCLE if dark else LIGHT_CYCLE),
             "axes.spines.right": False,
             "axes.spines.top": False,
@@ -73,11 +74,13 @@ def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
             "font.size": 10,
             "legend.frameon": False,
             "grid.alpha": 0.25,
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), page),
-            **dict.fromkeys(
-                ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
-                ink,
-            ),
+            "figure.facecolor": page,
+            "axes.facecolor": page,
+            "text.color": ink,
+            "axes.edgecolor": ink,
+            "axes.labelcolor": ink,
+            "xtick.color": ink,
+            "ytick.color": ink,
         }
         with matplotlib.rc_context(style):
             return function(*args, **kwargs)
@@ -116,10 +119,8 @@ def run_of(source: Run | str | Path) -> Run:
 
 
 def plain_ticks(axis: Any) -> None:
-    """Numbers as they are written in a text, on a logarithmic axis too."""
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    """Write the numbers of an axis as in a text, without powers of ten."""
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def minor_ticks(axis: Any) -> None:
@@ -143,31 +144,40 @@ def color_cycle() -> list[str]:
     return matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
 
 
-def _short(value: float) -> str:
-    """A number in few letters: 20k, 1.6M."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"
+def draw_bars(
+    ax: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]], unit: str = ""
+) -> None:
+    """Draw bars side by side on a logarithmic axis, the first name on top.
 
+    Args:
+        ax: where to draw.
+        names: of the groups of bars.
+        bars: a value for each name, by the label of the legend.
+        unit: of the values; numbers are written with three digits and a prefix: 20k, 1.6M, 94 µs.
+    """
+    from matplotlib.ticker import EngFormatter
 
-def draw_bars(ax: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:
-    """Bars side by side on a logarithmic axis, the first name on top."""
+    engineering = EngFormatter(unit=unit, sep=" " if unit else "")
+
+    def short(value: float) -> str:
+        return engineering(float(f"{value:.3g}")) if math.isfinite(value) else f"{value}"
+
     height = 0.8 / len(bars)
     for index, (label, values) in enumerate(bars.items()):
         places = [i + (index - (len(bars) - 1) / 2) * height for i in range(len(names))]
-        drawn = ax.barh(places, values, 0.92 * height, label=label, color=color_cycle()[index])
-        ax.bar_label(drawn, [_short(value) for value in values], padding=2,
-                     fontsize=8)  # fmt: skip
+        widths = [value if math.isfinite(value) else 0 for value in values]
+        drawn = ax.barh(places, widths, 0.92 * height, label=label, color=color_cycle()[index])
+        ax.bar_label(drawn, [short(value) for value in values], padding=2, fontsize=8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xscale("log")
-    positive = [value for values in bars.values() for value in values if value > 0] or [1]
-    # Room for the labels; the shortest bar is still one.
-    span = max(positive) / min(positive)
-    ax.set_xlim(min(positive) / max(span**0.15, 1.5), max(positive) * max(span**0.25, 1.7))
+    positive = [v for values in bars.values() for v in values if 0 < v < math.inf]
+    if positive:
+        ax.set_xscale("log")
+        # Leave room for the labels, and a part of the shortest bar.
+        span = max(positive) / min(positive)
+        ax.set_xlim(min(positive) / max(span**0.15, 1.5), max(positive) * max(span**0.25, 1.7))
     ax.minorticks_off()
-    ax.xaxis.set_major_formatter(lambda value, _: _short(value))
+    ax.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
 def most_shown(shown: int, total: int, what: str) -> str | None:

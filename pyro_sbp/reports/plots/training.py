@@ -45,9 +45,11 @@ def training_curves(source: Run | str | Path) -> Figure:
         positive = [value if value > 0 else math.nan for value in values]
         if not all(map(math.isnan, positive)):
             loss.plot(epochs, positive, style, label=label, marker=marker)
-    loss.set_yscale("log")
     loss.set_ylabel("nats per example")
-    loss.legend(fontsize=9)
+    if loss.lines:
+        loss.set_yscale("log")
+        plain_ticks(loss.yaxis)
+        loss.legend(fontsize=9)
     error.plot(epochs, [line["error"] for line in lines], marker=marker)
     error_axis(error, [line["error"] for line in lines])
     totals = _totals(run)
@@ -57,8 +59,8 @@ def training_curves(source: Run | str | Path) -> Figure:
         style = "-" if index < len(LIGHT_CYCLE) else "--"
         units.plot(epochs, share, style, label=name, marker=marker)
     units.set(ylabel="units left, %", xlabel="epoch", ylim=(0, 105))
-    units.legend(fontsize=9, ncols=2, title=most_shown(len(names), len(totals), "gates"))
-    plain_ticks(loss.yaxis)
+    if names:
+        units.legend(fontsize=9, ncols=2, title=most_shown(len(names), len(totals), "gates"))
     units.set_xlim(0.5 - 0.02 * len(lines), len(lines) + 0.5)
     units.xaxis.get_major_locator().set_params(integer=True)
     start = 0
