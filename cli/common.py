@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.training.runs import read_request
+from pyro_sbp.training.runs import read_request, read_saved_network
 from pyro_sbp.training.summary import Summary
 
 __all__ = [
@@ -79,11 +78,10 @@ def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
     Raises:
         RequestError: the network is missing or damaged.
     """
-    try:
-        network = json.loads((saved / "network.json").read_text("utf-8"))
-        return network["kwargs"], [int(size) for size in network["input_shape"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{saved.parent} holds no whole run: {error}") from error
+    network = read_saved_network(saved)
+    if network["input_shape"] is None:
+        raise RequestError(f"{saved}/network.json does not say the shape of the network's inputs")
+    return network["kwargs"], network["input_shape"]
 
 
 def find_run(run: Path | None, finished: bool = True) -> Path:

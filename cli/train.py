@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -18,14 +18,14 @@ from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import with_overrides
-from pyro_sbp.recipes.request import PRECISIONS, Request
+from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
 from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
 
 if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData
-    from pyro_sbp.training import Progress
+    from pyro_sbp.training.loop import Progress
 
 __all__ = ["train"]
 
@@ -226,8 +226,6 @@ def _request(
             f"batch size is {chosen.batch_size}; expected at least two examples for each of "
             f"{devices} devices"
         )
-    if precision is not None and precision not in PRECISIONS:
-        raise RequestError(f"unknown precision {precision!r}; expected {', '.join(PRECISIONS)}")
     return Request(
         arch,
         dataset,
@@ -237,7 +235,7 @@ def _request(
         str(data_dir or "data"),
         weights=None if weights is None else str(weights),
         devices=devices,
-        precision=precision or "32-true",
+        precision=cast(Precision, precision or "32-true"),
         channels_last=bool(channels_last),
     )
 

@@ -22,7 +22,7 @@ from pyro_sbp.experiments.rows import (
     title,
 )
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.settings import RECIPE_CLASSES
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, RBPRecipe
 
 __all__ = [
     "compare",
@@ -224,7 +224,7 @@ def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
         cells.append(
             (
                 row.name,
-                recipe.order if row.first.method == "rbp" else "-",
+                recipe.order if isinstance(recipe, RBPRecipe) else "-",
                 row.seeds,
                 row.error_in_words,
                 row.units,

@@ -197,8 +197,15 @@ class GatedMethod(Method[G]):
         current = {} if self._current is None else self._current.posteriors()
         return {**self._ended, **current}
 
-    def prune(self, **settings: Any) -> None:
-        """Make a smaller network by the posterior of the last turn and `choose_units`' settings.
+    def prune(
+        self,
+        *,
+        threshold: float | None = None,
+        macs_ratio: float | None = None,
+        round_to: int = 1,
+        min_units: int = 1,
+    ) -> None:
+        """Make a smaller network by the posterior of the last turn.
 
         Units that earlier turns removed cannot be kept; nor can those of the last turn, unless
         the method `reopens` it. `round_to` rounds a gate down that has lost units.
@@ -209,10 +216,19 @@ class GatedMethod(Method[G]):
         else:
             stage = self._stage
             theta, snr = stage.theta(), {name: value.clone() for name, value in stage.snr.items()}
-        for name, beyond in stage.beyond_multiples(settings.get("round_to", 1)).items():
+        for name, beyond in stage.beyond_multiples(round_to).items():
             theta[name][beyond] = snr[name][beyond] = 0
         choice = choose_units(
-            stage.net, stage.gates, theta, snr, self.example_input, dense=self.net, **settings
+            stage.net,
+            stage.gates,
+            theta,
+            snr,
+            self.example_input,
+            threshold=threshold,
+            macs_ratio=macs_ratio,
+            round_to=round_to,
+            min_units=min_units,
+            dense=self.net,
         )
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.example_input, choice.units

@@ -98,8 +98,22 @@ class Method(ABC, Generic[R]):
             )
 
     @abstractmethod
-    def prune(self, **settings: Any) -> None:
-        """Set `small`, `units` and `equivalence` by the posterior and `choose_units`' settings."""
+    def prune(
+        self,
+        *,
+        threshold: float | None = None,
+        macs_ratio: float | None = None,
+        round_to: int = 1,
+        min_units: int = 1,
+    ) -> None:
+        """Set `small`, `units`, `held` and `equivalence` by the posterior.
+
+        Args:
+            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+
+        Raises:
+            ValueError: what `choose_units` refuses.
+        """
 
     @abstractmethod
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:

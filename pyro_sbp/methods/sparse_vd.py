@@ -56,6 +56,7 @@ class SparseVD(Method[SparseVDRecipe]):
 
     def prune(
         self,
+        *,
         threshold: float | None = None,
         macs_ratio: float | None = None,
         round_to: int = 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,10 +12,11 @@ from pydantic.dataclasses import dataclass
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.settings import RECIPE_CLASSES, STRICT, Recipe, refusing
 
-__all__ = ["PRECISIONS", "Request"]
+__all__ = ["PRECISIONS", "Precision", "Request"]
 
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
-PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+Precision = Literal["32-true", "bf16-mixed", "64-true"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @refusing
@@ -47,7 +48,7 @@ class Request:
     data_dir: str = "data"
     weights: str | None = None
     devices: Annotated[int, Field(ge=1)] = 1
-    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    precision: Precision = "32-true"
     channels_last: bool = False
 
     @property

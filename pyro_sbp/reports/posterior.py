@@ -135,7 +135,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     of_units = posterior.elements == "units"
     done = {}
     if run.summary is not None and of_units:
-        done = {unit["gate"]: unit for unit in run.summary["units"]}
+        done = {unit.gate: unit for unit in run.summary.units}
     gates = []
     for name, values in snr.items():
         over = values >= threshold
@@ -145,8 +145,8 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
                 "gate": name,
                 "total": values.numel(),
                 # The best unit stays where none reaches the threshold.
-                "kept": done[name]["kept"] if name in done else max(count, int(of_units)),
-                "zeroed": done[name]["zeroed"] if name in done else None,
+                "kept": done[name].kept if name in done else max(count, int(of_units)),
+                "zeroed": done[name].zeroed if name in done else None,
                 "snr": _quantiles(values),
                 "mean": float(mean[name].double().abs().mean()),
                 "kl": float(kl[name].double().sum()),
@@ -163,7 +163,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "threshold": threshold,
         "elements": posterior.elements,
         "gates": gates,
-        "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
+        "left_alone": left_alone if run.summary is None else dict(run.summary.left_alone),
         "waiting": list(posterior.waiting),
     }
 

@@ -100,13 +100,13 @@ def sweep(
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
-            error = loop.error_of(method.small, job.data.validation)  # as it was trained
-            small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
+            test_error = loop.error_of(method.small, job.data.validation)  # as it was trained
+            small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
                 {
                     "threshold": threshold,
-                    "error": error,
+                    "error": test_error,
                     "split": "test" if job.data.validation is None else "validation",
                     "macs": macs,
                     "ratio": job.macs / macs,

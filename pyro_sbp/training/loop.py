@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.datasets.augmentation import Augmentation
 from pyro_sbp.datasets.loading import ImageData
-from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict, Standing
@@ -299,7 +299,9 @@ class Loop:
         return bool(asked[0]), bool(asked[1])
 
     def _sum(self, value: Tensor) -> Tensor:
-        return self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        total = self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def _same_buffers(self, module: nn.Module) -> None:
         """The running statistics of batch norms differ by the shares: the first one's count."""
@@ -330,22 +332,22 @@ class Loop:
             self.errors["training"][name] = self.error_of(predict, self.data.train)
 
     @torch.no_grad()
-    def error_of(self, predict: Predict, split: Split | None = None) -> float:
+    def error_of(self, predict: Predict, split: LabelledImages | None = None) -> float:
         """The share of a split that is classified wrongly, in percent; by default the test set.
 
         It is computed in the precision of the parameters, as the returned network does not
         multiply in bfloat16, which training may do.
         """
-        split = self.data.test if split is None else split
+        images = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = torch.arange(len(split)).split(_test_batch(split))[rank::world]
-        with closing(split.batches(batches)) as shares:
+        batches = torch.arange(len(images)).split(_test_batch(images))[rank::world]
+        with closing(images.batches(batches)) as shares:
             for x, y in shares:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
-        return round(100 * int(self._sum(wrong)) / len(split), 6)
+        return round(100 * int(self._sum(wrong)) / len(images), 6)
 
     def _save(self, phase: Phase, place: Place, optimizer: Any, schedule: Any) -> None:
         _check_finite(phase, float(place.total.sum()), place.epoch)
@@ -386,7 +388,7 @@ class Loop:
         return saved
 
 
-def _test_batch(split: Split) -> int:
+def _test_batch(split: LabelledImages) -> int:
     """How many images of a split are predicted at a time."""
     return min(TEST_BATCH, max(1, TEST_NUMBERS // math.prod(split.image_shape)))
 

@@ -14,6 +14,7 @@ from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.training.job import Job
 from pyro_sbp.training.loop import Loop
+from pyro_sbp.training.runs import GateNumbers
 from pyro_sbp.training.summary import (
     Differences,
     Errors,
@@ -37,9 +38,9 @@ def write_result(job: Job, loop: Loop, target: Path) -> Summary:
         target: the directory of the saved network, which must not exist.
     """
     method, request = job.method, job.request
-    small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
+    small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
     standardization, weights = job.data.train.standardization, _weights(method)
-    units = {
+    units: dict[str, GateNumbers] = {
         name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
         for name, u in method.units.items()
     }

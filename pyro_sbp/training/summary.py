@@ -25,6 +25,15 @@ _Number = Annotated[float, Field(ge=0, strict=True)]
 _Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 
 
+#: What the networks of a run are called in tables.
+LABELS = {
+    "dense": "dense",
+    "mean": "noise at its mean",
+    "pruned": "pruned",
+    "finetuned": "fine-tuned",
+}
+
+
 @dataclass(frozen=True, config=_CONFIG)
 class Errors:
     """Errors of the networks of a run in percent, after the last epoch.
@@ -36,21 +45,15 @@ class Errors:
         finetuned: the pruned network after fine-tuning; None without fine-tuning.
     """
 
-    dense: _Percent | None = Field(None, description="dense")
-    mean: _Percent | None = Field(None, description="noise at its mean")
-    pruned: _Percent | None = Field(None, description="pruned")
-    finetuned: _Percent | None = Field(None, description="fine-tuned")
+    dense: _Percent | None = None
+    mean: _Percent | None = None
+    pruned: _Percent | None = None
+    finetuned: _Percent | None = None
 
     @property
     def last(self) -> float | None:
         """The error of the returned network."""
         return self.pruned if self.finetuned is None else self.finetuned
-
-    @classmethod
-    def labels(cls) -> dict[str, str]:
-        """From the name of a network to what it is called in tables."""
-        fields = cls.__pydantic_fields__  # type: ignore[attr-defined]
-        return {name: field.description for name, field in fields.items()}
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -229,7 +232,7 @@ class Summary:
         `errors`."""
         return [
             (label, *(percent(getattr(errors, name)) for errors in self.errors().values()))
-            for name, label in Errors.labels().items()
+            for name, label in LABELS.items()
         ]
 
     def unit_rows(self) -> list[tuple[Any, ...]]:

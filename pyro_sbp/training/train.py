@@ -70,7 +70,9 @@ def train(
         # refuse a loss that is not finite in its own words, and costs a sixth of a step.
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             loop.go()
-        return fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+        summary = fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+        assert summary is not None
+        return summary
 
 
 def _finish(job: Job, loop: Loop, directory: Path) -> Summary:

@@ -12,7 +12,7 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import Point, style
-from pyro_sbp.training.checkpoints import CONTENT
+from pyro_sbp.training.checkpoints import Checkpoint, Place
 from pyro_sbp.training.runs import Run
 
 # log theta at -0.1 within 1 %: a ratio of 100; and spread over its whole range: of 1/3.
@@ -47,20 +47,25 @@ def write_run(directory, arch, gates, weights):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (directory / "metrics.jsonl").write_text(text)
-    module = {f"0.{name}": value for name, value in weights.items()}
+    posteriors = {}
     for name, (size, kept) in gates.items():
         loc, log_scale = noise(size, kept)
-        module[f"1.locs.{name}_unconstrained"] = loc
-        module[f"1.log_scales.{name}_unconstrained"] = log_scale
-    saved = {
-        "request": json.dumps(request.to_dict()),
-        "finished": [weights],
-        "module": module,
-        "place": {"epoch": 2},
-        "lines": lines,
-    }
-    rest = dict.fromkeys(CONTENT - saved.keys())
-    torch.save({**saved, **rest}, directory / "checkpoint.pt")
+        posteriors[name] = loc, log_scale.exp()
+    Checkpoint(
+        request=request,
+        finished=[{"module": weights, "network": ""}],
+        current={"module": {f"net.{n}": v for n, v in weights.items()}, "network": "net."},
+        optimizer={},
+        schedule={},
+        place=Place(torch.zeros(1), torch.zeros(2), epoch=2),
+        errors={},
+        seconds=0.0,
+        lines=lines,
+        order=torch.zeros(1),
+        random=[],
+        left_alone={},
+        posteriors=posteriors,
+    ).write(directory / "checkpoint.pt")
     return directory
 
 
