@@ -49,23 +49,34 @@ _Factor = Annotated[float, Field(ge=0, le=1e6)]
 _MAX_UNIT_SNR, _MAX_WEIGHT_SNR = math.exp(10), math.exp(4)
 
 
+#: How pydantic says what it expects, and how this package says it.
+_WORDS = {
+    "greater than or equal to ": "a number >= ",
+    "less than or equal to ": "a number <= ",
+    "greater than ": "a number > ",
+    "less than ": "a number < ",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a string",
+}
+
+
 def in_one_line(error: ValidationError) -> str:
     """The first finding of a validation, as ``NAME is VALUE; expected ...``."""
     found = error.errors(include_url=False)[0]
     name = " ".join(str(part) for part in found["loc"])
-    message = found["msg"].removeprefix("Value error, ")
-    if message == found["msg"]:
-        expected = message.removeprefix("Input should be ")
-        for start in ("greater", "less"):
-            if expected.startswith(start):
-                expected = f"a number {expected}"
-        message = (
-            f"expected {expected}" if expected != message else message[0].lower() + message[1:]
-        )
     if found["type"] == "missing":
         return f"{name} is missing"
     if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"there is no setting {name!r}"
+    message = found["msg"].removeprefix("Value error, ")
+    if message.startswith("Input should be "):
+        expected = message.removeprefix("Input should be ")
+        for words, ours in _WORDS.items():
+            if expected.startswith(words):
+                expected = ours + expected.removeprefix(words)
+        message = f"expected {expected}"
     return f"{name} is {found['input']!r}; {message}" if name else message
 
 
@@ -212,7 +223,11 @@ class Recipe:
         Raises:
             RequestError: there is no such setting, or a value is out of its bounds.
         """
-        return type(self).from_dict({**self.to_dict(), **changes}, "the request")
+        for name in changes:
+            if name not in method_settings(self.method):
+                why = _no_such_setting(name, type(self))
+                raise RequestError(f"there is no setting {name!r}: {why}")
+        return type(self)(**{**self.to_dict(), **changes})
 
     def with_epochs(self, epochs: int) -> Self:
         """A copy with another number of epochs with noise."""
@@ -236,7 +251,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise RequestError(f"{source} sets {name!r}, {_no_such_setting(name, cls)}")
+                raise RequestError(f"{source} sets {name!r}: {_no_such_setting(name, cls)}")
         try:
             return cls(**values)
         except RequestError as error:
@@ -363,10 +378,10 @@ def _no_such_setting(name: str, cls: type[Recipe]) -> str:
     """The end of the refusal of a setting that a method does not have."""
     others = [method for method in RECIPE_CLASSES if name in method_settings(method)]
     if others:
-        return f"which {cls.method} does not have; it is a setting of {' and '.join(others)}"
+        return f"{cls.method} does not have it; it is a setting of {' and '.join(others)}"
     known = [field.name for field in dataclasses.fields(cls)]
     close = did_you_mean(name, known) or f"; the settings are {', '.join(known)}"
-    return f"which no recipe has{close}"
+    return f"no recipe has it{close}"
 
 
 def read_recipe(path: Path, method: str | None = None) -> Recipe:

@@ -40,29 +40,29 @@ def test_a_file_may_name_its_method(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epochs = 0", "epochs is 0; expected a number greater than or equal to 1"),
-        ("epochs = 2.5", "epochs is 2.5; expected a valid integer"),
-        ("epoch = 3", "sets 'epoch', which no recipe has; did you mean 'epochs'"),
+        ("epochs = 0", "epochs is 0; expected a number >= 1"),
+        ("epochs = 2.5", "epochs is 2.5; expected an integer"),
+        ("epoch = 3", "sets 'epoch': no recipe has it; did you mean 'epochs'"),
         ("batch_size = -1", "batch_size is -1"),
-        ("learning_rate = 0", "learning_rate is 0; expected a number greater than 0"),
+        ("learning_rate = 0", "learning_rate is 0; expected a number > 0"),
         ("noise_learning_rate = nan", "noise_learning_rate is nan; expected a finite number"),
         ("weight_decay = inf", "weight_decay is inf"),
-        ("macs_weight = -0.5", "macs_weight is -0.5; expected a number greater than or equal to 0"),
-        ("macs_weight = 1e30", r"macs_weight is 1e\+30; expected a number less than or equal to"),
+        ("macs_weight = -0.5", "macs_weight is -0.5; expected a number >= 0"),
+        ("macs_weight = 1e30", r"macs_weight is 1e\+30; expected a number <= "),
         ("kl_scale = 1e30", r"kl_scale is 1e\+30; expected numbers from 0 to 1e6"),
-        ("distill = 1e9", r"distill is 1000000000.0; expected a number less"),
-        ("threshold = 1e9", r"threshold is 1000000000.0; expected a number less"),
+        ("distill = 1e9", r"distill is 1000000000.0; expected a number <= "),
+        ("threshold = 1e9", r"threshold is 1000000000.0; expected a number <= "),
         ("decay = 1.5", "decay is 1.5"),
-        ("threshold = true", "threshold is True; expected a valid number"),
-        ("prior_scale = 0", "prior_scale is 0; expected a number greater than 0"),
+        ("threshold = true", "threshold is True; expected a number"),
+        ("prior_scale = 0", "prior_scale is 0; expected a number > 0"),
         ("noise_per = 'unit'", "noise_per is 'unit'; expected 'batch' or 'example'"),
-        ("standardize = 1", "standardize is 1; expected a valid boolean"),
-        ("flip = 'yes'", "flip is 'yes'; expected a valid boolean"),
-        ("crop = -1", "crop is -1; expected a number greater than or equal to 0"),
-        ("crop = 1.5", "crop is 1.5; expected a valid integer"),
-        ("crop = true", "crop is True; expected a valid integer"),
+        ("standardize = 1", "standardize is 1; expected true or false"),
+        ("flip = 'yes'", "flip is 'yes'; expected true or false"),
+        ("crop = -1", "crop is -1; expected a number >= 0"),
+        ("crop = 1.5", "crop is 1.5; expected an integer"),
+        ("crop = true", "crop is True; expected an integer"),
         ("kl_scale = -1", "kl_scale is -1; expected numbers from 0 to 1e6"),
-        ("nothing = 1", "sets 'nothing', which no recipe has; the settings are name, dense_epochs"),
+        ("nothing = 1", "sets 'nothing': no recipe has it; the settings are name, dense_epochs"),
         ("kl_scale = [1, 2]", "kl_scale is .1, 2.; expected a number, or numbers by gate"),
         ("kl_scale = {conv1 = 'x'}", "kl_scale is .*; expected a number, or numbers by gate; for"),
         ("epochs = ", "is not TOML"),
@@ -93,11 +93,11 @@ def test_a_request_survives_json(name):
         ({"method": "sdp"}, "method is 'sdp'; expected sbp"),
         ({"method": None}, "method is None"),
         ({"recipe": 3}, "recipe is 3; expected settings by name"),
-        ({"seed": "x"}, "seed is 'x'; expected a valid integer"),
+        ({"seed": "x"}, "seed is 'x'; expected an integer"),
         ({"seed": -1}, "seed is -1"),
         ({"precision": float("nan")}, "precision is nan; expected '32-true'"),
         ({"precision": True}, "precision is True; expected '32-true'"),
-        ({"data_dir": ["data"]}, r"data_dir is \['data'\]; expected a valid string"),
+        ({"data_dir": ["data"]}, r"data_dir is \['data'\]; expected a string"),
         ({"devices": 0}, "devices is 0"),
     ],
 )
@@ -139,20 +139,20 @@ def test_recursive_pruning_has_default_recipes_of_its_own():
 @pytest.mark.parametrize(
     ("method", "setting", "value", "words"),
     [
-        ("sbp", "order", "together", "which sbp does not have; it is a setting of rbp"),
-        ("sbp", "exact_kl", True, "which sbp does not have; it is a setting of sparse-vd"),
-        ("rbp", "exact_kl", True, "which rbp does not have; it is a setting of sparse-vd"),
-        ("rbp", "kl_free_epochs", 1, "does not have; it is a setting of sbp and sparse-vd"),
-        ("sparse-vd", "order", "reversed", "which sparse-vd does not have"),
-        ("sparse-vd", "prior_scale", 3.0, "does not have; it is a setting of sbp and rbp"),
-        ("sparse-vd", "macs_weight", 1.0, "which sparse-vd does not have"),
-        ("sparse-vd", "noise_per", "example", "which sparse-vd does not have"),
-        ("sparse-vd", "init_loc", 0.1, "which sparse-vd does not have"),
+        ("sbp", "order", "together", "sbp does not have it; it is a setting of rbp"),
+        ("sbp", "exact_kl", True, "sbp does not have it; it is a setting of sparse-vd"),
+        ("rbp", "exact_kl", True, "rbp does not have it; it is a setting of sparse-vd"),
+        ("rbp", "kl_free_epochs", 1, "does not have it; it is a setting of sbp and sparse-vd"),
+        ("sparse-vd", "order", "reversed", "sparse-vd does not have it"),
+        ("sparse-vd", "prior_scale", 3.0, "does not have it; it is a setting of sbp and rbp"),
+        ("sparse-vd", "macs_weight", 1.0, "sparse-vd does not have it"),
+        ("sparse-vd", "noise_per", "example", "sparse-vd does not have it"),
+        ("sparse-vd", "init_loc", 0.1, "sparse-vd does not have it"),
     ],
 )
 def test_a_setting_of_another_method_is_refused(method, setting, value, words):
     cls = RECIPE_CLASSES[method]
-    with pytest.raises(RequestError, match=f"mine.toml sets '{setting}', .*{words}"):
+    with pytest.raises(RequestError, match=f"mine.toml sets '{setting}': .*{words}"):
         cls.from_dict({setting: value}, "mine.toml")
     with pytest.raises(RequestError, match=words):
         cls().replace(**{setting: value})
@@ -187,9 +187,9 @@ def test_single_settings_are_written_as_in_a_file():
     for wrong, words in (
         ("epochs", "'epochs' is not an assignment; expected NAME=VALUE"),
         ("=3", "is not an assignment"),
-        ("epochs=", "epochs is ''; expected a valid integer"),
+        ("epochs=", "epochs is ''; expected an integer"),
         ("epoch=3", "did you mean 'epochs'"),
-        ("order=together", "which sbp does not have; it is a setting of rbp"),
+        ("order=together", "sbp does not have it; it is a setting of rbp"),
         ("method=rbp", "use --method"),
     ):
         with pytest.raises(RequestError, match=words):
