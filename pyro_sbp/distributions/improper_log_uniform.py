@@ -17,13 +17,13 @@ __all__ = ["ImproperLogUniform"]
 class ImproperLogUniform(TorchDistribution):
     """The density 1 / |w| over all numbers, which has no integral (arXiv 1701.05369, equation 10).
 
-    It has no samples. Divergences from it are known up to a constant, which is chosen so that a
-    posterior of alpha = infinity has none.
+    It has no samples. KL divergences to it are known up to a constant, which is chosen so that
+    that of a posterior goes to 0 as alpha goes to infinity.
 
     Args:
         batch_shape: of how many weights.
-        exact: divergences of normals from it are exact; else the paper's approximation, which is
-            off by up to 0.01 nats and cheaper.
+        exact: whether KL divergences from normals to it are exact; otherwise they are the paper's
+            approximation, which is off by up to 0.01 nats and cheaper.
         start: what stands in for a sample where a model is run before its guide, as Pyro's
             `Predictive` does to see its shapes; of the batch shape.
         validate_args: check values; Pyro's global setting of now if not given.

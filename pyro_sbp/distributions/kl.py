@@ -1,7 +1,8 @@
 """Kullback-Leibler divergences in closed form, registered with torch and so known to Pyro.
 
-Those between the log distributions follow: both are the exponential of these, and torch takes
-the divergence of the bases for transformed distributions with equal transforms.
+As in torch, ``kl_divergence(p, q)`` is the divergence from p to q, the expectation under p of
+log p - log q. Those between the log distributions follow: both are the exponential of these, and
+torch takes the divergence of the bases for transformed distributions with equal transforms.
 """
 
 from __future__ import annotations

@@ -82,17 +82,18 @@ _TERMS = {torch.float32: 22, torch.float64: len(_SERIES)}
 
 
 def approximate_kl(log_alpha: Tensor) -> Tensor:
-    """The paper's approximation in nats, elementwise; it is off by up to 0.01 (equation 14)."""
+    """The paper's approximation of the KL divergence in nats, elementwise; off by up to 0.01
+    (equation 14)."""
     return kl_of_normal(torch.ones_like(log_alpha), log_alpha)
 
 
 def exact_kl(log_alpha: Tensor) -> Tensor:
-    """The divergence in nats, elementwise, to 1e-14 in float64 and 3e-7 in float32."""
+    """The KL divergence in nats, elementwise, to 1e-14 in float64 and 3e-7 in float32."""
     return kl_of_normal(torch.ones_like(log_alpha), log_alpha, exact=True)
 
 
 def kl_of_normal(loc: Tensor, log_variance: Tensor, exact: bool = False) -> Tensor:
-    """The divergence of N(loc, exp(log_variance)) from the log-uniform prior, elementwise.
+    """The KL divergence from N(loc, exp(log_variance)) to the log-uniform prior, elementwise.
 
     The gradients are finite, also at `loc` = 0, for log variances within 170 of zero.
 

@@ -152,7 +152,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         return values
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence from prior to posterior of every element in nats, by site.
+        """The KL divergence from posterior to prior of every element in nats, by site.
 
         The prior is the one that the site had when the guide was made.
         """

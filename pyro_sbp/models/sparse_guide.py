@@ -46,6 +46,6 @@ class AdditiveNormalGuide(SiteStatistics, AutoGuide):
         return self.model.sample_sites(self._posteriors(log_variances).__getitem__)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence of every weight from the prior in nats, by site."""
+        """The KL divergence from posterior to prior of every weight in nats, by site."""
         posteriors = self.posteriors()
         return {n: kl_divergence(q, self.model.prior(n)).detach() for n, q in posteriors.items()}

@@ -90,7 +90,7 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
     """KL divergence from the truncated normal to the uniform on [low, high], as [1].
 
     In nats, never negative, relative error 1e-12 down to the nearly uniform; infinite if a bound
-    is. This is the KL between truncated log-normal and truncated log-uniform, too.
+    is. This is also the KL divergence from the truncated log-normal to the truncated log-uniform.
     """
 
     def function(f: Frame) -> Value:
@@ -137,7 +137,7 @@ def kl_to_truncated_normal(
     low_q: Tensor,
     high_q: Tensor,
 ) -> Tensor:
-    """KL divergence to the truncated normal with the parameters ``_q``, in nats.
+    """KL divergence to the truncated normal that has the parameters ``_q``, in nats.
 
     Error 1e-12 of max(1, value) where both have the same bounds, or the mass of the first lies
     within 1e3 ``scale_q`` of the mode of the second; infinite where the bounds of the first are
