@@ -17,7 +17,7 @@ from pyro_sbp.cli.report import report
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
 from pyro_sbp.cli.train import train
 from pyro_sbp.errors import OfOneProcess, RequestError, first_line
-from pyro_sbp.training.processes import is_first
+from pyro_sbp.training.processes import forget_stray_variables, is_first
 
 __all__ = ["cli", "main"]
 
@@ -66,6 +66,7 @@ cli.add_command(report)
 def main() -> None:
     """Run the command line as a program."""
     stop_at_once()
+    forget_stray_variables()
     # As for `python -m`: --arch may name a module that lies here.
     sys.path.append(os.getcwd())
     try:

@@ -11,15 +11,21 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from pyro_sbp.errors import Elsewhere, RequestError
-from pyro_sbp.training.processes import num_processes, processes_here
+from pyro_sbp.training.processes import (
+    forget_stray_variables,
+    num_processes,
+    processes_here,
+    starting_copies,
+)
 
 __all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
 
@@ -28,27 +34,29 @@ GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
-    """Start what a run computes with; where it takes several processes this waits for all.
+    """Start the processes of a run, and wait until all have started.
 
     Args:
         device: "cpu" or "cuda".
-        devices: how many, over all machines; under `torchrun` as many as it started processes.
+        devices: the number of devices over all machines, one process each; under `torchrun` the
+            number of processes that it started.
         precision: "32-true", "64-true" or "bf16-mixed".
 
     Raises:
-        RequestError: there are not so many devices, or `torchrun` started another number.
+        RequestError: there are fewer devices, or `torchrun` started another number of processes.
     """
     external = num_processes()
     if external is not None and external != devices:
-        raise RequestError(f"the run is for {devices} devices, and torchrun started {external}")
+        raise RequestError(f"the run is for {devices} devices, but torchrun started {external}")
     here = devices if external is None else processes_here()
     if device == "cuda" and torch.cuda.device_count() < here:
         raise RequestError(f"devices is {here}; this machine has {torch.cuda.device_count()}")
-    # It tells of every process that joins.
+    forget_stray_variables()
+    # Fabric logs every process that joins.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
     if devices > 1:
-        # A network may have parameters that a phase has no use for: always the same ones.
+        # A network may have parameters that a phase does not use: the same ones in every step.
         strategy = DDPStrategy(static_graph=True)
     fabric = Fabric(
         accelerator=device,
@@ -56,8 +64,14 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
         num_nodes=devices // here,
         strategy=strategy,
         precision=precision,
+        # Named, because Fabric would also take the variables of SLURM, LSF or MPI for a group.
+        plugins=LightningEnvironment() if external is None else TorchElasticEnvironment(),
     )
-    with _ended_by_signals() if devices > 1 else nullcontext():
+    with ExitStack() as stack:
+        if devices > 1:
+            stack.enter_context(_ended_by_signals())
+        if external is None:
+            stack.enter_context(starting_copies())
         fabric.launch()
     return fabric
 
