@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -29,6 +29,7 @@ from pyro_sbp.training.processes import (
 
 __all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
 
+_Precision = Literal["32-true", "64-true", "bf16-mixed"]
 #: What gloo says where the process at the other end is gone.
 GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
@@ -63,7 +64,7 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
         devices=here,
         num_nodes=devices // here,
         strategy=strategy,
-        precision=precision,
+        precision=cast(_Precision, precision),
         # Named, because Fabric would also take the variables of SLURM, LSF or MPI for a group.
         plugins=LightningEnvironment() if external is None else TorchElasticEnvironment(),
     )
