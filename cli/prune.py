@@ -10,6 +10,7 @@ import click
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, find_run, read_request
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
 
@@ -60,10 +61,14 @@ def prune(
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir)
     check_device(request.device)
+    threads = threads_to_use()
+
+    import torch
 
     from pyro_sbp.datasets.loading import load_dataset
     from pyro_sbp.training import again
 
+    torch.set_num_threads(threads)
     data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
     summary = again.prune_again(request, data, run, target, **settings)
     if as_json:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.cli.common import find_run
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.training.runs import Run
 
 __all__ = ["report"]
@@ -28,7 +29,12 @@ def report(runs: tuple[Path, ...], data_dir: Path | None, no_sweep: bool) -> Non
     """
     found = [Run.read(find_run(run, finished=False)) for run in runs or (None,)]
 
+    threads = threads_to_use()
+
+    import torch
+
     from pyro_sbp.reports.report import write_report
 
+    torch.set_num_threads(threads)
     page = write_report(found, data_dir, not no_sweep, lambda words: click.echo(words, err=True))
     click.echo(f"report: {page}")

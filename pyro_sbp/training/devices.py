@@ -34,7 +34,12 @@ _Precision = Literal["32-true", "64-true", "bf16-mixed"]
 GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
-def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
+def launch(
+    device: str = "cpu",
+    devices: int = 1,
+    precision: str = "32-true",
+    threads: int | None = None,
+) -> Fabric:
     """Start the processes of a run, and wait until all have started.
 
     Args:
@@ -42,6 +47,7 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
         devices: the number of devices over all machines, one process each; under `torchrun` the
             number of processes that it started.
         precision: "32-true", "64-true" or "bf16-mixed".
+        threads: the number of CPU threads of each process; by default that of torch.
 
     Raises:
         RequestError: there are fewer devices, or `torchrun` started another number of processes.
@@ -72,8 +78,10 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
         if devices > 1:
             stack.enter_context(_ended_by_signals())
         if external is None:
-            stack.enter_context(starting_copies())
+            stack.enter_context(starting_copies(threads))
         fabric.launch()
+    if threads is not None:  # Fabric sets a number of its own
+        torch.set_num_threads(threads)
     return fabric
 
 

@@ -93,15 +93,25 @@ def forget_stray_variables() -> None:
 
 
 @contextmanager
-def starting_copies() -> Iterator[None]:
-    """Inside, processes that this one starts join its group."""
-    before = os.environ.get(OWN_GROUP)
-    os.environ[OWN_GROUP] = "1"
+def starting_copies(threads: int | None = None) -> Iterator[None]:
+    """Inside, processes that this one starts join its group.
+
+    Args:
+        threads: their number of CPU threads, if neither the user nor the command gives one.
+    """
+    changes = {OWN_GROUP: "1"}
+    if threads is not None:
+        changes["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[OWN_GROUP]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _is_copy() -> bool:
