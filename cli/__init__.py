@@ -12,6 +12,7 @@ import sys
 import click
 
 from pyro_sbp.cli.bench import bench
+from pyro_sbp.cli.doctor import doctor
 from pyro_sbp.cli.export import export
 from pyro_sbp.cli.failures import CommandGroup
 from pyro_sbp.cli.inspect import inspect
@@ -30,7 +31,7 @@ def cli() -> None:
     """Make neural networks smaller by Bayesian inference, and measure how much faster they run."""
 
 
-for command in (train, inspect, prune, bench, export, report):
+for command in (train, inspect, prune, bench, export, report, doctor):
     cli.add_command(command)
 
 
