@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Sequence
@@ -50,6 +49,8 @@ def check_device(name: str) -> str:
 
 def _cuda_devices() -> int:
     """How many devices the CUDA driver offers; 0 without a driver."""
+    import ctypes  # not for the help of the command line
+
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

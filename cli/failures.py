@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import click
@@ -111,6 +110,8 @@ class _Failure(click.ClickException):
         if not (is_first() or self.unexpected or isinstance(cause, OfOneProcess)):
             return
         if self.debug and cause is not None:
+            import traceback  # not for the help of the command line
+
             click.echo("".join(traceback.format_exception(cause)), file=file, err=True, nl=False)
         super().show(file)
 

@@ -261,28 +261,3 @@ def test_bench_refuses_a_damaged_run(finished, tmp_path):
         (tmp_path / name).write_text((directory / name).read_text())
     result = run("bench", tmp_path)
     assert result.exit_code == 2 and "holds no whole run" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--help"],
-        ["--version"],
-        ["train", "--arch", "lenet6"],
-        ["train", "--arch", "lenet5", "--device", "tpu"],
-        ["train", "--arch", "torchvision.models:resnet18", "--dataset", "minst"],
-    ],
-)
-def test_answers_that_need_no_data_load_no_torch(args, tmp_path):
-    """Within a second: what takes longer is importing torch."""
-    program = (
-        "import sys; sys.argv = ['pyro-sbp', *sys.argv[1:]]\n"
-        "from pyro_sbp.cli import main\n"
-        "try:\n    main()\n"
-        "finally:\n    assert 'torch' not in sys.modules and 'pyro' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *args], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "Traceback" not in done.stderr
-    assert done.returncode == (2 if args[0] == "train" else 0)
