@@ -34,8 +34,7 @@ NOISY = 0.3
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="CPU threads; may be given again."
-    "  [default: 1, and OMP_NUM_THREADS or the number of free cores]",
+    help="CPU threads; may be given again.  [default: 1, and the number that train would choose]",
 )
 @click.option(
     "--runtime",

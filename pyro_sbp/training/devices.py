@@ -1,8 +1,9 @@
-"""On how many devices a run computes, and in what precision: Lightning Fabric, set up by a request.
+"""The devices and the precision of a run, by Lightning Fabric.
 
-A run on several devices is several processes that do the same in step: each takes its share of
-every batch and draws its own noise, gradients are averaged, and the first one alone writes. Either
-Fabric starts the others by running the same command again, or `torchrun` has started all of them.
+A run on several devices has one process for each. All take the same steps: each process takes its
+share of every batch and draws its own noise, and gradients are averaged. Only the first process
+writes files. Either Fabric starts the other processes by running the same command again, or
+`torchrun` started all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pyro_sbp.training.processes import (
 __all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
 
 _Precision = Literal["32-true", "64-true", "bf16-mixed"]
-#: What gloo says where the process at the other end is gone.
+#: Parts of gloo's messages about a process that has ended.
 GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
@@ -87,7 +88,7 @@ def launch(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM end the process: it waits for others where Python runs nothing."""
+    """Inside, SIGINT and SIGTERM end the process, as Python handles none while Fabric waits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -101,7 +102,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Of the parameters, and of what a network is given; autocast decides what is mixed."""
+    """The dtype of parameters and inputs; with "bf16-mixed", autocast casts single operations."""
     return torch.float64 if precision == "64-true" else torch.float32
 
 
@@ -109,16 +110,19 @@ _Result = TypeVar("_Result")
 
 
 def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
-    """What a function returns on the first process, while the others wait; None on those.
+    """Call a function on the first process, while the others wait.
+
+    Returns:
+        What the function returns; None on the other processes.
 
     Raises:
-        Elsewhere: it failed there, and this is another process.
+        Elsewhere: the function failed, and this is another process.
     """
     result, failure = None, None
     if fabric.is_global_zero:
         try:
             result = function()
-        except BaseException as error:  # it is raised below, when the others know
+        except BaseException as error:  # raised below, once the others know of it
             failure = error
     failed = fabric.broadcast(failure is not None)
     if failure is not None:
@@ -140,7 +144,7 @@ def in_step(fabric: Fabric) -> Iterator[None]:
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:
-    """The value of every process, in their order, on all of them."""
+    """The values of all processes, ordered by rank, on each of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
