@@ -10,6 +10,7 @@ import click
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_network, read_network, read_request, table
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.files import write_json
 
@@ -33,7 +34,7 @@ NOISY = 0.3
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="CPU threads; may be given again.  [default: 1, and those of torch]",
+    help="CPU threads; may be given again.  [default: 1, and the number that train would choose]",
 )
 @click.option(
     "--runtime",
@@ -67,6 +68,7 @@ def bench(
     run, saved = find_network(run)
     architecture = find_architecture(read_request(run).arch)
     kwargs, shape = read_network(saved)
+    chosen = threads_to_use(max(threads, default=None))
 
     import torch
 
@@ -87,6 +89,7 @@ def bench(
     floor = one_unit_network(
         dense, find_gates(dense, example, architecture.input_features), example
     )
+    torch.set_num_threads(chosen)
     threads = threads or tuple(sorted({1, torch.get_num_threads()}))
     on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
     settings = len(batch_sizes) * (len(threads) * len(runtimes) + on_gpu)

@@ -1,8 +1,7 @@
-"""What commands share."""
+"""Functions that several commands use."""
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +26,17 @@ DEVICES = ("auto", "cpu", "cuda")
 #: How many layers without a gate the closing table names.
 MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
-Little was removed: more epochs, a larger kl_scale or a larger noise learning rate
-in the recipe remove more; pyro-sbp prune cuts this network further."""
-#: Steps that the noise needs to grow, at least.
+Little was removed. More epochs, a larger kl_scale or a larger noise_learning_rate in the
+recipe remove more. To remove more from this network, use pyro-sbp prune."""
+#: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
 
 
 def check_device(name: str) -> str:
-    """The device to use for a name, found out without loading torch.
+    """The device of a name, "cpu" or "cuda", without importing torch.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for "cuda" where there is a CUDA device.
 
     Raises:
         RequestError: the name is unknown, or there is no such device.
@@ -49,7 +51,9 @@ def check_device(name: str) -> str:
 
 
 def _cuda_devices() -> int:
-    """How many devices the CUDA driver offers; 0 without a driver."""
+    """The number of devices that the CUDA driver reports; 0 without a driver."""
+    import ctypes  # not for the help of the command line
+
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -61,10 +65,14 @@ def _cuda_devices() -> int:
 
 
 def find_network(path: Path | None) -> tuple[Path, Path]:
-    """The run directory and the saved network that are meant: its own, or one that `prune` made.
+    """The run directory and the saved network that a path names.
+
+    Args:
+        path: a run directory, of which the network in ``pruned/`` is taken; a network that `prune`
+            wrote into a run directory; or None for the newest run under ``runs/``.
 
     Raises:
-        RequestError: there is none, or the run has not finished.
+        RequestError: there is no such run, or it has not finished.
     """
     if path is not None and (path / "network.json").is_file():
         return find_run(path.parent), path
@@ -73,10 +81,10 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
 
 
 def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
-    """The constructor's arguments of a saved network, and the shape of one example.
+    """The arguments of the constructor of a saved network, and the shape of one input.
 
     Raises:
-        RequestError: the network is missing or damaged.
+        RequestError: ``network.json`` is missing or damaged.
     """
     network = read_saved_network(saved)
     if network["input_shape"] is None:
@@ -85,29 +93,29 @@ def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
 
 
 def find_run(run: Path | None, finished: bool = True) -> Path:
-    """The run directory that is meant: the given one, or the newest under runs/.
+    """The run directory to use.
 
     Args:
-        run: the given one.
-        finished: whether it must have finished.
+        run: a run directory, or None for the newest run under ``runs/``.
+        finished: whether the run must have finished.
 
     Raises:
-        RequestError: there is none, or it has not finished.
+        RequestError: there is no such run, or it has not finished.
     """
     if run is None:
         found = sorted(Path("runs").glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise RequestError("there is no run under runs/; make one by pyro-sbp train")
+            raise RequestError("there is no run under runs/; start one with pyro-sbp train")
         run = found[-1].parent
     if not (run / "recipe.json").is_file():
-        raise RequestError(f"{run} is no run directory: it has no recipe.json")
+        raise RequestError(f"{run} is not a run directory: it has no recipe.json")
     if finished and not (run / "summary.json").is_file():
         raise RequestError(f"{run} has not finished; go on by pyro-sbp train --resume {run}")
     return run
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A text table; the first column stands left, the others right."""
+    """A text table with the first column aligned left and the others aligned right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = []
@@ -120,11 +128,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def little_removed(steps: int) -> str:
-    """What to do where little was removed by so many steps with noise."""
+    """Advice for a run that removed little.
+
+    Args:
+        steps: how many training steps had noise.
+    """
     if steps >= FEW_STEPS:
         return LITTLE_REMOVED
-    few = f"The noise took {steps:,} step{'s' * (steps != 1)}, and needs some thousand:"
-    return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
+    number = f"{steps:,} step{'s' * (steps != 1)}"
+    return (
+        f"{LITTLE_REMOVED}\nThe noise was trained for {number}, but it needs a few thousand; "
+        "smaller batches give more steps too."
+    )
 
 
 def _weights(summary: Summary) -> str:

@@ -14,6 +14,7 @@ import click
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
 from pyro_sbp.recipes.named import RECIPES, default_recipe
@@ -72,7 +73,11 @@ __all__ = ["train"]
     default=None,
     help="Lay images out with their channels last, which suits some devices and networks.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of each process.  [default: OMP_NUM_THREADS, or the number of free cores]",
+)
 @click.option(
     "--workers",
     type=click.IntRange(0),
@@ -125,6 +130,7 @@ def train(
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)
     check_device(request.device)
+    threads = threads_to_use(threads, request.devices)
 
     import torch
 
@@ -136,9 +142,7 @@ def train(
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
-    fabric = launch(request.device, request.devices, request.precision)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    fabric = launch(request.device, request.devices, request.precision, threads)
 
     # From here on a signal waits for a checkpoint; one process alone would leave the others behind.
     with StopWhenDone() as stop:

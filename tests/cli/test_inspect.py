@@ -86,7 +86,7 @@ def test_the_ratio_is_that_of_the_moments_of_theta(runs):
 def test_a_run_that_stopped_says_so(runs):
     result = run("inspect", runs / "gated")
     assert result.exit_code == 0, result.output
-    assert "not finished, stands at 1 of 3 epochs with noise" in result.stdout
+    assert "not finished, 1 of 3 epochs with noise" in result.stdout
     assert "not gated: fc3, reaches an output of the network" in result.stdout
     found = json.loads(run("inspect", runs / "gated", "--json").stdout)
     assert found["left_alone"] == {"fc3": "reaches an output of the network"}
@@ -125,7 +125,7 @@ def test_what_holds_no_posterior_is_refused_in_one_line(runs, tmp_path, monkeypa
     (tmp_path / "torn" / "summary.json").write_text("{")
     monkeypatch.chdir(tmp_path)
     for args, words in (
-        ([tmp_path], "is no run directory"),
+        ([tmp_path], "is not a run directory"),
         ([], "there is no run under runs/"),
         ([runs / "dense"], "has no posterior yet: it was stopped before there was noise"),
         (["new"], "has no posterior yet: there is no checkpoint.pt"),

@@ -228,8 +228,8 @@ def test_a_run_of_few_steps_says_so(tmp_path, monkeypatch):
     result = run("train", *args, "--device", "cpu")
     assert result.exit_code == 0, result.output
     # 1,400 images in batches of 64.
-    assert "The noise took 44 steps, and needs some thousand" in result.stdout
-    assert "took" not in common.little_removed(5000)
+    assert "The noise was trained for 44 steps, but it needs a few thousand" in result.stdout
+    assert "trained for" not in common.little_removed(5000)
 
 
 @pytest.mark.parametrize(
@@ -276,28 +276,3 @@ def test_bench_refuses_a_damaged_run(finished, tmp_path):
         (tmp_path / name).write_text((directory / name).read_text())
     result = run("bench", tmp_path)
     assert result.exit_code == 2 and "has no network.json" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--help"],
-        ["--version"],
-        ["train", "--arch", "lenet6"],
-        ["train", "--arch", "lenet5", "--device", "tpu"],
-        ["train", "--arch", "torchvision.models:resnet18", "--dataset", "minst"],
-    ],
-)
-def test_answers_that_need_no_data_load_no_torch(args, tmp_path):
-    """Within a second: what takes longer is importing torch."""
-    program = (
-        "import sys; sys.argv = ['pyro-sbp', *sys.argv[1:]]\n"
-        "from pyro_sbp.cli import main\n"
-        "try:\n    main()\n"
-        "finally:\n    assert 'torch' not in sys.modules and 'pyro' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *args], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "Traceback" not in done.stderr
-    assert done.returncode == (2 if args[0] == "train" else 0)
