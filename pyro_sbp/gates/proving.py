@@ -15,7 +15,7 @@ from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
-#: The largest relative difference of the shrunk from the masked network in a proof, in float64.
+#: The largest `relative_difference` of the shrunk from the masked network in a proof, in float64.
 TOLERANCE = 1e-10
 
 

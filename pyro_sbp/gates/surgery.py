@@ -26,10 +26,6 @@ __all__ = [
 ]
 
 
-#: A difference of this share of the largest value is rounding in float64.
-ROUNDING = 1e-14
-
-
 @dataclass(frozen=True)
 class Units:
     """What becomes of the units of a gate; both are bool tensors ``[size]``.
@@ -379,13 +375,27 @@ def _put(net: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """The largest difference of two outputs, relative to the largest value that differs.
+    """The largest difference between two outputs, relative to the size of the expected one.
 
-    Tensors are compared each on its own scale, so that a large one hides nothing. What is not a
-    finite number, or no number with a point, has to be equal; else the difference is infinite.
+    Each tensor is compared on its own scale. In a tensor each value is compared relative to its
+    own size, or to the typical size of the tensor where this is larger. The typical size is the
+    larger of two: the median size of the values that differ, and the largest size, counted as at
+    most 1.
+
+    So a tensor whose values are all smaller than 1 is compared relative to its largest value. In
+    others, one huge value, such as a mask of -1e9, does not hide the differences of ordinary
+    values, as it would if all were divided by the largest value. And rounding errors in values that
+    are zero but for cancellation do not count as large differences, as they would if each were
+    divided by its own size.
+
+    Values that are not finite and tensors that do not hold floating-point or complex numbers have
+    to be equal; otherwise the difference is infinite. A NaN is not equal to anything.
+
+    Args:
+        expected, actual: tensors, or nested structures of them as `tensors_of` opens.
 
     Raises:
-        ValueError: the outputs hold no tensor, or not as many.
+        ValueError: the outputs hold no tensor, or not the same number of tensors.
     """
     pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
     if not pairs:
@@ -396,15 +406,21 @@ def relative_difference(expected: Any, actual: Any) -> float:
 def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
-    if not a.is_floating_point() and not a.is_complex():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    whole = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.zeros(())
-    a, b = a[a != b], b[a != b]
-    if a.numel() == 0:
+    if not (_is_inexact(a) and _is_inexact(b)):
+        return 0.0 if a.dtype == b.dtype and torch.equal(a, b) else float("inf")
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    differs = a != b
+    if not bool(differs.any()):
         return 0.0
+    size = a.abs()
+    largest = size.where(size.isfinite(), 0).max()
+    a, b, size = a[differs], b[differs], size[differs]
     if not bool((a.isfinite() & b.isfinite()).all()):
         return float("inf")
-    difference = (a - b).abs()
-    differs = difference > ROUNDING * whole
-    scale = a[differs].abs().max() if bool(differs.any()) else whole
-    return float(difference.max() / scale)
+    typical = size.median().maximum(largest.clamp(max=1))
+    return float(((a - b).abs() / size.maximum(typical)).max())
+
+
+def _is_inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()

@@ -30,7 +30,7 @@ from pyro_sbp.gates.surgery import (
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
 
 
-#: The largest relative difference of the pruned from the masked network, in float64.
+#: The largest `relative_difference` of the pruned from the masked network, in float64.
 TOLERANCE = 1e-10
 
 
@@ -43,8 +43,9 @@ class Equivalence:
     """How far a pruned network is from the masked one.
 
     Attributes:
-        max_rel_diff_float64: in float64, relative to the largest output.
-        max_abs_diff: in the network's own precision, absolute.
+        max_rel_diff_float64: the `relative_difference` of their outputs in float64.
+        max_abs_diff: the largest absolute difference of their outputs in the network's own
+            precision.
     """
 
     max_rel_diff_float64: float
@@ -72,7 +73,7 @@ def checked_shrink(
         The smaller network, and how far it is from the masked one.
 
     Raises:
-        EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
+        EquivalenceError: the `relative_difference` of their outputs in float64 is more than 1e-10.
     """
     reference = theta if reference is None else reference
     # One copy after the other, so that there are never many of them at a time.
@@ -102,8 +103,8 @@ def checked_shrink(
     absolute = max(float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs)
     if not relative <= TOLERANCE:
         raise EquivalenceError(
-            f"the pruned network differs from the masked one by {relative:.1e} of the largest "
-            f"output in float64; at most {TOLERANCE:.0e} is allowed"
+            f"the pruned network differs from the masked one by {relative:.1e} in float64, "
+            f"relative to the size of the outputs; at most {TOLERANCE:.0e} is allowed"
         )
     return small, Equivalence(relative, absolute)
 
