@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import Gate, Span, call, convert, repeatable, tensors_of
+from pyro_sbp.gates.folding import Gate, Span, call, repeatable
 from pyro_sbp.gates.layers import (
     Select,
     channel_dim,
@@ -32,6 +32,7 @@ from pyro_sbp.gates.layers import (
     num_rows,
     serves,
 )
+from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
 __all__ = ["Gates", "find_gates"]
@@ -463,12 +464,18 @@ def _record(net: nn.Module, x: Any, training_paths: bool) -> _Probe:
             output = call(probe.net, convert(x, torch.float32))
         list(tensors_of(output))
     except Exception as error:  # a network's own code may raise anything
-        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x)) or "no tensor"
         raise ValueError(
-            f"{type(net).__name__} cannot be called on the example input ({shapes}): "
+            f"{type(net).__name__} cannot be called on the example input ({_shapes(x)}): "
             f"{first_line(error)}"
         ) from error
     return probe
+
+
+def _shapes(x: Any) -> str:
+    try:
+        return ", ".join(str(list(tensor.shape)) for tensor in tensors_of(x)) or "no tensor"
+    except TypeError:
+        return f"a {type(x).__name__}"
 
 
 def _why_unknown(net: nn.Module, name: str, probe: _Probe) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, convert, repeatable
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
+from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]

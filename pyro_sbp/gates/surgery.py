@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors, tensors_of
+from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
+from pyro_sbp.gates.nested import tensors_of
 
 __all__ = [
     "Units",

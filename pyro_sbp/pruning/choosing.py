@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import (
-    Gate,
-    convert,
-)
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import (
     Units,
     cut,
