@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.layers import channel_dim, column_factor, serves
-from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.nested import convert, same, tensors_of
 
 __all__ = [
     "Gate",
@@ -34,12 +34,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Which unit each row or column of a layer carries.
 
     `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
-    layer with `groups` must keep as many of them in each group that it keeps.
+    layer with `groups` must keep the same number of them in each group that it keeps. Two spans
+    are equal if these three are.
     """
 
     layer: str
@@ -48,6 +49,12 @@ class Span:
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.layer, len(self.units), self.groups))
 
     def expand(self, values: Tensor) -> Tensor:
         """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""

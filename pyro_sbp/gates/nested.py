@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["convert", "map_tensors", "tensors_of"]
+__all__ = ["convert", "map_tensors", "same", "tensors_of"]
 
 #: Types that hold no tensor.
 _PLAIN = (str, bytes, bool, int, float, complex, enum.Enum, torch.dtype, torch.device, type(None))
@@ -107,3 +107,23 @@ def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> A
         return tensor.detach().to(device, new, copy=True)
 
     return map_tensors(converted, x)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures are equal: of the same types, with equal tensors and values.
+
+    Tensors are equal if their dtypes, shapes and values are, on whatever devices they are. Of
+    dataclasses the fields that take part in comparisons are compared.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if dataclasses.is_dataclass(a) and not isinstance(a, type):
+        names = [item.name for item in dataclasses.fields(a) if item.compare]
+        return all(same(getattr(a, name), getattr(b, name)) for name in names)
+    return bool(a == b)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow.
+    """A list of gates in the order of data flow. A slice of it has the same attributes.
 
     Attributes:
         left_alone: from the layers that are not gated to the reason.
@@ -55,6 +55,23 @@ class Gates(list[Gate]):
         super().__init__(gates)
         self.left_alone = dict(left_alone or {})
         self.called = tuple(called)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Gate: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Gates: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Gate | Gates:
+        found = super().__getitem__(index)
+        return self._with(found) if isinstance(found, list) else found
+
+    def copy(self) -> Gates:
+        """A shallow copy."""
+        return self._with(self)
+
+    def _with(self, gates: Iterable[Gate]) -> Gates:
+        return Gates(gates, self.left_alone, self.called)
 
 
 class _Astray(Exception):

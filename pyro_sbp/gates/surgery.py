@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
-from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.nested import same, tensors_of
 
 __all__ = [
     "Units",
@@ -27,9 +27,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Units:
     """What becomes of the units of a gate; both are bool tensors ``[size]``.
+
+    Two are equal if both tensors are.
 
     Attributes:
         kept: units that carry signal.
@@ -40,6 +42,12 @@ class Units:
 
     kept: Tensor
     physical: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((len(self.kept), int(self.kept.sum()), int(self.physical.sum())))
 
     @property
     def removed(self) -> Tensor:
