@@ -209,7 +209,7 @@ class _Gating(TorchFunctionMode):
         given = dict(kwargs or {})
         weight = args[1] if len(args) > 1 else given.get("weight")
         name, layer = self.readers.get(id(weight), ("", None))
-        if layer is None or not serves(func, layer):
+        if layer is None or weight is None or not serves(func, layer):
             return func(*args, **given)
         x, scale = args[0] if args else given["input"], self.scales[name]
         if scale.ndim == 1 and weight.numel() < x.numel():

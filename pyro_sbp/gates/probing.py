@@ -346,9 +346,9 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
         for name, units in reach.columns.items():
-            for column, number in enumerate(units.tolist()):
-                if number >= 0:
-                    unit = (reach.writer, number)
+            for column, own_number in enumerate(units.tolist()):
+                if own_number >= 0:
+                    unit = (reach.writer, own_number)
                     union.join(owner.setdefault((name, column), unit), unit)
     number: dict[Any, int] = {}
     own = {

@@ -186,20 +186,17 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
     """Make the groups of every layer even that keep anything; say whether that took units."""
     sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
     for gate in gates:
-        for side, spans in enumerate((gate.writers, gate.readers)):
-            for span in spans:
+        for side, of_gate in enumerate((gate.writers, gate.readers)):
+            for span in of_gate:
                 if span.groups > 1:
                     sides.setdefault(span.layer, ([], []))[side].append((gate, span))
     changed = False
     for both in sides.values():
-        counts = [_group_counts(spans, physical) for spans in both]
         # A side without a gate keeps all of its rows or columns, and with them every group.
-        kept = torch.tensor(True)
-        if all(count is not None for count in counts):
-            kept = (counts[0] > 0) | (counts[1] > 0)
-        for spans, count in zip(both, counts, strict=True):
-            if count is None:
-                continue
+        present = [spans for spans in both if spans]
+        counts = [_group_counts(spans, physical) for spans in present]
+        kept = torch.tensor(True) if len(counts) < 2 else (counts[0] > 0) | (counts[1] > 0)
+        for spans, count in zip(present, counts, strict=True):
             most = max(1, int(count.max()))
             for group in torch.nonzero(kept & (count < most)).flatten().tolist():
                 missing = most - int(count[group])
@@ -214,12 +211,8 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
     return changed
 
 
-def _group_counts(
-    spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]
-) -> Tensor | None:
-    """How many rows, or columns, of every group of a layer remain; None without a gate."""
-    if not spans:
-        return None
+def _group_counts(spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]) -> Tensor:
+    """How many rows, or columns, of every group of a layer remain, from its spans."""
     (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
     return alive.view(spans[0][1].groups, -1).sum(1)
 
@@ -305,8 +298,9 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
             _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
     for name, arrives in _alive(_selected(gates), physical).items():
-        select = net.get_submodule(name)
-        select.index = (arrives.cumsum(0) - 1).to(select.index.device)[select.index]
+        module = net.get_submodule(name)
+        assert isinstance(module, Select)
+        module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
