@@ -72,10 +72,9 @@ def bench(
 
     import torch
 
-    from pyro_sbp.deployment.benchmarking import benchmark, one_unit_network
+    from pyro_sbp.deployment.benchmarking import benchmark, floor_network
     from pyro_sbp.deployment.runtimes import check_runtimes
     from pyro_sbp.deployment.saving import load
-    from pyro_sbp.gates.probing import find_gates
 
     runtimes = tuple(dict.fromkeys(runtimes))
     check_runtimes(runtimes)
@@ -86,9 +85,7 @@ def bench(
         raise RequestError(str(error)) from error
     dense = constructor(**kwargs).eval()
     example = torch.rand(8, *shape)
-    floor = one_unit_network(
-        dense, find_gates(dense, example, architecture.input_features), example
-    )
+    floor = floor_network(dense, example, architecture.input_features)
     torch.set_num_threads(chosen)
     threads = threads or tuple(sorted({1, torch.get_num_threads()}))
     on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
@@ -139,3 +136,12 @@ def bench(
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
     )
+    checks = {"dense": result.dense_check, "pruned": result.pruned_check}
+    counts = [
+        "none" if c is None or c.ptflops is None else f"{c.ptflops:,}" for c in checks.values()
+    ]
+    click.echo(f"ptflops: MACs {' -> '.join(counts)}")
+    for name, check in checks.items():
+        explanation = check and check.explanation(name)
+        if explanation:
+            click.echo(explanation)

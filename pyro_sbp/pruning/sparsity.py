@@ -203,8 +203,8 @@ def prune_weights(
 
     Raises:
         ValueError: the threshold is negative or not finite.
-        EquivalenceError: the result differs from the network with these weights zero by more than
-            1e-10, relative to the largest output, in float64.
+        EquivalenceError: the `relative_difference` of the result from the network with these
+            weights zero is more than 1e-10 in float64.
     """
     check_threshold(threshold)
     net = model.noisy.net

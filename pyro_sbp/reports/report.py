@@ -181,8 +181,8 @@ def _result(summary: Summary) -> str:
     )
     checked = pages.paragraph(
         "The pruned network differs from the network with the other units masked by "
-        f"{check.max_rel_diff_float64:.1e} of the output's scale in float64, and by "
-        f"{check.max_abs_diff:.1e} in the network's own precision.",
+        f"{check.max_rel_diff_float64:.1e} in float64, relative to the size of the outputs, "
+        f"and by {check.max_abs_diff:.1e} in the network's own precision.",
         "soft",
     )
     return pages.side([errors, sizes]) + _weights(summary) + checked
