@@ -330,7 +330,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        if isinstance(state, Mapping) and "module" in state:
+        if isinstance(state, Mapping) and "request" in state:
             raise RequestError(
                 f"{path} is a checkpoint of a run; expected a state dict of the network"
             )

@@ -29,13 +29,14 @@ from pyro_sbp.training.summary import (
 __all__ = ["write_result"]
 
 
-def write_result(job: Job, loop: Loop, target: Path) -> Summary:
+def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) -> Summary:
     """Save the smaller network of a run, and sum the run up.
 
     Args:
         job: the run.
         loop: its loop, which has ended.
-        target: the directory of the saved network, which must not exist.
+        target: the directory of the saved network.
+        overwrite: replace a saved network that is there; otherwise `target` must not exist.
     """
     method, request = job.method, job.request
     small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
@@ -51,6 +52,7 @@ def write_result(job: Job, loop: Loop, target: Path) -> Summary:
         kwargs=job.kwargs,
         units=units,
         input_shape=job.data.image_shape,
+        overwrite=overwrite,
         standardization=standardization,
         sparse=weights is not None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -77,8 +76,7 @@ def train(
 
 def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
     # A run that was stopped before it wrote its summary may have left a network.
-    shutil.rmtree(directory / "pruned", ignore_errors=True)
-    summary = write_result(job, loop, directory / "pruned")
+    summary = write_result(job, loop, directory / "pruned", overwrite=True)
     write_json(directory / "summary.json", summary.to_dict())
     return summary
 

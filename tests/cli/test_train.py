@@ -276,3 +276,34 @@ def test_bench_refuses_a_damaged_run(finished, tmp_path):
         (tmp_path / name).write_text((directory / name).read_text())
     result = run("bench", tmp_path)
     assert result.exit_code == 2 and "has no network.json" in result.stderr
+
+
+def test_a_recipe_brings_its_method(tmp_path):
+    args = ("--arch", "lenet-300-100", "--dataset", "digits", "--recipe", "rbp-digits")
+    short = ("--set", "dense_epochs=1", "--epochs", "3", "--set", "finetune_epochs=0")
+    result = run("train", *args, *short, "--device", "cpu", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    asked = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (asked["method"], asked["recipe"]["order"]) == ("rbp", "forward")
+    assert (asked["recipe"]["dense_epochs"], asked["recipe"]["finetune_epochs"]) == (1, 0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["threads"] >= 1
+    result = run("train", *args, "--method", "sbp", "--output-dir", tmp_path / "other")
+    assert result.exit_code == 2 and not (tmp_path / "other").exists()
+    assert "the recipe 'rbp-digits' is for rbp, and --method is sbp; leave out" in result.stderr
+
+
+def test_held_out_images_have_a_column_in_the_closing_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text("dense_epochs = 1\nepochs = 1\nfinetune_epochs = 0\n")
+    args = ("--arch", "lenet-300-100", "--dataset", "digits", "--recipe", "short.toml")
+    result = run("train", *args, "--set", "holdout=400", "--device", "cpu", "--output-dir", "run")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(Path("run/summary.json").read_text())
+    head, _, dense = [
+        x.split() for x in result.stdout[result.stdout.index("error, %") :].split("\n")[:3]
+    ]
+    assert head == ["error,", "%", "test", "validation"]
+    assert [float(x) for x in dense[1:]] == [
+        round(summary[kind]["dense"], 2) for kind in ("error", "validation_error")
+    ]
+    assert " + weighted kl " in result.stderr
