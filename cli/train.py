@@ -23,6 +23,7 @@ from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
 from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
+from pyro_sbp.training.runs import read_threads
 
 if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData
@@ -126,6 +127,7 @@ def train(
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
+        threads = threads or read_threads(resume)
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)

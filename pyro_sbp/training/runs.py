@@ -24,6 +24,7 @@ __all__ = [
     "SavedNetwork",
     "read_request",
     "read_saved_network",
+    "read_threads",
 ]
 
 # Keys of later versions are kept.
@@ -130,6 +131,19 @@ def read_request(directory: Path) -> Request:
         return Request.from_dict(old_recipes.request(asked))
     except RequestError as error:
         raise RequestError(f"{path} is damaged: {error}") from error
+
+
+def read_threads(directory: Path) -> int | None:
+    """The CPU threads that a run was started with; None where it does not say.
+
+    With another number a run that resumes may end at other bits.
+
+    Raises:
+        RequestError: the `recipe.json` is damaged.
+    """
+    path = directory / "recipe.json"
+    threads = _validated(path, _json(path), dict).get("threads")
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,12 @@ def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
 @contextmanager
 def _begun(directory: Path, request: Request) -> Iterator[None]:
     """Make the run directory, or find it, and keep it for this process."""
-    named = {"versions": versions(), "machine": machine(torch.device(request.device))}
-    asked = {**request.to_dict(), **named}
+    asked = {
+        **request.to_dict(),
+        "versions": versions(),
+        "machine": machine(torch.device(request.device)),
+        "threads": torch.get_num_threads(),
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

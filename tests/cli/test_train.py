@@ -307,3 +307,20 @@ def test_held_out_images_have_a_column_in_the_closing_table(tmp_path, monkeypatc
         round(summary[kind]["dense"], 2) for kind in ("error", "validation_error")
     ]
     assert " + weighted kl " in result.stderr
+
+
+def test_a_run_resumes_with_the_threads_that_it_was_started_with(tmp_path, monkeypatch):
+    from pyro_sbp.training import train as training
+
+    monkeypatch.chdir(tmp_path)
+    Path("short.toml").write_text("dense_epochs = 1\nepochs = 1\nfinetune_epochs = 0\n")
+    args = ("--arch", "lenet-300-100", "--dataset", "digits", "--recipe", "short.toml")
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=lambda: True))
+    with pytest.raises(Stopped):
+        run("train", *args, "--threads", "2", "--device", "cpu", "--output-dir", "run")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(Path("run/recipe.json").read_text())["threads"] == 2
+    assert run("train", "--resume", "run").exit_code == 0
+    assert json.loads(Path("run/summary.json").read_text())["threads"] == 2
