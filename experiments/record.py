@@ -56,7 +56,7 @@ def record(run: Path) -> dict[str, Any]:
     # As requests, which fill in what a recipe leaves to the method.
     named = RECIPES.get(request.recipe.name)
     if named is None or request != replace(request, recipe=named):
-        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.experiments.recipes")
+        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.recipes")
     if request.weights is not None:
         raise ValueError(f"{run} began with {request.weights}, which a record cannot tell")
     command += f" --recipe {named.name}"
