@@ -1,4 +1,4 @@
-"""`python -m pyro_sbp.cli`, for programs that start a module, such as torchrun."""
+"""`python -m pyro_sbp.cli`, for programs such as torchrun that start a module."""
 
 from pyro_sbp.cli import main
 

@@ -10,6 +10,7 @@ import click
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_network, read_network, read_request, table
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.files import write_json
 
@@ -33,7 +34,7 @@ NOISY = 0.3
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="CPU threads; may be given again.  [default: 1, and those of torch]",
+    help="CPU threads; may be given again.  [default: 1, and the number that train would choose]",
 )
 @click.option(
     "--runtime",
@@ -67,13 +68,13 @@ def bench(
     run, saved = find_network(run)
     architecture = find_architecture(read_request(run).arch)
     kwargs, shape = read_network(saved)
+    chosen = threads_to_use(max(threads, default=None))
 
     import torch
 
-    from pyro_sbp.deployment.benchmarking import benchmark, one_unit_network
+    from pyro_sbp.deployment.benchmarking import benchmark, floor_network
     from pyro_sbp.deployment.runtimes import check_runtimes
     from pyro_sbp.deployment.saving import load
-    from pyro_sbp.gates.probing import find_gates
 
     runtimes = tuple(dict.fromkeys(runtimes))
     check_runtimes(runtimes)
@@ -84,9 +85,8 @@ def bench(
         raise RequestError(str(error)) from error
     dense = constructor(**kwargs).eval()
     example = torch.rand(8, *shape)
-    floor = one_unit_network(
-        dense, find_gates(dense, example, architecture.input_features), example
-    )
+    floor = floor_network(dense, example, architecture.input_features)
+    torch.set_num_threads(chosen)
     threads = threads or tuple(sorted({1, torch.get_num_threads()}))
     on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
     settings = len(batch_sizes) * (len(threads) * len(runtimes) + on_gpu)
@@ -136,3 +136,12 @@ def bench(
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
     )
+    checks = {"dense": result.dense_check, "pruned": result.pruned_check}
+    counts = [
+        "none" if c is None or c.ptflops is None else f"{c.ptflops:,}" for c in checks.values()
+    ]
+    click.echo(f"ptflops: MACs {' -> '.join(counts)}")
+    for name, check in checks.items():
+        explanation = check and check.explanation(name)
+        if explanation:
+            click.echo(explanation)

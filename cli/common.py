@@ -1,16 +1,15 @@
-"""What commands share."""
+"""Functions that several commands use."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.training.runs import read_request
+from pyro_sbp.training.runs import read_request, read_saved_network
+from pyro_sbp.training.summary import Summary
 
 __all__ = [
     "check_device",
@@ -27,14 +26,17 @@ DEVICES = ("auto", "cpu", "cuda")
 #: How many layers without a gate the closing table names.
 MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
-Little was removed: more epochs, a larger kl_scale or a larger noise learning rate
-in the recipe remove more; pyro-sbp prune cuts this network further."""
-#: Steps that the noise needs to grow, at least.
+Little was removed. More epochs, a larger kl_scale or a larger noise_learning_rate in the
+recipe remove more. To remove more from this network, use pyro-sbp prune."""
+#: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
 
 
 def check_device(name: str) -> str:
-    """The device to use for a name, found out without loading torch.
+    """The device of a name, "cpu" or "cuda", without importing torch.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for "cuda" where there is a CUDA device.
 
     Raises:
         RequestError: the name is unknown, or there is no such device.
@@ -49,7 +51,9 @@ def check_device(name: str) -> str:
 
 
 def _cuda_devices() -> int:
-    """How many devices the CUDA driver offers; 0 without a driver."""
+    """The number of devices that the CUDA driver reports; 0 without a driver."""
+    import ctypes  # not for the help of the command line
+
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -61,10 +65,14 @@ def _cuda_devices() -> int:
 
 
 def find_network(path: Path | None) -> tuple[Path, Path]:
-    """The run directory and the saved network that are meant: its own, or one that `prune` made.
+    """The run directory and the saved network that a path names.
+
+    Args:
+        path: a run directory, of which the network in ``pruned/`` is taken; a network that `prune`
+            wrote into a run directory; or None for the newest run under ``runs/``.
 
     Raises:
-        RequestError: there is none, or the run has not finished.
+        RequestError: there is no such run, or it has not finished.
     """
     if path is not None and (path / "network.json").is_file():
         return find_run(path.parent), path
@@ -73,42 +81,41 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
 
 
 def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
-    """The constructor's arguments of a saved network, and the shape of one example.
+    """The arguments of the constructor of a saved network, and the shape of one input.
 
     Raises:
-        RequestError: the network is missing or damaged.
+        RequestError: ``network.json`` is missing or damaged.
     """
-    try:
-        network = json.loads((saved / "network.json").read_text("utf-8"))
-        return network["kwargs"], [int(size) for size in network["input_shape"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{saved.parent} holds no whole run: {error}") from error
+    network = read_saved_network(saved)
+    if network["input_shape"] is None:
+        raise RequestError(f"{saved}/network.json does not say the shape of the network's inputs")
+    return network["kwargs"], network["input_shape"]
 
 
 def find_run(run: Path | None, finished: bool = True) -> Path:
-    """The run directory that is meant: the given one, or the newest under runs/.
+    """The run directory to use.
 
     Args:
-        run: the given one.
-        finished: whether it must have finished.
+        run: a run directory, or None for the newest run under ``runs/``.
+        finished: whether the run must have finished.
 
     Raises:
-        RequestError: there is none, or it has not finished.
+        RequestError: there is no such run, or it has not finished.
     """
     if run is None:
         found = sorted(Path("runs").glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise RequestError("there is no run under runs/; make one by pyro-sbp train")
+            raise RequestError("there is no run under runs/; start one with pyro-sbp train")
         run = found[-1].parent
     if not (run / "recipe.json").is_file():
-        raise RequestError(f"{run} is no run directory: it has no recipe.json")
+        raise RequestError(f"{run} is not a run directory: it has no recipe.json")
     if finished and not (run / "summary.json").is_file():
         raise RequestError(f"{run} has not finished; go on by pyro-sbp train --resume {run}")
     return run
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A text table; the first column stands left, the others right."""
+    """A text table with the first column aligned left and the others aligned right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = []
@@ -121,73 +128,58 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def little_removed(steps: int) -> str:
-    """What to do where little was removed by so many steps with noise."""
-    if steps >= FEW_STEPS:
-        return LITTLE_REMOVED
-    few = f"The noise took {steps:,} step{'s' * (steps != 1)}, and needs some thousand:"
-    return f"{LITTLE_REMOVED}\n{few} smaller batches make more of them too."
-
-
-def times_fewer(weights: dict[str, Any]) -> str:
-    """How many weights are left, in words."""
-    compression = weights["compression"]
-    return "no weight is left" if compression is None else f"{compression:.1f} times fewer weights"
-
-
-def _weights(summary: dict[str, Any]) -> str:
-    """The single weights that are left, of a method that removes such."""
-    weights, files = summary["weights"], summary["files"]
-    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
-    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
-    size = (
-        f"{times_fewer(weights)}; the file has {files['pruned']:,} bytes,"
-        f" {files['sparse']:,} without its zeros, that of the dense network {files['dense']:,}.\n"
-        "Zeros alone make nothing faster; the units below that nobody reads are gone, and do."
-    )
-    return f"{table(('layer', 'weights', 'of'), rows)}\n\n{size}"
-
-
-def closing_table(
-    summary: dict[str, Any], hint: str = "", weak: str = "under the threshold"
-) -> str:
-    """The result of a run as a text table, from its summary.
+    """Advice for a run that removed little.
 
     Args:
-        summary: as in `summary.json`.
-        hint: what to say where little was removed.
-        weak: what the units are of a gate that only the best of them are left of.
+        steps: how many training steps had noise.
     """
-    units = table(
-        ("gate", "kept", "of", "zeroed"),
-        [(u["gate"], u["kept"], u["total"], u["zeroed"]) for u in summary["units"]],
+    if steps >= FEW_STEPS:
+        return LITTLE_REMOVED
+    number = f"{steps:,} step{'s' * (steps != 1)}"
+    return (
+        f"{LITTLE_REMOVED}\nThe noise was trained for {number}, but it needs a few thousand; "
+        "smaller batches give more steps too."
     )
-    names = {
-        "dense": "dense",
-        "mean": "noise at its mean",
-        "pruned": "pruned",
-        "finetuned": "fine-tuned",
-    }
-    errors = table(
-        ("error", "%"),
-        [
-            (names[name], "-" if value is None else f"{value:.2f}")
-            for name, value in summary["error"].items()
-        ],
+
+
+def _weights(summary: Summary) -> str:
+    """The single weights that are left, for a method that removes weights."""
+    weights, files = summary.weights, summary.files
+    if weights is None:
+        return ""
+    size = weights.in_words
+    if files is not None:
+        size += f"; the file has {files.pruned:,} bytes,"
+        if files.sparse is not None:
+            size += f" {files.sparse:,} without its zeros,"
+        size += f" that of the dense network {files.dense:,}"
+    return (
+        f"{table(('layer', 'weights', 'of'), weights.rows())}\n\n{size}.\n"
+        "Zeros alone make nothing faster. The units below that no weight reads are removed, which "
+        "does."
     )
-    sizes = table(
-        ("", "dense", "pruned", "ratio"),
-        [
-            (label, f"{s['dense']:,}", f"{s['pruned']:,}", f"{s['ratio']:.2f}x")
-            for label, s in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
-        ],
-    )
-    weights = _weights(summary) if "weights" in summary else ""
-    words = "no weight reads a unit of {gate}: a column of zeros stands for it"
-    words = words if weights else f"all units {weak}, the best kept: {{gate}}"
-    held = [words.format(gate=gate) for gate in summary.get("held", ())]
-    left = [f"not gated: {name}, {reason}" for name, reason in summary["left_alone"].items()]
+
+
+def closing_table(summary: Summary, hint: str = "", weak: str = "under the threshold") -> str:
+    """The result of a run as a text table.
+
+    Args:
+        summary: the result.
+        hint: what to say where little was removed.
+        weak: what is wrong with the units of a gate that keeps only the best.
+    """
+    weights = _weights(summary)
+    units = table(("gate", "kept", "of", "zeroed"), summary.unit_rows())
+    splits = list(summary.errors())
+    head = ("error", "%") if splits == ["test"] else ("error, %", *splits)
+    errors = table(head, summary.error_rows())
+    sizes = table(("", "dense", "pruned", "ratio"), summary.size_rows())
+    words = "no weight reads a unit of {gate}: one column of zeros remains"
+    words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"
+    held = [words.format(gate=gate) for gate in summary.held]
+    left = [f"not gated: {name}, {reason}" for name, reason in summary.left_alone.items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
-    little = hint if summary["macs"]["ratio"] < 1.05 and not weights else ""
+    little = hint if summary.macs.ratio < 1.05 and not weights else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little)
     return "\n\n".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""pyro-sbp export: write the pruned network of a run as a program that needs no pyro-sbp."""
+"""pyro-sbp export: write the pruned network of a run as a program that runs without pyro-sbp."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ __all__ = ["export"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--format", required=True, type=click.Choice(["onnx", "pt2"]))
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="The file.  [default: beside the network]"
+    "--format",
+    required=True,
+    type=click.Choice(["onnx", "pt2"]),
+    help="ONNX, or the format of torch.export.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: RUN/pruned.FORMAT]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(run: Path | None, format: str, output: Path | None, as_json: bool) -> None:
-    """Write the pruned network as ONNX or pt2.
+    """Export the pruned network to ONNX or pt2.
 
-    RUN is a run directory, or one of its pruned-… networks; the newest run if it is left out. The
-    program takes any batch size, and is run and compared before it gets its name.
+    RUN is a run directory, or a network that prune wrote into one (RUN/pruned-…); by default the
+    newest run. The exported program accepts any batch size. Its outputs are compared with those of
+    the network before the file appears.
     """
     run, saved = find_network(run)
     output = output or run / f"{saved.name}.{format}"

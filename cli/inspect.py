@@ -1,4 +1,4 @@
-"""pyro-sbp inspect: what the posterior of a run says about every unit."""
+"""pyro-sbp inspect: show the posterior of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ __all__ = ["inspect"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def inspect(run: Path | None, as_json: bool) -> None:
-    """Show what the posterior says about the units of every gate, or the weights of every layer.
+    """Show the posterior of a run.
 
-    RUN is a run directory, finished or stopped with noise; the newest run if it is left out. It
-    needs neither the data nor the code of the network.
+    For each gate (with sparse-vd, for each layer) it prints quantiles of the signal-to-noise ratio
+    and the units or weights nearest the threshold. RUN is a run directory, finished or interrupted
+    while there was noise; by default the newest run. Neither the data nor the code of the network
+    are needed.
     """
     found = Run.read(find_run(run, finished=False))
 
@@ -36,11 +38,15 @@ def inspect(run: Path | None, as_json: bool) -> None:
 
 
 def state(description: dict[str, Any]) -> str:
-    """How far the run is that a posterior is of, in words."""
+    """How many epochs of a run are done, in words.
+
+    Args:
+        description: what `describe` returns.
+    """
     epochs = f"{description['epoch']} of {description['epochs']} epochs with noise"
     if description["finished"]:
         return f"finished, {epochs}"
-    return f"not finished, stands at {epochs}; kept is what reaches the threshold now"
+    return f"not finished, {epochs}; the column kept counts what reaches the threshold now"
 
 
 def _text(description: dict[str, Any]) -> str:
@@ -50,9 +56,9 @@ def _text(description: dict[str, Any]) -> str:
     values = table(*gate_table(description))
     nearest = table(
         (
-            f"nearest {description['threshold']:.3g}: {description['elements'][:-1]} (SNR)",
-            "under",
-            "at or over",
+            f"{description['elements']} (SNR) nearest {description['threshold']:.3g}",
+            "below",
+            "at or above",
         ),
         [(gate["gate"], in_words(gate["under"]), in_words(gate["over"])) for gate in gates],
     )
@@ -63,5 +69,5 @@ def _text(description: dict[str, Any]) -> str:
         held = f"all weights under the threshold: {held}" if held else ""
     left = [f"not gated: {name}, {why}" for name, why in (description["left_alone"] or {}).items()]
     if description["waiting"]:
-        left.insert(0, f"no turn yet: {', '.join(description['waiting'])}")
+        left.insert(0, f"no noise yet: {', '.join(description['waiting'])}")
     return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)

@@ -1,4 +1,4 @@
-"""pyro-sbp prune: prune a finished run once more, by another threshold or to a budget."""
+"""pyro-sbp prune: prune a finished run again, with another threshold or to a budget of MACs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, find_run, read_request
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
 
@@ -19,11 +20,17 @@ __all__ = ["prune"]
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--threshold", type=float, help="Least signal-to-noise ratio of a unit, of sparse-vd a weight."
+    "--threshold",
+    type=float,
+    help="Keep units (with sparse-vd, weights) with at least this signal-to-noise ratio.",
 )
-@click.option("--macs-ratio", type=float, help="At least this many times fewer MACs.")
-@click.option("--round-to", type=int, default=1, help="Keep a multiple of this many units a gate.")
-@click.option("--min-units", type=int, default=1, help="Keep at least this many units a gate.")
+@click.option("--macs-ratio", type=float, help="Reduce the MACs by at least this factor.")
+@click.option(
+    "--round-to", type=int, default=1, help="Keep a multiple of this many units in each gate."
+)
+@click.option(
+    "--min-units", type=int, default=1, help="Keep at least this many units in each gate."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(
     run: Path | None,
@@ -33,9 +40,10 @@ def prune(
     min_units: int,
     as_json: bool,
 ) -> None:
-    """Prune a finished run by other settings.
+    """Prune a finished run again with other settings.
 
-    The network goes to RUN/pruned-…, without fine-tuning; RUN is the newest run if it is left out.
+    RUN is a run directory; by default the newest run. The network is written to RUN/pruned-… and is
+    not fine-tuned.
     """
     run = find_run(run)
     if threshold is not None and macs_ratio is not None:
@@ -53,21 +61,25 @@ def prune(
     name += f"-min-{min_units}" if min_units != 1 else ""
     target = run / name
     if target.exists():
-        raise RequestError(f"{target} is there already; delete it to prune so again")
+        raise RequestError(f"{target} already exists; delete it to prune again with these settings")
     if macs_ratio is None and threshold is None:
         settings["threshold"] = request.recipe.threshold
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir)
     check_device(request.device)
+    threads = threads_to_use()
+
+    import torch
 
     from pyro_sbp.datasets.loading import load_dataset
     from pyro_sbp.training import again
 
+    torch.set_num_threads(threads)
     data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
     summary = again.prune_again(request, data, run, target, **settings)
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
         weak = "under the threshold" if macs_ratio is None else "too weak for the budget"
         click.echo(closing_table(summary, weak=weak))

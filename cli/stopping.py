@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a command may finish what it is doing, a second signal stops it at once."""
+"""SIGINT and SIGTERM: the first lets a command save its work, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Stopped(BaseException):
     """A signal asked the program to stop.
 
     Args:
-        number: of the signal; the exit status is 128 more.
-        hint: what the user may want to know.
+        number: the number of the signal; the exit status is 128 more.
+        hint: the message for the user.
     """
 
     def __init__(self, number: int, hint: str = "stopped") -> None:
@@ -29,13 +29,13 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def stop_at_once() -> None:
-    """From now on a signal raises `Stopped`."""
+    """Make each signal raise `Stopped` from now on."""
     for number in SIGNALS:
         signal.signal(number, _raise)
 
 
 class StopWhenDone:
-    """Inside, the first signal only makes a call of this object return true."""
+    """Inside, the first signal only makes calls of this object return True; a second one stops."""
 
     def __init__(self) -> None:
         self.number: int | None = None

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
+from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import METHODS, PRECISIONS, Recipe, read_recipe
+from pyro_sbp.recipes.overrides import with_overrides
+from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
+from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
 
 if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData
-    from pyro_sbp.training import Progress
+    from pyro_sbp.training.loop import Progress
 
 __all__ = ["train"]
 
@@ -31,7 +34,7 @@ __all__ = ["train"]
 @click.command()
 @click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, or package.module:callable.")
 @click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
-@click.option("--method", default=None, help=f"{', '.join(METHODS)}.  [default: sbp]")
+@click.option("--method", help=f"{', '.join(METHODS)}.  [default: the recipe's, or sbp]")
 @click.option(
     "--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.  [default: by --arch and --dataset]"
 )
@@ -52,6 +55,13 @@ __all__ = ["train"]
     type=float,
     help="Weight of what units cost, in the KL.  [default: the recipe's]",
 )
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any setting of the recipe, with its value as in a TOML file; may be repeated.",
+)
 @click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
 @click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
 @click.option(
@@ -63,7 +73,11 @@ __all__ = ["train"]
     default=None,
     help="Lay images out with their channels last, which suits some devices and networks.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads of each process.  [default: OMP_NUM_THREADS, or the number of free cores]",
+)
 @click.option(
     "--workers",
     type=click.IntRange(0),
@@ -105,7 +119,9 @@ def train(
                 "train anew with more --epochs and another --output-dir"
             )
         given = [
-            f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None
+            "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+            for name, value in options.items()
+            if value not in (None, ())
         ]
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
@@ -114,6 +130,7 @@ def train(
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)
     check_device(request.device)
+    threads = threads_to_use(threads, request.devices)
 
     import torch
 
@@ -125,9 +142,7 @@ def train(
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
-    fabric = launch(request.device, request.devices, request.precision)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    fabric = launch(request.device, request.devices, request.precision, threads)
 
     # From here on a signal waits for a checkpoint; one process alone would leave the others behind.
     with StopWhenDone() as stop:
@@ -156,7 +171,7 @@ def train(
     if not is_first():
         return
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
         examples, recipe = len(data.train) - request.recipe.holdout, request.recipe
         noisy_steps = recipe.epochs * -(-examples // recipe.batch_size)
@@ -178,6 +193,7 @@ def _request(
     precision: str | None,
     channels_last: bool | None,
     epochs: int | None,
+    settings: Sequence[str],
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -187,12 +203,19 @@ def _request(
     dataset = dataset or architecture.dataset
     if dataset is None:
         raise RequestError(f"--dataset is missing, and {arch} has no usual one")
-    method = method or "sbp"
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         close = did_you_mean(method, METHODS)
         raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}{close}")
-    chosen = _recipe(recipe, arch, dataset, method).with_epochs(epochs).replace(**changes)
-    chosen.check_method(method)
+    chosen = _recipe(recipe, arch, dataset, method)
+    if method not in (None, chosen.method):
+        raise RequestError(
+            f"the recipe {chosen.name!r} is for {chosen.method}, and --method is {method}; "
+            "leave out --method, or choose another recipe"
+        )
+    given = {name: value for name, value in changes.items() if value is not None}
+    if epochs is not None:
+        chosen = chosen.with_epochs(epochs)
+    chosen = with_overrides(chosen.replace(**given), settings)
     if weights is not None:
         if not weights.is_file():
             raise RequestError(f"there is no file {weights} to take weights from")
@@ -207,30 +230,27 @@ def _request(
             f"batch size is {chosen.batch_size}; expected at least two examples for each of "
             f"{devices} devices"
         )
-    if precision is not None and precision not in PRECISIONS:
-        raise RequestError(f"unknown precision {precision!r}; expected {', '.join(PRECISIONS)}")
     return Request(
         arch,
         dataset,
-        method,
         chosen,
         seed,
         device,
         str(data_dir or "data"),
         weights=None if weights is None else str(weights),
         devices=devices,
-        precision=precision or "32-true",
+        precision=cast(Precision, precision or "32-true"),
         channels_last=bool(channels_last),
     )
 
 
-def _recipe(name: str | None, arch: str, dataset: str, method: str) -> Recipe:
+def _recipe(name: str | None, arch: str, dataset: str, method: str | None) -> Recipe:
     if name is None:
-        return default_recipe(arch, dataset, method)
+        return default_recipe(arch, dataset, method or "sbp")
     if name in RECIPES:
         return RECIPES[name]
     if name.endswith(".toml"):
-        return read_recipe(Path(name))
+        return read_recipe(Path(name), method)
     close = did_you_mean(name, RECIPES)
     if Path(f"{name}.toml").is_file():
         close = f"; did you mean '{name}.toml'?"
@@ -292,14 +312,16 @@ class _Bar:
     def update(self, progress: Progress) -> None:
         if self.quiet:
             return
-        text = f"loss {progress.loss:.4f} (nll {progress.nll:.4f} + kl {progress.kl:.4f})"
-        if progress.error is not None and progress.units is not None:
-            left = "-".join(str(count) for count in progress.units.values())
+        text = f"loss {progress.loss:.4f} (nll {progress.nll:.4f}"
+        text += f" + weighted kl {progress.weighted_kl:.4f})"
+        standing = progress.standing
+        if progress.error is not None and standing is not None:
+            left = "-".join(str(count) for count in standing.units.values())
             text += f"  error {progress.error:.2f} %  units {left}"
-            if progress.macs is not None:
-                text += f"  expected MACs {progress.macs:,.0f}"
-            if progress.held:
-                text += f"  (all under the threshold: {', '.join(progress.held)})"
+            if standing.macs is not None:
+                text += f"  expected MACs {standing.macs:,.0f}"
+            if standing.held:
+                text += f"  (all under the threshold: {', '.join(standing.held)})"
         title = f"{progress.phase} {progress.epoch}/{progress.epochs}"
         if not self.live:
             if progress.error is not None:

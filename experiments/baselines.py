@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +48,7 @@ from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.experiments.torch_pruning import IMPORTANCES, prune_to, widths
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.methods import Phase
-from pyro_sbp.methods.phase import plain_phase
+from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import Request
@@ -108,14 +108,17 @@ class _TorchPruning:
         begins = [step * (self.epochs // 2) // self.steps for step in range(self.steps)]
         for step, (begin, end) in enumerate(pairwise(begins), 1):
             self._prune(step)
-            yield replace(self._plain(f"step {step}", end - begin), decays=False)
+            yield self._plain(f"step {step}", end - begin).changed(decays=False)
         self._prune(self.steps)
         yield self._plain("pruned", 0)  # for its error
         yield self._plain("finetuned", self.epochs - begins[-1])
 
     def _plain(self, name: str, epochs: int) -> Phase:
-        kept = widths(self.small)
-        return plain_phase(name, epochs, self.small, self.recipe, lambda: kept)
+        return PlainPhase(name, epochs, self.small, self.recipe, widths(self.small))
+
+    def posteriors(self) -> dict[str, Any]:
+        """There is no noise."""
+        return {}
 
     def _prune(self, step: int) -> None:
         """Make the network smaller, in the same proportion at every step."""
@@ -187,9 +190,9 @@ def baseline(
         "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
         "device": request.device,
         "train_seconds": round(loop.seconds, 1),
-        "error": {name: loop.errors[name] for name in names},
+        "error": {name: loop.errors["test"][name] for name in names},
         **(
-            {"validation_error": {name: loop.validation_errors[name] for name in names}}
+            {"validation_error": {name: loop.errors["validation"][name] for name in names}}
             if data.validation is not None
             else {}
         ),
@@ -215,7 +218,7 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
     try:
         found = json.loads(path.read_text("utf-8"))
         named = {key: found[key] for key in ("arch", "dataset", "seed", "recipe")}
-        method = found["method"]
+        found["method"]  # a record of a run has one
         ratio = found["macs"]["ratio"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise unreadable(path, "record of a run", error) from error
@@ -223,7 +226,7 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
         given = getattr(options, key)
         if given is not None and given != value:
             raise RequestError(f"--{key} is {given}, but {path} is of {key} {value}; leave it out")
-    return _request({**named, "method": method}, options), ratio
+    return _request(named, options), ratio
 
 
 def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
@@ -247,7 +250,7 @@ def _of_ratio(options: argparse.Namespace) -> Request:
         raise RequestError(f"--arch {options.arch} needs a --dataset")
     recipe = options.recipe or default_recipe(options.arch, dataset, "sbp").name
     named = {"arch": options.arch, "dataset": dataset, "seed": options.seed or 0, "recipe": recipe}
-    return _request({**named, "method": "sbp"}, options)
+    return _request(named, options)
 
 
 def _run(target: str, options: argparse.Namespace) -> Path:
@@ -283,9 +286,10 @@ def _run(target: str, options: argparse.Namespace) -> Path:
 
 
 def _tell(progress: Progress) -> None:
-    if progress.error is not None:
+    if progress.error is not None and progress.standing is not None:
         where = f"{progress.phase} {progress.epoch}/{progress.epochs}"
-        print(f"{where}: error {progress.error:.2f} %, units {progress.units}", file=sys.stderr)
+        units = dict(progress.standing.units)
+        print(f"{where}: error {progress.error:.2f} %, units {units}", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ from pyro_sbp.experiments.rows import (
     title,
 )
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, RBPRecipe
 
 __all__ = [
     "compare",
@@ -224,7 +224,7 @@ def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
         cells.append(
             (
                 row.name,
-                recipe.order if row.first.method == "rbp" else "-",
+                recipe.order if isinstance(recipe, RBPRecipe) else "-",
                 row.seeds,
                 row.error_in_words,
                 row.units,
@@ -287,13 +287,34 @@ def recipes(records: Sequence[Record]) -> str:
             f"{field.name} {_value(getattr(recipe, field.name))}"
             for field in dataclasses.fields(recipe)
             if field.name not in ("name", *columns)
-            and getattr(recipe, field.name) != getattr(Recipe(), field.name)
+            and getattr(recipe, field.name) != getattr(type(recipe)(), field.name)
         ]
         values = (_value(getattr(recipe, name)) for name in columns)
         default_for = _default_for(recipe.name)
         cells.append((f"`{recipe.name}`", *values, ", ".join(others), default_for))
     head = ("name", *(f"`{name}`" for name in columns), "other settings", "the default for")
     return markdown(head, cells)
+
+
+def settings(records: Sequence[Record]) -> str:
+    """The settings of recipes: the methods that have them, their defaults and descriptions."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, cls in RECIPE_CLASSES.items():
+        for field in dataclasses.fields(cls):
+            found.setdefault(field.name, {})[method] = cls
+    cells = []
+    for name, classes in found.items():
+        methods = "all" if len(classes) == len(RECIPE_CLASSES) else ", ".join(classes)
+        defaults: dict[str, list[str]] = {}
+        for method, cls in classes.items():
+            defaults.setdefault(_value(getattr(cls(), name)), []).append(method)
+        first, *others = defaults.items()
+        default = f"`{first[0]}`" + "".join(
+            f", for {' and '.join(of)} `{value}`" for value, of in others
+        )
+        texts = dict.fromkeys(c.__pydantic_fields__[name].description for c in classes.values())
+        cells.append((f"`{name}`", methods, default, next(iter(texts))))
+    return markdown(("setting", "methods", "default", "description"), cells)
 
 
 def _value(value: Any) -> str:

@@ -53,7 +53,6 @@ def record(run: Path) -> dict[str, Any]:
     command = f"pyro-sbp train --arch {request.arch} --dataset {dataset}"
     if request.method != "sbp":
         command += f" --method {request.method}"
-    # As requests, which fill in what a recipe leaves to the method.
     named = RECIPES.get(request.recipe.name)
     if named is None or request != replace(request, recipe=named):
         raise ValueError(f"{run} used a recipe that is not in pyro_sbp.recipes")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.recipes.named import RECIPES
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.training.old_recipes import recipe as present_recipe
 
 __all__ = [
     "METHODS",
@@ -140,8 +140,9 @@ def read_records(directory: Path) -> list[Record]:
     found = {path: Record.read(path) for path in sorted(directory.glob("*.json"))}
     for path, record in found.items():
         now = RECIPES.get(record.recipe)
-        made = Recipe.from_dict(record.settings, str(path))
-        if now is None or made != now.for_method("sbp" if record.baseline else record.method):
+        method = record.method if now is None else now.method
+        made = present_recipe(record.settings, method)
+        if now is None or type(now).from_dict(made, str(path)) != now:
             raise RequestError(
                 f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
                 "now; rename one of the two, or make the record again"

@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "sparse-vd-thresholds": method_tables.sparse_vd_thresholds,
     "sparse-vd-units": method_tables.sparse_vd_units,
     "recipes": method_tables.recipes,
+    "settings": method_tables.settings,
 }
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")

@@ -59,6 +59,8 @@ def _build(name: str) -> tuple[str, nn.Module, Tensor]:
     torch.manual_seed(0)
     net = builder(num_classes=10, **options).double().eval().requires_grad_(False)
     enliven(net, generator)
+    if has_attention(net):
+        net = separate_attention(net)  # for both libraries, so that both cut the same network
     return family, net, torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
 
 
@@ -80,8 +82,6 @@ def _masked(net: nn.Module, gates: Gates, theta: dict[str, Tensor], x: Tensor) -
 def survey(name: str) -> dict[str, Any]:
     """Gate and cut one network."""
     family, net, x = _build(name)
-    if has_attention(net):
-        net = separate_attention(net)
     start = time.perf_counter()
     gates = find_gates(net, x)
     seconds = time.perf_counter() - start

@@ -4,7 +4,6 @@ Names are imported on first use, so that ``import pyro_sbp`` costs nothing and l
 network needs torch only.
 """
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import lazy_loader
@@ -82,6 +81,8 @@ _find, _names, _ = lazy_loader.attach(
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("pyro-sbp")
     return _find(name)
 

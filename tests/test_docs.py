@@ -1,6 +1,5 @@
 """What docs/ says is so, and its notebooks run and come to the right results."""
 
-import dataclasses
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.models.gated_model import check_prior, theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
-from pyro_sbp.recipes.settings import Recipe, read_recipe
+from pyro_sbp.recipes.settings import read_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -121,13 +120,6 @@ def test_the_reasons_are_those_of_the_code():
     for words, _ in table("limits.md", "`left_alone` says"):
         for reason in re.findall(r"`(.+?)`", words):
             assert reason in code, reason
-
-
-def test_the_settings_of_a_recipe():
-    rows = {cells[0].strip("`"): cells[1].strip("`") for cells in table("recipes.md", "setting")}
-    defaults = dataclasses.asdict(Recipe())
-    assert list(rows) == list(defaults)
-    assert {name: json.loads(value) for name, value in rows.items()} == defaults
 
 
 def test_what_a_unit_of_lenet_5_costs():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import struct
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +143,9 @@ def _check_idx(path: Path) -> None:
 
 def _reachable(host: str) -> bool:
     """Whether the host has an address; behind a proxy only the download itself can tell."""
+    import socket  # not for the help of the command line
+    import urllib.request
+
     if urllib.request.getproxies():
         return True
     try:

@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
 from pyro_sbp.deployment.runtimes import Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
-from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.pruning.macs import count_parameters
 
-__all__ = ["Comparison", "Latency", "benchmark", "device_name", "one_unit_network"]
+__all__ = [
+    "Comparison",
+    "Latency",
+    "benchmark",
+    "device_name",
+    "floor_network",
+    "one_unit_network",
+]
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A dense and a pruned network side by side; MACs at batch size 1."""
+    """A dense and a pruned network side by side; MACs at batch size 1.
+
+    Attributes:
+        dense_check, pruned_check: the count of ptflops beside ours.
+    """
 
     dense_macs: int
     pruned_macs: int
     dense_parameters: int
     pruned_parameters: int
     latencies: tuple[Latency, ...]
+    dense_check: CrossCheck | None = None
+    pruned_check: CrossCheck | None = None
 
     @property
     def macs_ratio(self) -> float:
@@ -85,6 +101,22 @@ def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) 
     return shrink(net, gates, {k: v.to(device) for k, v in theta.items()}, example_input)
 
 
+def floor_network(
+    net: nn.Module, example_input: Any, input_features: Sequence[str] = ()
+) -> nn.Module:
+    """The `one_unit_network` of a network of which no gate is known yet.
+
+    Attention is separated first, so that the network also has one head left in every attention.
+
+    Args:
+        net: the network; it is not changed.
+        example_input, input_features: as for `find_gates`.
+    """
+    if has_attention(net):
+        net = separate_attention(net)
+    return one_unit_network(net, find_gates(net, example_input, input_features), example_input)
+
+
 def benchmark(
     dense: nn.Module,
     pruned: nn.Module,
@@ -106,7 +138,7 @@ def benchmark(
         dense: the original network.
         pruned: the smaller one.
         example_input: ``[batch, ...]``; its examples are repeated to the batch sizes.
-        floor: a third network to measure, from `one_unit_network`.
+        floor: a third network to measure, from `floor_network`.
         batch_sizes: how many examples a call.
         threads: how many CPU threads; each is measured.
         devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
@@ -143,12 +175,14 @@ def benchmark(
             for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
                 for runtime, of_nets in starts.items():
                     latencies.append(_latency(of_nets, x, device, count, seconds, runtime))
+    checks = [cross_check(net, example_input[:1]) for net in (dense, pruned)]
     return Comparison(
-        count_macs(dense, example_input[:1]),
-        count_macs(pruned, example_input[:1]),
+        checks[0].macs,
+        checks[1].macs,
         count_parameters(dense),
         count_parameters(pruned),
         tuple(latencies),
+        *checks,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deployment.file_sets import sync
 from pyro_sbp.errors import RequestError, first_line
 
 __all__ = ["FORMATS", "ExportError", "check_onnx", "export"]
@@ -57,8 +58,8 @@ def export(
         output, on random inputs.
 
     Raises:
-        RequestError: the format is unknown, needs a package that is not installed, or the file
-            cannot be written.
+        RequestError: the format is unknown or needs a package that is not installed, the network
+            does not take inputs of the shape, or the file cannot be written.
         ExportError: the program cannot be made, or differs by more than 1e-5.
     """
     if format not in FORMATS:
@@ -68,10 +69,16 @@ def export(
         raise RequestError(f"cannot write {path}: it is no file in a writable directory")
     net = copy.deepcopy(net).cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    dtype = next((p.dtype for p in net.parameters()), torch.float32)
-    inputs = [torch.rand(size, *input_shape, generator=generator).to(dtype) for size in BATCHES]
-    with torch.no_grad():
-        output = net(inputs[0])
+    dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.float32)
+    try:
+        inputs = [torch.rand(size, *input_shape, generator=generator).to(dtype) for size in BATCHES]
+        with torch.no_grad():
+            output = net(inputs[0])
+    except Exception as error:  # a network may raise anything for an input of a wrong shape
+        raise RequestError(
+            f"the network does not take inputs of shape {input_shape}: {first_line(error)}"
+        ) from error
     if not isinstance(output, Tensor):
         raise ExportError(f"the network gives a {type(output).__name__}; expected one tensor")
     partial = path.with_name(f"{path.name}.part.{format}")
@@ -89,11 +96,13 @@ def export(
                 f"the {format} program differs from the network by {difference:.1e} of the largest "
                 f"output; at most {TOLERANCE:.0e} is allowed"
             )
+        sync(partial)
         os.replace(partial, path)
     except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from error
+        raise RequestError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+        _external(partial).unlink(missing_ok=True)
     return difference
 
 
@@ -108,8 +117,16 @@ def _pt2(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # torch.export raises what tracing a network's code raises
         raise ExportError(f"torch.export cannot trace the network: {first_line(error)}") from error
-    torch.export.save(program, path)
+    # In memory first, so that a full disk raises OSError, and not a RuntimeError of torch.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     return torch.export.load(path).module()
+
+
+def _external(path: Path) -> Path:
+    """Where torch puts the weights of an ONNX program that are too large for its file."""
+    return path.with_name(path.name + ".data")
 
 
 def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
@@ -130,6 +147,8 @@ def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
         raise ExportError(f"torch.onnx cannot trace the network: {first_line(error)}") from error
     assert program is not None
     program.save(path)
+    if _external(path).exists():
+        raise ExportError("the program needs more than the 2 GB of an ONNX file; expected pt2")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:

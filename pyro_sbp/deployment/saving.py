@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from torch import nn
 
 from pyro_sbp import networks
 from pyro_sbp.datasets.standardization import Standardization
+from pyro_sbp.deployment import file_sets
+from pyro_sbp.deployment.description import INDEX, Description, UnknownFormat
+from pyro_sbp.deployment.file_sets import part
+from pyro_sbp.deployment.rebuilding import (
+    check_fit,
+    construct,
+    fill,
+    non_persistent_buffers,
+    resize_layers,
+)
 from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
@@ -27,7 +38,7 @@ __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 
 #: What a saved network may consist of.
-FILES = ("model.safetensors", "sparse.safetensors", "network.json", "units.json")
+FILES = ("model.safetensors", "sparse.safetensors", INDEX, "units.json")
 
 
 def save(
@@ -41,45 +52,141 @@ def save(
     standardization: Standardization | None = None,
     sparse: bool = False,
 ) -> None:
-    """Write a pruned network to a directory, which appears whole or not at all.
+    """Write a pruned network to a directory.
 
-    ``model.safetensors`` holds the tensors, ``network.json`` the constructor and what differs from
-    what it builds, ``units.json`` the units if they are given.
+    ``model.safetensors`` holds the tensors. ``network.json`` holds the constructor, what differs
+    from what it builds, which parameters are frozen, and a SHA-256 checksum of every file.
+    ``units.json`` holds the units if they are given.
+
+    A new directory appears only when all of its files are complete. With `overwrite`, the old
+    network can be loaded until the new one is complete, and the new one from then on, even if the
+    process is killed in between. An interrupted call may leave files whose names end in ``.part``.
+    They may be in use; the next `save` to the directory renames or replaces them.
+
+    What is kept are tensors: parameters and buffers with their values and types, which of them are
+    the same tensor, and which parameters are frozen. Other attributes that were set after
+    construction are not kept, such as the probability of a dropout layer, and neither are hooks,
+    gradients or memory formats.
 
     Args:
         small: the network, from `prune` or `shrink`.
         directory: where to write; it must not exist or be empty.
         constructor: what built the original network, a callable or its name ``module:callable``.
         kwargs: the constructor's arguments, plain values.
-        units: of every gate, what is left: its total and the kept and zeroed indices.
+        units: what is left of every gate: its total, and the kept and zeroed indices.
         input_shape: the shape of one example, for those who load the network.
-        overwrite: a saved network in the directory gives way.
-        standardization: what images in [0, 1] go through before the network, for those who load it.
-        sparse: write also ``sparse.safetensors``, which leaves out zeros; either file is enough.
+        overwrite: replace a saved network in the directory.
+        standardization: how images in [0, 1] are standardised before the network, for those who
+            load it.
+        sparse: write also ``sparse.safetensors``, which leaves out zeros. Either file is enough to
+            load the network.
 
     Raises:
-        FileExistsError: the directory is there and not empty, or holds more than a saved network.
-        ValueError: the constructor builds a network of other layers.
+        FileExistsError: the directory exists and is not empty, or holds more than a saved network.
+        ValueError: the constructor builds a network of other layers, or files cannot hold the
+            network.
+        OSError: a file cannot be written.
     """
     path = Path(directory)
     there = {file.name for file in path.iterdir()} if path.exists() else set()
+    there -= {part(path / name).name for name in FILES}
     if there and not (overwrite and there <= set(FILES)):
         hint = "it holds other files" if overwrite else "give another, or overwrite=True"
         raise FileExistsError(f"{path} is not empty: {hint}")
     name = constructor if isinstance(constructor, str) else _name(constructor)
     build = _resolve(name) if isinstance(constructor, str) else constructor
-    layers = {}
     fresh = build(**(kwargs or {}))
     separate = has_attention(fresh) and any(isinstance(m, Attention) for m in small.modules())
     if separate:
         fresh = separate_attention(fresh)
+    layers = _resized_layers(small, fresh, name)
+    tensors, same = unique_tensors(small)
+    description = Description(
+        constructor=name,
+        kwargs=dict(kwargs or {}),
+        input_shape=None if input_shape is None else list(input_shape),
+        separate_attention=separate,
+        layers=layers,
+        same=same,
+        standardize=None if standardization is None else standardization.to_dict(),
+        frozen=[
+            parameter
+            for parameter, value in small.named_parameters(remove_duplicate=False)
+            if not value.requires_grad
+        ],
+    )
+    # Whatever `load` would refuse is refused here, while the network is still in memory.
+    try:
+        shapes = resize_layers(fresh, description, _state(tensors, description))
+        buffers = _changed_buffers(small, fresh)
+        tensors.update(buffers)
+        description = dataclasses.replace(description, buffers=list(buffers))
+        check_fit(fresh, description, _state(tensors, description), shapes)
+    except ValueError as error:
+        raise ValueError(f"{name} does not build this network: {error}") from error
+    writers: dict[str, Callable[[Path], object]] = {
+        "model.safetensors": lambda file: _write_tensors(tensors, file)
+    }
+    if sparse:
+        writers["sparse.safetensors"] = lambda file: write_sparse(tensors, file)
+    if units is not None:
+        text = json.dumps(units) + "\n"
+        writers["units.json"] = lambda file: file.write_text(text, encoding="utf-8")
+
+    def describe(checksums: Mapping[str, str]) -> str:
+        return dataclasses.replace(description, checksums=checksums).to_json()
+
+    describe({})  # raises before anything is written
+    try:
+        if path.exists():
+            _complete(path)
+            file_sets.replace(path, writers, INDEX, describe, set(FILES) - {*writers, INDEX})
+        else:
+            _write_new(path, writers, describe)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def _write_new(
+    path: Path,
+    writers: Mapping[str, Callable[[Path], object]],
+    describe: Callable[[Mapping[str, str]], str],
+) -> None:
+    partial = part(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        file_sets.replace(partial, writers, INDEX, describe)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    file_sets.sync(path.parent)
+
+
+def _complete(path: Path) -> None:
+    """Complete what a `save` to this directory that was killed had left to do."""
+    if any(part(path / name).exists() for name in FILES):
+        with contextlib.suppress(ValueError):  # a damaged network is replaced as well
+            file_sets.complete(path, Description.read(path / INDEX).checksums or {})
+
+
+def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, dict[str, int]]:
+    """The sizes in which the layers of a network differ from those that a constructor builds.
+
+    Raises:
+        ValueError: the layers are others.
+    """
+    layers = {}
     here = dict(small.named_modules())
     for layer, module in fresh.named_modules():
         change: dict[str, Any] = {}
-        found = here.get(layer)
-        if isinstance(found, nn.Sequential) and isinstance(getattr(found, "select", None), Select):
-            change["select"] = len(found.select.index)
-            found = found.layer
+        found = here.pop(layer, None)
+        select = getattr(found, "select", None)
+        if isinstance(found, nn.Sequential) and isinstance(select, Select):
+            change["select"] = len(select.get_buffer("index"))
+            prefix = f"{layer}." if layer else ""
+            del here[f"{prefix}select"]
+            found = here.pop(f"{prefix}layer")
         if type(found) is not type(module):
             raise ValueError(f"{name} builds a {type(module).__name__} at {layer!r}, not {found}")
         for attribute in SIZE_ATTRIBUTES:
@@ -87,44 +194,42 @@ def save(
                 change[attribute] = getattr(found, attribute)
         if change:
             layers[layer] = change
-    tensors, same = unique_tensors(small)
-    network = {
-        "format": 1,
-        "constructor": name,
-        "kwargs": dict(kwargs or {}),
-        "input_shape": None if input_shape is None else list(input_shape),
-        "separate_attention": separate,
-        "layers": layers,
-        "same": same,
+    if here:
+        layer, module = next(iter(here.items()))
+        raise ValueError(f"{name} builds no {type(module).__name__} at {layer!r}")
+    return layers
+
+
+def _changed_buffers(small: nn.Module, fresh: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers outside the state dict that are not as the constructor makes them."""
+    made = non_persistent_buffers(fresh)
+    return {
+        name: buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, buffer in non_persistent_buffers(small).items()
+        if name in made
+        and not (buffer.dtype == made[name].dtype and torch.equal(buffer.cpu(), made[name].cpu()))
     }
-    if standardization is not None:
-        network["standardize"] = standardization.to_dict()
-    partial = path.with_name(path.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors")
-        if sparse:
-            write_sparse(tensors, partial / "sparse.safetensors")
-        text = json.dumps(network, indent=2) + "\n"
-        (partial / "network.json").write_text(text, encoding="utf-8")
-        if units is not None:
-            (partial / "units.json").write_text(json.dumps(units) + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        save_file(tensors, path)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"safetensors cannot hold this network: {first_line(error)}") from error
 
 
 def unique_tensors(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A network's tensors as they are stored, and the first name of those that have two."""
+    """A network's tensors as they are stored, and the first name of those that have two.
+
+    Raises:
+        ValueError: the state dict holds something that is not a tensor.
+    """
     tensors: dict[str, torch.Tensor] = {}
     same: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in net.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{name!r} of the state dict is not a dense tensor")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and key in first:
             same[name] = first[key]
@@ -139,8 +244,12 @@ def load(
 ) -> nn.Module:
     """Load a network that `save` wrote, in evaluation mode, on the CPU.
 
+    Every file is compared with its checksum; in a directory of an earlier version, which has no
+    checksums, types, sizes and indices have to fit the constructor and each other. To load a
+    ``network.json`` that was edited on purpose, remove "checksums" from it.
+
     Args:
-        directory: where it lies.
+        directory: the directory of the network.
         constructor: what built the original network. Those of `pyro_sbp.networks` and
             `torchvision.models` are found by their name; any other must be passed.
 
@@ -150,34 +259,55 @@ def load(
     """
     path = Path(directory)
     try:
-        network = json.loads((path / "network.json").read_text(encoding="utf-8"))
-        whole = path / "model.safetensors"
-        sparse = path / "sparse.safetensors"
-        state = load_file(whole) if whole.exists() or not sparse.exists() else read_sparse(sparse)
-        name, kwargs, layers = network["constructor"], network["kwargs"], network["layers"]
-        version = network["format"]
-        state.update({name: state[first] for name, first in network.get("same", {}).items()})
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if (path / "pruned" / "network.json").exists():
+        description = Description.read(path / INDEX)
+        state = _state(_read_tensors(path, description), description)
+    except UnknownFormat as error:
+        raise ValueError(f"{path} has {error}") from error
+    except (OSError, ValueError) as error:
+        if (path / "pruned" / INDEX).exists():
             raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
-        raise ValueError(f"{path} holds no whole saved network: {error}") from error
-    if version != 1:
-        raise ValueError(f"{path} has format {version}; this version of pyro-sbp reads format 1")
+        raise ValueError(f"{path} holds no whole saved network: {first_line(error)}") from error
+    name = description.constructor
     if constructor is None:
-        constructor = _trusted(name, kwargs)
+        constructor = _trusted(name, description.kwargs)
         if constructor is None:
             raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
     try:
-        net = constructor(**kwargs)
-        if network.get("separate_attention"):
-            net = separate_attention(net)
-        for layer, change in layers.items():
-            _apply(net, layer, change)
-        _reshape(net, state)
-        net.load_state_dict(state)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        net = construct(constructor, description.kwargs, description.separate_attention)
+        shapes = resize_layers(net, description, state)
+        check_fit(net, description, state, shapes)
+        fill(net, description, state)
+    except Exception as error:  # a constructor may raise anything if its arguments are damaged
         raise ValueError(f"{path} does not fit {name}: {first_line(error)}") from error
     return net.eval()
+
+
+def _read_tensors(path: Path, description: Description) -> dict[str, torch.Tensor]:
+    """The stored tensors, after all files were compared with their checksums."""
+    sums: Mapping[str, str | None] | None = description.checksums
+    if sums is None:
+        sums = dict.fromkeys(("model.safetensors", "sparse.safetensors"))
+    files = {name: file_sets.locate(path, name, expected) for name, expected in sums.items()}
+    whole, sparse = files.get("model.safetensors"), files.get("sparse.safetensors")
+    file = whole or sparse
+    if file is None:
+        raise ValueError("model.safetensors is missing")
+    if file is sparse:
+        return read_sparse(file)
+    try:
+        return load_file(file)
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{file.name} is damaged: {first_line(error)}") from error
+
+
+def _state(
+    tensors: Mapping[str, torch.Tensor], description: Description
+) -> dict[str, torch.Tensor]:
+    """Stored tensors, those that have two names under both."""
+    for name, first in description.same.items():
+        if first not in tensors or name in tensors:
+            raise ValueError(f"{name!r} cannot be the same tensor as {first!r}")
+    return {**tensors, **{name: tensors[first] for name, first in description.same.items()}}
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -198,16 +328,20 @@ def load_weights(net: nn.Module, path: Path) -> None:
             f"{path} cannot be read as weights; expected safetensors, or a state dict of torch.save"
         ) from error
     if not isinstance(state, Mapping) or not all(
-        isinstance(v, torch.Tensor) for v in state.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        if isinstance(state, Mapping) and "module" in state:
+        if isinstance(state, Mapping) and "request" in state:
             raise RequestError(
                 f"{path} is a checkpoint of a run; expected a state dict of the network"
             )
         raise RequestError(f"{path} holds no state dict, from parameter names to tensors")
+    own = net.state_dict()
+    for name, value in state.items():
+        if name in own and own[name].is_floating_point() != value.is_floating_point():
+            raise RequestError(f"{path} has {value.dtype} for {name!r}; expected {own[name].dtype}")
     try:
         net.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:  # damaged metadata of a state dict may raise anything
         if (path.parent / "network.json").exists():
             raise RequestError(
                 f"{path} has the weights of a pruned network; expected those of the whole one"
@@ -232,37 +366,10 @@ def _trusted(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module] |
     module, _, attribute = name.partition(":")
     if module == "pyro_sbp.networks":
         return getattr(networks, attribute) if attribute in networks.__all__ else None
-    downloads = {"weights", "weights_backbone"} & set(kwargs)
+    downloads = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"} & set(kwargs)
     if module.startswith("torchvision.models") and not downloads:
         from torchvision.models import get_model_builder, list_models
 
         if attribute in list_models():
             return get_model_builder(attribute)
     return None
-
-
-def _apply(net: nn.Module, layer: str, change: Mapping[str, Any]) -> None:
-    module = net.get_submodule(layer)
-    for attribute, value in change.items():
-        if not isinstance(value, int):
-            raise ValueError(f"{attribute} of layer {layer!r} is {value!r}, not an integer")
-        if attribute == "select":
-            select = Select(torch.zeros(value, dtype=torch.int64))
-            parent, _, leaf = layer.rpartition(".")
-            wrapped = nn.Sequential(OrderedDict(select=select, layer=module))
-            setattr(net.get_submodule(parent), leaf, wrapped)
-        elif attribute in SIZE_ATTRIBUTES:
-            setattr(module, attribute, value)
-        else:
-            raise ValueError(f"layer {layer!r} sets {attribute!r}, which no layer has")
-
-
-def _reshape(net: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give parameters and buffers the shapes of the tensors that they will hold."""
-    for name, tensor in state.items():
-        parent, _, leaf = name.rpartition(".")
-        module = net.get_submodule(parent)
-        old = getattr(module, leaf)
-        if old.shape != tensor.shape or old.dtype != tensor.dtype:
-            new = torch.empty_like(tensor)
-            setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pyro_sbp.datasets.memory import available_memory
+from pyro_sbp.deployment.description import parse_json
+from pyro_sbp.errors import first_line
 
 __all__ = ["read_sparse", "write_sparse"]
 
@@ -52,24 +58,46 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
     """Read what `write_sparse` wrote.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or a tensor does not fit into memory.
     """
     try:
         with safe_open(path, "pt") as file:
-            shapes = json.loads(file.metadata()["shapes"])
+            text = file.metadata()["shapes"]
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no file of sparse tensors: {error}") from error
+        shapes = parse_json(text)
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(f"{path} is no file of sparse tensors: {first_line(error)}") from error
+    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
+        raise ValueError(f"{path} is damaged: its shapes are not lists of sizes")
     tensors = {}
-    for name, tensor in content.items():
-        whole, _, kind = name.rpartition(":")
-        if whole not in shapes:
-            tensors[name] = tensor
-        elif kind == "values":
-            flat = tensor.new_zeros(torch.Size(shapes[whole]).numel())
-            places = content[f"{whole}:steps"].long().cumsum(0) - 1
-            if len(places) != len(tensor) or (len(places) and int(places[-1]) >= len(flat)):
-                raise ValueError(f"{path} is damaged: {whole} has other places than values")
-            flat[places] = tensor
-            tensors[whole] = flat.view(shapes[whole])
-    return tensors
+    for name, shape in shapes.items():
+        values, steps = content.pop(f"{name}:values", None), content.pop(f"{name}:steps", None)
+        if values is None or steps is None:
+            raise ValueError(f"{path} is damaged: the values or steps of {name!r} are missing")
+        try:
+            tensors[name] = _with_zeros(values, steps, shape)
+        except (RuntimeError, ValueError) as error:  # torch cannot allocate the tensor, or as below
+            raise ValueError(f"{path} is damaged: {name!r} has {first_line(error)}") from error
+    return {**tensors, **content}
+
+
+def _with_zeros(values: Tensor, steps: Tensor, shape: list[int]) -> Tensor:
+    if values.ndim != 1 or steps.shape != values.shape or steps.dtype != torch.uint8:
+        raise ValueError("other places than values")
+    size = math.prod(shape)
+    places = steps.long().cumsum(0) - 1
+    # A step of 0 would write a value over another one, or to the end of the tensor.
+    if len(places) and (int(steps.min()) == 0 or int(places[-1]) >= size):
+        raise ValueError("other places than values")
+    available = available_memory(torch.device("cpu"))
+    if available is not None and size * values.element_size() > available:
+        raise ValueError(f"shape {shape}, which does not fit into memory")
+    flat = values.new_zeros(size)
+    flat[places] = values
+    return flat.view(shape)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
+    )

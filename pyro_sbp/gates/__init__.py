@@ -7,14 +7,13 @@ from pyro_sbp.gates.folding import (
     Span,
     call,
     check_theta,
-    convert,
     evaluating,
     factors,
     fold,
     repeatable,
-    tensors_of,
 )
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
 from pyro_sbp.gates.probing import Gates, find_gates
 from pyro_sbp.gates.surgery import (
     Units,
@@ -39,6 +38,7 @@ __all__ = [
     "factors",
     "find_gates",
     "fold",
+    "map_tensors",
     "relative_difference",
     "remaining_gates",
     "repeatable",

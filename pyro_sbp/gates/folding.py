@@ -7,8 +7,6 @@ as deleting column c.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.layers import channel_dim, column_factor, serves
+from pyro_sbp.gates.nested import convert, same, tensors_of
 
 __all__ = [
     "Gate",
@@ -35,12 +34,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Which unit each row or column of a layer carries.
 
     `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
-    layer with `groups` must keep as many of them in each group that it keeps.
+    layer with `groups` must keep the same number of them in each group that it keeps. Two spans
+    are equal if these three are.
     """
 
     layer: str
@@ -49,6 +49,12 @@ class Span:
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.layer, len(self.units), self.groups))
 
     def expand(self, values: Tensor) -> Tensor:
         """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
@@ -90,42 +96,6 @@ class Gate:
             layers = ", ".join(span.layer for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
         return f"Gate({'; '.join(parts)})"
-
-
-def tensors_of(x: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dataclasses, in order.
-
-    Raises:
-        TypeError: there is something else inside that may hold a tensor.
-    """
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, Mapping):
-        for value in x.values():
-            yield from tensors_of(value)
-    elif isinstance(x, list | tuple):
-        for value in x:
-            yield from tensors_of(value)
-    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-        for item in dataclasses.fields(x):
-            yield from tensors_of(getattr(x, item.name))
-    elif x is not None and not isinstance(x, str | bytes | bool | int | float | complex):
-        raise TypeError(f"cannot look into a {type(x).__name__} for tensors")
-
-
-def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """A copy of a nested structure, floating-point tensors in `dtype`, all tensors on `device`."""
-    if isinstance(x, Tensor):
-        return x.detach().to(device, dtype if x.is_floating_point() else None, copy=True)
-    if isinstance(x, Mapping):
-        new: Any = copy.copy(x)
-        for key, value in x.items():
-            new[key] = convert(value, dtype, device)
-        return new
-    if isinstance(x, list | tuple):
-        values = [convert(value, dtype, device) for value in x]
-        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
-    return x
 
 
 @contextmanager
@@ -239,7 +209,7 @@ class _Gating(TorchFunctionMode):
         given = dict(kwargs or {})
         weight = args[1] if len(args) > 1 else given.get("weight")
         name, layer = self.readers.get(id(weight), ("", None))
-        if layer is None or not serves(func, layer):
+        if layer is None or weight is None or not serves(func, layer):
             return func(*args, **given)
         x, scale = args[0] if args else given["input"], self.scales[name]
         if scale.ndim == 1 and weight.numel() < x.numel():

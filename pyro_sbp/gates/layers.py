@@ -57,6 +57,8 @@ SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups")
 class Select(nn.Module):
     """Select features of the last dimension of the input: the gather before a dense layer."""
 
+    index: Tensor
+
     def __init__(self, index: Tensor) -> None:
         super().__init__()
         self.register_buffer("index", index)
@@ -225,6 +227,6 @@ def _resize_groups(module: nn.Module, rows: Tensor | None, columns: Tensor | Non
     index = index.view(*index.shape, *(1,) * (weight.ndim - 2)).expand(-1, -1, *weight.shape[2:])
     _set(module, "weight", weight.gather(1, index))
     _keep(module, ("bias",), rows, 0)
-    module.groups = len(kept)
+    _resized(module, ("groups",), len(kept))
     _resized(module, _ROW_SIZES, len(rows))
     _resized(module, _COLUMN_SIZES, len(columns))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import Gate, Span, call, convert, repeatable, tensors_of
+from pyro_sbp.gates.folding import Gate, Span, call, repeatable
 from pyro_sbp.gates.layers import (
     Select,
     channel_dim,
@@ -32,13 +32,14 @@ from pyro_sbp.gates.layers import (
     num_rows,
     serves,
 )
+from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
 __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow.
+    """A list of gates in the order of data flow. A slice of it has the same attributes.
 
     Attributes:
         left_alone: from the layers that are not gated to the reason.
@@ -54,6 +55,23 @@ class Gates(list[Gate]):
         super().__init__(gates)
         self.left_alone = dict(left_alone or {})
         self.called = tuple(called)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Gate: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Gates: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Gate | Gates:
+        found = super().__getitem__(index)
+        return self._with(found) if isinstance(found, list) else found
+
+    def copy(self) -> Gates:
+        """A shallow copy."""
+        return self._with(self)
+
+    def _with(self, gates: Iterable[Gate]) -> Gates:
+        return Gates(gates, self.left_alone, self.called)
 
 
 class _Astray(Exception):
@@ -328,9 +346,9 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
         for name, units in reach.columns.items():
-            for column, number in enumerate(units.tolist()):
-                if number >= 0:
-                    unit = (reach.writer, number)
+            for column, own_number in enumerate(units.tolist()):
+                if own_number >= 0:
+                    unit = (reach.writer, own_number)
                     union.join(owner.setdefault((name, column), unit), unit)
     number: dict[Any, int] = {}
     own = {
@@ -463,12 +481,18 @@ def _record(net: nn.Module, x: Any, training_paths: bool) -> _Probe:
             output = call(probe.net, convert(x, torch.float32))
         list(tensors_of(output))
     except Exception as error:  # a network's own code may raise anything
-        shapes = ", ".join(str(list(t.shape)) for t in tensors_of(x)) or "no tensor"
         raise ValueError(
-            f"{type(net).__name__} cannot be called on the example input ({shapes}): "
+            f"{type(net).__name__} cannot be called on the example input ({_shapes(x)}): "
             f"{first_line(error)}"
         ) from error
     return probe
+
+
+def _shapes(x: Any) -> str:
+    try:
+        return ", ".join(str(list(tensor.shape)) for tensor in tensors_of(x)) or "no tensor"
+    except TypeError:
+        return f"a {type(x).__name__}"
 
 
 def _why_unknown(net: nn.Module, name: str, probe: _Probe) -> str:

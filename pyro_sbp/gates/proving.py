@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, convert, repeatable
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
+from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
-#: The largest relative difference of the shrunk from the masked network in a proof, in float64.
+#: The largest `relative_difference` of the shrunk from the masked network in a proof, in float64.
 TOLERANCE = 1e-10
 
 

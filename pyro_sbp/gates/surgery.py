@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors, tensors_of
+from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
+from pyro_sbp.gates.nested import same, tensors_of
 
 __all__ = [
     "Units",
@@ -26,13 +27,11 @@ __all__ = [
 ]
 
 
-#: A difference of this share of the largest value is rounding in float64.
-ROUNDING = 1e-14
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Units:
     """What becomes of the units of a gate; both are bool tensors ``[size]``.
+
+    Two are equal if both tensors are.
 
     Attributes:
         kept: units that carry signal.
@@ -43,6 +42,12 @@ class Units:
 
     kept: Tensor
     physical: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((len(self.kept), int(self.kept.sum()), int(self.physical.sum())))
 
     @property
     def removed(self) -> Tensor:
@@ -181,20 +186,17 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
     """Make the groups of every layer even that keep anything; say whether that took units."""
     sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
     for gate in gates:
-        for side, spans in enumerate((gate.writers, gate.readers)):
-            for span in spans:
+        for side, of_gate in enumerate((gate.writers, gate.readers)):
+            for span in of_gate:
                 if span.groups > 1:
                     sides.setdefault(span.layer, ([], []))[side].append((gate, span))
     changed = False
     for both in sides.values():
-        counts = [_group_counts(spans, physical) for spans in both]
         # A side without a gate keeps all of its rows or columns, and with them every group.
-        kept = torch.tensor(True)
-        if all(count is not None for count in counts):
-            kept = (counts[0] > 0) | (counts[1] > 0)
-        for spans, count in zip(both, counts, strict=True):
-            if count is None:
-                continue
+        present = [spans for spans in both if spans]
+        counts = [_group_counts(spans, physical) for spans in present]
+        kept = torch.tensor(True) if len(counts) < 2 else (counts[0] > 0) | (counts[1] > 0)
+        for spans, count in zip(present, counts, strict=True):
             most = max(1, int(count.max()))
             for group in torch.nonzero(kept & (count < most)).flatten().tolist():
                 missing = most - int(count[group])
@@ -209,12 +211,8 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
     return changed
 
 
-def _group_counts(
-    spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]
-) -> Tensor | None:
-    """How many rows, or columns, of every group of a layer remain; None without a gate."""
-    if not spans:
-        return None
+def _group_counts(spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]) -> Tensor:
+    """How many rows, or columns, of every group of a layer remain, from its spans."""
     (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
     return alive.view(spans[0][1].groups, -1).sum(1)
 
@@ -300,8 +298,9 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
             _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
     for name, arrives in _alive(_selected(gates), physical).items():
-        select = net.get_submodule(name)
-        select.index = (arrives.cumsum(0) - 1).to(select.index.device)[select.index]
+        module = net.get_submodule(name)
+        assert isinstance(module, Select)
+        module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
@@ -379,13 +378,27 @@ def _put(net: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """The largest difference of two outputs, relative to the largest value that differs.
+    """The largest difference between two outputs, relative to the size of the expected one.
 
-    Tensors are compared each on its own scale, so that a large one hides nothing. What is not a
-    finite number, or no number with a point, has to be equal; else the difference is infinite.
+    Each tensor is compared on its own scale. In a tensor each value is compared relative to its
+    own size, or to the typical size of the tensor where this is larger. The typical size is the
+    larger of two: the median size of the values that differ, and the largest size, counted as at
+    most 1.
+
+    So a tensor whose values are all smaller than 1 is compared relative to its largest value. In
+    others, one huge value, such as a mask of -1e9, does not hide the differences of ordinary
+    values, as it would if all were divided by the largest value. And rounding errors in values that
+    are zero but for cancellation do not count as large differences, as they would if each were
+    divided by its own size.
+
+    Values that are not finite and tensors that do not hold floating-point or complex numbers have
+    to be equal; otherwise the difference is infinite. A NaN is not equal to anything.
+
+    Args:
+        expected, actual: tensors, or nested structures of them as `tensors_of` opens.
 
     Raises:
-        ValueError: the outputs hold no tensor, or not as many.
+        ValueError: the outputs hold no tensor, or not the same number of tensors.
     """
     pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
     if not pairs:
@@ -396,15 +409,21 @@ def relative_difference(expected: Any, actual: Any) -> float:
 def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
-    if not a.is_floating_point() and not a.is_complex():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    whole = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.zeros(())
-    a, b = a[a != b], b[a != b]
-    if a.numel() == 0:
+    if not (_is_inexact(a) and _is_inexact(b)):
+        return 0.0 if a.dtype == b.dtype and torch.equal(a, b) else float("inf")
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    differs = a != b
+    if not bool(differs.any()):
         return 0.0
+    size = a.abs()
+    largest = size.where(size.isfinite(), 0).max()
+    a, b, size = a[differs], b[differs], size[differs]
     if not bool((a.isfinite() & b.isfinite()).all()):
         return float("inf")
-    difference = (a - b).abs()
-    differs = difference > ROUNDING * whole
-    scale = a[differs].abs().max() if bool(differs.any()) else whole
-    return float(difference.max() / scale)
+    typical = size.median().maximum(largest.clamp(max=1))
+    return float(((a - b).abs() / size.maximum(typical)).max())
+
+
+def _is_inexact(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()

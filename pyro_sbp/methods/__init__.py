@@ -1,8 +1,10 @@
 """The methods: each gives the training loop a list of phases and makes a smaller network."""
 
-from pyro_sbp.methods.phase import Method, Phase
+from pyro_sbp.methods.gated import GatedMethod
+from pyro_sbp.methods.method import Method
+from pyro_sbp.methods.phase import Phase
 from pyro_sbp.methods.rbp import RBP
 from pyro_sbp.methods.sbp import SBP
 from pyro_sbp.methods.sparse_vd import SparseVD
 
-__all__ = ["RBP", "SBP", "Method", "Phase", "SparseVD"]
+__all__ = ["RBP", "SBP", "GatedMethod", "Method", "Phase", "SparseVD"]

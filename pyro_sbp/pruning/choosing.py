@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import (
-    Gate,
-    convert,
-)
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.nested import convert, same
 from pyro_sbp.gates.surgery import (
     Units,
     cut,
@@ -70,9 +68,9 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
     return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """What to keep of every gate.
+    """What to keep of every gate. Two choices are equal if all of this is.
 
     Attributes:
         theta: from gate name to ``[units]``, 0 where a unit is to go.
@@ -85,6 +83,9 @@ class Choice:
     units: dict[str, Units]
     threshold: float
     held: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return same(self, other)
 
 
 def choose_units(

@@ -14,11 +14,10 @@ from pyro_sbp.gates.folding import (
     Gate,
     GatedNetwork,
     call,
-    convert,
     evaluating,
     repeatable,
-    tensors_of,
 )
+from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
 from pyro_sbp.gates.surgery import (
     Units,
     cut,
@@ -30,7 +29,7 @@ from pyro_sbp.gates.surgery import (
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
 
 
-#: The largest relative difference of the pruned from the masked network, in float64.
+#: The largest `relative_difference` of the pruned from the masked network, in float64.
 TOLERANCE = 1e-10
 
 
@@ -43,8 +42,9 @@ class Equivalence:
     """How far a pruned network is from the masked one.
 
     Attributes:
-        max_rel_diff_float64: in float64, relative to the largest output.
-        max_abs_diff: in the network's own precision, absolute.
+        max_rel_diff_float64: the `relative_difference` of their outputs in float64.
+        max_abs_diff: the largest absolute difference of their outputs in the network's own
+            precision.
     """
 
     max_rel_diff_float64: float
@@ -72,14 +72,14 @@ def checked_shrink(
         The smaller network, and how far it is from the masked one.
 
     Raises:
-        EquivalenceError: it differs by more than 1e-10 of the largest output in float64.
+        EquivalenceError: the `relative_difference` of their outputs in float64 is more than 1e-10.
     """
     reference = theta if reference is None else reference
     # One copy after the other, so that there are never many of them at a time.
     with torch.no_grad():
         net_eval = copy.deepcopy(net).eval()
         with repeatable(torch.get_default_dtype()):
-            masked = _masked(net_eval, gates, reference, copy.deepcopy(example_input))
+            masked = _masked(net_eval, gates, reference, map_tensors(_copied, example_input))
         exact = net_eval.double()
         theta64 = convert(dict(theta), torch.float64)
         with repeatable(torch.float64):
@@ -97,13 +97,13 @@ def checked_shrink(
     small.load_state_dict(state)
     del state
     with torch.no_grad(), evaluating(small), repeatable(torch.get_default_dtype()):
-        pruned = call(small, copy.deepcopy(example_input))
+        pruned = call(small, map_tensors(_copied, example_input))
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
-    absolute = max(float((a.double() - b.double()).abs().nan_to_num().max()) for a, b in pairs)
+    absolute = max(_largest_difference(a, b) for a, b in pairs)
     if not relative <= TOLERANCE:
         raise EquivalenceError(
-            f"the pruned network differs from the masked one by {relative:.1e} of the largest "
-            f"output in float64; at most {TOLERANCE:.0e} is allowed"
+            f"the pruned network differs from the masked one by {relative:.1e} in float64, "
+            f"relative to the size of the outputs; at most {TOLERANCE:.0e} is allowed"
         )
     return small, Equivalence(relative, absolute)
 
@@ -111,3 +111,14 @@ def checked_shrink(
 def _masked(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], x: Any) -> Any:
     """The network with its activations multiplied: a row for all examples, so nothing folds."""
     return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference of two tensors; one that is NaN counts as 0."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    differences = (a.to(wide) - b.to(wide)).abs().nan_to_num()
+    return float(differences.max()) if differences.numel() else 0.0

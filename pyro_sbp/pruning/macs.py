@@ -2,22 +2,93 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.layers import Select
 
-__all__ = ["costs_by_layer", "count_macs", "count_parameters", "original_name"]
+__all__ = [
+    "by_module",
+    "costs_by_layer",
+    "count_macs",
+    "count_parameters",
+    "original_name",
+    "unfused",
+]
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Inside, torch runs attention and recurrent layers as separate matrix products.
+
+    By default torch may run a whole attention, transformer layer or LSTM as one operation, in
+    which no counter sees the products. Which of them it does so depends on the device, the dtype
+    and the mode. The settings are restored at the end.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    cudnn: Any = torch.backends.cudnn
+    before = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Only this flag: `flags()` would also set the precision of float32 products.
+        mkldnn.enabled = cudnn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        mkldnn.enabled, cudnn.enabled = before[1:]
+
+
+def _vector_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(a)
+
+
+def _added_flops(bias: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(a) * prod(b[2:])
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+#: Products that torch's counter does not know, from the shapes of their arguments.
+_FORMULAS = {
+    torch.ops.aten.mv: _vector_flops,
+    torch.ops.aten.dot: _vector_flops,
+    torch.ops.aten.vdot: _vector_flops,
+    torch.ops.aten.addmv: _added_flops,
+    torch.ops.aten.addbmm: _added_flops,
+    # A network may ask for this kernel by itself, within `sdpa_kernel` of its own.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
 
 
 def count_macs(net: nn.Module, example_input: Any) -> int:
-    """Multiply-accumulates of the convolutions and matrix products in one call, without biases."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluating(net), counter:
+    """Count the multiply-accumulates of the convolutions and matrix products in one call.
+
+    The products inside attention and recurrent layers count as well; biases, norms, activations
+    and other element-wise operations do not. The count depends on the shapes only: it is the same
+    on every device, in every dtype, and whether the network is in training mode or not.
+
+    Args:
+        net: the network; it is called once in evaluation mode, and keeps its own mode.
+        example_input: an input, as for `call`; its batch size counts.
+    """
+    counter = _counter()
+    with torch.no_grad(), evaluating(net), unfused(), counter:
         call(net, example_input)
     return counter.get_total_flops() // 2
 
@@ -30,28 +101,68 @@ def count_parameters(net: nn.Module) -> int:
 def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
     """MACs in one call and parameters of every layer that has weights of its own.
 
+    A layer counts what runs in itself, not in the modules that it calls.
+
+    Args:
+        net, example_input: as for `count_macs`.
+
     Returns:
         From a layer's name to its MACs and its parameters, in the order of the network. What is
-        counted outside of these layers, such as the products inside attention, has the name "".
-        A parameter that two layers share counts for the first.
+        counted outside of these layers, such as the products of separated attention, has the
+        name "". A parameter that two layers share counts for the first. The sums are those of
+        `count_macs` and `count_parameters`.
     """
-    layers = [n for n, m in net.named_modules() if n and any(True for _ in m.parameters(False))]
-    # The first input's selection of a pruned layer wraps it: it is still the layer of that name.
-    names = {layer: original_name(net, layer) for layer in layers}
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluating(net), counter:
+    counter = _counter()
+    with (
+        torch.no_grad(),
+        evaluating(net),
+        unfused(),
+        counter,
+        by_module(net, lambda: counter.get_total_flops() // 2) as macs,
+    ):
         call(net, example_input)
-    counts, top = counter.get_flop_counts(), type(net).__name__
     seen: set[int] = set()
     costs: dict[str, tuple[int, int]] = {}
-    for layer, name in names.items():
-        new = [p for p in net.get_submodule(layer).parameters(False) if id(p) not in seen]
-        seen.update(map(id, new))
-        macs = sum(counts.get(f"{top}.{layer}", {}).values()) // 2
-        costs[name] = macs, sum(p.numel() for p in new)
-    macs = sum(counts["Global"].values()) // 2 - sum(macs for macs, _ in costs.values())
-    rest = macs, count_parameters(net) - sum(parameters for _, parameters in costs.values())
+    for layer, module in net.named_modules():
+        new = [p for p in module.parameters(False) if id(p) not in seen]
+        if layer and any(True for _ in module.parameters(False)):
+            seen.update(map(id, new))
+            # The first input's selection of a pruned layer wraps it: it is still the layer of
+            # that name.
+            costs[original_name(net, layer)] = macs.pop(layer, 0), sum(p.numel() for p in new)
+    rest = sum(macs.values()), count_parameters(net) - sum(count for _, count in costs.values())
     return costs if rest == (0, 0) else {**costs, "": rest}
+
+
+@contextmanager
+def by_module(net: nn.Module, total: Callable[[], int]) -> Iterator[Counter[str]]:
+    """Inside, add up by how much `total` grows in each module while the network is called.
+
+    Yields:
+        From the name of a module to what was added while it was the innermost one that was being
+        called; "" outside of all of them. Complete once the block has ended.
+    """
+    found, inside, before = Counter[str](), [""], total()
+
+    def settle() -> None:
+        found[inside[-1]] += total() - before - found.total()
+
+    def enter(name: str) -> None:
+        settle()
+        inside.append(name)
+
+    def leave() -> None:
+        settle()
+        inside.pop()
+
+    with ExitStack() as hooks:
+        for name, module in net.named_modules():
+            pre = module.register_forward_pre_hook(lambda *_, n=name: enter(n), prepend=True)
+            hooks.callback(pre.remove)
+            post = module.register_forward_hook(lambda *_: leave(), always_call=True)
+            hooks.callback(post.remove)
+        yield found
+        settle()
 
 
 def original_name(net: nn.Module, layer: str) -> str:

@@ -38,8 +38,8 @@ def prune(
 
     Raises:
         ValueError: what `choose_units` refuses.
-        EquivalenceError: the result differs from the masked network by more than 1e-10, relative
-            to the largest output, in float64.
+        EquivalenceError: the `relative_difference` of the result from the masked network is more
+            than 1e-10 in float64.
     """
     net, gates = model.gated.net, model.gates
     choice = choose_units(

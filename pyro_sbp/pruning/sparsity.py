@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +19,45 @@ from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
 from pyro_sbp.pruning.choosing import check_threshold
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
-from pyro_sbp.recipes.settings import THRESHOLDS
 
-__all__ = ["Sparse", "needed_units", "prune_weights", "remaining_units", "shrink_sparse"]
+__all__ = [
+    "THRESHOLD",
+    "KeptWeights",
+    "Sparse",
+    "needed_units",
+    "prune_weights",
+    "remaining_units",
+    "shrink_sparse",
+]
+
+#: The signal-to-noise ratio of a log alpha of 3 (arXiv 1701.05369, section 5).
+THRESHOLD = math.exp(-1.5)
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """The single weights that are kept.
+
+    Attributes:
+        layers: for every layer with noise, its weights that are kept, and all of them.
+        kept: the weights that are kept, with those of layers without noise.
+        total: all weights.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    kept: int
+    total: int
+
+    @classmethod
+    def of(cls, layers: Mapping[str, tuple[int, int]], total: int) -> KeptWeights:
+        """Those of a network that has `total` weights in all."""
+        kept, noisy = (sum(counts) for counts in zip(*layers.values(), strict=True))
+        return cls(layers, kept + total - noisy, total)
+
+    @property
+    def compression(self) -> float | None:
+        """All weights over those that are kept, as the paper counts it; None where none is kept."""
+        return self.total / self.kept if self.kept else None
 
 
 def needed_units(
@@ -146,7 +184,7 @@ def prune_weights(
     model: SparseModel,
     guide: AdditiveNormalGuide,
     example_input: Any,
-    threshold: float = THRESHOLDS["sparse-vd"],
+    threshold: float = THRESHOLD,
     input_features: Sequence[str] = (),
 ) -> nn.Module:
     """Make the smaller network that the posterior of weights asks for (arXiv 1701.05369).
@@ -165,8 +203,8 @@ def prune_weights(
 
     Raises:
         ValueError: the threshold is negative or not finite.
-        EquivalenceError: the result differs from the network with these weights zero by more than
-            1e-10, relative to the largest output, in float64.
+        EquivalenceError: the `relative_difference` of the result from the network with these
+            weights zero is more than 1e-10 in float64.
     """
     check_threshold(threshold)
     net = model.noisy.net

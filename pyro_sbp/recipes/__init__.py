@@ -4,17 +4,25 @@ This package needs no torch.
 """
 
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import METHODS, ORDERS, PRECISIONS, THRESHOLDS, Recipe, read_recipe
+from pyro_sbp.recipes.request import PRECISIONS, Request
+from pyro_sbp.recipes.settings import (
+    METHODS,
+    RBPRecipe,
+    Recipe,
+    SBPRecipe,
+    SparseVDRecipe,
+    read_recipe,
+)
 
 __all__ = [
     "METHODS",
-    "ORDERS",
     "PRECISIONS",
     "RECIPES",
-    "THRESHOLDS",
+    "RBPRecipe",
     "Recipe",
     "Request",
+    "SBPRecipe",
+    "SparseVDRecipe",
     "default_recipe",
     "read_recipe",
 ]

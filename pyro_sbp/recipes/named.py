@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_sbp.recipes.settings import ORDERS, Recipe
+from pyro_sbp.recipes.settings import RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
 
 __all__ = ["RECIPES", "default_recipe"]
 
@@ -48,30 +48,32 @@ _VGG_SUBSET: dict[str, Any] = {
 
 _SPARSE: dict[str, Any] = {"threshold": 0.8, "finetune_learning_rate": 1e-3}
 
-_ALL = (
-    Recipe(),
-    Recipe(name="lenet5", macs_weight=3.0, **_LENET5),
-    Recipe(name="lenet5-small", macs_weight=8.0, **_LENET5),
-    Recipe(name="lenet5-smallest", macs_weight=12.0, **_LENET5),
+_ALL: tuple[Recipe, ...] = (
+    SBPRecipe(),
+    SBPRecipe(name="lenet5", macs_weight=3.0, **_LENET5),
+    SBPRecipe(name="lenet5-small", macs_weight=8.0, **_LENET5),
+    SBPRecipe(name="lenet5-smallest", macs_weight=12.0, **_LENET5),
     # Noise as slow as the paper's teaches a little more, and removes less.
-    Recipe(
+    SBPRecipe(
         name="lenet-dense",
         kl_scale=3.0,
         **{**_LENET_DENSE, "noise_learning_rate": 1e-2, "finetune_epochs": 20},
     ),
-    Recipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
-    Recipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
+    SBPRecipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
+    SBPRecipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
     # Not fine-tuned, or by the labels of the data, to compare with RBP's.
-    Recipe(
+    SBPRecipe(
         name="lenet5-plain",
         dense_epochs=8,
         epochs=22,
         finetune_epochs=0,
         kl_scale={"conv1": 100.0, "conv2": 40.0, "fc1_input": 3.0, "fc1": 3.0},
     ),
-    Recipe(name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0),
+    SBPRecipe(
+        name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0
+    ),
     # 1,438 examples: forty times fewer steps an epoch, and a KL that weighs forty times more.
-    Recipe(
+    SBPRecipe(
         name="lenet5-digits",
         dense_epochs=15,
         epochs=50,
@@ -79,10 +81,10 @@ _ALL = (
         batch_size=32,
         kl_scale={"conv1": 15.0, "conv2": 4.0},
     ),
-    Recipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
+    SBPRecipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
     # The paper keeps log alpha < 3. A lower one loses little, and fine-tuning brings it back.
-    Recipe(name="sparse", kl_rising_epochs=10, **_SPARSE),
-    Recipe(
+    SparseVDRecipe(name="sparse", kl_rising_epochs=10, **_SPARSE),
+    SparseVDRecipe(
         name="sparse-lenet5",
         dense_epochs=0,
         epochs=75,
@@ -93,7 +95,7 @@ _ALL = (
         decay=0.6,
         **{**_SPARSE, "threshold": 1.03},
     ),
-    Recipe(
+    SparseVDRecipe(
         name="sparse-lenet-dense",
         dense_epochs=0,
         epochs=60,
@@ -104,7 +106,7 @@ _ALL = (
         decay=0.8,
         **_SPARSE,
     ),
-    Recipe(
+    SparseVDRecipe(
         name="sparse-digits",
         dense_epochs=0,
         epochs=100,
@@ -116,7 +118,7 @@ _ALL = (
         noise_learning_rate=2e-2,
         **_SPARSE,
     ),
-    Recipe(
+    SparseVDRecipe(
         name="sparse-random-labels",
         dense_epochs=0,
         epochs=15,
@@ -127,7 +129,7 @@ _ALL = (
     # Of SBP from untrained weights, and of a network with dropout (`experiments.dropout`), whose
     # dense phase is what counts. 5,000 images are left: 15,000 take it several times the steps.
     *(
-        Recipe(
+        SBPRecipe(
             name=f"random-labels{of}{counterpart}",
             dense_epochs=dense_epochs,
             epochs=epochs,
@@ -140,8 +142,8 @@ _ALL = (
         for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", until, 1))
     ),
     # As many epochs with noise as SBP's of the same network, shared out among the gates.
-    Recipe(name="rbp", **_RBP),
-    Recipe(
+    RBPRecipe(name="rbp", **_RBP),
+    RBPRecipe(
         name="rbp-lenet5",
         dense_epochs=8,
         epochs=22,
@@ -149,7 +151,7 @@ _ALL = (
         kl_scale={"conv1": 40.0, "conv2": 10.0},
         **_RBP,
     ),
-    Recipe(
+    RBPRecipe(
         name="rbp-lenet5-small",
         dense_epochs=8,
         epochs=22,
@@ -158,7 +160,7 @@ _ALL = (
         **_RBP,
     ),
     *(
-        Recipe(
+        RBPRecipe(
             name=f"rbp-lenet-dense{'' if order == 'forward' else f'-{order}'}",
             dense_epochs=10,
             epochs=40,
@@ -166,20 +168,20 @@ _ALL = (
             order=order,
             **{**_RBP, "prior_scale": 5.0},
         )
-        for order in ORDERS
+        for order in ("forward", "reversed", "together")
     ),
     # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
-    Recipe(name="vgg", **_VGG),
-    Recipe(name="vgg-small", macs_weight=2.0, **_VGG),
-    Recipe(
+    SBPRecipe(name="vgg", **_VGG),
+    SBPRecipe(name="vgg-small", macs_weight=2.0, **_VGG),
+    RBPRecipe(
         name="rbp-vgg",
         kl_scale=0.5,
         macs_weight=2.0,
         **_RBP,
         **{**_VGG, "distill": 0.0, "finetune_learning_rate": 1e-3},
     ),
-    Recipe(name="vgg-subset", epochs=20, noise_learning_rate=3e-2, **_VGG_SUBSET),
-    Recipe(
+    SBPRecipe(name="vgg-subset", epochs=20, noise_learning_rate=3e-2, **_VGG_SUBSET),
+    RBPRecipe(
         name="rbp-vgg-subset",
         epochs=28,
         kl_scale=2.0,
@@ -187,7 +189,7 @@ _ALL = (
         # RBP's last network before a cut has lost too much to teach.
         **{**_VGG_SUBSET, "distill": 0.0},
     ),
-    Recipe(
+    RBPRecipe(
         name="rbp-lenet5-digits",
         dense_epochs=15,
         epochs=50,
@@ -197,7 +199,7 @@ _ALL = (
         prior_scale=10.0,
         noise_learning_rate=3e-2,
     ),
-    Recipe(
+    RBPRecipe(
         name="rbp-digits",
         dense_epochs=15,
         epochs=50,
@@ -220,13 +222,15 @@ _DEFAULTS = {
     ("lenet-300-100", ""): "lenet-dense",
     ("vgg-like", ""): "vgg",
 }
+#: How the names of a method's default recipes begin, and what the one for all else is called.
+_NAMES = {"sbp": ("", "default"), "rbp": ("rbp-", "rbp"), "sparse-vd": ("sparse-", "sparse")}
 
 
 def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
-    """The recipe that a request gets which names none."""
-    prefix = {"rbp": "rbp", "sparse-vd": "sparse"}.get(method, "")
+    """The recipe of a request that names none."""
+    prefix, general = _NAMES[method]
     for (for_arch, for_dataset), name in _DEFAULTS.items():
-        found = RECIPES.get(f"{prefix}-{name}" if prefix else name)
+        found = RECIPES.get(prefix + name)
         if found and for_arch in ("", arch) and for_dataset in ("", dataset):
             return found
-    return RECIPES[prefix or "default"]
+    return RECIPES[general]

@@ -4,44 +4,75 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes.settings import METHODS, Recipe
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, STRICT, Recipe, refusing
 
-__all__ = ["Request"]
+__all__ = ["PRECISIONS", "Precision", "Request"]
+
+#: Mixed: parameters are float32, the network's matrix products bfloat16.
+Precision = Literal["32-true", "bf16-mixed", "64-true"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
-@dataclass(frozen=True)
+@refusing
+@dataclass(frozen=True, config=STRICT)
 class Request:
-    """All that a run was asked for; written to `recipe.json` before any heavy work."""
+    """What a run is asked to do; written to `recipe.json` before any heavy work.
+
+    Attributes:
+        arch: the network: a name of `ARCHITECTURES`, or ``package.module:callable``.
+        dataset: the data set, as for `load_dataset`.
+        recipe: the settings, and with their class the method.
+        seed: the seed of all random numbers.
+        device: "cpu" or "cuda".
+        data_dir: where data sets lie.
+        weights: a file of weights that takes the place of the dense phase.
+        devices: the number of processes.
+        precision: one of `PRECISIONS`.
+        channels_last: whether images have the channels-last memory format.
+
+    Raises:
+        RequestError: a value has a wrong type or is out of its bounds.
+    """
 
     arch: str
     dataset: str
-    method: str
     recipe: Recipe
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     data_dir: str = "data"
     weights: str | None = None
-    devices: int = 1
-    precision: str = "32-true"
+    devices: Annotated[int, Field(ge=1)] = 1
+    precision: Precision = "32-true"
     channels_last: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", self.recipe.for_method(self.method))
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.recipe.method
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values for JSON."""
-        return dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"method": self.method, **values, "recipe": self.recipe.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
-        """The request from what `to_dict` gave; keys that it does not know are left out."""
+        """The request from what `to_dict` gave; keys that it does not know are left out.
+
+        Raises:
+            RequestError: a value is missing, has a wrong type or is out of its bounds.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in values.items() if key in fields}
-        recipe = Recipe.from_dict(known.pop("recipe"), "recipe.json")
-        if known["method"] not in METHODS or not isinstance(known.get("seed", 0), int):
-            raise RequestError("recipe.json has an unknown method or a seed that is no integer")
-        return cls(recipe=recipe, **known)
+        method, recipe = values.get("method"), values.get("recipe")
+        if method not in RECIPE_CLASSES:
+            raise RequestError(f"method is {method!r}; expected {', '.join(RECIPE_CLASSES)}")
+        if not isinstance(recipe, Mapping):
+            raise RequestError(f"recipe is {recipe!r}; expected settings by name")
+        return cls(**{**known, "recipe": RECIPE_CLASSES[method].from_dict(recipe, "the recipe")})

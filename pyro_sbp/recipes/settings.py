@@ -1,19 +1,34 @@
-"""The settings of training and pruning, as values. This module needs no torch."""
+"""The settings of training and pruning as values, one class for each method; needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 from pyro_sbp.errors import RequestError, did_you_mean
 
-__all__ = ["METHODS", "ORDERS", "PRECISIONS", "THRESHOLDS", "Recipe", "read_recipe"]
-
+__all__ = [
+    "METHODS",
+    "RECIPE_CLASSES",
+    "STRICT",
+    "GatedRecipe",
+    "RBPRecipe",
+    "Recipe",
+    "SBPRecipe",
+    "SparseVDRecipe",
+    "in_one_line",
+    "method_settings",
+    "read_recipe",
+    "refusing",
+]
 
 #: Where the class of every method is found.
 METHODS = {
@@ -22,238 +37,377 @@ METHODS = {
     "rbp": "pyro_sbp.methods.rbp:RBP",
 }
 
+STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-#: The signal-to-noise ratio of what a method keeps: of a unit; of a weight, where log alpha < 3.
-THRESHOLDS = {"sbp": 1.0, "sparse-vd": math.exp(-1.5), "rbp": 1.0}
+_Count = Annotated[int, Field(ge=0, le=1_000_000)]
+_Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+_Rate = Annotated[float, Field(gt=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Factor = Annotated[float, Field(ge=0, le=1e6)]
+#: The largest signal-to-noise ratios that posteriors reach: of a unit at a log scale of -10, and
+#: of a weight at a log alpha of -8.
+_MAX_UNIT_SNR, _MAX_WEIGHT_SNR = math.exp(10), math.exp(4)
 
 
-#: The settings that a method does not have, and why.
-_WITHOUT = {
-    "sbp": {
-        "order": "all gates have their noise at once",
-        "exact_kl": "its KL is exact",
-    },
-    "sparse-vd": {
-        "order": "all weights have their noise at once",
-        "prior_scale": "its prior is the log-uniform one",
-        "macs_weight": "its noise is on weights, not on units",
-        "noise_per": "its noise is drawn for every example",
-        "init_loc": "its means are the network's weights",
-    },
-    "rbp": {
-        "exact_kl": "its KL is exact",
-        **dict.fromkeys(
-            ("kl_free_epochs", "kl_rising_epochs"), "the KL of a gate counts in full in its turn"
-        ),
-    },
+#: How pydantic says what it expects, and how this package says it.
+_WORDS = {
+    "greater than or equal to ": "a number >= ",
+    "less than or equal to ": "a number <= ",
+    "greater than ": "a number > ",
+    "less than ": "a number < ",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a string",
 }
 
 
-#: In which order RBP takes the gates.
-ORDERS = ("forward", "reversed", "together")
+def in_one_line(error: ValidationError) -> str:
+    """The first finding of a validation, as ``NAME is VALUE; expected ...``."""
+    found = error.errors(include_url=False)[0]
+    name = " ".join(str(part) for part in found["loc"])
+    if found["type"] == "missing":
+        return f"{name} is missing"
+    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"there is no setting {name!r}"
+    message = found["msg"].removeprefix("Value error, ")
+    if message.startswith("Input should be "):
+        expected = message.removeprefix("Input should be ")
+        for words, ours in _WORDS.items():
+            if expected.startswith(words):
+                expected = ours + expected.removeprefix(words)
+        message = f"expected {expected}"
+    return f"{name} is {found['input']!r}; {message}" if name else message
 
 
-#: Mixed: parameters are float32, the network's matrix products bfloat16.
-PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+_Class = TypeVar("_Class", bound=type)
 
 
-@dataclass(frozen=True)
+def refusing(cls: _Class) -> _Class:
+    """Let the constructor of a validated dataclass raise `RequestError`, in one line."""
+    validate: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as error:
+            raise RequestError(in_one_line(error)) from error
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def _setting(default: Any, description: str) -> Any:
+    return Field(default, description=description)
+
+
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """The settings of training and pruning, apart from network, data and machine.
+    """The settings that all methods share, apart from network, data and machine.
 
-    Attributes:
-        name: what the recipe is called.
-        dense_epochs: epochs of ordinary training before the noise comes in.
-        epochs: epochs of training with noise; RBP shares them out among the gates.
-        kl_free_epochs: the first of them, in which the KL does not count; not for RBP.
-        kl_rising_epochs: the next ones, in which its weight rises linearly to its full value; not
-            for RBP.
-        finetune_epochs: epochs of ordinary training of the pruned network.
-        batch_size: examples a step.
-        learning_rate: Adam's, for weights in the dense phase, and with noise unless the next says
-            otherwise.
-        gated_learning_rate: Adam's, for weights while there is noise. A network with batch norm,
-            whose statistics are frozen then, may want a tenth of `learning_rate`, or less.
-        noise_learning_rate: Adam's, for the posterior of the noise.
-        finetune_learning_rate: Adam's, for the pruned network.
-        weight_decay: on the weights, never on the noise.
-        decay: the last share of every phase, over which learning rates fall linearly to zero.
-        kl_scale: the weight of the KL, for all gates or by gate name (then 1 where not named); of
-            SparseVD, for layers.
-        macs_weight: a unit's KL counts more by this times what it costs: the weight of a gate's KL
-            is its `kl_scale` times 1 + macs_weight * MACs of one of its units / mean of all units.
-            Not for SparseVD, whose noise is on weights.
-        exact_kl: for SparseVD only, take the exact KL and not the paper's approximation.
-        noise_per: "batch" or "example": for what theta is drawn, as for `GatedModel`. Not
-            for SparseVD, which draws its noise for every example, in the layers' outputs.
-        prior_scale: the scale of the prior of log theta, which leans to zero: the smaller, the
-            nearer to a point mass there. None for the log-uniform prior. Not for SparseVD.
-        order: for RBP only, in which order it takes the gates: "forward" as data flow,
-            "reversed", or "together", all in one phase.
-        distill: fine-tuning learns the soft labels, at this temperature, of the network before its
-            last cut with the noise at its mean; 0 for the labels of the data.
-        init_loc: initial location of log theta; not for SparseVD.
-        init_log_scale: initial log scale of log theta; of SparseVD, of every weight.
-        threshold: units, of SparseVD weights, with a signal-to-noise ratio under it are removed; by
-            default that of the method, in `THRESHOLDS`.
-        recalibrate: measure the batch norm statistics of the pruned network anew, and let them
-            move in fine-tuning. Otherwise they stay those that the noise was trained with.
-        standardize: take from every channel its mean over the training images, and divide by its
-            standard deviation.
-        holdout: so many training images, drawn at random, are not trained on: errors of theirs are
-            for choices, a threshold or a recipe, which the test images must not decide.
-        random_labels: draw the labels of training images at random, to see what memorises them.
-        crop: pad training images by so many zero pixels, and cut back at a random offset each.
-        flip: mirror training images left and right at random.
+    Every method has a subclass with the settings of its own: `SBPRecipe`, `RBPRecipe`,
+    `SparseVDRecipe`. The description and the bounds of a setting are in the metadata of its field;
+    `docs/recipes.md` lists them.
 
     Raises:
-        RequestError: a value is out of its range.
+        RequestError: there is no such setting, or a value is out of its bounds.
     """
 
-    name: str = "default"
-    dense_epochs: int = 10
-    epochs: int = 25
-    kl_free_epochs: int = 0
-    kl_rising_epochs: int = 0
-    finetune_epochs: int = 5
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    gated_learning_rate: float | None = None
-    noise_learning_rate: float = 1e-2
-    finetune_learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    decay: float = 0.5
-    kl_scale: float | Mapping[str, float] = 1.0
-    macs_weight: float = 0.0
-    exact_kl: bool = False
-    noise_per: str = "batch"
-    prior_scale: float | None = None
-    order: str = "forward"
-    distill: float = 0.0
-    init_loc: float = 0.0
-    init_log_scale: float = -5.0
-    threshold: float | None = None
-    recalibrate: bool = False
-    standardize: bool = False
-    holdout: int = 0
-    random_labels: bool = False
-    crop: int = 0
-    flip: bool = False
+    #: What a request calls the method.
+    method: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        for name in (
-            *("dense_epochs", "kl_free_epochs", "kl_rising_epochs", "finetune_epochs"),
-            *("holdout", "crop"),
-        ):
-            self._number(name, int, 0)
-        for name in ("epochs", "batch_size"):
-            self._number(name, int, 1)
-        for name in ("learning_rate", "noise_learning_rate", "finetune_learning_rate"):
-            self._number(name, float, 0, above=True, most=1)
-        for name in ("weight_decay", "macs_weight", "distill"):
-            self._number(name, float, 0)
-        self._number("decay", float, 0, most=1)
-        if self.threshold is not None:
-            self._number("threshold", float, 0)
-        if self.prior_scale is not None:
-            self._number("prior_scale", float, 0, above=True, most=1e6)
-        if self.gated_learning_rate is not None:
-            self._number("gated_learning_rate", float, 0, above=True, most=1)
-        self._number("init_loc", float, -25, most=5)
-        self._number("init_log_scale", float, -10, most=5)
-        scales = self.kl_scale if isinstance(self.kl_scale, Mapping) else {"": self.kl_scale}
-        for gate, value in scales.items():
-            what = f"kl_scale {gate}".strip()
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                by_gate = "" if gate else ", or numbers by gate"
-                raise RequestError(f"{what} is {value!r}; expected a number{by_gate}")
-            if not 0 <= value < float("inf"):
-                raise RequestError(f"{what} is {value}; expected a number >= 0")
-        before = self.kl_free_epochs + self.kl_rising_epochs
-        if before >= self.epochs:
-            raise RequestError(
-                f"epochs is {self.epochs}; expected more than kl_free_epochs and kl_rising_epochs "
-                f"together, which are {before}"
-            )
+    name: str = _setting("default", "The name of the recipe. For a file it is the file's name.")
+    dense_epochs: _Count = _setting(
+        10,
+        "Epochs of ordinary training before noise is added. Noise on an untrained network may "
+        "remove too much.",
+    )
+    epochs: _Positive = _setting(
+        25,
+        "Epochs of training with noise. The noise needs some thousand steps to grow, so small data "
+        "sets need more epochs.",
+    )
+    finetune_epochs: _Count = _setting(
+        5, "Epochs of ordinary training of the pruned network. With 0 it stays as it was pruned."
+    )
+    batch_size: _Positive = _setting(128, "Examples in a step. Smaller batches give more steps.")
+    learning_rate: _Rate = _setting(
+        1e-3, "Learning rate of the weights, in the dense phase and, by default, with noise."
+    )
+    gated_learning_rate: _Rate | None = _setting(
+        None,
+        "Learning rate of the weights while there is noise; by default `learning_rate`. A network "
+        "with batch norm, whose statistics are frozen then, may need a tenth of it, or less.",
+    )
+    noise_learning_rate: _Rate = _setting(
+        1e-2,
+        "Learning rate of the posterior. A larger one decides on units sooner and removes more.",
+    )
+    finetune_learning_rate: _Rate = _setting(3e-4, "Learning rate of the pruned network.")
+    weight_decay: _Share = _setting(0.0, "Weight decay of the weights; never of the noise.")
+    decay: _Share = _setting(
+        0.5, "The last share of every phase, over which learning rates fall linearly to zero."
+    )
+    kl_scale: float | Mapping[str, float] = _setting(
+        1.0,
+        "Weight of the KL divergence. A larger one removes more. A number for all gates (for "
+        "SparseVD, layers), or numbers by name (1 where not named). Early layers, which have few "
+        "units and many MACs, need more.",
+    )
+    distill: Annotated[float, Field(ge=0, le=1000)] = _setting(
+        0.0,
+        "Temperature of the soft labels for fine-tuning; 0 uses the labels of the data. The "
+        "teacher is the network before its last cut, with the noise at its mean. 4 suits MNIST.",
+    )
+    init_log_scale: Annotated[float, Field(ge=-10, le=5)] = _setting(
+        -5.0,
+        "Initial log scale of the posterior: of log theta (-5 is an SNR of 247), for SparseVD of "
+        "every weight.",
+    )
+    threshold: Annotated[float, Field(ge=0, le=_MAX_UNIT_SNR)] = _setting(
+        1.0,
+        "Units (for SparseVD, weights) with a smaller signal-to-noise ratio are removed. `pyro-sbp "
+        "prune` can use another threshold later.",
+    )
+    recalibrate: bool = _setting(
+        False,
+        "Measure the batch norm statistics of the pruned network, and update them in fine-tuning. "
+        "Otherwise they stay as they were in training with noise.",
+    )
+    standardize: bool = _setting(
+        False,
+        "Subtract from every channel its mean over the training images, and divide by its standard "
+        "deviation. The network then expects such inputs.",
+    )
+    holdout: Annotated[int, Field(ge=0)] = _setting(
+        0,
+        "Training images, drawn at random, that are reserved for validation: to choose a threshold "
+        "or a recipe, which the test images must not decide.",
+    )
+    random_labels: bool = _setting(
+        False, "Draw the labels of the training images at random, to see what memorises them."
+    )
+    crop: Annotated[int, Field(ge=0, le=10_000)] = _setting(
+        0, "Pad training images by this many pixels, and crop them at random to their size."
+    )
+    flip: bool = _setting(
+        False,
+        "Mirror training images at random. Not for images in which left and right matter, such as "
+        "digits.",
+    )
+
+    @field_validator("kl_scale", mode="before")
+    @classmethod
+    def _check_kl_scale(cls, value: Any) -> Any:
+        scales = value if isinstance(value, Mapping) else {"": value}
+        for gate, scale in scales.items():
+            of_gate = f" for {gate!r} {scale!r}" if gate else ""
+            if isinstance(scale, bool) or not isinstance(scale, int | float):
+                raise ValueError(f"expected a number, or numbers by gate{of_gate and ';'}{of_gate}")
+            if not 0 <= scale <= 1e6:
+                raise ValueError(f"expected numbers from 0 to 1e6{of_gate and ';'}{of_gate}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_distill(self) -> Self:
         if self.distill and not self.finetune_epochs:
-            raise RequestError("distill is of fine-tuning, but finetune_epochs is 0; expected more")
-        for name in ("recalibrate", "standardize", "flip", "exact_kl", "random_labels"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        if self.order not in ORDERS:
-            raise RequestError(f"order is {self.order!r}; expected {', '.join(ORDERS)}")
-        if self.noise_per not in ("batch", "example"):
-            raise RequestError(f"noise_per is {self.noise_per!r}; expected 'batch' or 'example'")
+            raise ValueError(
+                "distill sets the labels of fine-tuning, but finetune_epochs is 0; expected more"
+            )
+        return self
 
-    def _number(
-        self, name: str, kind: type, least: float, above: bool = False, most: float = float("inf")
-    ) -> None:
-        value = getattr(self, name)
-        allowed = (int, float) if kind is float else int
-        ok = isinstance(value, allowed) and not isinstance(value, bool)
-        ok = ok and (value > least if above else value >= least) and value <= most
-        if not ok or value == float("inf"):
-            bound = f"{'>' if above else '>='} {least}"
-            bound += f" and <= {most}" if most < float("inf") else ""
-            noun = "a number" if kind is float else "an integer"
-            raise RequestError(f"{name} is {value!r}; expected {noun} {bound}")
-
-    def replace(self, **changes: Any) -> Recipe:
-        """A copy with other values; a change to None is left out."""
-        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
-
-    def with_epochs(self, epochs: int | None) -> Recipe:
-        """A copy of so many epochs with noise, of which those before the KL counts in full have the
-        share that they had; the same if none are given."""
-        if epochs is None:
-            return self
-        shares = {
-            name: getattr(self, name) * max(epochs, 0) // self.epochs
-            for name in ("kl_free_epochs", "kl_rising_epochs")
-        }
-        return self.replace(epochs=epochs, **shares)
-
-    def for_method(self, method: str) -> Recipe:
-        """A copy in which what a method has a default for is set."""
-        return self.replace(
-            threshold=THRESHOLDS[method] if self.threshold is None else self.threshold
-        )
-
-    def check_method(self, method: str) -> None:
-        """Refuse what a method does not have.
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values.
 
         Raises:
-            RequestError: the recipe sets it, to another value than by default.
+            RequestError: there is no such setting, or a value is out of its bounds.
         """
-        for field in dataclasses.fields(self):
-            why = _WITHOUT[method].get(field.name)
-            if why and getattr(self, field.name) != field.default:
-                raise RequestError(f"{method} has no {field.name}: {why}")
+        for name in changes:
+            if name not in method_settings(self.method):
+                why = _no_such_setting(name, type(self))
+                raise RequestError(f"there is no setting {name!r}: {why}")
+        return type(self)(**{**self.to_dict(), **changes})
+
+    def with_epochs(self, epochs: int) -> Self:
+        """A copy with another number of epochs with noise."""
+        return self.replace(epochs=epochs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str) -> Recipe:
-        """A recipe from plain values; `source` says in an error where they come from."""
-        fields = [field.name for field in dataclasses.fields(cls)]
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> Self:
+        """A recipe from plain values.
+
+        Args:
+            values: from the name of a setting to its value.
+            source: where they come from, for messages.
+
+        Raises:
+            RequestError: the method has no such setting, or a value is out of its bounds.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
-            if name not in fields:
-                close = did_you_mean(name, fields) or f"; a recipe has {', '.join(fields)}"
-                raise RequestError(f"{source} sets {name!r}, which no recipe has{close}")
+            if name not in known:
+                raise RequestError(f"{source} sets {name!r}: {_no_such_setting(name, cls)}")
         try:
             return cls(**values)
         except RequestError as error:
             raise RequestError(f"{source}: {error}") from error
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from a TOML file; what it does not set has its default.
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GatedRecipe(Recipe):
+    """The settings of methods whose noise is on units."""
+
+    macs_weight: _Factor = _setting(
+        0.0,
+        "Weight of the MACs of a unit in its KL divergence. The KL of a gate is weighted by "
+        "`kl_scale` * (1 + `macs_weight` * MACs of one of its units / their mean over all units).",
+    )
+    noise_per: Literal["batch", "example"] = _setting(
+        "batch",
+        "Whether theta is drawn once for a batch or for every example, which has less variance and "
+        "costs more.",
+    )
+    prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
+        None,
+        "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
+        "is removed (1.2 to 20). Without a value it is the log-uniform prior of SBP.",
+    )
+    init_loc: Annotated[float, Field(ge=-25, le=5)] = _setting(
+        0.0, "Initial location of the posterior of log theta."
+    )
+
+
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class _RisingKL(Recipe):
+    """The settings of methods whose KL divergence may count little at first."""
+
+    kl_free_epochs: _Count = _setting(
+        0, "The first epochs with noise, in which the KL divergence has no weight."
+    )
+    kl_rising_epochs: _Count = _setting(
+        0, "The next epochs, in which the weight of the KL divergence rises linearly to its value."
+    )
+
+    @model_validator(mode="after")
+    def _check_kl_epochs(self) -> Self:
+        before = self.kl_free_epochs + self.kl_rising_epochs
+        if before >= self.epochs:
+            raise ValueError(
+                f"epochs is {self.epochs}; expected more than kl_free_epochs and kl_rising_epochs "
+                f"together, which are {before}"
+            )
+        return self
+
+    def with_epochs(self, epochs: int) -> Self:
+        """A copy with another number of epochs with noise, of which those before the KL divergence
+        counts in full keep their share."""
+        shares = {
+            name: getattr(self, name) * max(epochs, 0) // self.epochs
+            for name in ("kl_free_epochs", "kl_rising_epochs")
+        }
+        return self.replace(epochs=epochs, **shares)
+
+
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SBPRecipe(_RisingKL, GatedRecipe):
+    """The settings of structured Bayesian pruning (arXiv 1705.07283)."""
+
+    method: ClassVar[str] = "sbp"
+
+
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RBPRecipe(GatedRecipe):
+    """The settings of recursive Bayesian pruning (arXiv 1812.00353)."""
+
+    method: ClassVar[str] = "rbp"
+
+    noise_learning_rate: _Rate = _setting(
+        5e-2,
+        "Learning rate of the posterior. Every gate has only its share of the epochs, so it is "
+        "larger than for SBP.",
+    )
+    prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
+        4.0,
+        "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
+        "is removed (1.2 to 20). `none` is the log-uniform prior of SBP.",
+    )
+    order: Literal["forward", "reversed", "together"] = _setting(
+        "forward",
+        "The order in which the gates take their turns: as data flow, reversed, or all together.",
+    )
+
+
+@refusing
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparseVDRecipe(_RisingKL):
+    """The settings of sparse variational dropout (arXiv 1701.05369)."""
+
+    method: ClassVar[str] = "sparse-vd"
+
+    exact_kl: bool = _setting(
+        False, "Use the exact KL divergence instead of the paper's approximation."
+    )
+    #: log alpha >= 3 is an SNR of exp(-3/2) or less (arXiv 1701.05369, section 5).
+    threshold: Annotated[float, Field(ge=0, le=_MAX_WEIGHT_SNR)] = _setting(
+        math.exp(-1.5),
+        "Weights with a smaller signal-to-noise ratio become zero. The default is the paper's: a "
+        "log alpha of 3.",
+    )
+
+
+RECIPE_CLASSES: dict[str, type[Recipe]] = {
+    cls.method: cls for cls in (SBPRecipe, SparseVDRecipe, RBPRecipe)
+}
+
+
+def method_settings(method: str) -> tuple[str, ...]:
+    """The names of the settings that a method has."""
+    return tuple(field.name for field in dataclasses.fields(RECIPE_CLASSES[method]))
+
+
+def _no_such_setting(name: str, cls: type[Recipe]) -> str:
+    """The end of the refusal of a setting that a method does not have."""
+    others = [method for method in RECIPE_CLASSES if name in method_settings(method)]
+    if others:
+        return f"{cls.method} does not have it; it is a setting of {' and '.join(others)}"
+    known = [field.name for field in dataclasses.fields(cls)]
+    close = did_you_mean(name, known) or f"; the settings are {', '.join(known)}"
+    return f"no recipe has it{close}"
+
+
+def read_recipe(path: Path, method: str | None = None) -> Recipe:
+    """Read a recipe from a TOML file. What the file does not set has its default.
+
+    Args:
+        path: the file; it may name its `method`.
+        method: the method to read it for; by default that of the file, else "sbp".
 
     Raises:
-        RequestError: the file cannot be read, is no TOML, or sets something wrong.
+        RequestError: the file cannot be read, is not TOML, is for another method, or sets
+            something wrong.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"the recipe {path} is no TOML: {error}") from error
-    return Recipe.from_dict({"name": path.stem, **values}, str(path))
+        raise RequestError(f"the recipe {path} is not TOML: {error}") from error
+    named = values.pop("method", None)
+    if named is not None and named not in RECIPE_CLASSES:
+        raise RequestError(
+            f"{path}: method is {named!r}; expected {', '.join(RECIPE_CLASSES)}"
+            + (did_you_mean(named, RECIPE_CLASSES) if isinstance(named, str) else "")
+        )
+    if named is not None and method not in (None, named):
+        raise RequestError(f"the recipe {path} is for {named}, and the method is {method}")
+    cls = RECIPE_CLASSES[named or method or "sbp"]
+    return cls.from_dict({"name": path.stem, **values}, str(path))

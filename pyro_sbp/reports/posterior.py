@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.settings import METHODS
-from pyro_sbp.training.checkpoints import read_checkpoint
+from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.runs import Run
 
 __all__ = ["Posterior", "describe", "gate_table", "in_words", "read_posterior"]
@@ -81,35 +81,31 @@ def read_posterior(directory: Path) -> Posterior:
     path = directory / "checkpoint.pt"
     if not path.is_file():
         raise RequestError(f"{directory} has no posterior yet: there is no checkpoint.pt")
-    saved = read_checkpoint(path)
-    request = saved["request"]
-    read = pkgutil.resolve_name(METHODS[request.method]).read
-    sites: dict[str, Any] = {}
-    priors: dict[str, Any] = {}
-    weights: dict[str, Tensor] = {}
-    try:
-        # A later phase goes on with what an earlier one left, or has sites of its own.
-        for state in [*saved["finished"], saved["module"]]:
-            found = read(state, request.recipe)
-            if found.posteriors:
-                sites.update(found.posteriors)
-                priors.update(found.priors)
-                weights = found.weights
-        units = saved["lines"][-1]["units"] if saved["lines"] else {}
-        of_gates = sites.keys() <= units.keys()
-        order = units if of_gates else _layers(weights)
-        sites = {name: sites[name] for name in dict.fromkeys([*order, *sites]) if name in sites}
-        ended = sum(line["phase"] not in WITHOUT_NOISE for line in saved["lines"])
-        left_alone = saved.get("left_alone")
-        waiting = [name for name in units if name not in sites] if of_gates else []
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{path} is damaged: it is no checkpoint of a run") from error
-    if not sites:
+    saved = Checkpoint.read(path)
+    recipe = saved.request.recipe
+    distributions = pkgutil.resolve_name(METHODS[recipe.method]).distributions
+    weights = saved.network()
+    units = saved.lines[-1]["units"] if saved.lines else {}
+    of_gates = saved.posteriors.keys() <= units.keys()
+    # In the order of the network, which that of the turns need not be.
+    order = units if of_gates else _layers(weights)
+    names = [name for name in order if name in saved.posteriors]
+    names += [name for name in saved.posteriors if name not in names]
+    if not names:
         raise RequestError(
             f"{directory} has no posterior yet: it was stopped before there was noise; "
             f"go on by pyro-sbp train --resume {directory}"
         )
-    return Posterior(sites, priors, weights, ended, request.recipe.epochs, left_alone, waiting)
+    found = {name: distributions(*saved.posteriors[name], recipe) for name in names}
+    return Posterior(
+        {name: posterior for name, (posterior, _) in found.items()},
+        {name: prior for name, (_, prior) in found.items()},
+        weights,
+        sum(line["phase"] not in WITHOUT_NOISE for line in saved.lines),
+        recipe.epochs,
+        saved.left_alone,
+        [name for name in units if name not in found] if of_gates else [],
+    )
 
 
 def _layers(weights: Mapping[str, Tensor]) -> list[str]:
@@ -139,7 +135,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     of_units = posterior.elements == "units"
     done = {}
     if run.summary is not None and of_units:
-        done = {unit["gate"]: unit for unit in run.summary["units"]}
+        done = {unit.gate: unit for unit in run.summary.units}
     gates = []
     for name, values in snr.items():
         over = values >= threshold
@@ -149,8 +145,8 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
                 "gate": name,
                 "total": values.numel(),
                 # The best unit stays where none reaches the threshold.
-                "kept": done[name]["kept"] if name in done else max(count, int(of_units)),
-                "zeroed": done[name]["zeroed"] if name in done else None,
+                "kept": done[name].kept if name in done else max(count, int(of_units)),
+                "zeroed": done[name].zeroed if name in done else None,
                 "snr": _quantiles(values),
                 "mean": float(mean[name].double().abs().mean()),
                 "kl": float(kl[name].double().sum()),
@@ -167,7 +163,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "threshold": threshold,
         "elements": posterior.elements,
         "gates": gates,
-        "left_alone": left_alone if run.summary is None else run.summary["left_alone"],
+        "left_alone": left_alone if run.summary is None else dict(run.summary.left_alone),
         "waiting": list(posterior.waiting),
     }
 

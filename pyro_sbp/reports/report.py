@@ -16,6 +16,7 @@ from pyro_sbp.reports.posterior import gate_table, in_words
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
 from pyro_sbp.training.runs import Run
+from pyro_sbp.training.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,12 +155,13 @@ def _standing(found: Findings) -> str:
 
 def _headline(run: Run) -> str:
     assert run.summary is not None
-    macs, parameters = run.summary["macs"], run.summary["parameters"]
-    dense = run.summary["error"]["dense"]
-    before = "" if dense is None else f", where the dense network has {_percent(dense)}"
+    summary = run.summary
+    dense = summary.error.dense
+    before = "" if dense is None else f"; that of the dense network is {_percent(dense)}"
     return pages.paragraph(
-        f"{macs['ratio']:.2f} times fewer multiply-accumulates and {parameters['ratio']:.2f} times "
-        f"fewer parameters, at a test error of {_percent(run.error)}{before}."
+        f"{summary.macs.ratio:.2f} times fewer multiply-accumulates and "
+        f"{summary.parameters.ratio:.2f} times fewer parameters. The test error is "
+        f"{_percent(run.error)}{before}."
     )
 
 
@@ -167,50 +169,40 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
-def _result(summary: dict[str, Any]) -> str:
-    error, check = summary["error"], summary["equivalence"]
-    names = {
-        "dense": "dense, without noise",
-        "mean": "all units, noise at its mean",
-        "pruned": "pruned",
-        "finetuned": "fine-tuned",
-    }
+def _result(summary: Summary) -> str:
+    check = summary.equivalence
     errors = pages.table(
-        ("network", "test error"),
-        [(words, _percent(error.get(name))) for name, words in names.items()],
-        "Test errors after the last epoch",
+        ("network", *(f"{images} error, %" for images in summary.errors())),
+        summary.error_rows(),
+        "Errors after the last epoch",
     )
     sizes = pages.table(
-        ("", "dense", "pruned", "ratio"),
-        [
-            (label, f"{size['dense']:,}", f"{size['pruned']:,}", f"{size['ratio']:.2f}x")
-            for label, size in (("MACs", summary["macs"]), ("parameters", summary["parameters"]))
-        ],
-        "Sizes; MACs for one image",
+        ("", "dense", "pruned", "ratio"), summary.size_rows(), "Sizes; MACs for one image"
     )
     checked = pages.paragraph(
         "The pruned network differs from the network with the other units masked by "
-        f"{check['max_rel_diff_float64']:.1e} of the largest output in float64, and by "
-        f"{check['max_abs_diff']:.1e} in the network's own precision.",
+        f"{check.max_rel_diff_float64:.1e} in float64, relative to the size of the outputs, "
+        f"and by {check.max_abs_diff:.1e} in the network's own precision.",
         "soft",
     )
     return pages.side([errors, sizes]) + _weights(summary) + checked
 
 
-def _weights(summary: dict[str, Any]) -> str:
-    """The single weights that a method kept, where it is one that removes such."""
-    if "weights" not in summary:
+def _weights(summary: Summary) -> str:
+    """The single weights that are kept, for a method that removes weights."""
+    weights, files = summary.weights, summary.files
+    if weights is None:
         return ""
-    weights, files = summary["weights"], summary["files"]
-    rows = [(w["layer"], f"{w['kept']:,}", f"{w['total']:,}") for w in weights["layers"]]
-    rows.append(("all", f"{weights['kept']:,}", f"{weights['total']:,}"))
-    compression = weights["compression"]
-    fewer = "No weight is left" if compression is None else f"{compression:.1f} times fewer weights"
-    return pages.table(("layer", "weights kept", "of"), rows, "Weights by layer") + pages.paragraph(
-        f"{fewer}, as the paper counts them. {ZERO_WORDS} "
-        f"The file of the dense network has {files['dense']:,} bytes, that of the smaller one "
-        f"{files['pruned']:,}, and {files['sparse']:,} with its zeros left out."
-    )
+    words = weights.in_words
+    text = f"{words[0].upper()}{words[1:]}, as the paper counts them. {ZERO_WORDS}"
+    if files is not None:
+        text += (
+            f" The file of the dense network has {files.dense:,} bytes, that of the smaller one "
+            f"{files.pruned:,}"
+        )
+        text += "." if files.sparse is None else f", and {files.sparse:,} without its zeros."
+    table = pages.table(("layer", "weights kept", "of"), weights.rows(), "Weights by layer")
+    return table + pages.paragraph(text)
 
 
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
@@ -497,8 +489,8 @@ def _overview(runs: Sequence[Run]) -> str:
                 run.request.recipe.name,
                 run.request.seed,
                 "not finished" if done is None else _percent(run.error),
-                "-" if done is None else f"{done['macs']['ratio']:.2f}x",
-                "-" if done is None else f"{done['parameters']['ratio']:.2f}x",
+                "-" if done is None else f"{done.macs.ratio:.2f}x",
+                "-" if done is None else f"{done.parameters.ratio:.2f}x",
             )
         )
     head = ("run", "arch", "data set", "recipe", "seed", "test error", "MACs", "parameters")

@@ -13,29 +13,29 @@ import torch
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
-from pyro_sbp.methods import Method
 from pyro_sbp.pruning.choosing import NothingLeft
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import THRESHOLDS
+from pyro_sbp.recipes.settings import RECIPE_CLASSES
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import Job, prepare_job
 from pyro_sbp.training.loop import Loop
-from pyro_sbp.training.summary import write_result
+from pyro_sbp.training.result import write_result
+from pyro_sbp.training.summary import Summary
 
 __all__ = ["SWEEP_FACTORS", "prune_again", "sweep"]
 
 
-#: Where a sweep looks, in times of what the method keeps by default, beside the recipe's own
-#: threshold: the same for all runs of a method, to compare them.
+#: The thresholds of a sweep, as multiples of the method's default, beside the recipe's own: the
+#: same for all runs of a method, so that they can be compared.
 SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 
 
 @workers_watched()
 def prune_again(
     request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
-) -> dict[str, Any]:
-    """Prune a finished run once more by other settings, without fine-tuning.
+) -> Summary:
+    """Prune a finished run again by other settings, without fine-tuning.
 
     Args:
         request, data, directory: of the run, as for `train`.
@@ -43,7 +43,7 @@ def prune_again(
         settings: what to keep, as for `choose_units`.
 
     Returns:
-        What `train` would return, of this network.
+        The summary that `train` would return for this network.
 
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
@@ -55,8 +55,8 @@ def prune_again(
             raise RequestError(str(error)) from error
         loop.recalibrate()
         loop.measure("pruned", job.method.small)
-        loop.errors["finetuned"] = None
-        loop.validation_errors["finetuned"] = loop.training_errors["finetuned"] = None
+        for errors in loop.errors.values():
+            errors.pop("finetuned", None)
     return write_result(job, loop, target)
 
 
@@ -87,7 +87,7 @@ def sweep(
         RequestError: the run has no whole checkpoint, or a threshold is negative.
     """
     if thresholds is None:
-        unit = THRESHOLDS[request.method]
+        unit = RECIPE_CLASSES[request.method]().threshold
         thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
     rows = []
     with _replayed(request, data, directory) as (job, loop):
@@ -100,29 +100,23 @@ def sweep(
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
-            error = loop.error_of(method.small, job.data.validation)  # as it was trained
-            small = method.small.to(torch.float32, memory_format=torch.contiguous_format)
-            macs = count_macs(small, job.example[:1].float())
+            test_error = loop.error_of(method.small, job.data.validation)  # as it was trained
+            small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
+            macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
                 {
                     "threshold": threshold,
-                    "error": error,
+                    "error": test_error,
                     "split": "test" if job.data.validation is None else "validation",
                     "macs": macs,
                     "ratio": job.macs / macs,
                     "parameters": count_parameters(small),
                     "units": {name: int(unit.kept.sum()) for name, unit in method.units.items()},
                     "held": list(method.held),
-                    **_compression(method),
+                    **({} if weights is None else {"compression": weights.compression}),
                 }
             )
     return rows
-
-
-def _compression(method: Method) -> dict[str, float]:
-    """All weights over those kept, of a method that keeps single ones."""
-    weights = method.summary().get("weights")
-    return {} if weights is None else {"compression": weights["compression"]}
 
 
 @contextmanager

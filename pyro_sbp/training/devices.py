@@ -1,8 +1,9 @@
-"""On how many devices a run computes, and in what precision: Lightning Fabric, set up by a request.
+"""The devices and the precision of a run, by Lightning Fabric.
 
-A run on several devices is several processes that do the same in step: each takes its share of
-every batch and draws its own noise, gradients are averaged, and the first one alone writes. Either
-Fabric starts the others by running the same command again, or `torchrun` has started all of them.
+A run on several devices has one process for each. All take the same steps: each process takes its
+share of every batch and draws its own noise, and gradients are averaged. Only the first process
+writes files. Either Fabric starts the other processes by running the same command again, or
+`torchrun` started all of them.
 """
 
 from __future__ import annotations
@@ -11,60 +12,83 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from pyro_sbp.errors import Elsewhere, RequestError
-from pyro_sbp.training.processes import num_processes, processes_here
+from pyro_sbp.training.processes import (
+    forget_stray_variables,
+    num_processes,
+    processes_here,
+    starting_copies,
+)
 
 __all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
 
-#: What gloo says where the process at the other end is gone.
+_Precision = Literal["32-true", "64-true", "bf16-mixed"]
+#: Parts of gloo's messages about a process that has ended.
 GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
-def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
-    """Start what a run computes with; where it takes several processes this waits for all.
+def launch(
+    device: str = "cpu",
+    devices: int = 1,
+    precision: str = "32-true",
+    threads: int | None = None,
+) -> Fabric:
+    """Start the processes of a run, and wait until all have started.
 
     Args:
         device: "cpu" or "cuda".
-        devices: how many, over all machines; under `torchrun` as many as it started processes.
+        devices: the number of devices over all machines, one process each; under `torchrun` the
+            number of processes that it started.
         precision: "32-true", "64-true" or "bf16-mixed".
+        threads: the number of CPU threads of each process; by default that of torch.
 
     Raises:
-        RequestError: there are not so many devices, or `torchrun` started another number.
+        RequestError: there are fewer devices, or `torchrun` started another number of processes.
     """
     external = num_processes()
     if external is not None and external != devices:
-        raise RequestError(f"the run is for {devices} devices, and torchrun started {external}")
+        raise RequestError(f"the run is for {devices} devices, but torchrun started {external}")
     here = devices if external is None else processes_here()
     if device == "cuda" and torch.cuda.device_count() < here:
         raise RequestError(f"devices is {here}; this machine has {torch.cuda.device_count()}")
-    # It tells of every process that joins.
+    forget_stray_variables()
+    # Fabric logs every process that joins.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
     if devices > 1:
-        # A network may have parameters that a phase has no use for: always the same ones.
+        # A network may have parameters that a phase does not use: the same ones in every step.
         strategy = DDPStrategy(static_graph=True)
     fabric = Fabric(
         accelerator=device,
         devices=here,
         num_nodes=devices // here,
         strategy=strategy,
-        precision=precision,
+        precision=cast(_Precision, precision),
+        # Named, because Fabric would also take the variables of SLURM, LSF or MPI for a group.
+        plugins=LightningEnvironment() if external is None else TorchElasticEnvironment(),
     )
-    with _ended_by_signals() if devices > 1 else nullcontext():
+    with ExitStack() as stack:
+        if devices > 1:
+            stack.enter_context(_ended_by_signals())
+        if external is None:
+            stack.enter_context(starting_copies(threads))
         fabric.launch()
+    if threads is not None:  # Fabric sets a number of its own
+        torch.set_num_threads(threads)
     return fabric
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM end the process: it waits for others where Python runs nothing."""
+    """Inside, SIGINT and SIGTERM end the process, as Python handles none while Fabric waits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -78,7 +102,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Of the parameters, and of what a network is given; autocast decides what is mixed."""
+    """The dtype of parameters and inputs; with "bf16-mixed", autocast casts single operations."""
     return torch.float64 if precision == "64-true" else torch.float32
 
 
@@ -86,16 +110,19 @@ _Result = TypeVar("_Result")
 
 
 def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
-    """What a function returns on the first process, while the others wait; None on those.
+    """Call a function on the first process, while the others wait.
+
+    Returns:
+        What the function returns; None on the other processes.
 
     Raises:
-        Elsewhere: it failed there, and this is another process.
+        Elsewhere: the function failed, and this is another process.
     """
     result, failure = None, None
     if fabric.is_global_zero:
         try:
             result = function()
-        except BaseException as error:  # it is raised below, when the others know
+        except BaseException as error:  # raised below, once the others know of it
             failure = error
     failed = fabric.broadcast(failure is not None)
     if failure is not None:
@@ -117,7 +144,7 @@ def in_step(fabric: Fabric) -> Iterator[None]:
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:
-    """The value of every process, in their order, on all of them."""
+    """The values of all processes, ordered by rank, on each of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pyro_sbp.errors import RequestError
 
 __all__ = ["LOCK", "lock", "write_json", "write_text", "write_whole"]
@@ -26,6 +24,8 @@ def lock(directory: Path) -> Iterator[None]:
     Raises:
         RequestError: another process has it.
     """
+    from filelock import FileLock, Timeout  # not for the help of the command line
+
     held = FileLock(directory / LOCK, timeout=0)
     try:
         held.acquire()

@@ -1,10 +1,10 @@
-"""The loop over the phases of a method, with checkpoints that it goes on from."""
+"""The loop over the phases of a method, with checkpoints from which it resumes."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from pyro_sbp.datasets.augmentation import Augmentation
 from pyro_sbp.datasets.loading import ImageData
-from pyro_sbp.datasets.splits import Split
+from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import Method, Phase
-from pyro_sbp.methods.phase import Predict
+from pyro_sbp.methods.phase import Predict, Standing
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.training.checkpoints import read_checkpoint
+from pyro_sbp.training.checkpoints import Checkpoint, Place
 from pyro_sbp.training.devices import dtype_of, gather, on_first
-from pyro_sbp.training.files import write_text, write_whole
+from pyro_sbp.training.files import write_text
 
 __all__ = ["Interrupted", "Loop", "Progress"]
 
-#: How many test examples are predicted at a time.
-TEST_BATCH = 500
-#: How many training examples the batch norm statistics of a pruned network are measured on.
+SPLITS = ("test", "validation", "training")
+#: Numbers in a batch of test images, and the most images: 500 of CIFAR-10, 10 of 224 x 224.
+TEST_NUMBERS, TEST_BATCH = 500 * 3 * 32 * 32, 500
+#: Training examples on which the batch norm statistics of a pruned network are measured.
 RECALIBRATE_ON = 10_000
 #: Seconds after which a checkpoint is written within an epoch.
 SAVE_EVERY = 120.0
@@ -42,7 +43,14 @@ AGREE_EVERY = 20
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands; given to the caller of `train` after every epoch and now and then."""
+    """Where a run stands; given to the caller of `train` after every epoch and now and then.
+
+    Attributes:
+        phase, epoch, epochs, step, steps: the phase, and where in it the run stands.
+        loss, nll, weighted_kl: per example; the loss is the sum of the other two.
+        error: the test error in percent, after an epoch.
+        standing: the units that are left, after an epoch.
+    """
 
     phase: str
     epoch: int
@@ -51,41 +59,13 @@ class Progress:
     steps: int
     loss: float
     nll: float
-    kl: float
+    weighted_kl: float
     error: float | None = None
-    units: dict[str, int] | None = None
-    held: tuple[str, ...] = ()
-    macs: float | None = None
+    standing: Standing | None = None
 
 
 class Interrupted(Exception):
     """Training was asked to stop, and has left a checkpoint."""
-
-
-@dataclasses.dataclass
-class _Place:
-    """Where a phase stands.
-
-    Attributes:
-        order: state of the generator of the order of the data, at the start of the epoch.
-        total: sums of NLL and KL over the examples of the epoch, of all processes.
-        epoch: whole epochs.
-        step: steps of the epoch that are done.
-        seen: examples of the epoch that are done.
-        seconds: time spent on the epoch.
-    """
-
-    order: Tensor
-    total: Tensor
-    epoch: int = 0
-    step: int = 0
-    seen: int = 0
-    seconds: float = 0.0
-
-    def next_epoch(self, order: Tensor) -> None:
-        """Begin the next epoch."""
-        self.order, self.total = order, torch.zeros(2)
-        self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
 
 
 class _Step(nn.Module):
@@ -111,7 +91,7 @@ def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
             raise FloatingPointError(
                 f"the parameter {name!r} is not finite {where}: a lower learning rate may help"
             )
-    if not loss < float("inf"):
+    if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} {where}: a lower learning rate may help")
 
 
@@ -147,34 +127,37 @@ class Loop:
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
-        self.errors: dict[str, float | None] = {}
-        self.validation_errors: dict[str, float | None] = {}
-        self.training_errors: dict[str, float | None] = {}
+        #: In percent, by split ("test", "validation", "training") and by the network's name.
+        self.errors: dict[str, dict[str, float | None]] = {split: {} for split in SPLITS}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
-        self.finished: list[dict[str, Tensor]] = []
+        self.finished: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []
 
     def replay(self) -> None:
-        """Load what the phases left, up to the last one that leaves a posterior."""
+        """Load what the phases left, up to the last one with noise.
+
+        Raises:
+            RequestError: there is no checkpoint, or none with a posterior.
+        """
         saved = self._load()
         if saved is None:
             raise RequestError(f"{self.directory} has no checkpoint.pt to prune from")
-        pruned = False
+        noisy = False
         for index, phase in enumerate(self.method.phases()):
-            if index > len(self.finished) or (pruned and not phase.prunes):
+            if index > len(self.finished) or (noisy and not phase.noisy):
                 break
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
             else:
-                phase.module.load_state_dict(saved["module"])
+                phase.module.load_state_dict(saved.current["module"])
                 self._finish(phase)
-            pruned = pruned or phase.prunes
-        if not pruned:
+            noisy = noisy or phase.noisy
+        if not noisy:
             raise RequestError(f"{self.directory} was stopped before it had a posterior")
 
     def recalibrate(self) -> None:
-        """Measure the batch norm statistics of the smaller network anew, if that is asked for."""
+        """Measure the batch norm statistics of the smaller network again, if the recipe says so."""
         if not self.recipe.recalibrate:
             return
         size, data = self.recipe.batch_size, self.data.train
@@ -191,40 +174,35 @@ class Loop:
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
                 continue
-            optimizer = torch.optim.Adam(phase.groups, fused=True)
+            optimizer = torch.optim.Adam(phase.groups(), fused=True)
             steps = len(self._batches(torch.arange(len(self.data.train))))
             schedule = _linear_decay(
                 optimizer, phase.epochs * steps, self.recipe.decay if phase.decays else 0.0
             )
-            place = _Place(self.order.get_state(), torch.zeros(2))
+            place = Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
-                phase.module.load_state_dict(saved["module"])
-                optimizer.load_state_dict(saved["optimizer"])
-                schedule.load_state_dict(saved["schedule"])
-                place, saved = _Place(**saved["place"]), None
+                phase.module.load_state_dict(saved.current["module"])
+                optimizer.load_state_dict(saved.optimizer)
+                schedule.load_state_dict(saved.schedule)
+                place, saved = saved.place, None
             step = self.fabric.setup_module(_Step(phase))
             while place.epoch < phase.epochs:
                 self._epoch(phase, step, place, optimizer, schedule)
             predictors = self._finish(phase)
-            kept = phase.module if phase.kept is None else phase.kept
-            self.finished.append(_copy(kept.state_dict()))
+            self.finished.append(phase.record())
             for name, predict in predictors.items():
                 self.measure(name, predict)
 
-    def _restore(self, phase: Phase, state: dict[str, Tensor]) -> None:
+    def _restore(self, phase: Phase, record: dict[str, Any]) -> None:
         """Bring the method to where an ended phase left it."""
-        if phase.restore is None:
-            phase.module.load_state_dict(state)
-            self._finish(phase)
-        else:
-            assert phase.kept is not None
-            phase.kept.load_state_dict(state)
-            phase.restore()
+        phase.module.eval()
+        if phase.restore(record) and phase.noisy:
+            self.recalibrate()
 
     def _finish(self, phase: Phase) -> dict[str, Predict]:
         phase.module.eval()
         predictors = phase.finish()
-        if phase.prunes:
+        if phase.noisy and phase.ends:
             self.recalibrate()
         return predictors
 
@@ -240,7 +218,7 @@ class Loop:
         return batches
 
     def _epoch(
-        self, phase: Phase, step: nn.Module, place: _Place, optimizer: Any, schedule: Any
+        self, phase: Phase, step: nn.Module, place: Place, optimizer: Any, schedule: Any
     ) -> None:
         """Go on to the end of the epoch."""
         started = saved = time.perf_counter()
@@ -287,24 +265,22 @@ class Loop:
         mean = total / place.seen
         nll, kl = mean.tolist()
         _check_finite(phase, nll + kl, place.epoch)
-        error = self.error_of(phase.predict)
-        units = phase.units()
+        error = self.error_of(phase.predictor())
+        standing = phase.standing()
         seconds = before + time.perf_counter() - started
         self.seconds += seconds
-        held = phase.held()
-        macs = None if phase.macs is None else phase.macs()
-        self._tell(phase, place, len(batches), mean, error, units, held, macs)
+        self._tell(phase, place, len(batches), mean, error, standing)
         line = {
             "phase": phase.name,
             "epoch": place.epoch + 1,
             "loss": nll + kl,
             "nll": nll,
-            "kl": phase.kl() / len(self.data.train),
+            "kl": standing.kl / len(self.data.train),
             "weighted_kl": kl,
             "error": error,
-            "units": units,
-            "held": list(held),
-            **({} if macs is None else {"macs": macs}),
+            "units": dict(standing.units),
+            "held": list(standing.held),
+            **({} if standing.macs is None else {"macs": standing.macs}),
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
@@ -323,7 +299,9 @@ class Loop:
         return bool(asked[0]), bool(asked[1])
 
     def _sum(self, value: Tensor) -> Tensor:
-        return self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        total = self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def _same_buffers(self, module: nn.Module) -> None:
         """The running statistics of batch norms differ by the shares: the first one's count."""
@@ -334,112 +312,89 @@ class Loop:
     def _tell(
         self,
         phase: Phase,
-        place: _Place,
+        place: Place,
         steps: int,
         mean: Tensor,
         error: float | None = None,
-        units: dict[str, int] | None = None,
-        held: tuple[str, ...] = (),
-        macs: float | None = None,
+        standing: Standing | None = None,
     ) -> None:
         nll, kl = mean.tolist()
-        self.watch(
-            Progress(
-                phase.name,
-                place.epoch + 1,
-                phase.epochs,
-                place.step,
-                steps,
-                nll + kl,
-                nll,
-                kl,
-                error,
-                units,
-                held,
-                macs,
-            )
-        )
+        where = (phase.name, place.epoch + 1, phase.epochs, place.step, steps)
+        self.watch(Progress(*where, nll + kl, nll, kl, error, standing))
 
     def measure(self, name: str, predict: Predict) -> None:
-        """Note the error under a name: on the test set, on what is held out, and how much of random
-        labels was memorised."""
-        self.errors[name] = self.error_of(predict)
+        """Measure the error of a network: on the test set, on the images that are reserved for
+        validation, and on the training images if their labels are random."""
+        self.errors["test"][name] = self.error_of(predict)
         if self.data.validation is not None:
-            self.validation_errors[name] = self.error_of(predict, self.data.validation)
+            self.errors["validation"][name] = self.error_of(predict, self.data.validation)
         if self.recipe.random_labels:
-            self.training_errors[name] = self.error_of(predict, self.data.train)
+            self.errors["training"][name] = self.error_of(predict, self.data.train)
 
     @torch.no_grad()
-    def error_of(self, predict: Predict, split: Split | None = None) -> float:
-        """The share of a split, the test set if none is given, that is classified wrongly, in
-        percent.
+    def error_of(self, predict: Predict, split: LabelledImages | None = None) -> float:
+        """The share of a split that is classified wrongly, in percent; by default the test set.
 
-        It is computed in the precision of the parameters: the network handed over does not
-        multiply in bfloat16, as training may have.
+        It is computed in the precision of the parameters, as the returned network does not
+        multiply in bfloat16, which training may do.
         """
-        split = self.data.test if split is None else split
+        images = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
             predict.eval()
         wrong = torch.zeros((), dtype=torch.int64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = torch.arange(len(split)).split(TEST_BATCH)[rank::world]
-        with closing(split.batches(batches)) as shares:
+        batches = torch.arange(len(images)).split(_test_batch(images))[rank::world]
+        with closing(images.batches(batches)) as shares:
             for x, y in shares:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
-        return round(100 * int(self._sum(wrong)) / len(split), 6)
+        return round(100 * int(self._sum(wrong)) / len(images), 6)
 
-    def _save(self, phase: Phase, place: _Place, optimizer: Any, schedule: Any) -> None:
+    def _save(self, phase: Phase, place: Place, optimizer: Any, schedule: Any) -> None:
         _check_finite(phase, float(place.total.sum()), place.epoch)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        random_of_all = gather(self.fabric, random)
-        checkpoint = {
-            "request": json.dumps(self.request.to_dict()),
-            "finished": self.finished,
-            "module": phase.module.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "place": dataclasses.asdict(place),
-            "errors": self.errors,
-            "validation_errors": self.validation_errors,
-            "training_errors": self.training_errors,
-            "seconds": self.seconds,
-            "lines": self.lines,
-            "order": self.order.get_state(),
-            "random": random_of_all,
-            "left_alone": self.method.left_alone,
-        }
-        on_first(self.fabric, lambda: _write(checkpoint, self.directory / "checkpoint.pt"))
+        checkpoint = Checkpoint(
+            request=self.request,
+            finished=self.finished,
+            current={"module": phase.module.state_dict(), "network": phase.network},
+            optimizer=optimizer.state_dict(),
+            schedule=schedule.state_dict(),
+            place=place,
+            errors=self.errors,
+            seconds=self.seconds,
+            lines=self.lines,
+            order=self.order.get_state(),
+            random=gather(self.fabric, random),
+            left_alone=self.method.left_alone,
+            posteriors=self.method.posteriors(),
+        )
+        on_first(self.fabric, lambda: checkpoint.write(self.directory / "checkpoint.pt"))
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self) -> Checkpoint | None:
         path = self.directory / "checkpoint.pt"
         if not path.exists():
             return None
-        saved = read_checkpoint(path)
-        if saved["request"] != self.request:
+        saved = Checkpoint.read(path)
+        if saved.request != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
-        self.finished, self.errors = saved["finished"], saved["errors"]
-        self.validation_errors = saved.get("validation_errors") or {}
-        self.training_errors = saved.get("training_errors") or {}
-        self.seconds, self.lines = saved["seconds"], saved["lines"]
-        self.order.set_state(saved["order"].cpu())
-        random = saved["random"][self.fabric.global_rank]
+        self.finished, self.errors = saved.finished, saved.errors
+        self.seconds, self.lines = saved.seconds, saved.lines
+        self.order.set_state(saved.order.cpu())
+        random = saved.random[self.fabric.global_rank]
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)
         return saved
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    # In memory first: torch tells of a disk that is full in words of its own.
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    write_whole(path, content.getbuffer())
+def _test_batch(split: LabelledImages) -> int:
+    """How many images of a split are predicted at a time."""
+    return min(TEST_BATCH, max(1, TEST_NUMBERS // math.prod(split.image_shape)))
 
 
-def _kl_weight(phase: Phase, place: _Place, steps: int) -> float:
-    """What the KL counts at the step where a phase stands."""
+def _kl_weight(phase: Phase, place: Place, steps: int) -> float:
+    """The weight of the KL divergence at the step where a phase stands."""
     first, last = phase.kl_weight
     return first + (last - first) * (place.epoch + place.step / steps) / phase.epochs
 
@@ -451,7 +406,3 @@ def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:
         return min(1.0, (steps - step) / (decay * steps)) if decay * steps > 0 else 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}

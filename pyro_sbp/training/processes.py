@@ -1,24 +1,132 @@
-"""Which of the processes of a run this one is, by what its environment says. Needs no torch."""
+"""The place of this process in the group of a run, read from its environment. Needs no torch.
+
+A run has several processes if `torchrun` started the command, or if it was started with
+``--devices N`` and started N - 1 copies of itself. Schedulers, notebooks and other programs leave
+variables such as ``RANK`` behind, so these are read only inside one of the two kinds of group.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["is_first", "num_processes", "processes_here"]
+from pyro_sbp.errors import RequestError
+
+__all__ = [
+    "forget_stray_variables",
+    "is_first",
+    "num_processes",
+    "processes_here",
+    "rank",
+    "starting_copies",
+]
+
+#: Set in the environment of the copies that a run with several devices starts of itself.
+OWN_GROUP = "PYRO_SBP_OWN_GROUP"
+#: Set by torchrun in the environment of all processes that it starts.
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+#: What torch and Lightning Fabric read a process group from.
+VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def rank() -> int:
+    """The number of this process in its group, from 0; 0 without a group.
+
+    Raises:
+        RequestError: `torchrun` started the process, and ``RANK`` is missing or not an integer.
+    """
+    if TORCHRUN in os.environ:
+        return _set_by_torchrun("RANK", 0)
+    # All processes of a group of our own are on one machine.
+    return int(os.environ["LOCAL_RANK"]) if _is_copy() else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    """Whether this is the process that writes files and messages."""
+    try:
+        return rank() == 0
+    except RequestError:  # the message has to be seen
+        return True
 
 
 def num_processes() -> int | None:
-    """How many processes `torchrun` has started on all machines; None where it has not."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """How many processes `torchrun` started on all machines; None if it did not start this one.
+
+    Raises:
+        RequestError: its variables are missing or not integers.
+    """
+    if TORCHRUN not in os.environ:
         return None
-    return int(os.environ["WORLD_SIZE"])
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        _set_by_torchrun(name, least)
+    return _set_by_torchrun("WORLD_SIZE", 1)
 
 
 def processes_here() -> int:
-    """How many of them `torchrun` has started on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"])
+    """How many of the processes `torchrun` started on this machine.
+
+    Raises:
+        RequestError: its variable is missing or not an integer.
+    """
+    return _set_by_torchrun("LOCAL_WORLD_SIZE", 1)
+
+
+def forget_stray_variables() -> None:
+    """Remove the variables of a process group from the environment of a process that is in none.
+
+    Importing Fabric fails if ``RANK`` is not a number, a stray ``LOCAL_RANK`` keeps Fabric from
+    starting the other processes, and with a stray ``MASTER_ADDR`` they wait for another machine.
+    """
+    if TORCHRUN not in os.environ and not _is_copy():
+        for name in VARIABLES:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def starting_copies(threads: int | None = None) -> Iterator[None]:
+    """Inside, processes that this one starts join its group.
+
+    Args:
+        threads: their number of CPU threads, if neither the user nor the command gives one.
+    """
+    changes = {OWN_GROUP: "1"}
+    if threads is not None:
+        changes["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _is_copy() -> bool:
+    return OWN_GROUP in os.environ and _is_integer(os.environ.get("LOCAL_RANK", ""))
+
+
+def _set_by_torchrun(name: str, least: int) -> int:
+    text = os.environ.get(name, "")
+    if not _is_integer(text) or int(text) < least:
+        raise RequestError(
+            f"{TORCHRUN} is set, so torchrun started this command, but {name} is {text!r}; "
+            f"expected an integer >= {least}"
+        )
+    return int(text)
+
+
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.isdecimal()

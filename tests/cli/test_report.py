@@ -112,8 +112,8 @@ def test_the_page_has_the_numbers_of_the_run(finished, reported):
     assert not page.open
     summary = json.loads((finished / "summary.json").read_text())
     errors = {row[0]: row[1] for row in page.table("network")[1:]}
-    assert errors["pruned"] == f"{summary['error']['pruned']:.2f} %"
-    assert errors["fine-tuned"] == f"{summary['error']['finetuned']:.2f} %"
+    assert errors["pruned"] == f"{summary['error']['pruned']:.2f}"
+    assert errors["fine-tuned"] == f"{summary['error']['finetuned']:.2f}"
     (units,) = [t for t in page.tables if t[0][:3] == ["gate", "kept", "of"]]
     assert [(row[0], int(row[1]), int(row[2])) for row in units[1:]] == [
         (unit["gate"], unit["kept"], unit["total"]) for unit in summary["units"]
@@ -247,7 +247,7 @@ def test_refusals_are_one_line_and_write_nothing(finished, tmp_path, monkeypatch
     (tmp_path / "torn" / "metrics.jsonl").write_text('{"phase": "dense", "ep')
     for args, words in (
         ([], "there is no run under runs/"),
-        (["nowhere"], "nowhere is no run directory"),
+        (["nowhere"], "nowhere is not a run directory"),
         (["torn"], "metrics.jsonl is damaged"),
     ):
         result = run("report", *args)

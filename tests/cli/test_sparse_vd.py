@@ -9,7 +9,7 @@ from helpers import StopAfter, run
 import pyro_sbp as sbp
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.methods import SparseVD
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import SparseVDRecipe
 from pyro_sbp.training import train as training
 
 QUICK = """
@@ -106,6 +106,6 @@ def test_of_random_labels_nothing_is_left_and_the_prediction_is_constant(tmp_pat
 def test_a_network_without_gates_can_be_sparse():
     x = torch.randn(8, 5)
     net = torch.nn.Sequential(torch.nn.Linear(5, 3))
-    method = SparseVD(net, x, Recipe(), num_data=8)
+    method = SparseVD(net, x, SparseVDRecipe(), num_data=8)
     method.prune(threshold=0.5)
     assert method.units == {} and method.recipe.threshold == pytest.approx(0.22313)

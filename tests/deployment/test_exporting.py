@@ -1,5 +1,7 @@
 """export: programs that compute what the network computes, on any batch size."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -92,3 +94,52 @@ def test_a_program_that_differs_is_not_left_behind(tmp_path):
         with pytest.raises(ExportError, match=words):
             export(net, tmp_path / "net.pt2", (3,), "pt2")
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [(4,), (-3,), ("three",), (2.5,), (10**30,), (3, None), "ab"])
+def test_inputs_that_the_network_does_not_take_are_refused_in_one_line(shape, tmp_path):
+    with pytest.raises(RequestError, match="does not take inputs of shape") as found:
+        export(nn.Linear(3, 2), tmp_path / "net.pt2", shape, "pt2")
+    assert len(str(found.value).splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+class Indexed(nn.Module):
+    """A network with a parameter that is no floating-point number, before one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = nn.Parameter(torch.tensor([1, 0, 2]), requires_grad=False)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x[:, self.order])
+
+
+def test_inputs_have_the_type_of_the_weights(tmp_path):
+    assert export(Indexed(), tmp_path / "net.pt2", (3,), "pt2") <= 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_older_program_stays_if_the_disk_is_full(format, tmp_path, monkeypatch):
+    net, path = nn.Linear(3, 2), tmp_path / f"net.{format}"
+    export(net, path, (3,), format)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RequestError, match=r"cannot write .*: No space left on device"):
+        export(nn.Linear(3, 2), path, (3,), format)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_program_of_several_files_is_refused(tmp_path, monkeypatch):
+    """A file beside the program would be looked for under the name of a temporary file."""
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(
+        torch.onnx.ONNXProgram, "save", lambda self, path: save(self, path, external_data=True)
+    )
+    with pytest.raises(ExportError, match="more than the 2 GB of an ONNX file"):
+        export(nn.Linear(300, 200), tmp_path / "net.onnx", (300,), "onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -53,8 +53,46 @@ def test_a_damaged_file_is_refused(tmp_path):
         tmp_path / "file",
         metadata={"shapes": '{"a": [9]}'},
     )
-    with pytest.raises(ValueError, match="a has other places than values"):
+    with pytest.raises(ValueError, match="'a' has other places than values"):
         read_sparse(tmp_path / "file")
     save_file({"a": nn.Linear(1, 1).weight.detach()}, tmp_path / "file")
     with pytest.raises(ValueError, match="is no file of sparse tensors"):
         read_sparse(tmp_path / "file")
+
+
+ONES, STEPS = torch.ones(2), torch.tensor([1, 2], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "content", "words"),
+    [
+        ('{"a": [9]}', {"a:values": ONES}, "the values or steps of 'a' are missing"),
+        ('{"a": [9]}', {"a:steps": STEPS}, "the values or steps of 'a' are missing"),
+        ('{"a": [2]}', {"a:values": ONES, "a:steps": STEPS}, "'a' has other places than values"),
+        # A step of 0 would be the last place, as an index of -1.
+        ('{"a": [9]}', {"a:values": ONES, "a:steps": STEPS - 1}, "'a' has other places"),
+        ('{"a": [9]}', {"a:values": ONES, "a:steps": STEPS.long()}, "'a' has other places"),
+        ('{"a": [9]}', {"a:values": ONES[:, None], "a:steps": STEPS}, "'a' has other places"),
+        ('{"a": [-9]}', {}, "its shapes are not lists of sizes"),
+        ('{"a": [true]}', {}, "its shapes are not lists of sizes"),
+        ('{"a": [1.0]}', {}, "its shapes are not lists of sizes"),
+        ('{"a": 9}', {}, "its shapes are not lists of sizes"),
+        ("[]", {}, "its shapes are not lists of sizes"),
+        ('{"a": [9], "a": [9]}', {}, "the key 'a' appears twice"),
+        ("{", {}, "is no file of sparse tensors"),
+        ("[" * 10_000, {}, "it is nested too deeply"),
+        (f'{{"a": [{2**60}]}}', {"a:values": ONES, "a:steps": STEPS}, "does not fit into memory"),
+    ],
+    ids=range(15),
+)
+def test_shapes_and_places_are_checked(shapes, content, words, tmp_path):
+    save_file({"b": torch.ones(3), **content}, tmp_path / "file", metadata={"shapes": shapes})
+    with pytest.raises(ValueError, match=words) as found:
+        read_sparse(tmp_path / "file")
+    assert str(tmp_path / "file") in str(found.value) and "\n" not in str(found.value)
+
+
+def test_names_with_a_colon_are_kept(tmp_path):
+    tensors = {"a": sparse((300, 300), 0.001), "a:b": torch.ones(3)}
+    write_sparse(tensors, tmp_path / "file")
+    assert read_sparse(tmp_path / "file").keys() == tensors.keys()

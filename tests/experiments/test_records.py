@@ -15,7 +15,7 @@ from pyro_sbp.recipes.request import Request
 def run_directory(path, seed, error, recipe=None, method="rbp", dataset="mnist"):
     """What a run leaves, made up."""
     recipe = recipe or default_recipe("lenet-500-300", "mnist", method)
-    request = Request("lenet-500-300", dataset, method, recipe, seed=seed)
+    request = Request("lenet-500-300", dataset, recipe, seed=seed)
     path.mkdir()
     asked = {**request.to_dict(), "versions": {}, "machine": "a machine"}
     (path / "recipe.json").write_text(json.dumps(asked))

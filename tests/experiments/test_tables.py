@@ -1,7 +1,6 @@
 """Tables and figures of the README and docs, made of the records."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, read_records, rows
 from pyro_sbp.experiments.tables import main, rebuilt
 from pyro_sbp.recipes.named import RECIPES
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import style
 
@@ -19,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 def made_up(seed, error, recipe="lenet5", method="sbp", arch="lenet5", ratio=10.0, **others):
     """A record of a run, which handed over a network that was not fine-tuned."""
-    settings = RECIPES[recipe].for_method(method) if recipe in RECIPES else Recipe()
+    settings = RECIPES[recipe] if recipe in RECIPES else SBPRecipe()
     return {
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "arch": arch,
         "dataset": "mnist",
         "method": method,

@@ -133,8 +133,12 @@ def test_what_stays_of_two_gates_that_lost_all_units_is_joined():
     assert torch.allclose(small(x), net.fc.bias)
 
 
+def float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def test_each_output_is_compared_on_its_own_scale():
-    a = torch.tensor([1.0, -1e9, -torch.inf, 0.0], dtype=torch.float64)
+    a = float64(1.0, -1e9, -torch.inf, 0.0)
     b = a.clone()
     assert relative_difference((a, a[:1]), (b, b[:1])) == 0
     b[0] += 0.1
@@ -148,3 +152,84 @@ def test_each_output_is_compared_on_its_own_scale():
     assert relative_difference(a > 0, a > 0) == 0
     with pytest.raises(ValueError, match="no tensor"):
         relative_difference((), ())
+
+
+@pytest.mark.parametrize(
+    "huge",
+    [-1e9, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min, -torch.inf],
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("error", [1e-6, 1e-3, 1.0])
+def test_masks_hide_no_difference(huge, share, error):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 25, generator=generator, dtype=torch.float64)
+    masked = torch.rand(4, 25, generator=generator) < share
+    b = torch.where(masked, huge, a * (1 + error))
+    a = torch.where(masked, huge, a)
+    assert error / 3 < relative_difference(a, b) <= 2 * error
+
+
+def test_a_huge_value_that_is_rounded_differently_hides_no_difference():
+    for rounding in (1e-16, 1e-13):
+        a = float64(1e9, 0.5, 1.0)
+        b = float64(1e9 * (1 + rounding), 0.5, 1.0 + 1e-6)
+        assert relative_difference(a, b) == pytest.approx(1e-6)
+        # As many values of another size as of an ordinary one: an output in two units.
+        a, b = float64(1e9, 1.0), float64(1e9 * (1 + rounding), 1.0 + 1e-6)
+        assert relative_difference(a, b) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e3, 1e6])
+def test_rounding_of_values_near_zero_is_no_difference(size):
+    generator = torch.Generator().manual_seed(0)
+    a = size * torch.randn(100, generator=generator, dtype=torch.float64)
+    a[::3] = 0  # but for cancellation
+    noise = 1e-15 * size * torch.randn(100, generator=generator, dtype=torch.float64)
+    assert relative_difference(a, a + noise) < 1e-14
+    assert relative_difference(a + noise, a) < 1e-14
+
+
+def test_rounding_near_zero_is_no_difference_where_all_else_is_equal():
+    assert relative_difference(float64(1.0, 0.0), float64(1.0, 1e-16)) == pytest.approx(1e-16)
+    assert relative_difference(float64(0.1, 1e-18), float64(0.1, 3e-18)) == pytest.approx(2e-17)
+    # Most values are zero but for cancellation.
+    a, b = float64(3.0, *[1e-16] * 9), float64(3.0, *[-1e-16] * 9)
+    assert relative_difference(a, b) == pytest.approx(2e-16)
+
+
+def test_small_outputs_are_compared_with_the_largest_of_them():
+    a, b = float64(1e-20, 3e-21), float64(1e-20, 3.5e-21)
+    assert relative_difference(a, b) == pytest.approx(0.05)
+    assert relative_difference(float64(0.0), float64(1e-300)) == float("inf")
+    assert relative_difference(float64(0.0), float64(0.0)) == 0
+    assert relative_difference(a[:0], b[:0]) == 0
+
+
+def test_numbers_of_other_kinds():
+    a = torch.tensor([1 + 1j, 2.0], dtype=torch.complex128)
+    assert relative_difference(a, a) == 0
+    assert relative_difference(a, a + 0.1j) == pytest.approx(0.1 / 2**0.5)
+    half = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    assert relative_difference(half, half * 1.01) == pytest.approx(0.0078125)
+    assert relative_difference(torch.tensor([1]), torch.tensor([1.0])) == float("inf")
+    assert relative_difference(float64(1.0), float64(torch.nan)) == float("inf")
+    assert relative_difference(float64(torch.inf), float64(-torch.inf)) == float("inf")
+
+
+class Masking(torch.nn.Module):
+    """Its first logit is ruled out, as in many language models, and others follow a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        h = h / (1 + 1e-6 * h.shape[1])
+        mask = torch.tensor([True, False, False])
+        return self.head(h).masked_fill(mask, torch.finfo(torch.float32).min)
+
+
+def test_a_mask_of_the_smallest_number_does_not_prove_a_wrong_cut():
+    gates = find_gates(Masking(), torch.randn(5, 4))
+    assert gates == [] and "cutting it changes the output" in gates.left_alone["a"]

@@ -6,9 +6,9 @@ from torch.distributions import Categorical, kl_divergence
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import RBP, SBP, SparseVD
-from pyro_sbp.methods.phase import distillation, plain_phase
+from pyro_sbp.methods.plain import PlainPhase, distillation
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, SBPRecipe
 
 
 def test_it_is_the_divergence_from_the_teacher():
@@ -43,7 +43,7 @@ def test_gradients_keep_their_size_whatever_the_temperature(temperature):
 def test_the_teacher_is_asked_and_not_trained():
     torch.manual_seed(0)
     net, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    phase = plain_phase("finetuned", 1, net, Recipe(distill=2.0), dict, teacher=teacher)
+    phase = PlainPhase("finetuned", 1, net, SBPRecipe(distill=2.0), {}, teacher=teacher)
     x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)
     loss = phase.loss(x, y).nll
     torch.testing.assert_close(loss, distillation(net(x), teacher(x), 2.0))
@@ -62,12 +62,14 @@ def test_the_teacher_is_asked_and_not_trained():
 def test_the_teacher_is_the_network_before_its_last_cut(kind, settings):
     torch.manual_seed(0)
     x, y = torch.rand(64, 6), torch.randint(10, (64,))
-    recipe = Recipe(dense_epochs=0, epochs=3, finetune_epochs=1, distill=2.0, **settings)
+    recipe = RECIPE_CLASSES[kind.name](
+        dense_epochs=0, epochs=3, finetune_epochs=1, distill=2.0, **settings
+    )
     method = kind(LeNet300_100(in_features=6), x, recipe, num_data=64)
     for phase in method.phases():
         if phase.name == "finetuned":
             break
-        optimizer = torch.optim.Adam([{**group, "lr": 0.1} for group in phase.groups])
+        optimizer = torch.optim.Adam([{**group, "lr": 0.1} for group in phase.groups()])
         for _ in range(20):
             optimizer.zero_grad()
             phase.loss(x, y).loss.backward()
@@ -79,5 +81,7 @@ def test_the_teacher_is_the_network_before_its_last_cut(kind, settings):
 
 
 def test_soft_labels_without_fine_tuning_are_refused():
-    with pytest.raises(RequestError, match="distill is of fine-tuning, but finetune_epochs is 0"):
-        Recipe(distill=4.0, finetune_epochs=0)
+    with pytest.raises(
+        RequestError, match="distill sets the labels of fine-tuning, but finetune_epochs is 0"
+    ):
+        SBPRecipe(distill=4.0, finetune_epochs=0)

@@ -17,11 +17,11 @@ from pyro_sbp.methods.rbp import RBP, in_order
 from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import RBPRecipe, SBPRecipe
 from pyro_sbp.reports.posterior import describe, read_posterior
 from pyro_sbp.training import again
 from pyro_sbp.training import train as training
-from pyro_sbp.training.checkpoints import read_checkpoint
+from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.loop import Interrupted
 from pyro_sbp.training.runs import Run
 
@@ -84,7 +84,7 @@ def test_the_order_is_that_in_which_readers_are_called(net, shape, features, fou
     assert [gate.name for gate in in_order(gates)] == order
 
 
-RECIPE = Recipe(
+RECIPE = RBPRecipe(
     name="quick",
     dense_epochs=2,
     epochs=7,
@@ -108,8 +108,7 @@ def digits():
 
 
 def request(**changes):
-    method = changes.pop("method", "rbp")
-    return Request("test_rbp:Residual", "digits", method, RECIPE.replace(**changes), seed=5)
+    return Request("test_rbp:Residual", "digits", RECIPE.replace(**changes), seed=5)
 
 
 def state_of(directory):
@@ -128,7 +127,7 @@ def without_times(summary):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, digits):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return directory, training.train(request(), digits, directory)
+    return directory, training.train(request(), digits, directory).to_dict()
 
 
 def test_the_gates_take_turns_and_every_line_tells_all_units(finished):
@@ -183,17 +182,17 @@ def test_units_cost_what_the_network_that_is_left_has_for_them():
         ]
         mean = sum(map(operator.mul, costs, widths)) / sum(widths)
         index = ("stem", "a", "fc").index(name)
-        (guide,) = (part for part in phase.module[1].children() if hasattr(part, "locs"))
+        guide = phase.guide
         weight = recipe.kl_scale[name] * (1 + 2 * costs[index] / mean)
         kl = float(guide.kl()[name].sum())
         assert phase.loss(x, labels).kl.item() == pytest.approx(weight * kl / 100, rel=1e-4)
         # Without noise to speak of, all units that are there stay.
         phase.module.eval()
-        assert phase.macs() == pytest.approx(count_macs(phase.module[0], x[:1]), rel=1e-4)
+        assert phase.standing().macs == pytest.approx(count_macs(phase.module.net, x[:1]), rel=1e-4)
         with torch.no_grad():
             getattr(guide.locs, name)[::2] = -20.0
             getattr(guide.log_scales, name)[::2] = 3.0
-        before = phase.macs()
+        before = phase.standing().macs
         phase.finish()
         left = method.units[name].physical
         widths[index] = int(left.sum())
@@ -220,7 +219,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
         (["stem"], ["a", "fc"]) if epochs <= 5 else (["stem", "a", "fc"], [])
     )
     torch.manual_seed(99)
-    again = training.train(request(), digits, tmp_path / "run")
+    again = training.train(request(), digits, tmp_path / "run").to_dict()
     assert without_times(again) == without_times(summary)
     assert lines_of(tmp_path / "run") == lines_of(directory)
     for (name, value), other in zip(
@@ -230,12 +229,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
 
 
 def test_checkpoints_hold_one_network_and_the_posterior_of_every_gate(finished):
-    saved = read_checkpoint(finished[0] / "checkpoint.pt")
-    _, stem, a, fc = saved["finished"]
-    guide = ["guide.locs.stem_unconstrained", "guide.log_scales.stem_unconstrained"]
-    assert set(stem) == {"exactness", "there.stem", *guide}
-    assert {name.split(".")[0] for name in a} == {"exactness", "there", "guide"}
-    assert any(name.endswith("head.weight") for name in fc)
+    saved = Checkpoint.read(finished[0] / "checkpoint.pt")
+    _, stem, a, fc = saved.finished
+    assert set(stem["guide"]) == {"locs.stem_unconstrained", "log_scales.stem_unconstrained"}
+    assert set(stem) == set(a) == {"guide", "equivalence"}
+    assert "net.head.weight" in fc["module"]
+    sizes = {"stem": 12, "a": 16, "fc": 24}
+    assert {name: len(loc) for name, (loc, _) in saved.posteriors.items()} == sizes
 
 
 def test_the_posterior_of_a_run_is_that_of_all_turns(finished):
@@ -259,7 +259,7 @@ def test_the_posterior_of_a_run_is_that_of_all_turns(finished):
 @pytest.mark.parametrize("scale", [2.0, None])
 def test_of_units_that_were_gone_before_their_turn_the_posterior_is_the_prior(scale):
     x = torch.randn(2, 1, 28, 28)
-    recipe = dataclasses.replace(RECIPE.replace(dense_epochs=0, kl_scale=1.0), prior_scale=scale)
+    recipe = RECIPE.replace(dense_epochs=0, kl_scale=1.0, prior_scale=scale)
     rbp = RBP(LeNet5(), x, recipe, 100, input_features=("fc1",))
     for phase in rbp.phases():
         gate = phase.name.removeprefix("gate ")
@@ -268,9 +268,8 @@ def test_of_units_that_were_gone_before_their_turn_the_posterior_is_the_prior(sc
         turn_off(phase, gate, [1, 3])
         phase.finish()
     turn_off(phase, gate, [0, 15, 16])  # of those that are left: of channels 0 and 2
-    for state in (phase.module.state_dict(), phase.kept.state_dict()):
-        found = RBP.read(state, recipe)
-        (q,), (prior,) = found.posteriors.values(), found.priors.values()
+    for found in (rbp.posteriors(), phase.posteriors()):
+        q, prior = RBP.distributions(*found["fc1_input"], recipe)
         gone = torch.zeros(50, 16, dtype=torch.bool)
         gone[[1, 3]] = True
         assert q.loc.shape == (800,)
@@ -285,7 +284,9 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
     directory, summary = finished
 
     def prune(name, **settings):
-        result = again.prune_again(request(), digits, directory, tmp_path / name, **settings)
+        result = again.prune_again(
+            request(), digits, directory, tmp_path / name, **settings
+        ).to_dict()
         return result, saving.load(tmp_path / name, constructor=Residual)
 
     same, net = prune("same", threshold=RECIPE.threshold)
@@ -312,9 +313,8 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
 
 
 def test_a_gate_that_carries_nothing_keeps_its_best_unit_and_is_named(digits, tmp_path):
-    summary = training.train(
-        request(dense_epochs=0, epochs=6, finetune_epochs=0, kl_scale=300.0), digits, tmp_path / "r"
-    )
+    asked = request(dense_epochs=0, epochs=6, finetune_epochs=0, kl_scale=300.0)
+    summary = training.train(asked, digits, tmp_path / "r").to_dict()
     assert [unit["kept"] for unit in summary["units"]] == [1, 1, 1]
     assert summary["held"] == ["stem", "a", "fc"]
     assert [unit["zeroed"] for unit in summary["units"]][1] <= 1  # of a group that must stay
@@ -336,7 +336,7 @@ def test_a_prior_that_would_keep_what_falls_to_it_is_refused(digits, tmp_path):
 
 def test_rounding_takes_the_weakest_of_a_gate_that_has_lost_units(finished, digits, tmp_path):
     directory, summary = finished
-    result = again.prune_again(request(), digits, directory, tmp_path / "r", round_to=4)
+    result = again.prune_again(request(), digits, directory, tmp_path / "r", round_to=4).to_dict()
     for before, after in zip(summary["units"], result["units"], strict=True):
         there = before["kept"] + before["zeroed"]
         whole = there == before["total"] or there < 4
@@ -348,11 +348,12 @@ def test_rounding_takes_the_weakest_of_a_gate_that_has_lost_units(finished, digi
 
 def test_all_gates_at_once_with_the_log_uniform_prior_is_sbp(digits, tmp_path):
     changes = {"epochs": 2, "dense_epochs": 1, "recalibrate": False}
-    recipe = dataclasses.replace(RECIPE.replace(**changes), prior_scale=None)
+    together = RECIPE.replace(**changes, prior_scale=None, order="together")
+    shared = {key: value for key, value in together.to_dict().items() if key != "order"}
     found = []
-    for method, order in (("sbp", "forward"), ("rbp", "together")):
-        asked = dataclasses.replace(request(method=method), recipe=recipe.replace(order=order))
-        summary = training.train(asked, digits, tmp_path / method)
+    for recipe in (SBPRecipe(**shared), together):
+        asked, method = dataclasses.replace(request(), recipe=recipe), recipe.method
+        summary = training.train(asked, digits, tmp_path / method).to_dict()
         found.append(({**without_times(summary), "method": ""}, lines_of(tmp_path / method)))
     assert found[0] == found[1]
     assert [line["phase"] for line in found[1][1]] == ["dense", "gated", "gated", "finetuned"]
@@ -365,7 +366,7 @@ def method(net, x, **changes):
 
 def turn_off(phase, gate, units):
     """Let some units of a turn fall to noise, and the others stay."""
-    guide = phase.kept.guide if phase.kept is not None else phase.module[1].guide
+    guide = phase.guide
     with torch.no_grad():
         locs, log_scales = (
             guide.get_submodule(name).get_parameter(f"{gate}_unconstrained")
@@ -378,8 +379,8 @@ def turn_off(phase, gate, units):
 def test_the_reversed_order_begins_with_the_last_gate():
     phases = method(Residual(), torch.randn(4, 1, 8, 8), order="reversed").phases()
     assert next(phases).name == "gate fc"
-    assert method(Residual(), torch.randn(4, 1, 8, 8), order="together")._turns == [
-        (("stem", "a", "fc"), 7)
+    assert method(Residual(), torch.randn(4, 1, 8, 8), order="together").turns() == [
+        ("gated", ("stem", "a", "fc"), 7)
     ]
 
 
@@ -392,14 +393,14 @@ def test_a_turn_trains_its_own_noise_and_the_weights_of_what_is_left():
         if phase.name == "finetuned":
             break
         gate = phase.name.removeprefix("gate ")
-        weights, noise = phase.groups
+        weights, noise = phase.groups()
         phase.train_mode()
         parts = phase.loss(x, y)
         (parts.nll + parts.kl).backward()
         assert len(noise["params"]) == 2 and all(bool(p.grad.any()) for p in noise["params"])
         assert all(bool(p.grad.any()) for p in weights["params"])
         names = [name for name, _ in phase.module.named_parameters() if "unconstrained" in name]
-        assert names == [f"1.guide.{p}.{gate}_unconstrained" for p in ("locs", "log_scales")]
+        assert names == [f"guide.{p}.{gate}_unconstrained" for p in ("locs", "log_scales")]
         sizes.append(sum(p.numel() for p in weights["params"]))
         assert weights["params"][0] is next(rbp._stage.net.parameters())
         turn_off(phase, gate, slice(None, None, 3))  # as many in both groups
@@ -447,10 +448,10 @@ def test_a_column_that_stands_for_a_removed_unit_stays_zero():
     phase.finish()
     assert int(rbp.units["a"].zeroed.sum()) == 3
     phase = next(phases)
-    net = phase.module[0]
+    net = phase.module.net
     zero = net.b.weight == 0
     assert int(zero.sum()) == 3 * 6 * 9
-    optimizer = torch.optim.Adam(phase.groups, lr=0.1)
+    optimizer = torch.optim.Adam(phase.groups(), lr=0.1)
     for _ in range(3):
         phase.train_mode()
         optimizer.zero_grad()

@@ -7,14 +7,13 @@ import torch
 
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.methods import SBP
-from pyro_sbp.networks import LeNet5
+from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports.posterior import read_posterior
 from pyro_sbp.training import train as training
-from pyro_sbp.training.loop import Interrupted
 
-RECIPE = Recipe(
+RECIPE = SBPRecipe(
     name="quick",
     dense_epochs=1,
     epochs=3,
@@ -26,7 +25,7 @@ RECIPE = Recipe(
     kl_scale={"fc1": 2.0},
     macs_weight=0.5,
 )
-REQUEST = Request("lenet-300-100", "digits", "sbp", RECIPE)
+REQUEST = Request("lenet-300-100", "digits", RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +48,18 @@ def lines_of(directory):
 def test_units_that_cost_more_weigh_more():
     torch.manual_seed(0)
     net, x = LeNet5(), torch.rand(8, 1, 28, 28)
-    model = SBP(net, x, Recipe(macs_weight=2.0, kl_scale={"conv1": 3.0}), 100, ("fc1",)).model
+
+    def model_of(**settings):
+        recipe = SBPRecipe(dense_epochs=0, **settings)
+        return next(SBP(net, x, recipe, 100, ("fc1",)).phases()).model
+
+    model = model_of(macs_weight=2.0, kl_scale={"conv1": 3.0})
     costs = {"conv1": 94_400, "conv2": 40_000, "fc1_input": 500, "fc1": 810}  # docs/recipes.md
     mean = sum(costs[gate.name] * gate.size for gate in model.gates) / 1370
     expected = {name: 1 + 2 * cost / mean for name, cost in costs.items()}
     expected["conv1"] *= 3
     assert model.kl_scale == {name: pytest.approx(weight) for name, weight in expected.items()}
-    assert SBP(net, x, Recipe(), 100, ("fc1",)).model.kl_scale == dict.fromkeys(costs, 1.0)
+    assert model_of().kl_scale == dict.fromkeys(costs, 1.0)
 
 
 def test_every_epoch_with_noise_tells_the_expected_macs(finished):
@@ -70,17 +74,22 @@ def test_every_epoch_with_noise_tells_the_expected_macs(finished):
     assert 0 < lines[3]["macs"] < lines[1]["macs"] < 784 * 300 + 300 * 100 + 1000
 
 
-def test_a_run_from_before_this_setting_goes_on(digits, tmp_path):
-    old = Request("lenet-300-100", "digits", "sbp", RECIPE.replace(macs_weight=0.0))
-    steps = iter(range(1000))
-    with pytest.raises(Interrupted):
-        training.train(old, digits, tmp_path / "run", stop=lambda: next(steps) == 60)
-    path = tmp_path / "run" / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    request = json.loads(saved["request"])
-    assert request["recipe"].pop("macs_weight") == 0
-    saved["request"] = json.dumps(request)
-    assert [line.pop("macs", None) is None for line in saved["lines"]] == [True, False]
-    torch.save(saved, path)
-    training.train(old, digits, tmp_path / "run")
-    assert [("macs" in line) for line in lines_of(tmp_path / "run")] == [0, 0, 1, 1, 0]
+def test_an_epoch_reports_the_network_that_would_be_returned():
+    """Where no unit reaches the threshold, every gate keeps its best."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 64)
+    recipe = SBPRecipe(dense_epochs=0, kl_scale=1.0)
+    method = SBP(LeNet300_100(in_features=64), x, recipe, 100)
+    phase = next(method.phases())
+    with torch.no_grad():
+        for name in ("fc1", "fc2"):
+            getattr(phase.guide.locs, name).fill_(-18.0)
+            getattr(phase.guide.log_scales, name).fill_(4.0)
+            getattr(phase.guide.log_scales, name)[7] = 4.5
+    assert max(float(snr.max()) for snr in phase.guide.snr().values()) < 1
+    standing, logits = phase.standing(), phase.predictor()(x)
+    assert standing.units == {"fc1": 1, "fc2": 1} and standing.held == ("fc1", "fc2")
+    phase.finish()
+    assert {name: int(units.kept.sum()) for name, units in method.units.items()} == standing.units
+    torch.testing.assert_close(method.small(x), logits, rtol=1e-4, atol=1e-5)
+    assert method.held == standing.held

@@ -1,5 +1,7 @@
 """prune: from the posterior to a smaller network that was checked."""
 
+import copy
+
 import pyro
 import pytest
 import torch
@@ -158,13 +160,20 @@ def test_every_gate_keeps_its_best_unit(lenet):
         guide.log_scales.conv1[7] = 3.5
     assert (guide.snr()["conv1"] < 1).all()
     small = sbp.prune(model, guide, x)
-    assert small.conv1.out_channels == 1 and not torch.equal(small(x)[0], small(x)[1])
+    assert small.conv1.out_channels == 1
     channel = guide.snr()["conv1"].argmax()
     assert torch.equal(small.conv1.weight[0], model.gated.net.conv1.weight[channel])
     assert sbp.prune(model, guide, x, min_units=5).conv1.out_channels == 5
 
     nothing = sbp.prune(model, guide, x, min_units=0)
-    assert nothing.conv1.out_channels == 1 and torch.equal(nothing(x)[0], nothing(x)[1])
+    assert nothing.conv1.out_channels == 1
+    # Outputs are about 0.04. The rows of a batch may be rounded differently.
+    assert rows_apart(small, x) > 1e-7 and rows_apart(nothing, x) < 1e-15
+
+
+def rows_apart(net, x):
+    rows = copy.deepcopy(net).double()(x.double()).detach()
+    return float((rows[0] - rows[1]).abs().max())
 
 
 @pytest.mark.parametrize("options", [{"round_to": 0}, {"min_units": -1}])

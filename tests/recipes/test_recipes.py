@@ -1,47 +1,71 @@
-"""Recipes: values, files, and what is out of range."""
+"""Recipes: values, files, single settings, and what is out of bounds."""
 
 import json
 
 import pytest
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
+from pyro_sbp.recipes import (
+    METHODS,
+    RECIPES,
+    RBPRecipe,
+    Request,
+    SBPRecipe,
+    SparseVDRecipe,
+    default_recipe,
+    read_recipe,
+)
+from pyro_sbp.recipes.overrides import with_overrides
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, method_settings
 
 
 def test_a_file_sets_what_it_names(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("epochs = 3\n[kl_scale]\nconv1 = 160\n")
-    assert read_recipe(path) == Recipe(name="mine", epochs=3, kl_scale={"conv1": 160})
+    assert read_recipe(path) == SBPRecipe(name="mine", epochs=3, kl_scale={"conv1": 160})
+    assert read_recipe(path, "rbp") == RBPRecipe(name="mine", epochs=3, kl_scale={"conv1": 160})
+
+
+def test_a_file_may_name_its_method(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("method = 'rbp'\norder = 'reversed'\n")
+    assert read_recipe(path) == read_recipe(path, "rbp") == RBPRecipe(name="mine", order="reversed")
+    with pytest.raises(RequestError, match=r"mine.toml is for rbp, and the method is sbp"):
+        read_recipe(path, "sbp")
+    path.write_text("method = 'rpb'\n")
+    with pytest.raises(RequestError, match=r"method is 'rpb'; expected sbp, .*mean 'rbp'"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epochs = 0", "epochs is 0; expected an integer >= 1"),
+        ("epochs = 0", "epochs is 0; expected a number >= 1"),
         ("epochs = 2.5", "epochs is 2.5; expected an integer"),
-        ("epoch = 3", "sets 'epoch', which no recipe has; did you mean 'epochs'"),
+        ("epoch = 3", "sets 'epoch': no recipe has it; did you mean 'epochs'"),
         ("batch_size = -1", "batch_size is -1"),
-        ("learning_rate = 0", "learning_rate is 0; expected a number > 0 and <= 1"),
-        ("noise_learning_rate = nan", "noise_learning_rate is nan"),
+        ("learning_rate = 0", "learning_rate is 0; expected a number > 0"),
+        ("noise_learning_rate = nan", "noise_learning_rate is nan; expected a finite number"),
         ("weight_decay = inf", "weight_decay is inf"),
         ("macs_weight = -0.5", "macs_weight is -0.5; expected a number >= 0"),
+        ("macs_weight = 1e30", r"macs_weight is 1e\+30; expected a number <= "),
+        ("kl_scale = 1e30", r"kl_scale is 1e\+30; expected numbers from 0 to 1e6"),
+        ("distill = 1e9", r"distill is 1000000000.0; expected a number <= "),
+        ("threshold = 1e9", r"threshold is 1000000000.0; expected a number <= "),
         ("decay = 1.5", "decay is 1.5"),
-        ("threshold = true", "threshold is True"),
+        ("threshold = true", "threshold is True; expected a number"),
         ("prior_scale = 0", "prior_scale is 0; expected a number > 0"),
-        ("order = 'random'", "order is 'random'; expected forward, reversed, together"),
         ("noise_per = 'unit'", "noise_per is 'unit'; expected 'batch' or 'example'"),
         ("standardize = 1", "standardize is 1; expected true or false"),
         ("flip = 'yes'", "flip is 'yes'; expected true or false"),
-        ("crop = -1", "crop is -1; expected an integer >= 0"),
-        ("crop = 1.5", "crop is 1.5; expected an integer >= 0"),
-        ("crop = true", "crop is True; expected an integer >= 0"),
-        ("kl_scale = -1", "kl_scale is -1; expected a number >= 0"),
-        ("nothing = 1", "sets 'nothing', which no recipe has; a recipe has name, dense_epochs, "),
+        ("crop = -1", "crop is -1; expected a number >= 0"),
+        ("crop = 1.5", "crop is 1.5; expected an integer"),
+        ("crop = true", "crop is True; expected an integer"),
+        ("kl_scale = -1", "kl_scale is -1; expected numbers from 0 to 1e6"),
+        ("nothing = 1", "sets 'nothing': no recipe has it; the settings are name, dense_epochs"),
         ("kl_scale = [1, 2]", "kl_scale is .1, 2.; expected a number, or numbers by gate"),
-        ("kl_scale = {conv1 = 'x'}", "kl_scale conv1 is 'x'; expected a number"),
-        ("epochs = ", "is no TOML"),
+        ("kl_scale = {conv1 = 'x'}", "kl_scale is .*; expected a number, or numbers by gate; for"),
+        ("epochs = ", "is not TOML"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(tmp_path, text, words):
@@ -57,9 +81,31 @@ def test_a_missing_file_is_refused(tmp_path):
         read_recipe(tmp_path / "none.toml")
 
 
-def test_a_request_survives_json():
-    request = Request("lenet5", "mnist", "sbp", RECIPES["lenet5"], seed=3)
+@pytest.mark.parametrize("name", ["lenet5", "rbp-lenet5", "sparse-digits"])
+def test_a_request_survives_json(name):
+    request = Request("lenet5", "mnist", RECIPES[name], seed=3)
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "sdp"}, "method is 'sdp'; expected sbp"),
+        ({"method": None}, "method is None"),
+        ({"recipe": 3}, "recipe is 3; expected settings by name"),
+        ({"seed": "x"}, "seed is 'x'; expected an integer"),
+        ({"seed": -1}, "seed is -1"),
+        ({"precision": float("nan")}, "precision is nan; expected '32-true'"),
+        ({"precision": True}, "precision is True; expected '32-true'"),
+        ({"data_dir": ["data"]}, r"data_dir is \['data'\]; expected a string"),
+        ({"devices": 0}, "devices is 0"),
+    ],
+)
+def test_a_damaged_request_is_refused_in_one_line(changes, words):
+    values = {**Request("lenet5", "mnist", RECIPES["lenet5"]).to_dict(), **changes}
+    with pytest.raises(RequestError, match=words) as caught:
+        Request.from_dict(values)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_arch_has_a_default_recipe():
@@ -67,10 +113,14 @@ def test_every_arch_has_a_default_recipe():
     assert default_recipe("lenet5", "digits", "sbp").name == "lenet5-digits"
     assert default_recipe("a.b:c", "digits", "sbp").name == "digits"
     assert default_recipe("vgg-like", "cifar10", "sbp").name == "vgg"
-    assert default_recipe("a.b:c", "cifar10", "sbp") == Recipe()
-    # Of what a method has no recipe for, it takes the next that fits.
+    assert default_recipe("a.b:c", "cifar10", "sbp") == SBPRecipe()
+    # Where a method has no recipe, the next that fits is used.
     assert default_recipe("lenet5", "digits", "sparse-vd").name == "sparse-digits"
     assert default_recipe("vgg-like", "cifar10", "sparse-vd").name == "sparse"
+    for method in METHODS:
+        for arch in ("lenet5", "lenet-300-100", "vgg-like", "a.b:c"):
+            for dataset in ("mnist", "digits", "cifar10"):
+                assert default_recipe(arch, dataset, method).method == method
 
 
 def test_recursive_pruning_has_default_recipes_of_its_own():
@@ -79,7 +129,7 @@ def test_recursive_pruning_has_default_recipes_of_its_own():
     assert default_recipe("vgg-like", "cifar10", "rbp").name == "rbp-vgg"
     assert default_recipe("a.b:c", "digits", "rbp").name == "rbp-digits"
     assert default_recipe("a.b:c", "cifar10", "rbp").name == "rbp"
-    # Sees the data as often as SBP does, to compare with.
+    # It sees the data as often as SBP does, so that they can be compared.
     for name in ("lenet5-plain", "lenet-dense-plain", "lenet5-digits", "digits"):
         recursive = RECIPES[f"rbp-{name.removesuffix('-plain')}"]
         for what in ("dense_epochs", "epochs", "finetune_epochs", "batch_size"):
@@ -89,29 +139,65 @@ def test_recursive_pruning_has_default_recipes_of_its_own():
 @pytest.mark.parametrize(
     ("method", "setting", "value", "words"),
     [
-        ("sbp", "order", "together", "sbp has no order: all gates have their noise at once"),
-        ("sbp", "exact_kl", True, "sbp has no exact_kl: its KL is exact"),
-        ("rbp", "exact_kl", True, "rbp has no exact_kl: its KL is exact"),
-        ("rbp", "kl_free_epochs", 1, "rbp has no kl_free_epochs: the KL of a gate counts in full"),
-        ("rbp", "kl_rising_epochs", 1, "rbp has no kl_rising_epochs: the KL of a gate counts in"),
-        ("sparse-vd", "order", "reversed", "sparse-vd has no order: all weights have their noise"),
-        ("sparse-vd", "prior_scale", 3.0, "sparse-vd has no prior_scale: its prior is the log-uni"),
-        ("sparse-vd", "macs_weight", 1.0, "sparse-vd has no macs_weight: its noise is on weights"),
-        ("sparse-vd", "noise_per", "example", "sparse-vd has no noise_per: its noise is drawn for"),
-        ("sparse-vd", "init_loc", 0.1, "sparse-vd has no init_loc: its means are the network's"),
+        ("sbp", "order", "together", "sbp does not have it; it is a setting of rbp"),
+        ("sbp", "exact_kl", True, "sbp does not have it; it is a setting of sparse-vd"),
+        ("rbp", "exact_kl", True, "rbp does not have it; it is a setting of sparse-vd"),
+        ("rbp", "kl_free_epochs", 1, "does not have it; it is a setting of sbp and sparse-vd"),
+        ("sparse-vd", "order", "reversed", "sparse-vd does not have it"),
+        ("sparse-vd", "prior_scale", 3.0, "does not have it; it is a setting of sbp and rbp"),
+        ("sparse-vd", "macs_weight", 1.0, "sparse-vd does not have it"),
+        ("sparse-vd", "noise_per", "example", "sparse-vd does not have it"),
+        ("sparse-vd", "init_loc", 0.1, "sparse-vd does not have it"),
     ],
 )
-def test_what_a_method_does_not_have_is_refused(method, setting, value, words):
-    recipe = Recipe(**{setting: value})
-    for other in METHODS:
-        if other != method and setting not in ("exact_kl", "order"):
-            recipe.check_method(other)
+def test_a_setting_of_another_method_is_refused(method, setting, value, words):
+    cls = RECIPE_CLASSES[method]
+    with pytest.raises(RequestError, match=f"mine.toml sets '{setting}': .*{words}"):
+        cls.from_dict({setting: value}, "mine.toml")
     with pytest.raises(RequestError, match=words):
-        recipe.check_method(method)
-    Recipe().check_method(method)
+        cls().replace(**{setting: value})
+    with pytest.raises(RequestError, match=f"there is no setting '{setting}'"):
+        cls(**{setting: value})
 
 
-def test_the_named_recipes_are_those_of_their_methods():
-    for name, recipe in RECIPES.items():
-        prefix = name.partition("-")[0]
-        recipe.check_method({"rbp": "rbp", "sparse": "sparse-vd"}.get(prefix, "sbp"))
+def test_values_can_be_taken_away():
+    assert RBPRecipe(prior_scale=4.0).replace(prior_scale=None).prior_scale is None
+    assert SBPRecipe(gated_learning_rate=0.1).replace(gated_learning_rate=None) == SBPRecipe()
+
+
+def test_epochs_keep_the_shares_of_the_rising_kl():
+    recipe = SparseVDRecipe(epochs=100, kl_free_epochs=10, kl_rising_epochs=30).with_epochs(50)
+    assert (recipe.epochs, recipe.kl_free_epochs, recipe.kl_rising_epochs) == (50, 5, 15)
+    assert RBPRecipe().with_epochs(7).epochs == 7
+
+
+def test_single_settings_are_written_as_in_a_file():
+    recipe = with_overrides(
+        RBPRecipe(),
+        ["epochs=3", "prior-scale=none", "order=together", "flip = true", "kl_scale.conv1=15",
+         "kl_scale.fc1=2", "learning_rate=1e-2"],
+    )  # fmt: skip
+    assert recipe == RBPRecipe(
+        epochs=3, prior_scale=None, order="together", flip=True,
+        kl_scale={"conv1": 15, "fc1": 2}, learning_rate=1e-2,
+    )  # fmt: skip
+    before = SBPRecipe(kl_scale={"conv1": 3.0})
+    assert with_overrides(before, ["kl_scale.fc1=2"]).kl_scale == {"conv1": 3.0, "fc1": 2}
+    assert with_overrides(before, ["kl_scale=2"]).kl_scale == 2
+    for wrong, words in (
+        ("epochs", "'epochs' is not an assignment; expected NAME=VALUE"),
+        ("=3", "is not an assignment"),
+        ("epochs=", "epochs is ''; expected an integer"),
+        ("epoch=3", "did you mean 'epochs'"),
+        ("order=together", "sbp does not have it; it is a setting of rbp"),
+        ("method=rbp", "use --method"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            with_overrides(before, [wrong])
+
+
+def test_every_setting_has_a_description():
+    for method in METHODS:
+        fields = RECIPE_CLASSES[method].__pydantic_fields__
+        assert list(fields) == list(method_settings(method))
+        assert all(field.description.endswith((".", ")")) for field in fields.values())

@@ -9,10 +9,10 @@ import torch
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import Point, style
-from pyro_sbp.training.checkpoints import CONTENT
+from pyro_sbp.training.checkpoints import Checkpoint, Place
 from pyro_sbp.training.runs import Run
 
 # log theta at -0.1 within 1 %: a ratio of 100; and spread over its whole range: of 1/3.
@@ -28,7 +28,7 @@ def noise(size, kept):
 
 def write_run(directory, arch, gates, weights):
     """A run that was stopped with noise; `gates` has the size and the kept units of each."""
-    request = Request(arch, "mnist", "sbp", Recipe(epochs=3))
+    request = Request(arch, "mnist", SBPRecipe(epochs=3))
     directory.mkdir()
     (directory / "recipe.json").write_text(json.dumps(request.to_dict()))
     lines = [
@@ -47,20 +47,25 @@ def write_run(directory, arch, gates, weights):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (directory / "metrics.jsonl").write_text(text)
-    module = {f"0.{name}": value for name, value in weights.items()}
+    posteriors = {}
     for name, (size, kept) in gates.items():
         loc, log_scale = noise(size, kept)
-        module[f"1.locs.{name}_unconstrained"] = loc
-        module[f"1.log_scales.{name}_unconstrained"] = log_scale
-    saved = {
-        "request": json.dumps(request.to_dict()),
-        "finished": [weights],
-        "module": module,
-        "place": {"epoch": 2},
-        "lines": lines,
-    }
-    rest = dict.fromkeys(CONTENT - saved.keys())
-    torch.save({**saved, **rest}, directory / "checkpoint.pt")
+        posteriors[name] = loc, log_scale.exp()
+    Checkpoint(
+        request=request,
+        finished=[{"module": weights, "network": ""}],
+        current={"module": {f"net.{n}": v for n, v in weights.items()}, "network": "net."},
+        optimizer={},
+        schedule={},
+        place=Place(torch.zeros(1), torch.zeros(2), epoch=2),
+        errors={},
+        seconds=0.0,
+        lines=lines,
+        order=torch.zeros(1),
+        random=[],
+        left_alone={},
+        posteriors=posteriors,
+    ).write(directory / "checkpoint.pt")
     return directory
 
 
@@ -241,11 +246,25 @@ def test_layers_of_any_cost_are_drawn(dense, pruned, dense_run):
     plots.svg(plots.layer_costs(dense_run, {"fc1": {"dense": dense, "pruned": pruned}}))
 
 
-@pytest.mark.parametrize("milliseconds", [0.0, 1e-5, math.inf, math.nan])
-def test_latencies_of_any_value_are_drawn(milliseconds, dense_run):
-    row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0}
-    (dense_run / "bench.json").write_text(json.dumps([{**row, "pruned_ms": milliseconds}]))
+#: A row of `bench.json`.
+ROW = {
+    "device": "cpu: x",
+    "threads": 1,
+    "batch_size": 8,
+    "dense_ms": 4.0,
+    "pruned_ms": 2.0,
+    "speedup": 2.0,
+    "spread": 0.1,
+}
+
+
+def test_a_latency_of_nanoseconds_is_drawn_and_one_that_cannot_be_is_refused(dense_run):
+    (dense_run / "bench.json").write_text(json.dumps([{**ROW, "pruned_ms": 1e-5}]))
     plots.svg(plots.latency(dense_run))
+    for impossible in (0.0, math.inf, math.nan):
+        (dense_run / "bench.json").write_text(json.dumps([{**ROW, "pruned_ms": impossible}]))
+        with pytest.raises(RequestError, match=r"bench.json is damaged: 0 pruned_ms is"):
+            plots.latency(dense_run)
 
 
 def test_layers_and_latencies_are_bars(dense_run):
@@ -264,14 +283,13 @@ def test_layers_and_latencies_are_bars(dense_run):
     assert [text.get_text() for text in parameters.texts] == ["8k", "0", "999", "0"]
     with pytest.raises(RequestError, match=r"has no bench\.json; make it by pyro-sbp bench"):
         plots.latency(dense_run)
-    row = {"device": "cpu: x", "threads": 1, "batch_size": 8, "dense_ms": 4.0, "pruned_ms": 2.0}
-    (dense_run / "bench.json").write_text(json.dumps([row]))
+    (dense_run / "bench.json").write_text(json.dumps([ROW]))
     (ax,) = plots.latency(dense_run).axes
     assert [bar.get_width() for bar in ax.patches] == [0.004, 0.002]
     assert [text.get_text() for text in ax.texts] == ["4 ms", "2 ms"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["CPU, batch 8,\n1 thread"]
     # A row of an older file names no runtime.
-    rows = [row, {**row, "runtime": "onnxruntime", "dense_ms": 1.0}]
+    rows = [ROW, {**ROW, "runtime": "onnxruntime", "dense_ms": 1.0}]
     (dense_run / "bench.json").write_text(json.dumps(rows))
     (ax,) = plots.latency(dense_run).axes
     labels = [label.get_text().split("\n")[-1] for label in ax.get_yticklabels()]
@@ -303,8 +321,12 @@ def test_the_frontier_has_the_finished_runs_and_the_papers(dense_run, tmp_path):
         plots.frontier([dense_run])
     summary = {
         "error": {"dense": 1.4, "mean": 1.5, "pruned": 1.6, "finetuned": 1.3},
-        "macs": {"ratio": 12.5},
+        "macs": {"dense": 1250, "pruned": 100, "ratio": 12.5},
+        "parameters": {"dense": 1250, "pruned": 100, "ratio": 12.5},
         "units": [],
+        "equivalence": {"max_rel_diff_float64": 0.0, "max_abs_diff": 0.0},
+        **{"arch": "lenet-500-300", "dataset": "mnist", "method": "sbp", "device": "cpu"},
+        **{"seed": 0, "epochs": 3, "train_seconds": 1.0},
     }
     (dense_run / "summary.json").write_text(json.dumps(summary))
     (ax,) = plots.frontier([dense_run, Run.read(dense_run)]).axes

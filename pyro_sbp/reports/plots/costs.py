@@ -126,8 +126,9 @@ def latency(source: Run | str | Path) -> Figure:
         "dense": [row["dense_ms"] / 1e3 for row in rows],
         "pruned": [row["pruned_ms"] / 1e3 for row in rows],
     }
-    if all(row.get("floor_ms") for row in rows):
-        bars["one unit a gate"] = [row["floor_ms"] / 1e3 for row in rows]
+    floors = [row.get("floor_ms") or 0.0 for row in rows]
+    if all(floors):
+        bars["one unit a gate"] = [floor / 1e3 for floor in floors]
     figure, axes = new_figure(1.1 + 0.7 * len(rows))
     draw_bars(axes[0, 0], names, bars, unit="s")
     axes[0, 0].set_xlabel("time of a call, median")

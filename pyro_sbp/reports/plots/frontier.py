@@ -72,8 +72,9 @@ def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
         pair = (run.request.arch, run.request.dataset)
         points = panels.setdefault(pair, published_points(*pair))
         points.append(Point("pyro-sbp", run.name, ratio, error))
-        if run.summary["error"]["dense"] is not None:
-            points.append(Point("before pruning", "", 1, run.summary["error"]["dense"]))
+        dense = run.summary.error.dense
+        if dense is not None:
+            points.append(Point("before pruning", "", 1, dense))
     if not panels:
         raise RequestError("no run has finished")
     titled = {f"{arch} on {dataset}": points for (arch, dataset), points in panels.items()}

@@ -138,8 +138,9 @@ def _edges(values: Iterable[Tensor], threshold: float, bins: int = 40) -> list[f
 
 def image_shape(run: Run) -> tuple[int, int, int] | None:
     """Channels, height and width of the images that a run's network takes, where they are known."""
-    if run.network is not None and len(run.network.get("input_shape") or ()) == 3:
-        channels, height, width = run.network["input_shape"]
+    shape = None if run.network is None else run.network["input_shape"]
+    if shape is not None and len(shape) == 3:
+        channels, height, width = shape
         return channels, height, width
     known = ARCHITECTURES.get(run.request.arch)
     if known is None or known.image_size is None:

@@ -88,7 +88,7 @@ def error_axis(ax: Any, errors: Sequence[float]) -> None:
 def _totals(run: Run) -> dict[str, int]:
     """The units of every gate at the start."""
     if run.summary is not None:
-        return {unit["gate"]: unit["total"] for unit in run.summary["units"]}
+        return {unit.gate: unit.total for unit in run.summary.units}
     # The most ever seen: of a run that started with noise, what had gone in its first epoch is not.
     totals: dict[str, int] = {}
     for line in run.metrics:

@@ -1,0 +1,268 @@
+"""Build a saved network again: what its constructor builds, with the sizes and tensors stored."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.datasets.memory import available_memory
+from pyro_sbp.deployment.description import Description
+from pyro_sbp.gates.attention import separate_attention
+from pyro_sbp.gates.layers import Select
+
+__all__ = ["check_fit", "construct", "fill", "non_persistent_buffers", "resize_layers"]
+
+#: Functions that create tensors of a size that is given; layers create their parameters by them.
+_CREATORS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
+
+
+#: Smaller tensors are created without a look at the available memory.
+_SMALL = 2**24
+
+
+class _WithinMemory(TorchFunctionMode):
+    """Refuses to create a tensor that is larger than the available memory.
+
+    A damaged argument of a constructor may ask for a tensor of any size, and the system may kill
+    the process when it runs out of memory.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CREATORS and str(kwargs.get("device")) != "meta":
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            size = _elements(args, kwargs) * dtype.itemsize
+            if size > _SMALL:
+                available = available_memory(torch.device("cpu"))
+                if available is not None and size > available:
+                    raise MemoryError("the constructor builds more than fits into memory")
+        return func(*args, **kwargs)
+
+
+def _elements(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many elements a function in `_CREATORS` is asked for; 0 for what it will refuse."""
+    sizes = kwargs.get("size", args)
+    sizes = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        return 0
+    return math.prod(sizes)
+
+
+def construct(
+    constructor: Callable[..., nn.Module], kwargs: Mapping[str, Any], separate: bool
+) -> nn.Module:
+    """Call a constructor with arguments from a file.
+
+    Raises:
+        Exception: whatever the constructor raises, and MemoryError if it builds more than fits into
+            memory.
+        TypeError: it does not build a network.
+    """
+    with _WithinMemory():
+        net = constructor(**kwargs)
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"the constructor builds a {type(net).__name__}, which is not a network")
+    return separate_attention(net) if separate else net
+
+
+def resize_layers(
+    net: nn.Module, description: Description, state: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Give layers the sizes in the description, and put a `Select` before those that have one.
+
+    The tensors keep their shapes; `fill` replaces them.
+
+    Args:
+        net: what the constructor built, changed in place.
+        description: of the saved network.
+        state: the stored tensors.
+
+    Returns:
+        The shapes that the sizes imply, by the name of the tensor; tensors of modules that torch
+        does not define may have any shape.
+
+    Raises:
+        ValueError: a layer is not there, does not have a size, or its index does not fit.
+    """
+    # A subclass may lay out its weight otherwise, and is not checked then.
+    regular = {
+        (module, leaf)
+        for module in net.modules()
+        for leaf, shape in _shapes(module).items()
+        if isinstance(tensor := getattr(module, leaf, None), Tensor) and tensor.shape == shape
+    }
+    modules = dict(net.named_modules())
+    for layer, sizes in description.layers.items():
+        module = modules.get(layer)
+        if module is None:
+            raise ValueError(f"there is no layer {layer!r}")
+        if "select" in sizes:
+            _put_select(net, layer, module, sizes["select"], state)
+        for name, size in sizes.items():
+            if name == "select":
+                continue
+            if not isinstance(getattr(module, name, None), int):
+                raise ValueError(f"layer {layer!r} has no {name}")
+            setattr(module, name, size)
+        groups = getattr(module, "groups", 1)
+        channels = [getattr(module, name, 0) for name in ("in_channels", "out_channels")]
+        if groups == 0 or any(number % groups for number in channels):
+            raise ValueError(f"the channels of layer {layer!r} do not fall into {groups} groups")
+    changed = tuple(f"{layer}." for layer in description.layers)
+    shapes = {}
+    for name in net.state_dict():
+        module, leaf = _owner(net, name)
+        tensor = getattr(module, leaf, None)
+        of_torch = type(module).__module__.startswith("torch.nn.")
+        if (module, leaf) in regular:
+            shapes[name] = _shapes(module)[leaf]
+        elif of_torch and isinstance(tensor, Tensor) and not name.startswith(changed):
+            # A layer of torch that is not resized has the shapes that its constructor gave it.
+            shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def check_fit(
+    net: nn.Module,
+    description: Description,
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Check that stored tensors are those of a network.
+
+    Args:
+        net: from the constructor and `resize_layers`.
+        description: of the saved network.
+        state: the stored tensors, those with two names under both.
+        shapes: from `resize_layers`.
+
+    Raises:
+        ValueError: a tensor is missing, is not one of the network, or has another shape or kind.
+    """
+    names = {*net.state_dict(), *description.buffers}
+    for words, wrong in (
+        ("is missing", names - state.keys()),
+        ("belongs to no layer", state.keys() - names),
+    ):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise ValueError(f"the tensor {min(wrong)!r}{more} {words}")
+    buffers = dict(non_persistent_buffers(net))
+    for name in description.buffers:
+        if name not in buffers:
+            raise ValueError(f"{name!r} is no buffer outside the state dict")
+    for name, tensor in state.items():
+        module, leaf = _owner(net, name)
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name!r} has shape {list(tensor.shape)}, not {list(shapes[name])}")
+        old = getattr(module, leaf, None)
+        if isinstance(old, Tensor) and old.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name!r} has the type {tensor.dtype}, not {old.dtype}")
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    for name in description.frozen or ():
+        if name not in parameters:
+            raise ValueError(f"{name!r} is frozen, but is no parameter")
+
+
+def fill(net: nn.Module, description: Description, state: Mapping[str, Tensor]) -> None:
+    """Load stored tensors, which `check_fit` has checked, into a network in place.
+
+    Parameters and buffers take the shape and type of what is stored. Those that were one tensor are
+    one again, and those that were not are not.
+    """
+    placed: dict[str, Tensor] = {}  # by the name that a tensor is stored under
+    used: set[Tensor] = set()
+    for name, tensor in state.items():
+        module, leaf = _owner(net, name)
+        old = getattr(module, leaf, None)
+        if not isinstance(old, Tensor):
+            continue  # extra state of a module
+        stored = description.same.get(name, name)
+        is_parameter = isinstance(old, nn.Parameter)
+        new = placed.get(stored)
+        if new is None or isinstance(new, nn.Parameter) != is_parameter:
+            new = old
+            if old in used or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                new = torch.empty_like(tensor)
+                if is_parameter:
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+            placed.setdefault(stored, new)
+        used.add(old)
+        if new is not old:
+            setattr(module, leaf, new)
+    with torch.no_grad():
+        for name in description.buffers:
+            module, leaf = _owner(net, name)
+            getattr(module, leaf).copy_(state[name])
+    net.load_state_dict({n: t for n, t in state.items() if n not in description.buffers})
+    if description.frozen is not None:
+        frozen = set(description.frozen)
+        for name, parameter in net.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
+
+
+def non_persistent_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not part of a network's state dict, by name."""
+    return {
+        f"{prefix}.{leaf}" if prefix else leaf: buffer
+        for prefix, module in net.named_modules()
+        for leaf, buffer in module.named_buffers(recurse=False)
+        if leaf in module._non_persistent_buffers_set
+    }
+
+
+def _put_select(
+    net: nn.Module, layer: str, module: nn.Module, length: int, state: Mapping[str, Tensor]
+) -> None:
+    index = state.get(f"{layer}.select.index")
+    if index is None or index.ndim != 1 or index.dtype != torch.int64 or len(index) != length:
+        raise ValueError(f"layer {layer!r} selects {length} features, but has no index of them")
+    if not isinstance(module, nn.Linear) or not layer:
+        raise ValueError(f"layer {layer!r} cannot select features")
+    if length and not 0 <= int(index.min()) <= int(index.max()) < module.in_features:
+        raise ValueError(
+            f"layer {layer!r} selects features that are not among its {module.in_features}"
+        )
+    parent, _, leaf = layer.rpartition(".")
+    select = Select(torch.empty_like(index))
+    wrapped = nn.Sequential(OrderedDict(select=select, layer=module))
+    setattr(net.get_submodule(parent), leaf, wrapped)
+
+
+def _owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return net.get_submodule(parent), leaf
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors by its sizes."""
+    weight: tuple[int, ...]
+    match module:
+        case nn.Linear():
+            weight = (module.out_features, module.in_features)
+            return {"weight": weight, "bias": weight[:1]}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            columns = module.in_channels // module.groups
+            weight = (module.out_channels, columns, *module.kernel_size)
+            return {"weight": weight, "bias": weight[:1]}
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            rows = module.out_channels // module.groups
+            weight = (module.in_channels, rows, *module.kernel_size)
+            return {"weight": weight, "bias": (module.out_channels,)}
+        case nn.modules.batchnorm._NormBase():
+            names = ("weight", "bias", "running_mean", "running_var")
+            return dict.fromkeys(names, (module.num_features,))
+        case nn.PReLU():
+            return {"weight": (module.num_parameters,)}
+        case nn.Embedding():
+            return {"weight": (module.num_embeddings, module.embedding_dim)}
+        case _:
+            return {}

@@ -1,0 +1,130 @@
+"""The interface of all methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.surgery import Units
+from pyro_sbp.methods.phase import Phase, Predict
+from pyro_sbp.methods.plain import PlainPhase
+from pyro_sbp.pruning.exactness import Equivalence
+from pyro_sbp.pruning.sparsity import KeptWeights
+from pyro_sbp.recipes.settings import Recipe
+
+__all__ = ["Method"]
+
+R = TypeVar("R", bound=Recipe)
+
+
+class Method(ABC, Generic[R]):
+    """A way to make a network smaller: a list of phases, and what they leave.
+
+    Args:
+        net: the network; it is trained in place.
+        example_input: a batch of its inputs, a tensor.
+        recipe: the settings, of the class of this method.
+        num_data: the size of the training data.
+        input_features: dense layers whose inputs are gated one by one.
+
+    Attributes:
+        gates: the gates of the network.
+        left_alone: the layers that are not prunable, and why.
+        mean: the network before its last cut, with all noise at its mean.
+        small: the smaller network, once the phases have ended.
+        units: what became of the units of every gate.
+        held: the gates in which no unit reached the threshold, so that only the best was kept.
+        equivalence: how far the smaller network was from the masked one when it was cut.
+    """
+
+    #: The name of the method in requests.
+    name: ClassVar[str]
+
+    mean: Predict
+    small: nn.Module
+    units: dict[str, Units]
+    held: tuple[str, ...] = ()
+    equivalence: Equivalence
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example_input: Any,
+        recipe: R,
+        num_data: int,
+        input_features: tuple[str, ...] = (),
+    ) -> None:
+        self.net, self.example_input, self.num_data = net, example_input, num_data
+        self.recipe = recipe
+        # Two examples find what eight do, in less memory.
+        self.gates = find_gates(net, example_input[:2], input_features)
+        self.left_alone = dict(self.gates.left_alone)
+        self.begin()
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Prepare what the phases need.
+
+        Raises:
+            ValueError: the network or the recipe does not suit this method.
+        """
+
+    @abstractmethod
+    def noise(self) -> Iterator[Phase]:
+        """The phases with noise, of which the last leaves `mean`, `small` and `units`."""
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases in order; each is made when it begins, from what the earlier ones left."""
+        recipe = self.recipe
+        if recipe.dense_epochs:
+            sizes = {gate.name: gate.size for gate in self.gates}
+            yield PlainPhase("dense", recipe.dense_epochs, self.net, recipe, sizes)
+        yield from self.noise()
+        if recipe.finetune_epochs:
+            yield PlainPhase(
+                "finetuned",
+                recipe.finetune_epochs,
+                self.small,
+                recipe,
+                {name: int(units.kept.sum()) for name, units in self.units.items()},
+                learning_rate=recipe.finetune_learning_rate,
+                frozen=not recipe.recalibrate,
+                hold_zeros=True,
+                teacher=self.mean if recipe.distill else None,
+            )
+
+    @abstractmethod
+    def prune(
+        self,
+        *,
+        threshold: float | None = None,
+        macs_ratio: float | None = None,
+        round_to: int = 1,
+        min_units: int = 1,
+    ) -> None:
+        """Set `small`, `units`, `held` and `equivalence` by the posterior.
+
+        Args:
+            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+
+        Raises:
+            ValueError: what `choose_units` refuses.
+        """
+
+    @abstractmethod
+    def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Location and scale of the posterior of every site that has had noise, over all of its
+        elements: of log theta of the units, or of the weights."""
+
+    @staticmethod
+    @abstractmethod
+    def distributions(loc: Tensor, scale: Tensor, recipe: Any) -> tuple[Any, Any]:
+        """The posterior of a site from its location and scale, and its prior."""
+
+    def kept_weights(self) -> KeptWeights | None:
+        """The single weights that are kept, for a method that removes weights."""
+        return None

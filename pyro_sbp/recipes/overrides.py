@@ -1,0 +1,51 @@
+"""Single settings as a user types them: ``NAME=VALUE``. This module needs no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from typing import Any
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.settings import Recipe
+
+__all__ = ["with_overrides"]
+
+
+def _value(text: str) -> Any:
+    """A value as in a TOML file, where strings need no quotes and none is no value."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """A copy of a recipe with other values.
+
+    Args:
+        recipe: the recipe.
+        assignments: each ``NAME=VALUE``, with the value as in a TOML file, or ``none``. The weight
+            of one gate is ``kl_scale.GATE=VALUE``.
+
+    Raises:
+        RequestError: one is not such an assignment, names a setting that the method does not have,
+            or a value that is out of its bounds.
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        name, value = name.strip().replace("-", "_"), _value(text.strip())
+        if not name or not equals:
+            raise RequestError(f"--set {assignment!r} is not an assignment; expected NAME=VALUE")
+        whole, dot, gate = name.partition(".")
+        if whole == "kl_scale" and dot:
+            before = changes.get(whole, recipe.kl_scale)
+            changes[whole] = {**(before if isinstance(before, dict) else {}), gate: value}
+        elif name == "method":
+            raise RequestError("--set cannot change the method; use --method")
+        else:
+            changes[name] = value
+    return recipe.replace(**changes) if changes else recipe

@@ -1,0 +1,114 @@
+"""The result of a run: the saved network, and the summary of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.deployment.saving import save, unique_tensors
+from pyro_sbp.methods import Method
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.training.job import Job
+from pyro_sbp.training.loop import Loop
+from pyro_sbp.training.runs import GateNumbers
+from pyro_sbp.training.summary import (
+    Differences,
+    Errors,
+    FileSizes,
+    GateUnits,
+    LayerWeights,
+    Size,
+    Summary,
+    WeightsLeft,
+)
+
+__all__ = ["write_result"]
+
+
+def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) -> Summary:
+    """Save the smaller network of a run, and sum the run up.
+
+    Args:
+        job: the run.
+        loop: its loop, which has ended.
+        target: the directory of the saved network.
+        overwrite: replace a saved network that is there; otherwise `target` must not exist.
+    """
+    method, request = job.method, job.request
+    small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
+    standardization, weights = job.data.train.standardization, _weights(method)
+    units: dict[str, GateNumbers] = {
+        name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
+        for name, u in method.units.items()
+    }
+    save(
+        small,
+        target,
+        constructor=find_architecture(request.arch).constructor,
+        kwargs=job.kwargs,
+        units=units,
+        input_shape=job.data.image_shape,
+        overwrite=overwrite,
+        standardization=standardization,
+        sparse=weights is not None,
+    )
+    macs, parameters = count_macs(small, job.example[:1].float()), count_parameters(small)
+    errors = {split: Errors(**found) for split, found in loop.errors.items() if found}
+    sparse = target / "sparse.safetensors"
+    return Summary(
+        arch=request.arch,
+        dataset=request.dataset,
+        method=request.method,
+        seed=request.seed,
+        epochs=request.recipe.epochs,
+        device=request.device,
+        threads=torch.get_num_threads(),
+        train_seconds=round(loop.seconds, 1),
+        error=errors.get("test", Errors()),
+        validation_error=errors.get("validation"),
+        training_error=errors.get("training"),
+        units=tuple(
+            GateUnits(name, len(unit["kept"]), unit["total"], len(unit["zeroed"]))
+            for name, unit in units.items()
+        ),
+        weights=weights,
+        files=FileSizes(
+            _file_size(method.net),
+            (target / "model.safetensors").stat().st_size,
+            sparse.stat().st_size if sparse.exists() else None,
+        ),
+        held=method.held,
+        left_alone=method.left_alone,
+        macs=Size(job.macs, macs, job.macs / macs),
+        parameters=Size(
+            job.parameters,
+            parameters,
+            job.parameters / parameters,
+            nonzero=sum(int(p.count_nonzero()) for p in small.parameters()),
+        ),
+        equivalence=Differences(
+            method.equivalence.max_rel_diff_float64, method.equivalence.max_abs_diff
+        ),
+        standardize=None if standardization is None else standardization.to_dict(),
+    )
+
+
+def _weights(method: Method) -> WeightsLeft | None:
+    kept = method.kept_weights()
+    if kept is None:
+        return None
+    layers = tuple(LayerWeights(name, *counts) for name, counts in kept.layers.items())
+    return WeightsLeft(layers, kept.kept, kept.total, kept.compression)
+
+
+def _file_size(net: nn.Module) -> int:
+    """The bytes of a network as `save` would store it."""
+    return len(serialize({n: value.float() for n, value in unique_tensors(net)[0].items()}))
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return torch.nonzero(mask).flatten().tolist()

@@ -1,0 +1,244 @@
+"""How many CPU threads to compute with: one for each core that is free. Needs no torch.
+
+Threads of one operation wait for each other, so that one of them on a core that another process
+uses delays all: beside other work, a run with as many threads as cores can be ten times slower than
+with one thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["VARIABLES", "Cores", "ThreadChoice", "choose_threads", "measure_cores"]
+
+#: The variables that torch takes its number of threads from, the strongest first.
+VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
+#: A core counts as free if others use no more than this share of it.
+SLACK = 0.2
+
+PROC = Path("/proc")
+CPUS = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The physical cores that this process may use, and how many of them others use.
+
+    Attributes:
+        usable: cores by CPU affinity and by the quota of the container, which may be a fraction.
+        busy: how many of these other processes use.
+    """
+
+    usable: float
+    busy: float
+
+    @property
+    def free(self) -> float:
+        """How many cores are left for this process."""
+        return self.usable - self.busy
+
+
+@dataclass(frozen=True)
+class ThreadChoice:
+    """The number of CPU threads of a process.
+
+    Attributes:
+        threads: the number.
+        source: what it is taken from: "--threads", the name of a variable, or "free cores".
+        processes: how many processes of the run share the cores.
+        cores: the cores as measured; None where the number was given.
+    """
+
+    threads: int
+    source: str
+    processes: int = 1
+    cores: Cores | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """One line that says that the machine is busy, or None."""
+        if self.cores is None:
+            return None
+        idle = self.processes * _whole(self.cores.usable / self.processes)
+        if self.cores.free + SLACK >= min(idle, self.cores.usable):
+            return None
+        used, usable = (f"{n:.1f}".removesuffix(".0") for n in (self.cores.busy, self.cores.usable))
+        number = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        if self.processes > 1:
+            number += f" in each of {self.processes} processes"
+        return (
+            f"the machine is busy: other processes use {used} of {usable} cores; computing with "
+            f"{number} (OMP_NUM_THREADS sets another number)"
+        )
+
+
+def choose_threads(threads: int | None = None, processes: int = 1) -> ThreadChoice:
+    """Choose the number of CPU threads for each process of a run.
+
+    It is the given number, or else that of `VARIABLES`, at most one for each CPU that the process
+    may use. Without either it is the number of cores that are free, at least one.
+
+    Args:
+        threads: the number that the user gave.
+        processes: how many processes of the run are on this machine.
+    """
+    if threads is not None:
+        return ThreadChoice(threads, "--threads", processes)
+    for name in VARIABLES:
+        # OpenMP takes a list, a number for each level of nested regions.
+        number = re.match(r"\s*0*([1-9]\d*)\s*(,|$)", os.environ.get(name, ""))
+        if number is not None:
+            given = min(int(number[1]), len(_usable_cpus()))
+            return ThreadChoice(given, name, processes)
+    cores = measure_cores()
+    return ThreadChoice(_whole(cores.free / processes), "free cores", processes, cores)
+
+
+def measure_cores(seconds: float = 0.25) -> Cores:
+    """Measure for a moment how many of the usable cores other processes keep busy.
+
+    Where the system counts no time for each CPU, the load average of the last minute stands for it.
+
+    Args:
+        seconds: how long to measure.
+    """
+    cores = _cores(_usable_cpus())
+    groups = list(_limited_groups())
+    before, start = (_cpu_times(), [group.used() for group in groups]), time.monotonic()
+    own = time.process_time()
+    time.sleep(seconds)
+    after, end = (_cpu_times(), [group.used() for group in groups]), time.monotonic()
+    own = (time.process_time() - own) / (end - start)
+
+    shares = {cpu: _busy_share(times, after[0].get(cpu)) for cpu, times in before[0].items()}
+    known = {cpu: share for cpu, share in shares.items() if share is not None}
+    if known.keys() & set().union(*cores):
+        busy = sum(min(1.0, sum(known.get(cpu, 0.0) for cpu in core)) for core in cores)
+    else:
+        busy = _load_average()
+    usable = float(len(cores))
+    free = usable - min(max(0.0, busy - own), usable)
+    for group, first, last in zip(groups, before[1], after[1], strict=True):
+        used = max(0.0, (last - first) / (end - start) - own)
+        usable = min(usable, group.cores)
+        free = min(free, max(0.0, group.cores - used))
+    return Cores(usable, usable - free)
+
+
+def _whole(cores: float) -> int:
+    return max(1, math.floor(cores + SLACK))
+
+
+def _usable_cpus() -> set[int]:
+    """The CPUs that this process may run on; two of them may share a core."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _cores(cpus: set[int]) -> list[set[int]]:
+    """CPUs by the physical core that they belong to; with the CPUs of it that may not be used."""
+    cores: dict[frozenset[int], None] = {}
+    for cpu in sorted(cpus):
+        path = CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        siblings = _cpu_list(path.read_text()) if path.is_file() else set()
+        cores[frozenset(siblings | {cpu})] = None
+    return [set(core) for core in cores]
+
+
+def _cpu_list(text: str) -> set[int]:
+    """The numbers of a list such as ``0,4-6``."""
+    found: set[int] = set()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _cpu_times() -> dict[int, tuple[int, int]]:
+    """Clock ticks since the start, by CPU: those without work, and all."""
+    path = PROC / "stat"
+    lines = re.findall(r"^cpu(\d+) (.+)$", path.read_text() if path.is_file() else "", flags=re.M)
+    times = {}
+    for cpu, text in lines:
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
+        ticks = [int(number) for number in text.split()[:8]]
+        times[int(cpu)] = (sum(ticks[3:5]), sum(ticks))
+    return times
+
+
+def _busy_share(before: tuple[int, int], after: tuple[int, int] | None) -> float | None:
+    """The share of the time in which a CPU worked; None if no time was counted."""
+    if after is None or after[1] <= before[1]:
+        return None
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _load_average() -> float:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # not every system has one
+        return 0.0
+
+
+@dataclass(frozen=True)
+class _LimitedGroup:
+    """A control group with a quota.
+
+    Attributes:
+        cores: how many cores its processes may use together.
+        usage: the file with the CPU time that they have used.
+        unit: the seconds of one unit in that file.
+    """
+
+    cores: float
+    usage: Path
+    unit: float
+
+    def used(self) -> float:
+        """Seconds of CPU time; 0 where they are not counted."""
+        text = self.usage.read_text() if self.usage.is_file() else ""
+        number = re.match(r"(?:usage_usec )?(\d+)", text)
+        return 0.0 if number is None else int(number[1]) * self.unit
+
+
+def _limited_groups() -> Iterator[_LimitedGroup]:
+    """The control groups, of version 2 or 1, that limit the CPU time of this process."""
+    path = PROC / "self" / "cgroup"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for controllers, place in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
+        second = controllers == ""
+        if not second and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS if second else CGROUPS / "cpu"
+        # Inside a container the place may be named as outside: then only the root exists.
+        here = root / place.strip("/")
+        for directory in (here, *here.parents[: len(here.parts) - len(root.parts)]):
+            cores = _quota(directory / "cpu.max") if second else _old_quota(directory)
+            if cores is None:
+                continue
+            if second:
+                yield _LimitedGroup(cores, directory / "cpu.stat", 1e-6)
+            else:
+                accounts = CGROUPS / "cpuacct" / directory.relative_to(root)
+                yield _LimitedGroup(cores, accounts / "cpuacct.usage", 1e-9)
+
+
+def _quota(path: Path) -> float | None:
+    found = re.match(r"(\d+) (\d+)", path.read_text() if path.is_file() else "")
+    return int(found[1]) / int(found[2]) if found is not None else None
+
+
+def _old_quota(directory: Path) -> float | None:
+    try:
+        quota = int((directory / "cpu.cfs_quota_us").read_text())
+        period = int((directory / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota / period if quota > 0 and period > 0 else None
