@@ -1,1 +1,1 @@
-"""The papers' recipes as values, the recorded results, and the tables made from them."""
+"""The recorded results, the tables made of them, and the programs that measure."""

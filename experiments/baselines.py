@@ -42,6 +42,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.datasets.loading import ImageData, load_dataset
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.extra import check_installed
 from pyro_sbp.experiments.record import RESULTS, file_name, without_path
 from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.experiments.torch_pruning import IMPORTANCES, prune_to, widths
@@ -310,11 +311,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    for target in options.targets:
-        try:
+    try:
+        check_installed("torch_pruning")
+        for target in options.targets:
             print(_run(target, options))
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

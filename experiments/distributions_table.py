@@ -3,7 +3,8 @@
     python -m pyro_sbp.experiments.distributions_table [accuracy|comparison|cost] [--points N]
 
 `accuracy` compares with 110 digits, `comparison` does the same for the two constructions that
-others use, `cost` times on this machine. All three without an argument.
+others use, `cost` times on this machine. All three without an argument. The first two need mpmath:
+``pip install 'pyro-sbp[experiments]'``.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from mpmath import mp, mpf
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_sbp import special
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform, TruncatedNormal
 from pyro_sbp.distributions.fast_sampling import quantile, uniform
-from pyro_sbp.experiments.truncated_normal_truth import DIGITS, Truth
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.extra import check_installed
+
+if TYPE_CHECKING:
+    from mpmath import mpf
 
 __all__ = ["BOX", "QUANTITIES", "SETS", "Points", "errors", "measured", "points"]
 
@@ -149,7 +153,7 @@ def _bounded(p: Points) -> bool:
 def _error(value: float, truth: mpf, floor: float | mpf = 0) -> float:
     if not math.isfinite(value):
         return INF
-    return float(abs(mpf(value) - truth) / max(abs(truth), mpf(floor)))
+    return float(abs(value - truth) / max(abs(truth), floor))
 
 
 def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]]:
@@ -158,6 +162,10 @@ def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]
     Args:
         p: the points that `got` was measured at, in float64.
     """
+    from mpmath import mp
+
+    from pyro_sbp.experiments.truncated_normal_truth import Truth
+
     values = {name: y.tolist() for name, y in got.items()}
     draws = [name for name, y in got.items() if y.ndim == 2]
     bounded = _bounded(p)
@@ -188,8 +196,8 @@ def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]
             yield "log_prob", i, _error(values["log_prob"][k][i], t.log_density(value), 1)
             yield "cdf", i, _error(values["cdf"][k][i], t.cdf(value), 1)
             if bounded:
-                size = abs(x[k]) if x[k] else mpf(1)
-                yield "icdf", i, _error(value, x[k]) * float(size)
+                size = float(abs(x[k])) if x[k] else 1.0
+                yield "icdf", i, _error(value, x[k]) * size
                 yield "exp_icdf", i, _error(values["exp_icdf"][k][i], mp.exp(x[k]))
             else:
                 yield "icdf_one_sided", i, _error(value, x[k], 1)
@@ -197,6 +205,8 @@ def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]
 
 def print_accuracy(n: int) -> None:
     """Table 1: the largest error of every quantity and where it is."""
+    from pyro_sbp.experiments.truncated_normal_truth import DIGITS
+
     count = sum(int(n * share) for _, _, share in SETS)
     print(f"Largest errors against {DIGITS} digits over {count:,} points, log scale in [-10, 5]:")
     for bounds, locs, share in SETS:
@@ -269,6 +279,8 @@ COMPARED = ("kl", "kl_d_loc", "kl_d_log_scale", "exp_mean", "exp_snr", "exp_icdf
 
 def print_comparison(n: int) -> None:
     """Table 2: where the others, and these classes, are wrong in float32."""
+    from pyro_sbp.experiments.truncated_normal_truth import Truth
+
     bounds, locs, _ = SETS[0]
     p = points(n, bounds, locs).to(torch.float32)
     exact = p.to(torch.float64)
@@ -383,6 +395,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=4000, help="points of the bounds (-20, 0)")
     options = parser.parse_args(arguments)
     chosen = (options.table,) if options.table else tables
+    if chosen != ("cost",):
+        try:
+            check_installed("mpmath")
+        except RequestError as error:
+            parser.error(str(error))
     if "accuracy" in chosen:
         print_accuracy(options.points)
         print()

@@ -1,23 +1,6 @@
-"""Torch-Pruning at what a run of ours cost: same network, data, seed, epochs and MACs.
+"""Networks pruned by Torch-Pruning to a number of MACs, for `pyro_sbp.experiments.baselines`.
 
-    python -m pyro_sbp.experiments.baselines --importance taylor experiments/results/RECORD.json ...
-    python -m pyro_sbp.experiments.baselines --arch lenet5 --importance magnitude --seed 1 10 20
-
-A record is that of a run (of an image folder, made where the folder lies); a number is a MACs
-ratio, to be had by the recipe that the network has by default or `--recipe` names. The dense epochs
-are those of the recipe and end at the same network as the run's: initial weights and the order of
-the data are the same, in float32. Then the network is trained for as many epochs as the run has
-with noise and in fine-tuning together. On the way, over the first half of these, it is pruned in
-steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
-ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
-the last step, and fall over the recipe's last share of what is left after it; each phase has an
-Adam of its own. It is the recipe's `learning_rate` throughout, and the labels are those of the
-data, without soft ones.
-
-Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
-the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
-the logits. Where our run gates the input pixels too, as of LeNet-500-300, the same MACs are had by
-hidden units alone: Torch-Pruning has no notion of an input that is not read.
+The package is an extra: ``pip install 'pyro-sbp[experiments]'``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,10 @@
 """The import contracts hold, and an import that runs against them breaks them."""
 
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
 from wheel_layout import check, lay_out
 
@@ -43,3 +48,15 @@ def test_a_package_without_a_layer_breaks_the_contract(tree):
     status, output = check("imports", tree)
     assert status == 1
     assert "elsewhere" in output
+
+
+def test_the_contract_without_torch_has_all_that_the_command_line_imports_first():
+    config = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (light,) = [c for c in config["tool"]["importlinter"]["contracts"] if c["id"] == "light"]
+    program = "import sys, pyro_sbp.cli; print(*(n for n in sys.modules if 'pyro_sbp' in n))"
+    loaded = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    first = {name for name in loaded if not name.startswith(("pyro_sbp.cli", "__editable"))}
+    expected = {name for name in first - {"pyro_sbp"} if not name.startswith("pyro_sbp.recipes")}
+    assert expected <= set(light["source_modules"])

@@ -1,9 +1,18 @@
 """The wheel holds what the tree holds, under one import package."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"pyro_sbp": "pyro_sbp", "cli": "pyro_sbp/cli", "experiments": "pyro_sbp/experiments"}
@@ -58,3 +67,70 @@ def test_importing_the_package_loads_neither_torch_nor_pyro():
         "for name in pyro_sbp.__all__: getattr(pyro_sbp, name)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+installed = cache(packages_distributions)
+
+
+def distribution(name: str) -> str:
+    """The distribution that a module is imported from, normalised."""
+    (found,) = {re.sub(r"[-_.]+", "-", d).lower() for d in installed()[name]}
+    return found
+
+
+def third_party(nodes: Iterator[ast.AST]) -> set[str]:
+    """The packages from elsewhere that these statements import."""
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    tops = {name.partition(".")[0] for name in names}
+    return tops - sys.stdlib_module_names - {"pyro_sbp"}
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that the package depends on, with some of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return {re.match(r"[\w.-]+", line)[0].replace("_", "-").lower() for line in lines}
+
+
+def test_the_wheel_imports_what_it_declares():
+    undeclared, eager = {}, {}
+    for path in (path for folder in PLACES for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        anywhere = {distribution(name) for name in third_party(ast.walk(tree))}
+        undeclared[path] = anywhere - declared("experiments", "export", "report")
+        # What an extra brings is imported on use, so that a program can say what is missing.
+        if path.name != "truncated_normal_truth.py":
+            at_once = {distribution(name) for name in third_party(iter(tree.body))}
+            eager[path] = at_once - declared()
+    assert {path: names for path, names in undeclared.items() if names} == {}
+    assert {path: names for path, names in eager.items() if names} == {}
+    assert len(undeclared) > 100
+
+
+def test_dev_has_every_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = sorted(project["optional-dependencies"].keys() - {"dev"})
+    assert f"pyro-sbp[{','.join(extras)}]" in project["optional-dependencies"]["dev"]
+
+
+@pytest.mark.parametrize(
+    ("program", "missing"),
+    [
+        ("distributions_table accuracy", "mpmath"),
+        ("baselines --arch lenet5 --importance taylor 10", "torch_pruning"),
+    ],
+)
+def test_an_experiment_says_which_extra_it_needs(program, missing, monkeypatch, capsys):
+    module, *arguments = program.split()
+    monkeypatch.setattr("pyro_sbp.experiments.extra.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        import_module(f"pyro_sbp.experiments.{module}").main(arguments)
+    words = f"error: this needs {missing}: pip install 'pyro-sbp[experiments]'\n"
+    assert capsys.readouterr().err.endswith(words)

@@ -61,7 +61,7 @@ def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
     def draw(*args: Any, dark: bool = False, **kwargs: Any) -> Figure:
         check_matplotlib()
         import matplotlib
-        from cycler import cycler
+        from matplotlib.rcsetup import cycler
 
         page, ink = DARK_PAGE if dark else LIGHT_PAGE
         style: dict[RcKeyType, Any] = {

@@ -1,0 +1,22 @@
+"""Packages that only some experiments need: ``pip install 'pyro-sbp[experiments]'``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pyro_sbp.errors import RequestError
+
+__all__ = ["check_installed"]
+
+
+def check_installed(name: str) -> None:
+    """See that a package can be imported.
+
+    Args:
+        name: the name that it is imported by.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if find_spec(name) is None:
+        raise RequestError(f"this needs {name}: pip install 'pyro-sbp[experiments]'")
