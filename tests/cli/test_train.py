@@ -12,6 +12,7 @@ import torch
 from helpers import run, train_quickly
 
 from pyro_sbp.cli import cli, common
+from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets import sources
 
 
