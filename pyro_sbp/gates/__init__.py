@@ -1,27 +1,35 @@
-"""Gates: where noise can stand in a network, and what is removed with its units."""
+"""Gates: where noise can stand in a network, and what is removed with its units.
 
-from pyro_sbp.gates.attention import Attention, separate_attention
-from pyro_sbp.gates.folding import (
-    Gate,
-    GatedNetwork,
-    Span,
-    call,
-    check_theta,
-    evaluating,
-    factors,
-    fold,
-    repeatable,
-)
-from pyro_sbp.gates.layers import Select
-from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
-from pyro_sbp.gates.probing import Gates, find_gates
-from pyro_sbp.gates.surgery import (
-    Units,
-    relative_difference,
-    remaining_gates,
-    shrink,
-    surviving_units,
-)
+Names are imported on first use, so that loading a pruned network imports torch only.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from pyro_sbp.gates.attention import Attention, separate_attention
+    from pyro_sbp.gates.folding import (
+        Gate,
+        GatedNetwork,
+        Span,
+        call,
+        check_theta,
+        evaluating,
+        factors,
+        fold,
+        repeatable,
+    )
+    from pyro_sbp.gates.layers import Select
+    from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
+    from pyro_sbp.gates.probing import Gates, find_gates
+    from pyro_sbp.gates.surgery import (
+        Units,
+        relative_difference,
+        remaining_gates,
+        shrink,
+        surviving_units,
+    )
 
 __all__ = [
     "Attention",
@@ -47,3 +55,43 @@ __all__ = [
     "surviving_units",
     "tensors_of",
 ]
+
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "attention": [
+            "Attention",
+            "separate_attention",
+        ],
+        "folding": [
+            "Gate",
+            "GatedNetwork",
+            "Span",
+            "call",
+            "check_theta",
+            "evaluating",
+            "factors",
+            "fold",
+            "repeatable",
+        ],
+        "layers": [
+            "Select",
+        ],
+        "nested": [
+            "convert",
+            "map_tensors",
+            "tensors_of",
+        ],
+        "probing": [
+            "Gates",
+            "find_gates",
+        ],
+        "surgery": [
+            "Units",
+            "relative_difference",
+            "remaining_gates",
+            "shrink",
+            "surviving_units",
+        ],
+    },
+)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, overload
 
 import torch
+from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -310,53 +311,34 @@ def _decode(net: nn.Module, probe: _Probe, x: Any, reaches: Sequence[_Reach]) ->
             reach.columns[name] = torch.where(seen, numbers[reach.writer][name], -1)
 
 
-class _UnionFind:
-    def __init__(self) -> None:
-        self.parent: dict[Any, Any] = {}
-
-    def find(self, item: Any) -> Any:
-        self.parent.setdefault(item, item)
-        while self.parent[item] != item:
-            self.parent[item] = self.parent[self.parent[item]]
-            item = self.parent[item]
-        return item
-
-    def join(self, a: Any, b: Any) -> None:
-        self.parent[self.find(b)] = self.find(a)
-
-
 def _groups(reaches: Sequence[_Reach]) -> list[list[_Reach]]:
     """Writers that share a column of some layer, together; in order of their first writer."""
-    union = _UnionFind()
+    together = DisjointSet(reach.writer for reach in reaches)
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
-        union.find(reach.writer)
         for name, units in reach.columns.items():
             for column in torch.nonzero(units >= 0).flatten().tolist():
-                union.join(owner.setdefault((name, column), reach.writer), reach.writer)
+                together.merge(owner.setdefault((name, column), reach.writer), reach.writer)
     groups: dict[str, list[_Reach]] = {}
     for reach in reaches:
-        groups.setdefault(union.find(reach.writer), []).append(reach)
+        groups.setdefault(together[reach.writer], []).append(reach)
     return list(groups.values())
 
 
 def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
     """One gate from the writers that belong together; units that share a column are one unit."""
-    union = _UnionFind()
+    same = DisjointSet((reach.writer, unit) for reach in group for unit in range(reach.size))
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
         for name, units in reach.columns.items():
             for column, own_number in enumerate(units.tolist()):
                 if own_number >= 0:
                     unit = (reach.writer, own_number)
-                    union.join(owner.setdefault((name, column), unit), unit)
+                    same.merge(owner.setdefault((name, column), unit), unit)
     number: dict[Any, int] = {}
     own = {
         reach.writer: torch.tensor(
-            [
-                number.setdefault(union.find((reach.writer, unit)), len(number))
-                for unit in range(reach.size)
-            ]
+            [number.setdefault(same[reach.writer, unit], len(number)) for unit in range(reach.size)]
         )
         for reach in group
     }
