@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from pyro_sbp.deployment import benchmarking
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.distributions.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.models.gated_model import check_prior, theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
+from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.settings import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -209,9 +209,7 @@ def test_prune_your_network():
     wrong = (space["small"](x).argmax(1) != y).float().mean()
     assert space["small_error"] == pytest.approx(100 * float(wrong))
     assert space["result"].macs_ratio > 3
-    ratio = benchmarking.count_macs(space["net"], x[:1]) / benchmarking.count_macs(
-        space["tiny"], x[:1]
-    )
+    ratio = count_macs(space["net"], x[:1]) / count_macs(space["tiny"], x[:1])
     assert space["tiny_ratio"] == pytest.approx(ratio) and ratio >= 2 * space["result"].macs_ratio
     assert space["small"].conv1.out_channels == space["kept"]["conv1"]
     assert len(space["histograms"].axes) == 3
