@@ -80,7 +80,7 @@ class LabelledImages(ABC):
         return x if self.standardization is None else self.standardization(x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split(LabelledImages):
     """Images ``[examples, channels, height, width]``, uint8; labels ``[examples]``, int64.
 

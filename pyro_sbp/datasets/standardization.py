@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Standardization"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standardization:
     """Takes the mean from every channel and divides by the standard deviation.
 

@@ -106,7 +106,7 @@ def _read(path: str, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamedSplit(LabelledImages):
     """A split whose images are read from disk, batch by batch.
 

@@ -65,7 +65,7 @@ class Posterior:
         return self._statistic(lambda q: q.snr)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence of every element from the prior in nats, by site."""
+        """KL(posterior || prior) of every element in nats, by site."""
         return {
             name: torch.distributions.kl_divergence(q, self.priors[name])
             for name, q in self.sites.items()

@@ -79,7 +79,7 @@ def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[st
     return _build(architecture.resolve(), kwargs, example, len(data.classes)), kwargs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
     """A request with all that it needs; the sizes are those of the dense network."""
 

@@ -150,3 +150,11 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 def test_an_unknown_data_set_is_refused(tmp_path):
     with pytest.raises(RequestError, match="unknown data set 'minst'; expected mnist, "):
         check_dataset("minst", tmp_path)
+
+
+def test_data_can_be_compared():
+    """Fields that are tensors have no single truth value; the values are compared by identity."""
+    one, other = load_dataset("digits"), load_dataset("digits")
+    assert one == one and one != other and one.train != other.train
+    assert one.standardized().train.standardization != other.standardized().train.standardization
+    assert len({one, other}) == 2
