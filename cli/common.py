@@ -28,6 +28,9 @@ MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
 Little was removed. More epochs, a larger kl_scale or a larger noise_learning_rate in the
 recipe remove more. To remove more from this network, use pyro-sbp prune."""
+NOTHING_LEFT = """\
+Nothing reaches the threshold, so next to nothing is left of the network. A smaller threshold, a
+smaller kl_scale or fewer epochs in the recipe keep more."""
 #: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
 
@@ -181,5 +184,6 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
     little = hint if summary.macs.ratio < 1.05 and not weights else ""
-    parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little)
+    nothing = NOTHING_LEFT if len(summary.held) == len(summary.units) else ""
+    parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)
     return "\n\n".join(part for part in parts if part)

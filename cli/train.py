@@ -127,19 +127,19 @@ def train(
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
-        threads = threads or read_threads(resume)
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)
     check_device(request.device)
-    threads = threads_to_use(threads, request.devices)
+    recorded = None if resume is None else read_threads(resume)
+    threads = threads_to_use(threads, request.devices, recorded)
 
     import torch
 
     from pyro_sbp.datasets.loading import load_dataset
     from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
     from pyro_sbp.training import train as training
-    from pyro_sbp.training.devices import launch, on_first
+    from pyro_sbp.training.devices import launch, leave, on_first
     from pyro_sbp.training.loop import Interrupted
 
     if request.device == "cuda" and not torch.cuda.is_available():
@@ -170,6 +170,7 @@ def train(
                 hint = f"; go on by pyro-sbp train --resume {directory}"
                 kind = OSError if isinstance(error, OSError) else type(error)
                 raise kind(first_line(error) + hint * _unfinished(directory)) from error
+    leave()
     if not is_first():
         return
     if as_json:

@@ -168,6 +168,7 @@ class GatedMethod(Method[G]):
         self._stage = Stage.dense(self.net, gates)
         self._ended: dict[str, tuple[Tensor, Tensor]] = {}
         self._current: TurnPhase | None = None
+        self._open: TurnPhase | None = None
 
     def noise(self) -> Iterator[Phase]:
         for index, turn in enumerate(self._turns):
@@ -185,8 +186,9 @@ class GatedMethod(Method[G]):
     def end(self, phase: TurnPhase, stage: Stage) -> None:
         """Take over what a turn has left."""
         self._ended.update(phase.posteriors())
-        self._current = None
-        self._open, self._stage = phase, stage
+        self._current, self._stage = None, stage
+        # Other methods do not need the network before the cut any more.
+        self._open = phase if self.reopens else None
         self._return(stage)
 
     def _return(self, stage: Stage) -> None:
@@ -210,7 +212,7 @@ class GatedMethod(Method[G]):
         Units that earlier turns removed cannot be kept; nor can those of the last turn, unless
         the method `reopens` it. `round_to` rounds a gate down that has lost units.
         """
-        if self.reopens:
+        if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
             theta, snr = {**stage.theta(), **guide.mean()}, {**stage.snr, **guide.snr()}
         else:

@@ -55,8 +55,9 @@ class Phase(ABC):
 
     Attributes:
         freeze_batch_norm: batch norms use their running statistics and do not update them.
-        noisy: there is noise, and at its end the network is pruned.
-        ends: it ends the work on its module; otherwise the next phase goes on with it.
+        noisy: there is noise.
+        ends: it ends the work on its module, and with noise the network is pruned then. Otherwise
+            the next phase goes on with the module.
         decays: learning rates fall at the end, as the recipe says.
         network: what stands before the names of the network's tensors in the module's state.
         kl_weight: the weight of the KL divergence at the first step and after the last, and

@@ -7,6 +7,8 @@ from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
 from pyro_sbp.recipes.settings import (
     METHODS,
+    ORDERS,
+    THRESHOLDS,
     RBPRecipe,
     Recipe,
     SBPRecipe,
@@ -16,8 +18,10 @@ from pyro_sbp.recipes.settings import (
 
 __all__ = [
     "METHODS",
+    "ORDERS",
     "PRECISIONS",
     "RECIPES",
+    "THRESHOLDS",
     "RBPRecipe",
     "Recipe",
     "Request",

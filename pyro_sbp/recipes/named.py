@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_sbp.recipes.settings import RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
+from pyro_sbp.recipes.settings import ORDERS, RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
 
 __all__ = ["RECIPES", "default_recipe"]
 
@@ -168,7 +168,7 @@ _ALL: tuple[Recipe, ...] = (
             order=order,
             **{**_RBP, "prior_scale": 5.0},
         )
-        for order in ("forward", "reversed", "together")
+        for order in ORDERS
     ),
     # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
     SBPRecipe(name="vgg", **_VGG),

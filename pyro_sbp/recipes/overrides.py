@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyro_sbp.errors import RequestError
@@ -43,9 +43,21 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         whole, dot, gate = name.partition(".")
         if whole == "kl_scale" and dot:
             before = changes.get(whole, recipe.kl_scale)
-            changes[whole] = {**(before if isinstance(before, dict) else {}), gate: value}
+            if not isinstance(before, Mapping):
+                if before != 1:
+                    raise RequestError(
+                        f"--set {assignment!r}: kl_scale is {before:g} for all gates, and would "
+                        "become 1 for the gates that are not named; set kl_scale = {...} in a file"
+                    )
+                before = {}
+            changes[whole] = {**before, gate: value}
         elif name == "method":
             raise RequestError("--set cannot change the method; use --method")
         else:
             changes[name] = value
+    epochs = changes.pop("epochs", recipe.epochs)
+    if epochs != recipe.epochs and isinstance(epochs, int) and not isinstance(epochs, bool):
+        recipe = recipe.with_epochs(epochs)
+    elif epochs != recipe.epochs:
+        changes["epochs"] = epochs  # for its refusal
     return recipe.replace(**changes) if changes else recipe

@@ -7,7 +7,7 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import pydantic
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,8 +17,10 @@ from pyro_sbp.errors import RequestError, did_you_mean
 
 __all__ = [
     "METHODS",
+    "ORDERS",
     "RECIPE_CLASSES",
     "STRICT",
+    "THRESHOLDS",
     "GatedRecipe",
     "RBPRecipe",
     "Recipe",
@@ -39,6 +41,9 @@ METHODS = {
 
 STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+Order = Literal["forward", "reversed", "together"]
+#: The orders in which RBP can take the gates.
+ORDERS: tuple[Order, ...] = get_args(Order)
 _Count = Annotated[int, Field(ge=0, le=1_000_000)]
 _Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
@@ -210,6 +215,15 @@ class Recipe:
         return value
 
     @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if not self.method:
+            raise ValueError(
+                "a recipe is of a method: use SBPRecipe, RBPRecipe or SparseVDRecipe of "
+                "pyro_sbp.recipes"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_distill(self) -> Self:
         if self.distill and not self.finetune_epochs:
             raise ValueError(
@@ -340,7 +354,7 @@ class RBPRecipe(GatedRecipe):
         "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
         "is removed (1.2 to 20). `none` is the log-uniform prior of SBP.",
     )
-    order: Literal["forward", "reversed", "together"] = _setting(
+    order: Order = _setting(
         "forward",
         "The order in which the gates take their turns: as data flow, reversed, or all together.",
     )
@@ -367,6 +381,10 @@ class SparseVDRecipe(_RisingKL):
 RECIPE_CLASSES: dict[str, type[Recipe]] = {
     cls.method: cls for cls in (SBPRecipe, SparseVDRecipe, RBPRecipe)
 }
+
+
+#: The default thresholds on the signal-to-noise ratio, by method.
+THRESHOLDS = {method: cls().threshold for method, cls in RECIPE_CLASSES.items()}
 
 
 def method_settings(method: str) -> tuple[str, ...]:

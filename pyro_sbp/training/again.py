@@ -16,7 +16,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.choosing import NothingLeft
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import RECIPE_CLASSES
+from pyro_sbp.recipes.settings import THRESHOLDS
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import Job, prepare_job
 from pyro_sbp.training.loop import Loop
@@ -87,7 +87,7 @@ def sweep(
         RequestError: the run has no whole checkpoint, or a threshold is negative.
     """
     if thresholds is None:
-        unit = RECIPE_CLASSES[request.method]().threshold
+        unit = THRESHOLDS[request.method]
         thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
     rows = []
     with _replayed(request, data, directory) as (job, loop):

@@ -28,7 +28,7 @@ from pyro_sbp.training.processes import (
     starting_copies,
 )
 
-__all__ = ["dtype_of", "gather", "in_step", "launch", "on_first"]
+__all__ = ["dtype_of", "gather", "in_step", "launch", "leave", "on_first"]
 
 _Precision = Literal["32-true", "64-true", "bf16-mixed"]
 #: Parts of gloo's messages about a process that has ended.
@@ -84,6 +84,15 @@ def launch(
     if threads is not None:  # Fabric sets a number of its own
         torch.set_num_threads(threads)
     return fabric
+
+
+def leave() -> None:
+    """End the process group of a run that has finished on all processes.
+
+    Otherwise its threads are still running when the interpreter exits, which may abort the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

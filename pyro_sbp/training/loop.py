@@ -138,7 +138,8 @@ class Loop:
         """Load what the phases left, up to the last one with noise.
 
         Raises:
-            RequestError: there is no checkpoint, or none with a posterior.
+            RequestError: there is no checkpoint, or no phase with noise has ended or is in its last
+                part.
         """
         saved = self._load()
         if saved is None:
@@ -152,9 +153,9 @@ class Loop:
             else:
                 phase.module.load_state_dict(saved.current["module"])
                 self._finish(phase)
-            noisy = noisy or phase.noisy
+            noisy = noisy or (phase.noisy and phase.ends)
         if not noisy:
-            raise RequestError(f"{self.directory} was stopped before it had a posterior")
+            raise RequestError(f"{self.directory} was stopped before its noise was trained")
 
     def recalibrate(self) -> None:
         """Measure the batch norm statistics of the smaller network again, if the recipe says so."""

@@ -51,7 +51,8 @@ class ThreadChoice:
 
     Attributes:
         threads: the number.
-        source: what it is taken from: "--threads", the name of a variable, or "free cores".
+        source: what it is taken from: "--threads", the name of a variable, "the run", or "free
+            cores".
         processes: how many processes of the run share the cores.
         cores: the cores as measured; None where the number was given.
     """
@@ -79,15 +80,19 @@ class ThreadChoice:
         )
 
 
-def choose_threads(threads: int | None = None, processes: int = 1) -> ThreadChoice:
+def choose_threads(
+    threads: int | None = None, processes: int = 1, recorded: int | None = None
+) -> ThreadChoice:
     """Choose the number of CPU threads for each process of a run.
 
-    It is the given number, or else that of `VARIABLES`, at most one for each CPU that the process
-    may use. Without either it is the number of cores that are free, at least one.
+    It is the given number, or else that of `VARIABLES`, or else that of the run that resumes, at
+    most one for each CPU that the process may use. Otherwise it is the number of cores that are
+    free, at least one.
 
     Args:
         threads: the number that the user gave.
         processes: how many processes of the run are on this machine.
+        recorded: the number that a run which resumes was started with.
     """
     if threads is not None:
         return ThreadChoice(threads, "--threads", processes)
@@ -98,6 +103,8 @@ def choose_threads(threads: int | None = None, processes: int = 1) -> ThreadChoi
             given = min(int(number[1]), len(_usable_cpus()))
             return ThreadChoice(given, name, processes)
     cores = measure_cores()
+    if recorded is not None:
+        return ThreadChoice(min(recorded, len(_usable_cpus())), "the run", processes, cores)
     return ThreadChoice(_whole(cores.free / processes), "free cores", processes, cores)
 
 

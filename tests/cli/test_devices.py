@@ -16,6 +16,8 @@ from PIL import Image
 import pyro_sbp as sbp
 from pyro_sbp.cli import cli
 from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.files import lock
 
 RECIPE = """
@@ -80,7 +82,7 @@ def runs(tmp_path_factory):
 
 
 def dense(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)["finished"][0]
+    return Checkpoint.read(run / "checkpoint.pt").finished[0]["module"]
 
 
 def metrics(run):
@@ -203,11 +205,10 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     with start(PYRO_SBP, "train", "--resume", str(tmp_path / "run"), "--json") as process:
         assert process.wait(120) == 0, process.stderr.read()
     states = [
-        torch.load(run / "checkpoint.pt", weights_only=True)
+        list(tensors_of(Checkpoint.read(run / "checkpoint.pt").finished))
         for run in (runs["two"], tmp_path / "run")
     ]
-    for first, second in zip(*(state["finished"] for state in states), strict=True):
-        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert all(torch.equal(first, second) for first, second in zip(*states, strict=True))
     lines = [{**line, "seconds": 0} for line in metrics(runs["two"])]
     assert [{**line, "seconds": 0} for line in metrics(tmp_path / "run")] == lines
 

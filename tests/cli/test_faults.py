@@ -22,7 +22,9 @@ from helpers import METHODS, StopAfter
 from pyro_sbp.cli import cli
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.training import train as training
+from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.files import lock
 
 RECIPE = """
@@ -131,9 +133,8 @@ def files(directory):
 
 
 def parameters(directory):
-    saved = torch.load(directory / "checkpoint.pt", weights_only=True)
-    for state in (*saved["finished"], saved["module"]):
-        yield from state.values()
+    saved = Checkpoint.read(directory / "checkpoint.pt")
+    yield from tensors_of([saved.finished, saved.current])
 
 
 def one_line(result, status):

@@ -20,6 +20,7 @@ from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.datasets.streaming import default_workers
 from pyro_sbp.deployment import saving
+from pyro_sbp.training.checkpoints import Checkpoint
 
 WORKERS = min(2, default_workers())
 RECIPE = """
@@ -67,10 +68,10 @@ def held(root):
 def assert_same_end(one, other):
     first, second = (json.loads((run / "summary.json").read_text()) for run in (one, other))
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
-    states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (one, other)]
-    for name, value in states[0]["module"].items():
-        assert torch.equal(value, states[1]["module"][name]), name
-    assert torch.equal(*(state["random"][0]["cpu"] for state in states))
+    states = [Checkpoint.read(run / "checkpoint.pt") for run in (one, other)]
+    for name, value in states[0].current["module"].items():
+        assert torch.equal(value, states[1].current["module"][name]), name
+    assert torch.equal(*(state.random[0]["cpu"] for state in states))
 
 
 def test_streamed_or_not_a_run_ends_the_same(root, held, tmp_path):

@@ -9,6 +9,7 @@ from pyro_sbp.recipes import (
     METHODS,
     RECIPES,
     RBPRecipe,
+    Recipe,
     Request,
     SBPRecipe,
     SparseVDRecipe,
@@ -16,7 +17,7 @@ from pyro_sbp.recipes import (
     read_recipe,
 )
 from pyro_sbp.recipes.overrides import with_overrides
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, method_settings
+from pyro_sbp.recipes.settings import RECIPE_CLASSES, GatedRecipe, method_settings
 
 
 def test_a_file_sets_what_it_names(tmp_path):
@@ -194,6 +195,22 @@ def test_single_settings_are_written_as_in_a_file():
     ):
         with pytest.raises(RequestError, match=words):
             with_overrides(before, [wrong])
+
+
+def test_a_weight_for_one_gate_does_not_change_those_of_the_others():
+    with pytest.raises(RequestError, match=r"kl_scale is 3 for all gates, and would become 1"):
+        with_overrides(RECIPES["lenet-dense"], ["kl_scale.fc1=5"])
+
+
+def test_epochs_by_name_are_those_of_the_flag():
+    recipe = RECIPES["sparse-digits"]
+    assert with_overrides(recipe, ["epochs=5"]) == recipe.with_epochs(5)
+
+
+@pytest.mark.parametrize("cls", [Recipe, GatedRecipe])
+def test_settings_are_those_of_a_method(cls):
+    with pytest.raises(RequestError, match="a recipe is of a method: use SBPRecipe, RBPRecipe or"):
+        cls()
 
 
 def test_every_setting_has_a_description():

@@ -260,3 +260,17 @@ def test_an_idle_machine_is_not_warned_of(choice):
 def test_this_machine_can_be_measured():
     cores = measure_cores(0.05)
     assert 0 < cores.usable <= (os.cpu_count() or 1) and 0 <= cores.busy <= cores.usable
+
+
+def test_a_run_that_resumes_keeps_its_threads_unless_the_user_says_otherwise(monkeypatch):
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_usable_cpus", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "measure_cores", lambda: threads.Cores(4.0, 3.0))
+    choice = threads.choose_threads(None, 1, recorded=2)
+    assert (choice.threads, choice.source) == (2, "the run")
+    assert "other processes use 3 of 4 cores; computing with 2 threads" in choice.warning
+    assert threads.choose_threads(None, 1, recorded=16).threads == 4
+    assert threads.choose_threads(3, 1, recorded=2).threads == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads.choose_threads(None, 1, recorded=2).threads == 1
