@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training import old_formats
 from pyro_sbp.training.files import write_whole
+from pyro_sbp.training.runs import Line
 
 __all__ = ["FORMAT", "Checkpoint", "Place"]
 
@@ -106,24 +109,35 @@ class Checkpoint:
             RequestError: it is damaged, or not the checkpoint of a run.
         """
         try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            # One opened file, as a run that is under way may replace the one at `path`.
+            with open(path, "rb") as file:
+                # torch.load does not compare all records with their checksums.
+                with zipfile.ZipFile(file) as archive:
+                    if (record := archive.testzip()) is not None:
+                        raise ValueError(f"{record!r} differs from its checksum")
+                file.seek(0)
+                saved = torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:  # damaged bytes may raise anything
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
+        found = saved.get("format") if isinstance(saved, dict) else None
+        if isinstance(found, int) and found != FORMAT:
+            raise RequestError(
+                f"{path} cannot be read: it has format {found}; this version of pyro-sbp reads "
+                f"format {FORMAT} and older ones"
+            )
         try:
             if "format" not in saved:
                 saved = old_formats.checkpoint(saved)
-            elif saved["format"] != FORMAT:
-                raise RequestError(
-                    f"{path} has format {saved['format']!r}; this version of pyro-sbp reads "
-                    f"format {FORMAT} and older ones"
-                )
+            _SAVED.validate_python(saved)
             values = {field.name: saved[field.name] for field in dataclasses.fields(cls)}
             values["request"] = Request.from_dict(json.loads(values["request"]))
             values["place"] = Place(**values["place"])
             return cls(**values)
+        except ValidationError as error:
+            raise RequestError(f"{path} is damaged: {_finding(error)}") from error
         except RequestError as error:
             raise RequestError(f"{path} cannot be read: {error}") from error
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # values of wrong types may raise anything
             raise RequestError(f"{path} is damaged: it is not the checkpoint of a run") from error
 
     def network(self) -> dict[str, Tensor]:
@@ -134,3 +148,62 @@ class Checkpoint:
                 names = [name for name in state if name.startswith(prefix)]
                 return {name.removeprefix(prefix): state[name] for name in names}
         return {}
+
+
+_CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_Count = Annotated[int, Field(ge=0)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@with_config(_CONFIG)
+class _Place(TypedDict):
+    """The fields of `Place`."""
+
+    order: Tensor
+    total: Tensor
+    epoch: NotRequired[_Count]
+    step: NotRequired[_Count]
+    seen: NotRequired[_Count]
+    seconds: NotRequired[_Seconds]
+
+
+@with_config(_CONFIG)
+class _Record(TypedDict):
+    """What `Phase.record` returns. A module may keep values that are no tensors in its state."""
+
+    module: NotRequired[dict[str, Any]]
+    network: NotRequired[str | None]
+    guide: NotRequired[dict[str, Tensor]]
+    equivalence: NotRequired[dict[str, float]]
+
+
+@with_config(_CONFIG)
+class _Saved(TypedDict):
+    """The values of the file, with the names of the attributes of `Checkpoint`."""
+
+    request: str
+    finished: list[_Record]
+    current: _Record
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    place: _Place
+    errors: dict[str, dict[str, float | None]]
+    seconds: _Seconds
+    lines: list[Line]
+    order: Tensor
+    random: Annotated[list[dict[str, Tensor]], Field(min_length=1)]
+    left_alone: dict[str, str] | None
+    posteriors: dict[str, tuple[Tensor, Tensor]]
+
+
+_SAVED = TypeAdapter(_Saved)
+
+
+def _finding(error: ValidationError) -> str:
+    """The first finding of a validation in one line, without the value, which may be a tensor."""
+    found = error.errors(include_url=False, include_input=False)[0]
+    name = " ".join(" ".join(str(part) for part in found["loc"]).split())
+    if found["type"] == "missing":
+        return f"{name} is missing"
+    message = found["msg"].replace("Input should be", "expected")
+    return f"{name}: {message}" if name else "it is not the checkpoint of a run"

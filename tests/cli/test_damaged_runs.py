@@ -6,7 +6,10 @@ import random
 import shutil
 
 import pytest
-from helpers import run, train_quickly
+import torch
+from helpers import StopAfter, run, train_quickly
+
+from pyro_sbp.cli.stopping import Stopped
 
 #: Files of a run, and the commands that read them.
 COMMANDS = (
@@ -30,9 +33,28 @@ WRONG = (None, True, -1, 10**40, 0.5, math.nan, math.inf, "", "x", [], ["x"], [[
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    directory, _, _ = train_quickly("sbp", tmp_path_factory.mktemp("runs"))
+def trained(tmp_path_factory):
+    """The directory of a run, and the arguments that made it."""
+    directory, _, args = train_quickly("sbp", tmp_path_factory.mktemp("runs"))
+    return directory, args
+
+
+@pytest.fixture(scope="module")
+def finished(trained):
+    directory, _ = trained
     assert run("bench", directory, "--seconds", "0.001", "--batch-size", "1").exit_code == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stopped(trained, tmp_path_factory):
+    """A run that was stopped in the phase with noise."""
+    from pyro_sbp.training import train as training
+
+    train, directory = training.train, tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(100)))
+        run(*trained[1], "--output-dir", directory)
     return directory
 
 
@@ -138,3 +160,22 @@ def test_a_unit_without_zeroed_has_none(finished, tmp_path):
     summary = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(replaced(summary, ("units", 0, "zeroed"), ...)), "utf-8")
     assert outcome(("report", "--no-sweep"), directory)[0] == 0
+
+
+@pytest.mark.parametrize("words", [("inspect",), COMMANDS[2], ("train", "--resume")])
+@pytest.mark.parametrize("kind", ["cut", "flip", "other"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(finished, stopped, tmp_path, words, kind):
+    directory = tmp_path / "run"
+    shutil.copytree(finished if words[0] == "prune" else stopped, directory)
+    path = directory / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if kind == "cut":
+        del content[len(content) // 2 :]
+    elif kind == "flip":  # of a bit in a tensor
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if kind == "other":
+        torch.save(torch.zeros(2), path)
+    status, said = outcome(words, directory)
+    assert status == 2 and len(said) == 1, said
+    assert said[0].startswith(f"Error: {path} is damaged: "), said
