@@ -206,7 +206,8 @@ def fill(net: nn.Module, description: Description, state: Mapping[str, Tensor]) 
     if description.frozen is not None:
         frozen = set(description.frozen)
         for name, parameter in net.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
+            can_train = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(name not in frozen and can_train)
 
 
 def non_persistent_buffers(net: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def save(
     A new directory appears only when all of its files are complete. With `overwrite`, the old
     network can be loaded until the new one is complete, and the new one from then on, even if the
     process is killed in between. An interrupted call may leave files whose names end in ``.part``.
-    They may be in use; the next `save` to the directory renames or replaces them.
+    Those in the directory may be in use; the next `save` to it renames or replaces them. A
+    directory ``NAME.*.part`` beside a new one can be deleted.
 
     What is kept are tensors: parameters and buffers with their values and types, which of them are
     the same tensor, and which parameters are frozen. Other attributes that were set after
@@ -152,14 +154,16 @@ def _write_new(
     writers: Mapping[str, Callable[[Path], object]],
     describe: Callable[[Mapping[str, str]], str],
 ) -> None:
-    partial = part(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A unique name, as another process may be saving a network of the same name.
+    unique = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part"))
+    partial = unique / path.name
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()  # unlike the directory around it, with the permissions of a new directory
         file_sets.replace(partial, writers, INDEX, describe)
         os.replace(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unique, ignore_errors=True)
     file_sets.sync(path.parent)
 
 
@@ -260,7 +264,15 @@ def load(
     path = Path(directory)
     try:
         description = Description.read(path / INDEX)
-        state = _state(_read_tensors(path, description), description)
+        try:
+            tensors = _read_tensors(path, description)
+        except (OSError, ValueError):
+            # A `save` at the same time may have replaced the files since the index was read.
+            before, description = description, Description.read(path / INDEX)
+            if description == before:
+                raise
+            tensors = _read_tensors(path, description)
+        state = _state(tensors, description)
     except UnknownFormat as error:
         raise ValueError(f"{path} has {error}") from error
     except (OSError, ValueError) as error:

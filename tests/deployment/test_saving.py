@@ -430,7 +430,9 @@ for old in ("with checksums", "without", "none"):
         sbp.save(constant(3.0), path, constant, overwrite=True)
         assert value_of(path) == 3.0
         assert {file.name for file in path.iterdir()} == {"model.safetensors", "network.json"}
-        assert [file.name for file in root.iterdir()] == ["net"]
+        beside = [file.name for file in root.iterdir() if file.name != "net"]
+        assert len(beside) <= (old == "none"), beside
+        assert all(name.startswith("net.") and name.endswith(".part") for name in beside)
         if alive:
             break
     first = None if old == "none" else 1.0
@@ -450,3 +452,36 @@ def test_killed_at_any_instant_the_old_or_the_new_network_is_whole(tmp_path):
         env=environment, capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 3
+
+
+def test_loading_while_another_process_saves_gives_the_new_network(tmp_path, monkeypatch):
+    path, read = tmp_path / "net", saving._read_tensors
+    sbp.save(constant(1.0), path, constant)
+
+    def late(*args):
+        monkeypatch.setattr(saving, "_read_tensors", read)
+        sbp.save(constant(2.0), path, constant, overwrite=True)
+        return read(*args)
+
+    monkeypatch.setattr(saving, "_read_tensors", late)
+    assert value_of(path) == 2.0
+
+
+def test_a_directory_that_save_did_not_write_is_left_alone(tmp_path):
+    other = tmp_path / "net.part"
+    other.mkdir()
+    (other / "notes").write_text("mine")
+    sbp.save(constant(1.0), tmp_path / "net", constant)
+    assert (other / "notes").read_text() == "mine" and value_of(tmp_path / "net") == 1.0
+    assert {file.name for file in tmp_path.iterdir()} == {"net", "net.part"}
+
+
+def complex_scale():
+    net = torch.nn.Linear(1, 1)
+    net.register_parameter("scale", torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    return net
+
+
+def test_a_complex_parameter_stays_trainable(tmp_path):
+    sbp.save(complex_scale(), tmp_path / "net", complex_scale)
+    assert sbp.load(tmp_path / "net", complex_scale).scale.requires_grad
