@@ -72,7 +72,7 @@ __all__ = ["train"]
 @click.option(
     "--channels-last/--no-channels-last",
     default=None,
-    help="Lay images out with their channels last, which suits some devices and networks.",
+    help="Use the channels-last memory format, which is faster on some devices.",
 )
 @click.option(
     "--threads",
@@ -117,7 +117,7 @@ def train(
         if (resume / "summary.json").exists():
             raise RequestError(
                 f"{resume} is a finished run: nothing is left to do, and epochs cannot be added; "
-                "train anew with more --epochs and another --output-dir"
+                "train again with more --epochs and another --output-dir"
             )
         given = [
             "--set" if name == "settings" else f"--{name.replace('_', '-')}"

@@ -13,7 +13,7 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop and a random flip, drawn anew for every image.
+    """A random crop and a random flip, drawn for every image.
 
     Random numbers come from torch's generator of the images' device, and none are drawn for what is
     off. Nothing waits for the device.

@@ -102,7 +102,8 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
         example_input: a batch of its inputs, on which it is called once.
 
     Returns:
-        Dense and convolutional layers, transposed ones too, and what is left alone.
+        Dense and convolutional layers, transposed ones too, and why the
+        other layers cannot have noise.
     """
     layers: dict[str, nn.Module] = {}
     left_alone = {}

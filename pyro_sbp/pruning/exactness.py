@@ -61,7 +61,7 @@ def checked_shrink(
 ) -> tuple[nn.Module, Equivalence]:
     """Shrink a network and compare the result with the masked network, without using `fold` there.
 
-    The work is done in float64, and the weights that were checked are those handed over.
+    The work is done in float64, and the checked weights are those of the returned network.
 
     Args:
         net, gates, theta, example_input, units: as for `shrink`.

@@ -1,4 +1,4 @@
-"""Batch norm statistics measured anew, for a network whose activations have changed."""
+"""Batch norm statistics measured again, for a network whose activations have changed."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ _Class = TypeVar("_Class", bound=type)
 
 def refusing(cls: _Class) -> _Class:
     """Let the constructor of a validated dataclass raise `RequestError`, in one line."""
-    validate: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    validate: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of a class that is known
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -98,7 +98,7 @@ def refusing(cls: _Class) -> _Class:
         except ValidationError as error:
             raise RequestError(in_one_line(error)) from error
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = __init__  # type: ignore[misc]  # as above
     return cls
 
 

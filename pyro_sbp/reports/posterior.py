@@ -117,7 +117,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     """What a posterior says about every gate, as plain values for JSON.
 
     Args:
-        run: the run; of a finished one, `kept` and `zeroed` are those of the network handed over.
+        run: the run; of a finished one, `kept` and `zeroed` are those of the final network.
         posterior: of that run.
 
     Returns:

@@ -254,7 +254,7 @@ def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     assert "give another --output-dir" in result.stderr
     for more in ([], ["--epochs", "20"]):
         result = run("train", "--resume", directory, *more)
-        assert result.exit_code == 2 and "train anew with more --epochs" in result.stderr
+        assert result.exit_code == 2 and "train again with more --epochs" in result.stderr
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     (tmp_path / "file").write_text("mine")
     result = run(*args, "--output-dir", tmp_path / "file" / "run")
