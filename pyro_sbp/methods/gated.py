@@ -287,15 +287,14 @@ class TurnPhase(NoisePhase):
         recipe, stage = self.recipe, self.stage
         mean, own = self.guide.mean(), self.guide.snr()
         snr = {**stage.snr, **own}
-        # Where no unit carries signal, every gate keeps its best one.
-        largest = max(float(value.max()) for value in snr.values())
         choice = choose_units(
             stage.net,
             stage.gates,
             {**stage.theta(), **mean},
             snr,
             self.method.example_input,
-            threshold=min(recipe.threshold, largest),
+            threshold=recipe.threshold,
+            nothing_left="keep_best",
         )
         held = held_gates(own, recipe.threshold)
         # Units that are kept though they are under the threshold stay kept when `prune` is called.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,17 @@ from pyro_sbp.pruning.macs import count_macs
 __all__ = [
     "Choice",
     "NothingLeft",
+    "OnNothingLeft",
     "check_settings",
     "check_threshold",
     "choose_units",
     "least_level",
     "masked_mean",
 ]
+
+
+#: What to do where no unit of any gate reaches the threshold.
+OnNothingLeft = Literal["refuse", "keep_best"]
 
 
 class NothingLeft(ValueError):
@@ -100,6 +105,7 @@ def choose_units(
     round_to: int = 1,
     min_units: int = 1,
     dense: nn.Module | None = None,
+    nothing_left: OnNothingLeft = "refuse",
 ) -> Choice:
     """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
 
@@ -113,32 +119,44 @@ def choose_units(
             many times fewer MACs.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
-        min_units: every gate keeps its best so many units, whatever the threshold. With 0 a gate
-            may lose all, and a residual branch with it all that it adds but a constant; one column
-            of zeros stays for the shape.
+        min_units: every gate keeps at least this many units, its best ones, whatever the
+            threshold. Where two gates meet at a layer (channels, and the features that are
+            flattened from them), the units of the later gate are the best of those that the
+            earlier one still reaches. With 0 a gate may lose all, and a residual branch with it
+            all that it adds but a constant; one column of zeros stays for the shape.
         dense: the network whose MACs a budget counts from, where `net` was cut before.
+        nothing_left: what to do where no unit of any gate reaches the threshold: "refuse" raises
+            `NothingLeft`, "keep_best" keeps the best `min_units` of every gate. With `min_units` 0
+            there is none to keep, and both raise.
 
     Raises:
         ValueError: a setting is out of range, the threshold removes every unit of every gate, or
             the budget cannot be met; the message says what can.
     """
     check_settings(threshold, macs_ratio, round_to, min_units)
+    if nothing_left not in get_args(OnNothingLeft):
+        allowed = " or ".join(map(repr, get_args(OnNothingLeft)))
+        raise ValueError(f"nothing_left is {nothing_left!r}; expected {allowed}")
     threshold = 1.0 if threshold is None else threshold
     if not gates:
         raise ValueError("there is no gate to choose units of")
     snr = {gate.name: snr[gate.name].detach().cpu() for gate in gates}
+    usable = {gate.name: mean[gate.name].detach().cpu() != 0 for gate in gates}
     levels = torch.cat([snr[gate.name] for gate in gates]).unique()
 
     def chosen(level: float) -> Choice:
         mask = {gate.name: snr[gate.name] >= level for gate in gates}
         held = held_gates(snr, level) if min_units else ()
         _bring_back(gates, mask, snr, round_to, min_units)
+        if _bring_back_jointly(gates, mask, snr, usable, round_to, min_units):
+            _bring_back(gates, mask, snr, round_to, min_units)
         theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
         units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
         return Choice(theta, units, level, held)
 
     if macs_ratio is None:
-        if threshold > float(levels[-1]):
+        keeps_best = nothing_left == "keep_best" and min_units > 0
+        if threshold > float(levels[-1]) and not keeps_best:
             raise NothingLeft(
                 f"threshold {threshold:g} removes every unit of every gate; "
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
@@ -210,6 +228,88 @@ def _bring_back(
             best = score.argsort(descending=True, stable=True)[: wanted - kept]
             mask[gate.name] = mask[gate.name].clone()
             mask[gate.name][best[possible[best]]] = True
+
+
+def _bring_back_jointly(
+    gates: Sequence[Gate],
+    mask: dict[str, Tensor],
+    snr: Mapping[str, Tensor],
+    usable: Mapping[str, Tensor],
+    round_to: int,
+    min_units: int,
+) -> bool:
+    """Give every gate its least number of units, where gates can only be given them together.
+
+    A unit is kept only if the other gates keep what it needs: a channel needs one of its features,
+    a column of a grouped layer needs a row of its group. So each unit that is brought back brings
+    back the best units of the other gates that it needs.
+
+    Args:
+        gates, snr, round_to, min_units: as for `choose_units`.
+        mask: from gate name to the units to keep, bool ``[units]``; it is extended.
+        usable: from gate name to the units whose theta is not 0, bool ``[units]``.
+
+    Returns:
+        Whether units were brought back.
+    """
+
+    def kept(free: Sequence[str], changed: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
+        """The units that are kept if the gates in `free` keep all that are usable."""
+        masks = {**mask, **{name: usable[name] for name in free}, **changed}
+        alive = {name: units & usable[name] for name, units in masks.items()}
+        return {name: units.kept for name, units in surviving_units(gates, alive).items()}
+
+    def best_first(name: str, among: Tensor) -> list[int]:
+        units = torch.nonzero(among).flatten()
+        order = snr[name][units].argsort(descending=True, stable=True)
+        return [int(unit) for unit in units[order]]
+
+    def with_units(name: str, *units: int) -> Tensor:
+        more = mask[name].clone()
+        more[list(units)] = True
+        return more
+
+    def next_unit(gate: Gate) -> int | None:
+        """The best unit that can be kept, with as few other gates changed as possible."""
+        now = kept([])
+        others = [other.name for other in gates if other is not gate]
+        short = [other.name for other in gates if int(now[other.name].sum()) < least[other.name]]
+        for free in (short, others):
+            possible = kept([*free, gate.name])[gate.name] & ~now[gate.name]
+            if found := best_first(gate.name, possible):
+                return found[0]
+        return None
+
+    def bring_back(gate: Gate, unit: int) -> None:
+        mask[gate.name] = with_units(gate.name, unit)
+        free = [other.name for other in gates if other is not gate]
+        while free:
+            name = free.pop(0)
+            if kept(free)[gate.name][unit]:
+                continue
+            # Only this unit's needs are of interest, not those of the gate's other units.
+            alone = torch.zeros_like(mask[gate.name])
+            alone[unit] = True
+            needed = kept([name, *free], {gate.name: alone})[name] & ~mask[name]
+            units = best_first(name, needed)
+            for other in units:
+                if kept(free, {name: with_units(name, other)})[gate.name][unit]:
+                    mask[name] = with_units(name, other)
+                    break
+            else:
+                mask[name] = with_units(name, *units)
+
+    least = {gate.name: min(min_units, int(usable[gate.name].sum())) for gate in gates}
+    changed = False
+    for gate in gates:
+        count = int(kept([])[gate.name].sum())
+        if count >= least[gate.name]:
+            continue
+        wanted = min(-(-min_units // round_to) * round_to, gate.size)
+        while count < wanted and (unit := next_unit(gate)) is not None:
+            bring_back(gate, unit)
+            changed, count = True, int(kept([])[gate.name].sum())
+    return changed
 
 
 def _macs_ratios(
