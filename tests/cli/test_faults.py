@@ -291,7 +291,9 @@ def test_a_gate_that_would_lose_all_its_units_is_held_and_named(arguments, tmp_p
         unit["kept"] >= 1 for unit in summary["units"]
     )
     for gate in summary["held"]:
-        assert f"all units under the threshold, the best kept: {gate}" in result.stdout
+        assert (
+            f"all units of {gate} are under the threshold: only the best is kept" in result.stdout
+        )
 
 
 class Payload:
