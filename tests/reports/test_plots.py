@@ -62,7 +62,7 @@ def write_run(directory, arch, gates, weights):
         seconds=0.0,
         lines=lines,
         order=torch.zeros(1),
-        random=[],
+        random=[{"cpu": torch.get_rng_state()}],
         left_alone={},
         posteriors=posteriors,
     ).write(directory / "checkpoint.pt")
