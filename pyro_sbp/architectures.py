@@ -80,13 +80,16 @@ def _lenet(name: str, argument: str) -> Architecture:
     return Architecture(f"pyro_sbp.networks:{name}", "mnist", 28, ("fc1",), argument)
 
 
+def _cifar(name: str) -> Architecture:
+    return Architecture(f"pyro_sbp.networks:{name}", "cifar10", 32, input_argument="in_channels")
+
+
 ARCHITECTURES = {
     "lenet-500-300": _lenet("LeNet500_300", "in_features"),
     "lenet-300-100": _lenet("LeNet300_100", "in_features"),
     "lenet5": _lenet("LeNet5", "in_channels"),
-    "vgg-like": Architecture(
-        "pyro_sbp.networks:VGGLike", "cifar10", 32, input_argument="in_channels"
-    ),
+    "vgg-like": _cifar("VGGLike"),
+    **{f"resnet{depth}": _cifar(f"resnet{depth}") for depth in (20, 32, 56, 110)},
 }
 
 

@@ -1,8 +1,26 @@
-"""The networks of the papers: LeNet-500-300, LeNet-300-100, LeNet-5-Caffe and VGG-like."""
+"""The networks of the papers: LeNet-500-300, LeNet-300-100, LeNet-5-Caffe, VGG-like, and residual
+networks for 32x32 images."""
 
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["LeNet5", "LeNet300_100", "LeNet500_300", "VGGLike"]
+__all__ = [
+    "LeNet5",
+    "LeNet300_100",
+    "LeNet500_300",
+    "PlaceChannels",
+    "ResNetCIFAR",
+    "VGGLike",
+    "place_channels",
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "resnet110",
+]
 
 
 class _DenseLeNet(nn.Module):
@@ -86,3 +104,136 @@ class VGGLike(nn.Module):
         x = self.features(x).flatten(1)
         x = self.bn1(self.fc1(x)).relu()
         return self.fc2(x)
+
+
+def place_channels(x: Tensor, weight: Tensor, source: Tensor) -> Tensor:
+    """Multiply channels by numbers, and place them among others that are zero.
+
+    It is one overridable function of torch, so that a `TorchFunctionMode` can observe it.
+
+    Args:
+        x: images ``[batch, channels, height, width]``.
+        weight: the factor of every channel, ``[channels]``.
+        source: for every output channel the number of the channel that it copies, or `channels` for
+            a channel of zeros; int64 ``[outputs]``.
+
+    Returns:
+        Images ``[batch, outputs, height, width]``.
+    """
+    if has_torch_function((x, weight)):
+        result: Tensor = handle_torch_function(place_channels, (x, weight), x, weight, source)
+        return result
+    padded = F.pad(x * weight.view(-1, 1, 1), (0, 0, 0, 0, 0, 1))
+    return padded.index_select(1, source)
+
+
+class PlaceChannels(nn.Module):
+    """A shortcut without parameters that has more channels after than before.
+
+    It takes every `stride`-th pixel, and places the input channels in the middle of the output
+    channels; the others are zero (He et al. 2016, arXiv 1512.03385, section 4.2, option A). In
+    contrast to padding by fixed numbers the places are stored, so that channels can be removed on
+    both sides.
+
+    Args:
+        in_channels, out_channels: the numbers of channels.
+        stride: the step between the pixels that are kept.
+    """
+
+    weight: Tensor
+    source: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+        before = (out_channels - in_channels) // 2
+        source = torch.full((out_channels,), in_channels)
+        source[before : before + in_channels] = torch.arange(in_channels)
+        # Not trained: pruning folds the noise of the input channels into it.
+        self.register_buffer("weight", torch.ones(in_channels))
+        self.register_buffer("source", source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, in_channels, height, width]`` to ``[batch, out_channels, ...]``, where
+        height and width are divided by the stride."""
+        return place_channels(x[:, :, :: self.stride, :: self.stride], self.weight, self.source)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
+
+
+class _Block(nn.Module):
+    """Two convolutions 3x3 with batch norm, and a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels or stride != 1:
+            self.shortcut = PlaceChannels(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + self.shortcut(x)).relu()
+
+
+class ResNetCIFAR(nn.Module):
+    """Residual network for 32x32 images (He et al. 2016, arXiv 1512.03385, section 4.2).
+
+    Three stages of `blocks` blocks have 16, 32 and 64 channels. Shortcuts have no parameters.
+
+    Args:
+        blocks: the number of blocks of a stage: 3 is ResNet-20, 9 is ResNet-56.
+        in_channels: the number of channels of the images.
+        num_classes: the number of logits.
+        width: the number of channels of the first stage.
+    """
+
+    def __init__(
+        self, blocks: int, in_channels: int = 3, num_classes: int = 10, width: int = 16
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        stages, channels = [], width
+        for stage in range(3):
+            layers = []
+            for block in range(blocks):
+                new = width * 2**stage
+                layers.append(_Block(channels, new, 2 if stage and not block else 1))
+                channels = new
+            stages.append(nn.Sequential(*layers))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[batch, channels, 32, 32]`` to logits ``[batch, classes]``."""
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet20(in_channels: int = 3, num_classes: int = 10, width: int = 16) -> ResNetCIFAR:
+    """ResNet-20 for 32x32 images: 0.27 M parameters, 40.55 M MACs."""
+    return ResNetCIFAR(3, in_channels, num_classes, width)
+
+
+def resnet32(in_channels: int = 3, num_classes: int = 10, width: int = 16) -> ResNetCIFAR:
+    """ResNet-32 for 32x32 images."""
+    return ResNetCIFAR(5, in_channels, num_classes, width)
+
+
+def resnet56(in_channels: int = 3, num_classes: int = 10, width: int = 16) -> ResNetCIFAR:
+    """ResNet-56 for 32x32 images."""
+    return ResNetCIFAR(9, in_channels, num_classes, width)
+
+
+def resnet110(in_channels: int = 3, num_classes: int = 10, width: int = 16) -> ResNetCIFAR:
+    """ResNet-110 for 32x32 images."""
+    return ResNetCIFAR(18, in_channels, num_classes, width)

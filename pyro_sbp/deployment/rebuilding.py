@@ -15,6 +15,7 @@ from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.networks import PlaceChannels
 
 __all__ = ["check_fit", "construct", "fill", "non_persistent_buffers", "resize_layers"]
 
@@ -166,6 +167,10 @@ def check_fit(
         old = getattr(module, leaf, None)
         if isinstance(old, Tensor) and old.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{name!r} has the type {tensor.dtype}, not {old.dtype}")
+        if isinstance(module, PlaceChannels) and leaf == "source":
+            inside = (tensor >= 0) & (tensor <= module.in_channels)
+            if not bool(inside.all()):
+                raise ValueError(f"{name!r} names channels that are not among the input's")
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name in description.frozen or ():
         if name not in parameters:
@@ -265,5 +270,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
             return {"weight": (module.num_parameters,)}
         case nn.Embedding():
             return {"weight": (module.num_embeddings, module.embedding_dim)}
+        case PlaceChannels():
+            return {"weight": (module.in_channels,), "source": (module.out_channels,)}
         case _:
             return {}

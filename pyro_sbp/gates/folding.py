@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.layers import channel_dim, column_factor, serves
+from pyro_sbp.gates.layers import channel_dim, column_factor, serves, weight_of
 from pyro_sbp.gates.nested import convert, same, tensors_of
 
 __all__ = [
@@ -190,9 +190,9 @@ def factors(
     for layer, scale in _column_scales(gates, theta).items():
         if scale.ndim != 1:
             raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
-        weight = net.get_parameter(f"{layer}.weight")
-        scale = scale.to(weight.dtype)
-        yield f"{layer}.weight", weight, column_factor(net.get_submodule(layer), scale)
+        module = net.get_submodule(layer)
+        weight = weight_of(module)
+        yield f"{layer}.weight", weight, column_factor(module, scale.to(weight.dtype))
 
 
 class _Gating(TorchFunctionMode):
@@ -202,7 +202,7 @@ class _Gating(TorchFunctionMode):
     def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
         super().__init__()
         layers = {name: net.get_submodule(name) for name in scales}
-        self.readers = {id(layers[name].weight): (name, layers[name]) for name in scales}
+        self.readers = {id(weight_of(layers[name])): (name, layers[name]) for name in scales}
         self.scales = scales
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_sbp.networks import PlaceChannels, place_channels
+
 __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "SIZE_ATTRIBUTES",
@@ -25,6 +27,7 @@ __all__ = [
     "resize",
     "rows_of",
     "serves",
+    "weight_of",
 ]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -43,6 +46,7 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTIONS),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _TRANSPOSED),
     F.embedding: (nn.Embedding,),
+    place_channels: (PlaceChannels,),
 }
 #: Functions that treat every channel alone.
 CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, F.prelu})
@@ -77,7 +81,8 @@ def is_matrix(module: nn.Module) -> bool:
         return module.groups == 1
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # to normalise a row mixes its columns
-    return isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not is_channelwise(module)
+    layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
+    return isinstance(module, layers) and not is_channelwise(module)
 
 
 def is_reader(module: nn.Module) -> bool:
@@ -115,17 +120,28 @@ def groups_of(module: nn.Module) -> int:
     return getattr(module, "groups", 1)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a layer: a parameter, or a buffer if it is not trained."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _row_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) else 0
 
 
 def num_rows(module: nn.Module) -> int:
     """How many units a matrix layer produces."""
+    if isinstance(module, PlaceChannels):
+        return len(module.source)
     return module.get_parameter("weight").shape[_row_dim(module)]
 
 
 def num_columns(module: nn.Module) -> int:
     """How many units a reader takes."""
+    if isinstance(module, PlaceChannels):
+        return len(module.weight)
     return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
 
 
@@ -140,6 +156,8 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
 
 def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
     """What multiplies the weight of a reader if `scale` ``[columns]`` multiplies its columns."""
+    if isinstance(module, PlaceChannels):
+        return scale
     weight, groups = module.get_parameter("weight"), groups_of(module)
     if groups > 1:
         rows = weight.shape[0] // groups
@@ -199,6 +217,9 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
             if isinstance(module, _CONVOLUTIONS):
                 module.groups = module.in_channels = len(rows)
         return
+    if isinstance(module, PlaceChannels):
+        _resize_places(module, rows, columns)
+        return
     if groups_of(module) > 1:
         _resize_groups(module, rows, columns)
         return
@@ -209,6 +230,22 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     if columns is not None:
         _keep(module, ("weight",), columns, 1 - _row_dim(module))
         _resized(module, _COLUMN_SIZES, len(columns))
+
+
+def _resize_places(module: PlaceChannels, rows: Tensor | None, columns: Tensor | None) -> None:
+    source = module.source
+    if rows is not None:
+        source = source[rows.to(source.device)]
+        module.out_channels = len(rows)
+    if columns is not None:
+        columns = columns.to(source.device)
+        # What is not kept is copied from the channel of zeros after the last.
+        number = source.new_full((module.in_channels + 1,), len(columns))
+        number[columns] = torch.arange(len(columns), device=source.device)
+        source = number[source]
+        module.weight = module.weight[columns]
+        module.in_channels = len(columns)
+    module.source = source
 
 
 def _resize_groups(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:

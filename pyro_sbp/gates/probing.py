@@ -101,6 +101,7 @@ class _Probe(TorchFunctionMode):
                 # Only what the module holds: a weight that is computed is another one each time.
                 for tensor in (
                     module._parameters.get("weight"),
+                    module._buffers.get("weight"),
                     module._buffers.get("running_mean"),
                 ):
                     if tensor is not None:

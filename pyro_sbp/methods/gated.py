@@ -401,6 +401,7 @@ def _hold_zeros(stage: Stage) -> list[Any]:
     return [
         weight.register_hook(lambda gradient, factor=factor: gradient * factor)
         for _, weight, factor in factors(stage.net, stage.gates, gone)
+        if weight.requires_grad
     ]
 
 

@@ -76,7 +76,8 @@ class Phase(ABC):
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups for `torch.optim`, each with its learning rate."""
+        """The parameter groups for `torch.optim`, each with its learning rate: first the weights,
+        then the noise if there is any."""
 
     @abstractmethod
     def loss(self, x: Tensor, y: Tensor) -> Parts:
@@ -199,7 +200,11 @@ def noise_groups(net: nn.Module, noise: nn.Module, recipe: Recipe) -> list[dict[
     rate = recipe.gated_learning_rate or recipe.learning_rate
     return [
         weights_group(net, recipe, rate),
-        {"params": list(noise.parameters()), "lr": recipe.noise_learning_rate},
+        {
+            "params": list(noise.parameters()),
+            "lr": recipe.noise_learning_rate,
+            "weight_decay": 0.0,
+        },
     ]
 
 

@@ -57,7 +57,7 @@ class PlainPhase(Phase):
     def loss(self, x: Tensor, y: Tensor) -> Parts:
         logits = self.module(x)
         if self.teacher is None:
-            nll = F.cross_entropy(logits, y)
+            nll = F.cross_entropy(logits, y, label_smoothing=self.recipe.label_smoothing)
         else:
             with torch.no_grad():
                 soft = self.teacher(x)

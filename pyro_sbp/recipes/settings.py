@@ -44,6 +44,8 @@ STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Order = Literal["forward", "reversed", "together"]
 #: The orders in which RBP can take the gates.
 ORDERS: tuple[Order, ...] = get_args(Order)
+Optimizer = Literal["adam", "adamw", "sgd"]
+Schedule = Literal["linear", "cosine", "one-cycle"]
 _Count = Annotated[int, Field(ge=0, le=1_000_000)]
 _Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
@@ -150,9 +152,39 @@ class Recipe:
         "Learning rate of the posterior. A larger one decides on units sooner and removes more.",
     )
     finetune_learning_rate: _Rate = _setting(3e-4, "Learning rate of the pruned network.")
+    optimizer: Optimizer = _setting(
+        "adam",
+        "Optimizer of the weights: `adam`, `adamw`, or `sgd` with Nesterov momentum. The noise is "
+        "always trained by Adam.",
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = _setting(0.9, "Momentum of `sgd`.")
     weight_decay: _Share = _setting(0.0, "Weight decay of the weights; never of the noise.")
+    clip_gradient: _Factor = _setting(
+        0.0, "Largest norm of the gradient of the weights, which is scaled to it; 0 for no bound."
+    )
+    schedule: Schedule = _setting(
+        "linear",
+        "Learning rates over a phase: constant and then falling linearly to zero (`linear`), half "
+        "a cosine (`cosine`), or rising from a 25th and falling to nearly zero (`one-cycle`).",
+    )
+    warmup: _Share = _setting(
+        0.0,
+        "The first share of every phase, over which learning rates rise linearly; of `one-cycle` "
+        "its rising part, which is 0.3 if this is 0.",
+    )
     decay: _Share = _setting(
-        0.5, "The last share of every phase, over which learning rates fall linearly to zero."
+        0.5,
+        "The last share of every phase, after the warm-up, over which the `linear` schedule falls.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.0,
+        "Share of the target probability that is spread evenly over all classes, in phases without "
+        "noise that learn the labels of the data.",
+    )
+    average: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.0,
+        "Decay of the exponential moving average of the weights in phases without noise, whose "
+        "result is the average; 0 for the last weights. 0.999 averages over about 1,000 steps.",
     )
     kl_scale: float | Mapping[str, float] = _setting(
         1.0,

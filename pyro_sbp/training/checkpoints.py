@@ -71,6 +71,7 @@ class Checkpoint:
         left_alone: the layers that are not prunable, and why.
         posteriors: from the name of a site to location and scale of its posterior, over all
             elements: of log theta of a gate's units, or of a layer's weights.
+        average: the state of the moving average of the weights, if there is one.
     """
 
     request: Request
@@ -86,6 +87,7 @@ class Checkpoint:
     random: list[dict[str, Tensor]]
     left_alone: dict[str, str] | None
     posteriors: dict[str, tuple[Tensor, Tensor]]
+    average: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Write the file, which appears whole or not at all.
@@ -129,7 +131,8 @@ class Checkpoint:
             if "format" not in saved:
                 saved = old_formats.checkpoint(saved)
             _SAVED.validate_python(saved)
-            values = {field.name: saved[field.name] for field in dataclasses.fields(cls)}
+            fields = dataclasses.fields(cls)
+            values = {field.name: saved[field.name] for field in fields if field.name in saved}
             values["request"] = Request.from_dict(json.loads(values["request"]))
             values["place"] = Place(**values["place"])
             return cls(**values)
@@ -194,6 +197,7 @@ class _Saved(TypedDict):
     random: Annotated[list[dict[str, Tensor]], Field(min_length=1)]
     left_alone: dict[str, str] | None
     posteriors: dict[str, tuple[Tensor, Tensor]]
+    average: NotRequired[dict[str, Any] | None]
 
 
 _SAVED = TypeAdapter(_Saved)

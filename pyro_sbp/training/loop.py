@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyro_sbp.datasets.augmentation import Augmentation
 from pyro_sbp.datasets.loading import ImageData
@@ -27,6 +28,7 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.checkpoints import Checkpoint, Place
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
+from pyro_sbp.training.optimization import Optimization
 
 __all__ = ["Interrupted", "Loop", "Progress"]
 
@@ -171,24 +173,27 @@ class Loop:
     def go(self) -> None:
         """Run all phases, from the checkpoint on where there is one."""
         saved = self._load()
+        if saved is None and self.request.weights is not None and not self.recipe.dense_epochs:
+            self.measure("dense", self.method.net)
         for index, phase in enumerate(self.method.phases()):
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
                 continue
-            optimizer = torch.optim.Adam(phase.groups(), fused=True)
-            steps = len(self._batches(torch.arange(len(self.data.train))))
-            schedule = _linear_decay(
-                optimizer, phase.epochs * steps, self.recipe.decay if phase.decays else 0.0
-            )
+            steps = phase.epochs * len(self._batches(torch.arange(len(self.data.train))))
+            optimization = Optimization(phase.groups(), self.recipe, steps, phase.decays)
+            average = self._average(phase)
             place = Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
                 phase.module.load_state_dict(saved.current["module"])
-                optimizer.load_state_dict(saved.optimizer)
-                schedule.load_state_dict(saved.schedule)
+                optimization.load(saved.optimizer, saved.schedule)
+                if average is not None and saved.average is not None:
+                    average.load_state_dict(saved.average)
                 place, saved = saved.place, None
             step = self.fabric.setup_module(_Step(phase))
             while place.epoch < phase.epochs:
-                self._epoch(phase, step, place, optimizer, schedule)
+                self._epoch(phase, step, place, optimization, average)
+            if average is not None:
+                phase.module.load_state_dict(average.module.state_dict())
             predictors = self._finish(phase)
             self.finished.append(phase.record())
             for name, predict in predictors.items():
@@ -218,8 +223,20 @@ class Loop:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
+    def _average(self, phase: Phase) -> AveragedModel | None:
+        """The moving average of a phase's weights, if the recipe asks for it."""
+        if phase.noisy or not self.recipe.average:
+            return None
+        average = get_ema_multi_avg_fn(self.recipe.average)
+        return AveragedModel(phase.module, multi_avg_fn=average, use_buffers=True)
+
     def _epoch(
-        self, phase: Phase, step: nn.Module, place: Place, optimizer: Any, schedule: Any
+        self,
+        phase: Phase,
+        step: nn.Module,
+        place: Place,
+        optimization: Optimization,
+        average: AveragedModel | None,
     ) -> None:
         """Go on to the end of the epoch."""
         started = saved = time.perf_counter()
@@ -239,10 +256,11 @@ class Loop:
                 share = world * len(y) / len(batch)
                 weight = _kl_weight(phase, place, len(batches))
                 loss, parts = step(self._input(x), y, share, weight)
-                optimizer.zero_grad(set_to_none=True)
+                optimization.zero_grad()
                 self.fabric.backward(loss)
-                optimizer.step()
-                schedule.step()
+                optimization.step()
+                if average is not None:
+                    average.update_parameters(phase.module)
                 total += torch.stack([parts.nll.detach(), parts.kl.detach()]).to(total) * len(y)
                 place.seen += len(batch)
                 if place.step % 50 == 0:
@@ -257,7 +275,7 @@ class Loop:
                 if stop or save:
                     place.total, place.seconds = self._sum(total).cpu(), before + now - started
                     saved = now
-                    self._save(phase, place, optimizer, schedule)
+                    self._save(phase, place, optimization, average)
                 if stop:
                     raise Interrupted
         total = self._sum(total)
@@ -266,7 +284,7 @@ class Loop:
         mean = total / place.seen
         nll, kl = mean.tolist()
         _check_finite(phase, nll + kl, place.epoch)
-        error = self.error_of(phase.predictor())
+        error = self.error_of(phase.predictor() if average is None else average.module)
         standing = phase.standing()
         seconds = before + time.perf_counter() - started
         self.seconds += seconds
@@ -288,7 +306,7 @@ class Loop:
         text = "".join(json.dumps(x) + "\n" for x in self.lines)
         on_first(self.fabric, lambda: write_text(self.directory / "metrics.jsonl", text))
         place.next_epoch(self.order.get_state())
-        self._save(phase, place, optimizer, schedule)
+        self._save(phase, place, optimization, average)
 
     def _agree(self, now: bool, stop: bool, save: bool) -> tuple[bool, bool]:
         """Whether to stop, and to write a checkpoint: what any process asks for, when they meet."""
@@ -350,17 +368,25 @@ class Loop:
                 wrong += (predict(self._input(x)).argmax(1) != y).sum()
         return round(100 * int(self._sum(wrong)) / len(images), 6)
 
-    def _save(self, phase: Phase, place: Place, optimizer: Any, schedule: Any) -> None:
+    def _save(
+        self,
+        phase: Phase,
+        place: Place,
+        optimization: Optimization,
+        average: AveragedModel | None,
+    ) -> None:
         _check_finite(phase, float(place.total.sum()), place.epoch)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
+        optimizer, schedule = optimization.state()
         checkpoint = Checkpoint(
             request=self.request,
             finished=self.finished,
             current={"module": phase.module.state_dict(), "network": phase.network},
-            optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(),
+            optimizer=optimizer,
+            schedule=schedule,
+            average=None if average is None else average.state_dict(),
             place=place,
             errors=self.errors,
             seconds=self.seconds,
@@ -398,12 +424,3 @@ def _kl_weight(phase: Phase, place: Place, steps: int) -> float:
     """The weight of the KL divergence at the step where a phase stands."""
     first, last = phase.kl_weight
     return first + (last - first) * (place.epoch + place.step / steps) / phase.epochs
-
-
-def _linear_decay(optimizer: Any, steps: int, decay: float) -> Any:
-    """Learning rates fall linearly to zero over the last share `decay` of the steps."""
-
-    def factor(step: int) -> float:
-        return min(1.0, (steps - step) / (decay * steps)) if decay * steps > 0 else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,123 @@
+"""The optimizers and learning rates of a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
+
+from pyro_sbp.recipes.settings import Recipe
+
+__all__ = ["Optimization"]
+
+
+class Optimization:
+    """The optimizers of a phase, each with its schedule, as the recipe asks for.
+
+    The weights are trained by `Recipe.optimizer`, and the noise always by Adam.
+
+    Args:
+        groups: the parameter groups from `Phase.groups`: the weights, then the noise if there is
+            any.
+        recipe: the settings.
+        steps: the number of steps of the phase.
+        decays: whether learning rates follow the schedule; otherwise they are constant.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], recipe: Recipe, steps: int, decays: bool
+    ) -> None:
+        weights, *noise = (dict(group) for group in groups)
+        self._weights, self._clip = weights["params"], recipe.clip_gradient
+        self.optimizers: list[Optimizer]
+        if recipe.optimizer == "sgd":
+            momentum = recipe.momentum
+            self.optimizers = [
+                torch.optim.SGD([weights], momentum=momentum, nesterov=momentum > 0, fused=True)
+            ]
+            if noise:
+                self.optimizers.append(torch.optim.Adam(noise, fused=True))
+        else:
+            # Without weight decay, as for the noise, AdamW is Adam.
+            kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+            self.optimizers = [kind([weights, *noise], fused=True)]
+        self.schedules = [
+            _schedule(optimizer, recipe, steps) if decays else LambdaLR(optimizer, _constant)
+            for optimizer in self.optimizers
+        ]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Clip the gradients of the weights if the recipe says so, and take a step."""
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._weights, self._clip)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The states of the optimizers and of the schedules, for `load`."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        schedules = [schedule.state_dict() for schedule in self.schedules]
+        return _joined(optimizers), _joined(schedules)
+
+    def load(self, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+        """Resume from the states that `state` returned."""
+        for found, state in zip(self.optimizers, self._split(optimizer), strict=True):
+            found.load_state_dict(state)
+        for of, state in zip(self.schedules, self._split(schedule), strict=True):
+            of.load_state_dict(state)
+
+    def _split(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        return [state] if len(self.optimizers) == 1 else [state["weights"], state["noise"]]
+
+
+def _joined(states: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(states) == 1:
+        return states[0]
+    weights, noise = states
+    return {"weights": weights, "noise": noise}
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    """The learning rates over the steps of a phase."""
+    warmup = round(recipe.warmup * steps)
+    if recipe.schedule == "one-cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        # The share of the rising part has to leave at least one step on each side.
+        return OneCycleLR(
+            optimizer, rates, steps, pct_start=recipe.warmup or 0.3, cycle_momentum=False
+        )
+    after = max(1, steps - warmup)
+    schedule: LRScheduler
+    if recipe.schedule == "cosine":
+        schedule = CosineAnnealingLR(optimizer, after)
+    else:
+        decay = recipe.decay * after
+
+        def factor(step: int) -> float:
+            return min(1.0, (after - step) / decay) if decay > 0 else 1.0
+
+        schedule = LambdaLR(optimizer, factor)
+    if not warmup:
+        return schedule
+    rising = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rising, schedule], [warmup])
