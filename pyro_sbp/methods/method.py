@@ -82,7 +82,9 @@ class Method(ABC, Generic[R]):
         recipe = self.recipe
         if recipe.dense_epochs:
             sizes = {gate.name: gate.size for gate in self.gates}
-            yield PlainPhase("dense", recipe.dense_epochs, self.net, recipe, sizes)
+            dense = PlainPhase("dense", recipe.dense_epochs, self.net, recipe, sizes)
+            dense.weights_file = "dense.pt"
+            yield dense
         yield from self.noise()
         if recipe.finetune_epochs:
             yield PlainPhase(

@@ -59,6 +59,8 @@ class Phase(ABC):
         ends: it ends the work on its module, and with noise the network is pruned then. Otherwise
             the next phase goes on with the module.
         decays: learning rates fall at the end, as the recipe says.
+        weights_file: the file of the run directory that the network's weights are written to when
+            the phase ends; none if it is empty.
         network: what stands before the names of the network's tensors in the module's state.
         kl_weight: the weight of the KL divergence at the first step and after the last, and
             linearly between.
@@ -68,6 +70,7 @@ class Phase(ABC):
     noisy = False
     ends = True
     decays = True
+    weights_file = ""
     network = ""
     kl_weight = (1.0, 1.0)
 

@@ -21,6 +21,21 @@ _LENET: dict[str, Any] = {
 _LENET5: dict[str, Any] = {"dense_epochs": 8, "epochs": 22, **_LENET}
 _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
 
+#: Dense training of residual networks for 32x32 images; an epoch with noise closes the run.
+_RESNET_DENSE: dict[str, Any] = {
+    "dense_epochs": 40,
+    "epochs": 1,
+    "finetune_epochs": 0,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "gated_learning_rate": 1e-4,
+    "weight_decay": 5e-4,
+    "schedule": "one-cycle",
+    "standardize": True,
+    "flip": True,
+    "crop": 4,
+}
+
 _VGG: dict[str, Any] = {
     "dense_epochs": 100,
     "epochs": 150,
@@ -171,6 +186,7 @@ _ALL: tuple[Recipe, ...] = (
         for order in ORDERS
     ),
     # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
+    SBPRecipe(name="resnet-dense", **_RESNET_DENSE),
     SBPRecipe(name="vgg", **_VGG),
     SBPRecipe(name="vgg-small", macs_weight=2.0, **_VGG),
     RBPRecipe(

@@ -21,7 +21,7 @@ from pyro_sbp.training import old_formats
 from pyro_sbp.training.files import write_whole
 from pyro_sbp.training.runs import Line
 
-__all__ = ["FORMAT", "Checkpoint", "Place"]
+__all__ = ["FORMAT", "Checkpoint", "Place", "write_tensors"]
 
 #: The format that is written.
 FORMAT = 2
@@ -98,10 +98,7 @@ class Checkpoint:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["request"] = json.dumps(self.request.to_dict())
         values["place"] = dataclasses.asdict(self.place)
-        # Serialise in memory first, so that a full disk raises OSError instead of a torch error.
-        content = io.BytesIO()
-        torch.save({"format": FORMAT, **values}, content)
-        write_whole(path, content.getbuffer())
+        write_tensors(path, {"format": FORMAT, **values})
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -151,6 +148,18 @@ class Checkpoint:
                 names = [name for name in state if name.startswith(prefix)]
                 return {name.removeprefix(prefix): state[name] for name in names}
         return {}
+
+
+def write_tensors(path: Path, values: Any) -> None:
+    """Write a file of `torch.save`, which appears whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was at `path` is left as it was.
+    """
+    # Serialise in memory first, so that a full disk raises OSError instead of a torch error.
+    content = io.BytesIO()
+    torch.save(values, content)
+    write_whole(path, content.getbuffer())
 
 
 _CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)

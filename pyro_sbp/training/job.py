@@ -99,7 +99,7 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
     example, _ = data.test.batch(slice(0, 8))
     # A checkpoint has taken over what it was started from.
     if request.weights is not None and not (directory / "checkpoint.pt").exists():
-        load_weights(dense, Path(request.weights))
+        dense = _with_weights(dense, Path(request.weights))
     if has_attention(dense):
         dense = separate_attention(dense)
     dtype = dtype_of(request.precision)
@@ -118,6 +118,20 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
         raise RequestError(str(error)) from error
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
     return Job(request, data, example, kwargs, method, macs, parameters)
+
+
+def _with_weights(net: nn.Module, path: Path) -> nn.Module:
+    """The network with weights of its own from a file, or of a run, whose attention is separate."""
+    if not has_attention(net):
+        load_weights(net, path)
+        return net
+    separate = separate_attention(net)
+    try:
+        load_weights(separate, path)
+    except RequestError:
+        load_weights(net, path)
+        return net
+    return separate
 
 
 def _build(

@@ -25,7 +25,7 @@ from pyro_sbp.methods.phase import Predict, Standing
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.training.checkpoints import Checkpoint, Place
+from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
 from pyro_sbp.training.optimization import Optimization
@@ -196,8 +196,15 @@ class Loop:
                 phase.module.load_state_dict(average.module.state_dict())
             predictors = self._finish(phase)
             self.finished.append(phase.record())
+            self._write_weights(phase)
             for name, predict in predictors.items():
                 self.measure(name, predict)
+
+    def _write_weights(self, phase: Phase) -> None:
+        """Write the weights of the network of a phase that has ended, if it is to be kept."""
+        if phase.weights_file:
+            path, state = self.directory / phase.weights_file, phase.module.state_dict()
+            on_first(self.fabric, lambda: write_tensors(path, state))
 
     def _restore(self, phase: Phase, record: dict[str, Any]) -> None:
         """Bring the method to where an ended phase left it."""
