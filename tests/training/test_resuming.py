@@ -1,0 +1,62 @@
+"""Runs that are stopped at any step and resumed end as runs that are not stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.recipes import RBPRecipe, Request, SBPRecipe, SparseVDRecipe
+from pyro_sbp.training.loop import Interrupted
+from pyro_sbp.training.train import train
+
+SHORT = {"dense_epochs": 2, "finetune_epochs": 2, "batch_size": 128}
+SGD = {
+    "optimizer": "sgd",
+    "learning_rate": 0.05,
+    "schedule": "cosine",
+    "warmup": 0.2,
+    "clip_gradient": 1.0,
+    "label_smoothing": 0.1,
+    "average": 0.9,
+}
+RECIPES = {
+    "sgd": SBPRecipe(epochs=2, noise_learning_rate=0.2, kl_scale=20.0, **SHORT, **SGD),
+    "one-cycle": RBPRecipe(epochs=3, optimizer="adamw", schedule="one-cycle", **SHORT),
+    "sparse-vd": SparseVDRecipe(epochs=2, **SHORT, **SGD),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(tmp_path, name):
+    request = Request("lenet-300-100", "digits", RECIPES[name])
+    data = load_dataset("digits", image_size=28)
+    whole = train(request, data, tmp_path / "whole")
+
+    steps = 0
+
+    def every_fifth_step() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps % 5 == 0
+
+    for _ in range(100):
+        try:
+            resumed = train(request, data, tmp_path / "stopped", stop=every_fifth_step)
+            break
+        except Interrupted:
+            pass
+    assert steps > 50
+    assert resumed.error == whole.error and resumed.units == whole.units
+    ends = [
+        [torch.load(tmp_path / run / "dense.pt", weights_only=True)]
+        + [
+            json.loads(line)["nll"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("whole", "stopped")
+    ]
+    assert ends[0][1:] == pytest.approx(ends[1][1:], rel=1e-5)
+    assert all(torch.equal(ends[0][0][key], value) for key, value in ends[1][0].items())
