@@ -35,6 +35,10 @@ from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
 
+#: Between two turns of which the second goes on, units are removed whose signal-to-noise ratio is
+#: under this share of the threshold. Under the log-uniform prior itself the ratio is 0.33.
+FAR_UNDER = 0.5
+
 
 class Turn(NamedTuple):
     """A stretch of training with noise on some gates.
@@ -43,11 +47,26 @@ class Turn(NamedTuple):
         name: the name of its phase.
         gates: the names of the gates that have noise.
         epochs: how many epochs it takes.
+        goes_on: the next turn goes on with the noise of this one, and only units far under the
+            threshold are removed between the two.
     """
 
     name: str
     gates: tuple[str, ...]
     epochs: int
+    goes_on: bool = False
+
+
+class Carried(NamedTuple):
+    """The noise of a turn that the next turn goes on with, for the units that are left.
+
+    Attributes:
+        posteriors: location and log scale of log theta, ``[units]`` each, by gate.
+        kl_scale: the weights of the KL divergences, by gate.
+    """
+
+    posteriors: Mapping[str, tuple[Tensor, Tensor]]
+    kl_scale: Mapping[str, float]
 
 
 class Decision(NamedTuple):
@@ -74,6 +93,7 @@ class Stage:
             before the turn of their gate, 0 for a unit that remains as a column of zeros.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: the largest differences of all cuts.
+        carried: the noise that the next turn goes on with, if it does.
     """
 
     net: nn.Module
@@ -82,6 +102,7 @@ class Stage:
     snr: dict[str, Tensor]
     held: tuple[str, ...]
     equivalence: Equivalence
+    carried: Carried | None = None
 
     @classmethod
     def dense(cls, net: nn.Module, gates: Sequence[Gate]) -> Stage:
@@ -111,6 +132,7 @@ class Stage:
         snr: Mapping[str, Tensor],
         net: nn.Module,
         equivalence: Equivalence,
+        carried: Carried | None = None,
     ) -> Stage:
         """The stage after a cut.
 
@@ -119,6 +141,7 @@ class Stage:
             snr: by gate, the signal-to-noise ratios of the units before the cut.
             net: the network that remains.
             equivalence: how exact the cut was.
+            carried: the noise before the cut, if the next turn goes on with it.
         """
         left = {
             name: torch.where(unit.kept, snr[name].detach().cpu(), 0.0)[unit.physical]
@@ -134,7 +157,18 @@ class Stage:
                 max(self.equivalence.max_rel_diff_float64, equivalence.max_rel_diff_float64),
                 max(self.equivalence.max_abs_diff, equivalence.max_abs_diff),
             ),
+            None if carried is None else _left_of(carried, choice.units),
         )
+
+
+def _left_of(carried: Carried, units: Mapping[str, Units]) -> Carried:
+    """The noise of the units that remain in the network."""
+    posteriors = {}
+    for name, values in carried.posteriors.items():
+        there = units[name].physical.to(values[0].device)
+        loc, log_scale = (value[there] for value in values)
+        posteriors[name] = loc, log_scale
+    return Carried(posteriors, carried.kl_scale)
 
 
 G = TypeVar("G", bound=GatedRecipe)
@@ -263,18 +297,24 @@ class TurnPhase(NoisePhase):
             method, recipe, stage, turn, last,
         )  # fmt: skip
         self.costs = method.costs(stage.net, stage.gates)
-        kl_scale = scales_by_cost(method.kl_scale, self.costs, recipe.macs_weight)
+        if stage.carried is None:
+            kl_scale = scales_by_cost(method.kl_scale, self.costs, recipe.macs_weight)
+        else:
+            kl_scale = dict(stage.carried.kl_scale)
+        self.kl_scale = {name: kl_scale[name] for name in turn.gates}
         model = GatedModel(
             stage.net,
             [gate for gate in stage.gates if gate.name in turn.gates],
             method.num_data,
             noise_per=recipe.noise_per,
-            kl_scale={name: kl_scale[name] for name in turn.gates},
+            kl_scale=self.kl_scale,
             prior_scale=recipe.prior_scale,
         )
         guide = TruncatedLogNormalGuide(
             model, init_loc=recipe.init_loc, init_log_scale=recipe.init_log_scale
         ).to(next(stage.net.parameters()))
+        if stage.carried is not None:
+            guide.set_posteriors(stage.carried.posteriors)
         module = nn.ModuleDict({"net": stage.net, "guide": guide})
         super().__init__(turn.name, turn.epochs, module, model, guide, method.num_data)
         self._hooks = _hold_zeros(stage)
@@ -285,7 +325,7 @@ class TurnPhase(NoisePhase):
     def decide(self) -> Decision:
         """The units that the turn keeps if it ends now."""
         recipe, stage = self.recipe, self.stage
-        mean, own = self.guide.mean(), self.guide.snr()
+        mean, own = self.guide.mean(), self._snr()
         snr = {**stage.snr, **own}
         choice = choose_units(
             stage.net,
@@ -300,6 +340,27 @@ class TurnPhase(NoisePhase):
         # Units that are kept though they are under the threshold stay kept when `prune` is called.
         stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
         return Decision(dataclasses.replace(choice, held=held), {**snr, **stayed})
+
+    def _snr(self) -> dict[str, Tensor]:
+        """The signal-to-noise ratios of the turn's gates, 0 where a column of zeros remains."""
+        return {
+            name: snr.where(self.stage.snr[name].to(snr.device) > 0, 0.0)
+            for name, snr in self.guide.snr().items()
+        }
+
+    def _decide_to_go_on(self) -> Decision:
+        """What stays in the network while its noise is trained further."""
+        stage, own = self.stage, self._snr()
+        choice = choose_units(
+            stage.net,
+            stage.gates,
+            stage.theta(),
+            {**stage.snr, **own},
+            self.method.example_input,
+            threshold=FAR_UNDER * self.recipe.threshold,
+            nothing_left="keep_best",
+        )
+        return Decision(dataclasses.replace(choice, held=()), {**stage.snr, **own})
 
     def predictor(self) -> Predict:
         theta = self.decide().choice.theta
@@ -340,7 +401,7 @@ class TurnPhase(NoisePhase):
             stage.net, stage.gates, choice.theta, self.method.example_input, choice.units
         )
         self._equivalence = equivalence
-        self.method.end(self, stage.after(choice, snr, small, equivalence))
+        self.method.end(self, stage.after(choice, snr, small, equivalence, self._carried()))
         if not self.last:
             return {}
         self.method.mean = partial(self._gated, theta=self.guide.mean())
@@ -351,7 +412,16 @@ class TurnPhase(NoisePhase):
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
-        return self.decide()
+        return self._decide_to_go_on() if self.turn.goes_on else self.decide()
+
+    def _carried(self) -> Carried | None:
+        if not self.turn.goes_on:
+            return None
+        posteriors = {
+            name: (q.loc.detach().clone(), q.scale.detach().log())
+            for name, q in self.guide.posteriors().items()
+        }
+        return Carried(posteriors, self.kl_scale)
 
     def record(self) -> dict[str, Any]:
         # The weights of the last turn are what `prune` goes on from; those of an earlier turn are
@@ -369,7 +439,8 @@ class TurnPhase(NoisePhase):
         small = copy.deepcopy(self.stage.net)  # its weights come with the phase under way
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
-        self.method.end(self, self.stage.after(choice, snr, small, self._equivalence))
+        after = self.stage.after(choice, snr, small, self._equivalence, self._carried())
+        self.method.end(self, after)
         return False
 
 

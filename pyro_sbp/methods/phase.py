@@ -58,7 +58,9 @@ class Phase(ABC):
         noisy: there is noise.
         ends: it ends the work on its module, and with noise the network is pruned then. Otherwise
             the next phase goes on with the module.
-        decays: learning rates fall at the end, as the recipe says.
+        decays: learning rates follow the recipe's schedule; otherwise they are constant.
+        schedule: where the phase lies in the schedule, in epochs: the epochs before it, and all
+            that the schedule spans; by default the phase itself.
         weights_file: the file of the run directory that the network's weights are written to when
             the phase ends; none if it is empty.
         network: what stands before the names of the network's tensors in the module's state.
@@ -76,6 +78,7 @@ class Phase(ABC):
 
     def __init__(self, name: str, epochs: int, module: nn.Module) -> None:
         self.name, self.epochs, self.module = name, epochs, module
+        self.schedule: tuple[int, int] | None = None
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:

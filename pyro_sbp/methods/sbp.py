@@ -18,8 +18,32 @@ class SBP(GatedMethod[SBPRecipe]):
     reopens = True
 
     def turns(self) -> list[Turn]:
-        names = tuple(gate.name for gate in self.gates)
-        return [Turn("gated", names, self.recipe.epochs)]
+        recipe, names = self.recipe, tuple(gate.name for gate in self.gates)
+        if not recipe.cut_every:
+            return [Turn("gated", names, recipe.epochs)]
+        lengths = [recipe.cut_every] * (self._full_epochs // recipe.cut_every)
+        if rest := self._full_epochs % recipe.cut_every:
+            lengths.append(rest)
+        lengths[0] += recipe.epochs - self._full_epochs
+        *before, last = [
+            Turn(f"gated {index + 1}", names, epochs, goes_on=True)
+            for index, epochs in enumerate(lengths)
+        ]
+        return [*before, last._replace(goes_on=False)]
+
+    @property
+    def _full_epochs(self) -> int:
+        """The epochs in which the KL divergence counts in full."""
+        return self.recipe.epochs - self.recipe.kl_free_epochs - self.recipe.kl_rising_epochs
 
     def parts_of(self, phase: TurnPhase) -> Iterator[Phase]:
-        yield from rising_kl(phase, self.recipe.kl_free_epochs, self.recipe.kl_rising_epochs)
+        recipe, cut_every = self.recipe, self.recipe.cut_every
+        if not cut_every:
+            yield from rising_kl(phase, recipe.kl_free_epochs, recipe.kl_rising_epochs)
+            return
+        index = self._turns.index(phase.turn)
+        phase.schedule = index * cut_every, self._full_epochs
+        if index:
+            yield phase
+        else:
+            yield from rising_kl(phase, recipe.kl_free_epochs, recipe.kl_rising_epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
@@ -96,6 +96,14 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
             like = base.log_low
             _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
             _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
+
+    def set_posteriors(self, posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Set location and log scale of sites, by name; of the shapes that they have."""
+        with torch.no_grad():
+            for name, (loc, log_scale) in posteriors.items():
+                get = attrgetter(name)
+                get(self.locs).copy_(loc)
+                get(self.log_scales).copy_(log_scale)
 
     def _prototype_sites(self) -> Iterable[tuple[str, dict[str, Any]]]:
         """The latent sites of a general model, by name, as it was traced once."""

@@ -368,6 +368,12 @@ class SBPRecipe(_RisingKL, GatedRecipe):
 
     method: ClassVar[str] = "sbp"
 
+    cut_every: _Count = _setting(
+        0,
+        "Epochs with noise after which units under half of the threshold are removed from the "
+        "network, which makes later epochs faster; 0 removes units at the end only.",
+    )
+
 
 @refusing
 @dataclass(frozen=True, kw_only=True, config=STRICT)

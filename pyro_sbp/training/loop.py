@@ -179,8 +179,7 @@ class Loop:
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
                 continue
-            steps = phase.epochs * len(self._batches(torch.arange(len(self.data.train))))
-            optimization = Optimization(phase.groups(), self.recipe, steps, phase.decays)
+            optimization = self._optimization(phase)
             average = self._average(phase)
             place = Place(self.order.get_state(), torch.zeros(2))
             if saved is not None:
@@ -229,6 +228,14 @@ class Loop:
         if len(batches) > 1 and len(batches[-1]) < 2 * self.fabric.world_size:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
+
+    def _optimization(self, phase: Phase) -> Optimization:
+        """The optimizers and learning rates of a phase at its first step."""
+        steps = len(self._batches(torch.arange(len(self.data.train))))
+        before, epochs = phase.schedule or (0, phase.epochs)
+        optimization = Optimization(phase.groups(), self.recipe, epochs * steps, phase.decays)
+        optimization.skip(before * steps)
+        return optimization
 
     def _average(self, phase: Phase) -> AveragedModel | None:
         """The moving average of a phase's weights, if the recipe asks for it."""

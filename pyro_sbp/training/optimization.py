@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,15 @@ class Optimization:
             _schedule(optimizer, recipe, steps) if decays else LambdaLR(optimizer, _constant)
             for optimizer in self.optimizers
         ]
+
+    def skip(self, steps: int) -> None:
+        """Bring the learning rates to where they are after some steps."""
+        with warnings.catch_warnings():
+            # torch expects a step of the optimizer before.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            for _ in range(steps):
+                for schedule in self.schedules:
+                    schedule.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -24,6 +24,9 @@ SGD = {
 }
 RECIPES = {
     "sgd": SBPRecipe(epochs=2, noise_learning_rate=0.2, kl_scale=20.0, **SHORT, **SGD),
+    "cuts": SBPRecipe(
+        epochs=7, cut_every=2, kl_rising_epochs=1, noise_learning_rate=0.2, kl_scale=20.0, **SHORT
+    ),
     "one-cycle": RBPRecipe(epochs=3, optimizer="adamw", schedule="one-cycle", **SHORT),
     "sparse-vd": SparseVDRecipe(epochs=2, **SHORT, **SGD),
 }
@@ -42,7 +45,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(tmp_path, name):
         steps += 1
         return steps % 5 == 0
 
-    for _ in range(100):
+    for _ in range(200):
         try:
             resumed = train(request, data, tmp_path / "stopped", stop=every_fifth_step)
             break
