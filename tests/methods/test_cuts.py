@@ -1,0 +1,98 @@
+"""Cuts on the way: SBP removes units while the noise of the others is trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_sbp import networks
+from pyro_sbp.methods.gated import FAR_UNDER, TurnPhase
+from pyro_sbp.methods.sbp import SBP
+from pyro_sbp.recipes import SBPRecipe
+
+
+def method(**settings):
+    torch.manual_seed(0)
+    recipe = SBPRecipe(dense_epochs=0, finetune_epochs=0, **settings)
+    return SBP(networks.LeNet5(), torch.rand(8, 1, 28, 28), recipe, 100, ("fc1",))
+
+
+def set_snr(phase: TurnPhase, low_units: int) -> None:
+    """Give the first units of every gate a small signal-to-noise ratio, and the others a large."""
+    with torch.no_grad():
+        for name, log_scale in phase.guide.log_scales.named_parameters():
+            log_scale.fill_(-3.0)
+            log_scale[:low_units] = 5.0  # nearly the log-uniform prior
+            assert name
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "schedules"),
+    [
+        ({"epochs": 5}, [5], [None]),
+        ({"epochs": 6, "cut_every": 2}, [2, 2, 2], [(0, 6), (2, 6), (4, 6)]),
+        ({"epochs": 7, "cut_every": 3}, [3, 3, 1], [(0, 7), (3, 7), (6, 7)]),
+        ({"epochs": 3, "cut_every": 9}, [3], [(0, 3)]),
+        (
+            {"epochs": 9, "cut_every": 3, "kl_free_epochs": 1, "kl_rising_epochs": 2},
+            [1, 2, 3, 3],
+            [None, None, (0, 6), (3, 6)],
+        ),
+    ],
+)
+def test_the_epochs_are_divided_and_share_one_schedule(settings, epochs, schedules):
+    phases = []
+    for phase in method(**settings).noise():
+        phases.append(phase)
+        phase.finish()
+    assert [phase.epochs for phase in phases] == epochs
+    assert [phase.schedule if phase.decays else None for phase in phases] == schedules
+    assert len({phase.name for phase in phases}) == len(phases)
+
+
+def test_units_far_under_the_threshold_leave_and_the_noise_of_the_others_goes_on():
+    sbp = method(epochs=4, cut_every=2, init_log_scale=-3.0, macs_weight=1.0)
+    first, second = None, None
+    for phase in sbp.noise():
+        if first is None:
+            first = phase
+            set_snr(first, low_units=5)
+            with torch.no_grad():
+                first.guide.get_parameter("locs.conv2_unconstrained")[5:] = -0.5
+            before = {name: q.loc.detach().clone() for name, q in first.guide.posteriors().items()}
+        else:
+            second = phase
+            # Read before the end of the turn, which cuts the network.
+            after = {name: q.loc.detach().clone() for name, q in second.guide.posteriors().items()}
+            sizes = {gate.name: gate.size for gate in second.stage.gates}
+        phase.finish()
+    assert isinstance(first, TurnPhase) and isinstance(second, TurnPhase)
+    assert sizes == {"conv1": 15, "conv2": 45, "fc1_input": 720, "fc1": 495}
+    torch.testing.assert_close(after["conv2"], before["conv2"][5:])
+    assert float(after["conv2"].max()) == -0.5
+    # The mean is not folded into the weights before the last cut.
+    torch.testing.assert_close(
+        second.stage.net.get_parameter("fc2.weight"), sbp.net.get_parameter("fc2.weight")[:, 5:]
+    )
+    assert second.kl_scale == first.kl_scale
+    assert int(sbp.units["conv1"].kept.sum()) == 15 and sbp.held == ()
+
+
+def test_units_a_little_under_the_threshold_stay_until_the_end():
+    sbp = method(epochs=4, cut_every=2, threshold=1.0)
+    phases = sbp.noise()
+    first = next(phases)
+    assert isinstance(first, TurnPhase)
+    with torch.no_grad():
+        # SNR 0.58: under the threshold, over half of it.
+        first.guide.get_parameter("log_scales.fc1_unconstrained")[:7] = 1.0
+        first.guide.get_parameter("locs.fc1_unconstrained")[:7] = -2.0
+    snr = first.guide.snr()["fc1"][:7]
+    assert float(snr.min()) > FAR_UNDER and float(snr.max()) < 1
+    assert first.standing().units["fc1"] == 493
+    first.finish()
+    second = next(phases)
+    assert second.standing().units["fc1"] == 493
+    assert {gate.name: gate.size for gate in second.stage.gates}["fc1"] == 500
+    second.finish()
+    assert int(sbp.units["fc1"].kept.sum()) == 493
