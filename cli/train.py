@@ -68,7 +68,11 @@ __all__ = ["train"]
 @click.option(
     "--devices", type=click.IntRange(1), help="Processes, each on a device.  [default: 1]"
 )
-@click.option("--precision", help=f"{', '.join(PRECISIONS)}.  [default: 32-true]")
+@click.option(
+    "--precision",
+    help=f"{', '.join(PRECISIONS)}, or auto: the faster of the first two on the device.  "
+    "[default: 32-true]",
+)
 @click.option(
     "--channels-last/--no-channels-last",
     default=None,
@@ -242,9 +246,18 @@ def _request(
         str(data_dir or "data"),
         weights=None if weights is None else str(weights),
         devices=devices,
-        precision=cast(Precision, precision or "32-true"),
+        precision=cast(Precision, _precision(precision or "32-true", device)),
         channels_last=bool(channels_last),
     )
+
+
+def _precision(name: str, device: str) -> str:
+    """The precision of a name, which may be "auto"."""
+    if name != "auto":
+        return name
+    from pyro_sbp.training.devices import fastest_precision  # imports torch
+
+    return fastest_precision(device)
 
 
 def _recipe(name: str | None, arch: str, dataset: str, method: str | None) -> Recipe:

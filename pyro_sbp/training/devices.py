@@ -28,7 +28,7 @@ from pyro_sbp.training.processes import (
     starting_copies,
 )
 
-__all__ = ["dtype_of", "gather", "in_step", "launch", "leave", "on_first"]
+__all__ = ["dtype_of", "fastest_precision", "gather", "in_step", "launch", "leave", "on_first"]
 
 _Precision = Literal["32-true", "64-true", "bf16-mixed"]
 #: Parts of gloo's messages about a process that has ended.
@@ -113,6 +113,21 @@ def _ended_by_signals() -> Iterator[None]:
 def dtype_of(precision: str) -> torch.dtype:
     """The dtype of parameters and inputs; with "bf16-mixed", autocast casts single operations."""
     return torch.float64 if precision == "64-true" else torch.float32
+
+
+def fastest_precision(device: str) -> str:
+    """The faster one of "32-true" and "bf16-mixed" on a device, "cpu" or "cuda".
+
+    It is "bf16-mixed" if the device has instructions for products in bfloat16: a GPU that supports
+    it, or a CPU with AVX512-BF16 or AMX. Elsewhere bfloat16 is emulated, and many times slower.
+    """
+    if device == "cuda":
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16-mixed" if has_bf16 else "32-true"
 
 
 _Result = TypeVar("_Result")
