@@ -393,8 +393,8 @@ def find_gates(
 
     Args:
         net: any network; it is not changed.
-        example_input: an input that it can be called on: a tensor, a tuple of inputs or a dict of
-            named ones. The smaller it is, the sooner the answer comes.
+        example_input: an input that it can be called on: a tensor, a tuple of positional arguments
+            or a mapping of named arguments (see `call`). A smaller input takes less time.
         input_features: names of dense layers whose input columns shall each be a unit of its own
             (pixels, flattened features).
         ignore: names of layers that the network does not call on the example, and that shall not
