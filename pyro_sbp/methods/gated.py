@@ -294,7 +294,6 @@ class TurnPhase(NoisePhase):
             snr,
             self.method.example_input,
             threshold=recipe.threshold,
-            nothing_left="keep_best",
         )
         held = held_gates(own, recipe.threshold)
         # Units that are kept though they are under the threshold stay kept when `prune` is called.

@@ -131,11 +131,14 @@ def test_a_budget_that_cannot_be_met_says_what_can(lenet):
         sbp.prune(model, guide, x, macs_ratio=0.5)
 
 
-def test_a_threshold_over_all_units_is_refused(lenet):
+def test_over_all_units_every_gate_keeps_its_best_and_a_warning_says_so(lenet):
     model, guide, x = lenet
     largest = max(float(snr.max()) for snr in guide.snr().values())
-    with pytest.raises(ValueError, match=f"removes every unit.* is {largest:.4g}"):
-        sbp.prune(model, guide, x, threshold=2 * largest)
+    with pytest.warns(UserWarning, match=f"no unit reaches the threshold.* is {largest:.4g}"):
+        small = sbp.prune(model, guide, x, threshold=2 * largest)
+    assert small.conv1.out_channels == small.conv2.out_channels == small.fc1[-1].out_features == 1
+    with pytest.raises(ValueError, match=f"min_units 0 removes every unit.* is {largest:.4g}"):
+        sbp.prune(model, guide, x, threshold=2 * largest, min_units=0)
 
 
 def test_counts_are_rounded_up_with_the_best_of_the_rest(lenet):
