@@ -88,6 +88,18 @@ def test_prune_refuses_what_it_refuses_of_sbp(finished):
         assert result.exit_code == 2 and words in result.stderr, result.output
 
 
+def test_at_threshold_0_the_report_names_no_log_alpha(tmp_path):
+    recipe = "dense_epochs = 0\nepochs = 1\nfinetune_epochs = 0\ncrop = 1\nthreshold = 0.0\n"
+    (tmp_path / "all.toml").write_text(recipe)
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", "sparse-vd"]
+    result = run(*args, "--recipe", tmp_path / "all.toml", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert run("report", tmp_path / "run").exit_code == 0
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "(SNR) is 0 or more, so every weight is kept, whatever its log alpha." in page
+    assert "-0 or less" not in page
+
+
 def test_of_random_labels_nothing_is_left_and_the_prediction_is_constant(tmp_path):
     recipe = QUICK.replace("epochs = 4", "epochs = 12").replace("finetune_epochs = 1\n", "")
     recipe += "random_labels = true\nkl_scale = 5.0\nfinetune_epochs = 0\n"
