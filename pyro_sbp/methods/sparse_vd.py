@@ -90,10 +90,9 @@ class SparseVD(Method[SparseVDRecipe]):
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
         if not self._begun:
             return {}
-        return {
-            name: (q.loc.detach().clone(), q.scale.detach().clone())
-            for name, q in self.guide.posteriors().items()
-        }
+        # Not copied, so that a checkpoint holds weights once: they are the locations.
+        posteriors = self.guide.posteriors().items()
+        return {name: (q.loc.detach(), q.scale.detach()) for name, q in posteriors}
 
     @staticmethod
     def distributions(

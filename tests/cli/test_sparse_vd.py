@@ -77,6 +77,18 @@ def test_it_goes_on_within_every_phase(finished, tmp_path, monkeypatch, steps):
         assert ours == (directory / "pruned" / name).read_bytes()
 
 
+def test_a_checkpoint_holds_the_weights_once(tmp_path):
+    """Beside the optimizer's two tensors for each parameter: a weight, its variance, its scale."""
+    (tmp_path / "quick.toml").write_text(QUICK)
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", "sparse-vd"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("pyro_sbp.cli.stopping.StopWhenDone.__call__", StopAfter(3))
+        run(*args, "--recipe", tmp_path / "quick.toml", "--output-dir", tmp_path / "run")
+    weights = 784 * 300 + 300 * 100 + 100 * 10
+    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
+    assert size < 4 * weights * (6 + 1 + 0.1)
+
+
 def test_prune_refuses_what_it_refuses_of_sbp(finished):
     directory, _, _ = finished
     for args, words in (
