@@ -95,7 +95,10 @@ def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, ste
         run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
     assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.undo()
+    left = tmp_path / "run" / "pruned.abc.part"  # as if a process was killed while it saved
+    (left / "pruned").mkdir(parents=True)
     assert run("train", "--resume", tmp_path / "run").exit_code == 0
+    assert not left.exists()
     first = json.loads((directory / "summary.json").read_text())
     second = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert without_times(second) == without_times(first)
