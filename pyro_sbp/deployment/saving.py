@@ -291,7 +291,9 @@ def load(
         check_fit(net, description, state, shapes)
         fill(net, description, state)
     except Exception as error:  # a constructor may raise anything if its arguments are damaged
-        raise ValueError(f"{path} does not fit {name}: {first_line(error)}") from error
+        given = _name(constructor)
+        saved = "does not" if given == name else f"was saved from {name} and does not"
+        raise ValueError(f"{path} {saved} fit {given}: {first_line(error)}") from error
     return net.eval()
 
 
@@ -327,7 +329,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
     """Load a state dict into a network, from a file of `torch.save` or safetensors.
 
     Raises:
-        RequestError: the file cannot be read, holds no state dict, or one of another network.
+        RequestError: the file cannot be read, holds no state dict, or one of another network, or
+            its weights are not finite.
     """
     try:
         if path.suffix == ".safetensors":
@@ -363,10 +366,16 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise RequestError(
             f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"
         ) from error
+    # A buffer may be infinite on purpose, such as a mask.
+    wrong = [name for name, value in net.named_parameters() if not bool(value.isfinite().all())]
+    wrong += [name for name, value in net.named_buffers() if bool(value.isnan().any())]
+    if wrong:
+        raise RequestError(f"{path} has values that are not finite, in {wrong[0]!r}")
 
 
 def _name(constructor: Callable[..., nn.Module]) -> str:
-    return f"{constructor.__module__}:{constructor.__qualname__}"
+    qualified = getattr(constructor, "__qualname__", type(constructor).__qualname__)
+    return f"{constructor.__module__}:{qualified}"
 
 
 def _resolve(name: str) -> Callable[..., nn.Module]:

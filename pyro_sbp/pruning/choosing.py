@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
 
 def check_threshold(threshold: float) -> None:
     """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
+    _check_number("threshold", threshold)
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
 
@@ -44,12 +46,21 @@ def check_settings(
 ) -> None:
     """Raise ValueError unless these can be settings of `choose_units`."""
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
     if threshold is not None and macs_ratio is not None:
         raise ValueError("give a threshold or a macs_ratio, not both")
     if threshold is not None:
         check_threshold(threshold)
+    if macs_ratio is not None:
+        _check_number("macs_ratio", macs_ratio)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number, or a tensor that holds one."""
+    tensor = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool) or not (tensor or isinstance(value, Real)):
+        raise ValueError(f"{name} is {value!r}; expected a number")
 
 
 def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
@@ -111,9 +122,9 @@ def choose_units(
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
         min_units: every gate keeps at least this many units, its best ones, also where no unit of
-            any gate reaches the threshold. Where two gates meet at a layer (channels, and the features that are
-            flattened from them), the units of the later gate are the best of those that the
-            earlier one still reaches. With 0 a gate may lose all, and a residual branch with it
+            any gate reaches the threshold. Where two gates meet at a layer (channels, and the
+            features that are flattened from them), the units of the later gate are the best of
+            those that the earlier one still reaches. With 0 a gate may lose all, and a residual branch with it
             all that it adds but a constant; one column of zeros stays for the shape.
         dense: the network whose MACs a budget counts from, where `net` was cut before.
 
