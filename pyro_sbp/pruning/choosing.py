@@ -124,8 +124,8 @@ def choose_units(
         min_units: every gate keeps at least this many units, its best ones, also where no unit of
             any gate reaches the threshold. Where two gates meet at a layer (channels, and the
             features that are flattened from them), the units of the later gate are the best of
-            those that the earlier one still reaches. With 0 a gate may lose all, and a residual branch with it
-            all that it adds but a constant; one column of zeros stays for the shape.
+            those that the earlier one still reaches. With 0 a gate may lose all, and a residual
+            branch with it all that it adds but a constant; one column of zeros stays for the shape.
         dense: the network whose MACs a budget counts from, where `net` was cut before.
 
     Raises:

@@ -220,7 +220,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{list(value.shape)}".encode())
             numbers = value.detach().cpu().contiguous().reshape(-1)
-            found.update(memoryview(numbers.view(torch.uint8).numpy()))
+            found.update(numbers.view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 found.update(f"{key!r}:".encode())
