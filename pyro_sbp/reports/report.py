@@ -205,6 +205,10 @@ def _weights(summary: Summary) -> str:
     return table + pages.paragraph(text)
 
 
+def _compression(ratio: float | None) -> str:
+    return "none left" if ratio is None else f"{ratio:.1f}x"
+
+
 def _log_alpha(threshold: float) -> str:
     """A threshold on the signal-to-noise ratio of weights as the paper's bound on log alpha."""
     if threshold == 0:
@@ -335,8 +339,6 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
-    if not found.sweep:
-        return [pages.paragraph("Not measured: every threshold removes all units.", "soft")]
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
@@ -349,7 +351,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
-            *([f"{row['compression'] or math.inf:.1f}x"] if "compression" in row else []),
+            *([_compression(row["compression"])] if "compression" in row else []),
             *([row["units"][gate] for gate in shown] or [sum(row["units"].values())]),
             ", ".join(row["held"]) or "-",
         )

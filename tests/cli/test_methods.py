@@ -223,6 +223,9 @@ def test_a_threshold_that_nothing_reaches_keeps_the_best_of_every_gate(method, t
     row = again.sweep(read_request(directory), digits(), directory)[-1]
     assert row["threshold"] == HIGH and row["held"] == gates
     assert row["macs"] == summary["macs"]["pruned"]
+    assert run("report", directory).exit_code == 0
+    page = (directory / "report.html").read_text("utf-8")
+    assert ("none left" in page) == weights and "infx" not in page
 
 
 def load_state(directory):
