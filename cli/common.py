@@ -184,6 +184,6 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
     little = hint if summary.macs.ratio < 1.05 and not weights else ""
-    nothing = NOTHING_LEFT if len(summary.held) == len(summary.units) else ""
+    nothing = NOTHING_LEFT if summary.nothing_left else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)
     return "\n\n".join(part for part in parts if part)

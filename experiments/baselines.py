@@ -73,6 +73,7 @@ class _TorchPruning:
 
     Attributes:
         small: the network as it is.
+        gates: the gates of the dense network, which a checkpoint names.
         left_alone: the layers whose units reach the logits.
     """
 
@@ -90,8 +91,9 @@ class _TorchPruning:
         self.example, _ = data.test.batch(slice(0, 2))
         self.macs, self.parameters = count_macs(net, self.example[:1]), count_parameters(net)
         self.total = widths(net)
-        reasons = find_gates(net, self.example).left_alone
-        self.left_alone = {n: why for n, why in reasons.items() if "reaches an output" in why}
+        self.gates = find_gates(net, self.example)
+        reasons = self.gates.left_alone.items()
+        self.left_alone = {n: why for n, why in reasons if "reaches an output" in why}
         self.order = torch.Generator().manual_seed(request.seed)
         self.epochs = self.recipe.epochs + self.recipe.finetune_epochs
         most = max(1, self.epochs // 2)

@@ -124,7 +124,8 @@ def sparse_vd_thresholds(records: Sequence[Record]) -> str:
             cells.append([threshold + ", the paper's" * (threshold == "0.223")])
             for lines in by_arch:
                 left = lines[threshold]["compression"]
-                cells[-1].append("all" if left == 1 else f"1 in {left:.0f}")
+                words = "none" if left is None else f"1 in {left:.0f}"
+                cells[-1].append("all" if left == 1 else words)
                 cells[-1].append(f"{lines[threshold]['error']:.2f} %")
     head = ["SNR at least"]
     for arch in _PAPER:

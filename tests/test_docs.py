@@ -110,7 +110,8 @@ def test_the_limits():
     assert [gate.name for gate in space["gates"]] == ["2"]
     assert space["gates"].left_alone["0"].startswith("several of its units reach the same column")
     assert space["gates"].left_alone["4"] == "reaches an output of the network"
-    assert "removes every unit of every gate" in space["refused"]
+    assert "no unit reaches the threshold 1000" in str(space["caught"][0].message)
+    assert space["small"][2].out_features == 1
 
 
 def test_the_reasons_are_those_of_the_code():

@@ -63,7 +63,8 @@ def save(
     network can be loaded until the new one is complete, and the new one from then on, even if the
     process is killed in between. An interrupted call may leave files whose names end in ``.part``.
     Those in the directory may be in use; the next `save` to it renames or replaces them. A
-    directory ``NAME.*.part`` beside a new one can be deleted.
+    directory ``NAME.*.part`` beside a new one is never in use once its process has ended, and can
+    be deleted; `save` does not delete it, as it may belong to a process on another machine.
 
     What is kept are tensors: parameters and buffers with their values and types, which of them are
     the same tensor, and which parameters are frozen. Other attributes that were set after
@@ -290,7 +291,9 @@ def load(
         check_fit(net, description, state, shapes)
         fill(net, description, state)
     except Exception as error:  # a constructor may raise anything if its arguments are damaged
-        raise ValueError(f"{path} does not fit {name}: {first_line(error)}") from error
+        given = _name(constructor)
+        saved = "does not" if given == name else f"was saved from {name} and does not"
+        raise ValueError(f"{path} {saved} fit {given}: {first_line(error)}") from error
     return net.eval()
 
 
@@ -326,7 +329,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
     """Load a state dict into a network, from a file of `torch.save` or safetensors.
 
     Raises:
-        RequestError: the file cannot be read, holds no state dict, or one of another network.
+        RequestError: the file cannot be read, holds no state dict, or one of another network, or
+            its weights are not finite.
     """
     try:
         if path.suffix == ".safetensors":
@@ -362,10 +366,16 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise RequestError(
             f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"
         ) from error
+    # A buffer may be infinite on purpose, such as a mask.
+    wrong = [name for name, value in net.named_parameters() if not bool(value.isfinite().all())]
+    wrong += [name for name, value in net.named_buffers() if bool(value.isnan().any())]
+    if wrong:
+        raise RequestError(f"{path} has values that are not finite, in {wrong[0]!r}")
 
 
 def _name(constructor: Callable[..., nn.Module]) -> str:
-    return f"{constructor.__module__}:{constructor.__qualname__}"
+    qualified = getattr(constructor, "__qualname__", type(constructor).__qualname__)
+    return f"{constructor.__module__}:{qualified}"
 
 
 def _resolve(name: str) -> Callable[..., nn.Module]:

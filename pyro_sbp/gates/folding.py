@@ -124,19 +124,19 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A network's input as arguments: a tuple is several inputs, a dict named ones."""
-    if isinstance(x, tuple):
-        return x, {}
-    if isinstance(x, dict):
-        return (), x
-    return (x,), {}
-
-
 def call(net: nn.Module, x: Any) -> Any:
-    """Call a network on its input: a tensor, a tuple of inputs, or a dict of named inputs."""
-    args, kwargs = _arguments(x)
-    return net(*args, **kwargs)
+    """Call a network on its input.
+
+    Args:
+        net: the network.
+        x: its input. A tuple, named or not, is passed as positional arguments, and a mapping (a
+            dict, or a tokenizer's ``BatchEncoding``) as named arguments. Anything else is one
+            argument: a tensor, a list, a dataclass. To pass a tuple or a mapping as one argument,
+            put it into a tuple of one.
+    """
+    if isinstance(x, Mapping):
+        return net(**x)
+    return net(*x) if isinstance(x, tuple) else net(x)
 
 
 def _column_scales(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,7 +253,8 @@ class GatedNetwork(nn.Module):
         """Call the network on `x` with noise `theta`.
 
         Args:
-            x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
+            x: the network's input, as for `call`: a tensor, a tuple of positional arguments, or a
+                mapping of named arguments.
             theta: from gate name to ``[units]`` (one draw for the batch) or ``[batch, units]``
                 (one for each example; a batch of one row is the same for all).
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.errors import first_line
+from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.folding import Gate, Span, call, repeatable
 from pyro_sbp.gates.layers import (
     Select,
@@ -40,7 +40,10 @@ __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow. A slice of it has the same attributes.
+    """A list of gates in the order of data flow.
+
+    A slice or a copy of it has the same attributes. Sums and multiples (``+``, ``*``) are plain
+    lists without them, as they are not the gates of one network.
 
     Attributes:
         left_alone: from the layers that are not gated to the reason.
@@ -394,24 +397,32 @@ def find_gates(
 
     Args:
         net: any network; it is not changed.
-        example_input: an input that it can be called on: a tensor, a tuple of inputs or a dict of
-            named ones. The smaller it is, the sooner the answer comes.
+        example_input: an input that it can be called on: a tensor, a tuple of positional arguments
+            or a mapping of named arguments (see `call`). A smaller input takes less time.
         input_features: names of dense layers whose input columns shall each be a unit of its own
             (pixels, flattened features).
-        ignore: names of layers that the network does not call on the example, and that shall not
-            matter. Without it such a layer forbids all gates: it might read any unit.
+        ignore: names of dense, convolutional or embedding layers that the network does not call on
+            the example, and that shall not matter. Without it such a layer forbids all gates: it
+            might read any unit.
 
     Returns:
         A list of gates in the order of data flow. Its attribute `left_alone` maps the layers that
         are not gated to the reason.
 
     Raises:
-        ValueError: `input_features` names no dense layer, one twice, or one that is not called; or
-            the network cannot be copied or called on the input.
+        ValueError: `input_features` names no dense layer, one twice, or one that is not called;
+            `ignore` names no such layer; or the network cannot be copied or called on the input.
     """
     if len(set(input_features)) < len(input_features):
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
     features = [_feature_gate(net, layer) for layer in input_features]
+    layers = _matrices(net)
+    for name in ignore:
+        if name not in layers:
+            raise ValueError(
+                f"ignore names {name!r}, which is no dense, convolutional or embedding layer of "
+                f"the network{did_you_mean(name, layers)}"
+            )
     x = convert(example_input, torch.float32, torch.device("cpu"))
     training_paths = False
     probe = _record(net, x, training_paths)
@@ -427,9 +438,7 @@ def find_gates(
     for layer in input_features:
         if layer not in order:
             raise ValueError(f"input_features names {layer!r}, which is not called on its own")
-    left_alone = {
-        name: _why_unknown(net, name, probe) for name in _matrices(net) if name not in order
-    }
+    left_alone = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
     if uncalled:
         # What is not called on the example may be called on another input, and read any unit.
         why = f"{uncalled[0]!r} is not called on the example and might read it"

@@ -28,7 +28,7 @@ from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, copied,
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior
 from pyro_sbp.models.sites import scales_of
-from pyro_sbp.pruning.choosing import Choice, choose_units, held_gates
+from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.recipes.settings import GatedRecipe
@@ -246,6 +246,7 @@ class GatedMethod(Method[G]):
         Units that earlier turns removed cannot be kept; nor can those of the last turn, unless
         the method `reopens` it. `round_to` rounds a gate down that has lost units.
         """
+        check_settings(threshold, macs_ratio, round_to, min_units)
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
             theta, snr = {**stage.theta(), **guide.mean()}, {**stage.snr, **guide.snr()}
@@ -334,7 +335,6 @@ class TurnPhase(NoisePhase):
             snr,
             self.method.example_input,
             threshold=recipe.threshold,
-            nothing_left="keep_best",
         )
         held = held_gates(own, recipe.threshold)
         # Units that are kept though they are under the threshold stay kept when `prune` is called.
@@ -358,7 +358,6 @@ class TurnPhase(NoisePhase):
             {**stage.snr, **own},
             self.method.example_input,
             threshold=FAR_UNDER * self.recipe.threshold,
-            nothing_left="keep_best",
         )
         return Decision(dataclasses.replace(choice, held=()), {**stage.snr, **own})
 

@@ -120,7 +120,8 @@ class Method(ABC, Generic[R]):
     @abstractmethod
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Location and scale of the posterior of every site that has had noise, over all of its
-        elements: of log theta of the units, or of the weights."""
+        elements: of log theta of the units, or of the weights. They may share memory with what is
+        trained."""
 
     @staticmethod
     @abstractmethod

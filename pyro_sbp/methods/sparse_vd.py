@@ -15,7 +15,7 @@ from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, noise_groups, rising_kl
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
-from pyro_sbp.pruning.choosing import NothingLeft, check_settings, least_level
+from pyro_sbp.pruning.choosing import check_settings, least_level
 from pyro_sbp.pruning.sparsity import (
     THRESHOLD,
     KeptWeights,
@@ -70,11 +70,6 @@ class SparseVD(Method[SparseVDRecipe]):
         levels = torch.cat([value.flatten() for value in snr.values()]).unique()
         if macs_ratio is None:
             level = THRESHOLD if threshold is None else threshold
-            if level > float(levels[-1]):
-                raise NothingLeft(
-                    f"threshold {level:g} removes every weight; the largest signal-to-noise ratio "
-                    f"is {float(levels[-1]):.4g}"
-                )
         else:
 
             def units_at(level: float) -> dict[str, Units]:
@@ -95,10 +90,9 @@ class SparseVD(Method[SparseVDRecipe]):
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
         if not self._begun:
             return {}
-        return {
-            name: (q.loc.detach().clone(), q.scale.detach().clone())
-            for name, q in self.guide.posteriors().items()
-        }
+        # Not copied, so that a checkpoint holds weights once: they are the locations.
+        posteriors = self.guide.posteriors().items()
+        return {name: (q.loc.detach(), q.scale.detach()) for name, q in posteriors}
 
     @staticmethod
     def distributions(

@@ -221,7 +221,8 @@ class NoisyWeights(nn.Module):
         """Call the network on `x` with weights of these means.
 
         Args:
-            x: the network's input: a tensor, a tuple of inputs, or a dict of named inputs.
+            x: the network's input: a tensor, a tuple of positional arguments, or a mapping of named
+                arguments.
             means: from layer to its weight.
             log_variances: by layer, to draw the layers' outputs; None leaves these at the means'.
         """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,19 @@ from pyro_sbp.pruning.macs import count_macs
 
 __all__ = [
     "Choice",
-    "NothingLeft",
-    "OnNothingLeft",
     "check_settings",
     "check_threshold",
     "choose_units",
+    "held_gates",
     "least_level",
     "masked_mean",
+    "nothing_reaches",
 ]
-
-
-#: What to do where no unit of any gate reaches the threshold.
-OnNothingLeft = Literal["refuse", "keep_best"]
-
-
-class NothingLeft(ValueError):
-    """A threshold removes every unit of every gate."""
 
 
 def check_threshold(threshold: float) -> None:
     """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
+    _check_number("threshold", threshold)
     if not 0 <= threshold < float("inf"):
         raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
 
@@ -52,12 +46,21 @@ def check_settings(
 ) -> None:
     """Raise ValueError unless these can be settings of `choose_units`."""
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected an integer >= {least}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
     if threshold is not None and macs_ratio is not None:
         raise ValueError("give a threshold or a macs_ratio, not both")
     if threshold is not None:
         check_threshold(threshold)
+    if macs_ratio is not None:
+        _check_number("macs_ratio", macs_ratio)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number, or a tensor that holds one."""
+    tensor = isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, bool) or not (tensor or isinstance(value, Real)):
+        raise ValueError(f"{name} is {value!r}; expected a number")
 
 
 def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
@@ -105,7 +108,6 @@ def choose_units(
     round_to: int = 1,
     min_units: int = 1,
     dense: nn.Module | None = None,
-    nothing_left: OnNothingLeft = "refuse",
 ) -> Choice:
     """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
 
@@ -119,24 +121,18 @@ def choose_units(
             many times fewer MACs.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
-        min_units: every gate keeps at least this many units, its best ones, whatever the
-            threshold. Where two gates meet at a layer (channels, and the features that are
-            flattened from them), the units of the later gate are the best of those that the
-            earlier one still reaches. With 0 a gate may lose all, and a residual branch with it
-            all that it adds but a constant; one column of zeros stays for the shape.
+        min_units: every gate keeps at least this many units, its best ones, also where no unit of
+            any gate reaches the threshold. Where two gates meet at a layer (channels, and the
+            features that are flattened from them), the units of the later gate are the best of
+            those that the earlier one still reaches. With 0 a gate may lose all, and a residual
+            branch with it all that it adds but a constant; one column of zeros stays for the shape.
         dense: the network whose MACs a budget counts from, where `net` was cut before.
-        nothing_left: what to do where no unit of any gate reaches the threshold: "refuse" raises
-            `NothingLeft`, "keep_best" keeps the best `min_units` of every gate. With `min_units` 0
-            there is none to keep, and both raise.
 
     Raises:
-        ValueError: a setting is out of range, the threshold removes every unit of every gate, or
-            the budget cannot be met; the message says what can.
+        ValueError: a setting is out of range, the threshold removes every unit of every gate and
+            `min_units` is 0, or the budget cannot be met; the message says what can.
     """
     check_settings(threshold, macs_ratio, round_to, min_units)
-    if nothing_left not in get_args(OnNothingLeft):
-        allowed = " or ".join(map(repr, get_args(OnNothingLeft)))
-        raise ValueError(f"nothing_left is {nothing_left!r}; expected {allowed}")
     threshold = 1.0 if threshold is None else threshold
     if not gates:
         raise ValueError("there is no gate to choose units of")
@@ -155,10 +151,9 @@ def choose_units(
         return Choice(theta, units, level, held)
 
     if macs_ratio is None:
-        keeps_best = nothing_left == "keep_best" and min_units > 0
-        if threshold > float(levels[-1]) and not keeps_best:
-            raise NothingLeft(
-                f"threshold {threshold:g} removes every unit of every gate; "
+        if threshold > float(levels[-1]) and not min_units:
+            raise ValueError(
+                f"threshold {threshold:g} with min_units 0 removes every unit of every gate; "
                 f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
@@ -169,6 +164,15 @@ def choose_units(
 def held_gates(snr: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
     """The gates of which no unit reaches a signal-to-noise ratio; `snr` is by name, ``[units]``."""
     return tuple(name for name, values in snr.items() if not (values >= threshold).any())
+
+
+def nothing_reaches(threshold: float, element: str, snr: Mapping[str, Tensor]) -> str:
+    """The warning that no element ("unit" or "weight") of any site reaches a threshold."""
+    largest = max(float(values.max()) for values in snr.values())
+    return (
+        f"no {element} reaches the threshold {threshold:g}, so next to nothing is left of the "
+        f"network; the largest signal-to-noise ratio is {largest:.4g}"
+    )
 
 
 def least_level(

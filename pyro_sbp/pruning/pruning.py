@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
-from pyro_sbp.pruning.choosing import choose_units
+from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
 from pyro_sbp.pruning.exactness import checked_shrink
 
 __all__ = ["prune"]
@@ -24,7 +25,10 @@ def prune(
     round_to: int = 1,
     min_units: int = 1,
 ) -> nn.Module:
-    """Make the smaller network that the posterior asks for: units under the threshold are gone.
+    """Make the smaller network that the posterior asks for: units under the threshold are removed.
+
+    Every gate keeps at least its best `min_units` units. If no unit of any gate reaches the
+    threshold, only these are left, and a `UserWarning` says so.
 
     Args:
         model: the gated network.
@@ -53,4 +57,6 @@ def prune(
         round_to=round_to,
         min_units=min_units,
     )
+    if len(choice.held) == len(gates):
+        warnings.warn(nothing_reaches(choice.threshold, "unit", guide.snr()), stacklevel=2)
     return checked_shrink(net, gates, choice.theta, example_input, choice.units)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import Units, surviving_units
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
-from pyro_sbp.pruning.choosing import check_threshold
+from pyro_sbp.pruning.choosing import check_threshold, held_gates, nothing_reaches
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 
 __all__ = [
@@ -189,7 +190,8 @@ def prune_weights(
 ) -> nn.Module:
     """Make the smaller network that the posterior of weights asks for (arXiv 1701.05369).
 
-    Weights under the threshold are zero, and units that no other weight reads are gone.
+    Weights under the threshold are zero, and units that no other weight reads are removed. If no
+    weight reaches the threshold, all are zero, and a `UserWarning` says so.
 
     Args:
         model: the network with noise on its weights.
@@ -208,8 +210,10 @@ def prune_weights(
     """
     check_threshold(threshold)
     net = model.noisy.net
-    gates = find_gates(net, example_input, input_features)
-    return shrink_sparse(net, gates, guide.snr(), example_input, threshold).small
+    gates, snr = find_gates(net, example_input, input_features), guide.snr()
+    if len(held_gates(snr, threshold)) == len(snr):
+        warnings.warn(nothing_reaches(threshold, "weight", snr), stacklevel=2)
+    return shrink_sparse(net, gates, snr, example_input, threshold).small
 
 
 def _unit_scores(

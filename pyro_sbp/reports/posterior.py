@@ -85,10 +85,12 @@ def read_posterior(directory: Path) -> Posterior:
     recipe = saved.request.recipe
     distributions = pkgutil.resolve_name(METHODS[recipe.method]).distributions
     weights = saved.network()
-    units = saved.lines[-1]["units"] if saved.lines else {}
-    of_gates = saved.posteriors.keys() <= units.keys()
+    gates = saved.gates
+    if gates is None:  # of an earlier version
+        gates = saved.lines[-1]["units"] if saved.lines else {}
+    of_gates = all(loc.ndim == 1 for loc, _ in saved.posteriors.values())
     # In the order of the network, which that of the turns need not be.
-    order = units if of_gates else _layers(weights)
+    order = gates if of_gates else _layers(weights)
     names = [name for name in order if name in saved.posteriors]
     names += [name for name in saved.posteriors if name not in names]
     if not names:
@@ -104,7 +106,7 @@ def read_posterior(directory: Path) -> Posterior:
         sum(line["phase"] not in WITHOUT_NOISE for line in saved.lines),
         recipe.epochs,
         saved.left_alone,
-        [name for name in units if name not in found] if of_gates else [],
+        [name for name in gates if name not in found] if of_gates else [],
     )
 
 

@@ -205,6 +205,17 @@ def _weights(summary: Summary) -> str:
     return table + pages.paragraph(text)
 
 
+def _compression(ratio: float | None) -> str:
+    return "none left" if ratio is None else f"{ratio:.1f}x"
+
+
+def _log_alpha(threshold: float) -> str:
+    """A threshold on the signal-to-noise ratio of weights as the paper's bound on log alpha."""
+    if threshold == 0:
+        return "so every weight is kept, whatever its log alpha"
+    return f"which is a log alpha of {-2 * math.log(threshold):.3g} or less"
+
+
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
     if found.description is None or found.posterior is None:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
@@ -217,8 +228,8 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
         "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
         "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
-        f"more, a log alpha of {-2 * math.log(threshold or 1):.3g} or less. Quantiles of it, the "
-        "mean of the weights without their sign, and the KL of the layer in nats:",
+        f"more, {_log_alpha(threshold)}. Quantiles of the SNR, the mean of the weights' absolute "
+        "values, and the KL of the layer in nats:",
     }
     parts = [
         pages.paragraph(meanings[elements]),
@@ -328,8 +339,6 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
-    if not found.sweep:
-        return [pages.paragraph("Not measured: every threshold removes all units.", "soft")]
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
@@ -342,7 +351,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
             _percent(row["error"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
-            *([f"{row['compression'] or math.inf:.1f}x"] if "compression" in row else []),
+            *([_compression(row["compression"])] if "compression" in row else []),
             *([row["units"][gate] for gate in shown] or [sum(row["units"].values())]),
             ", ".join(row["held"]) or "-",
         )

@@ -13,7 +13,6 @@ import torch
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
-from pyro_sbp.pruning.choosing import NothingLeft
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import THRESHOLDS
@@ -75,8 +74,8 @@ def sweep(
 
     Args:
         request, data, directory: of the run, as for `train`.
-        thresholds: signal-to-noise ratios; those that would remove every unit of every gate are
-            left out. By default `SWEEP_FACTORS` and the recipe's own.
+        thresholds: signal-to-noise ratios; by default `SWEEP_FACTORS` and the recipe's own. Where
+            no unit reaches one, every gate keeps its best unit, as in `train`.
 
     Returns:
         By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
@@ -95,8 +94,6 @@ def sweep(
         for threshold in sorted(set(thresholds)):
             try:
                 method.prune(threshold=threshold)
-            except NothingLeft:
-                break
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()

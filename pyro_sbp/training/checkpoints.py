@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -72,6 +74,8 @@ class Checkpoint:
         posteriors: from the name of a site to location and scale of its posterior, over all
             elements: of log theta of a gate's units, or of a layer's weights.
         average: the state of the moving average of the weights, if there is one.
+        gates: from the name of a gate to its size, in the order of the network; None in
+            checkpoints of earlier versions.
     """
 
     request: Request
@@ -88,9 +92,10 @@ class Checkpoint:
     left_alone: dict[str, str] | None
     posteriors: dict[str, tuple[Tensor, Tensor]]
     average: dict[str, Any] | None = None
+    gates: dict[str, int] | None = None
 
     def write(self, path: Path) -> None:
-        """Write the file, which appears whole or not at all.
+        """Write the file with a checksum of its values; it appears whole or not at all.
 
         Raises:
             OSError: it cannot be written; what was at `path` is left as it was.
@@ -98,14 +103,15 @@ class Checkpoint:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["request"] = json.dumps(self.request.to_dict())
         values["place"] = dataclasses.asdict(self.place)
-        write_tensors(path, {"format": FORMAT, **values})
+        write_tensors(path, {"format": FORMAT, "checksum": _checksum(values), **values})
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """Read a `checkpoint.pt`, with tensors on the CPU.
 
         Raises:
-            RequestError: it is damaged, or not the checkpoint of a run.
+            RequestError: it is damaged, differs from its checksum, or is not the checkpoint of a
+                run. Checkpoints of earlier versions have no checksum.
         """
         try:
             # One opened file, as a run that is under way may replace the one at `path`.
@@ -116,6 +122,12 @@ class Checkpoint:
                         raise ValueError(f"{record!r} differs from its checksum")
                 file.seek(0)
                 saved = torch.load(file, weights_only=True, map_location="cpu")
+            # The zip file's own checksums are those of whoever packed it last.
+            expected = saved.pop("checksum", None) if isinstance(saved, dict) else None
+            if expected is not None:
+                values = {name: value for name, value in saved.items() if name != "format"}
+                if _checksum(values) != expected:
+                    raise ValueError("its values differ from their checksum")
         except Exception as error:  # damaged bytes may raise anything
             raise RequestError(f"{path} is damaged: {first_line(error)}") from error
         found = saved.get("format") if isinstance(saved, dict) else None
@@ -128,8 +140,7 @@ class Checkpoint:
             if "format" not in saved:
                 saved = old_formats.checkpoint(saved)
             _SAVED.validate_python(saved)
-            fields = dataclasses.fields(cls)
-            values = {field.name: saved[field.name] for field in fields if field.name in saved}
+            values = {field.name: saved.get(field.name) for field in dataclasses.fields(cls)}
             values["request"] = Request.from_dict(json.loads(values["request"]))
             values["place"] = Place(**values["place"])
             return cls(**values)
@@ -207,9 +218,34 @@ class _Saved(TypedDict):
     left_alone: dict[str, str] | None
     posteriors: dict[str, tuple[Tensor, Tensor]]
     average: NotRequired[dict[str, Any] | None]
+    gates: NotRequired[dict[str, _Count] | None]
 
 
 _SAVED = TypeAdapter(_Saved)
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    """The SHA-256 of nested plain values and tensors, in hexadecimal."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype}{list(value.shape)}".encode())
+            numbers = value.detach().cpu().contiguous().reshape(-1)
+            found.update(numbers.view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                found.update(f"{key!r}:".encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            found.update(f"{len(value)} items".encode())
+            for item in value:
+                add(item)
+        else:
+            found.update(f"{value!r};".encode())
+
+    add(values)
+    return found.hexdigest()
 
 
 def _finding(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ writes files. Either Fabric starts the other processes by running the same comma
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -43,6 +44,10 @@ def launch(
 ) -> Fabric:
     """Start the processes of a run, and wait until all have started.
 
+    Stray variables of a process group, see `forget_stray_variables`, are removed from the
+    environment: for one device until the function returns, for several for good, as the run
+    reads its group from them.
+
     Args:
         device: "cpu" or "cuda".
         devices: the number of devices over all machines, one process each; under `torchrun` the
@@ -59,7 +64,7 @@ def launch(
     here = devices if external is None else processes_here()
     if device == "cuda" and torch.cuda.device_count() < here:
         raise RequestError(f"devices is {here}; this machine has {torch.cuda.device_count()}")
-    forget_stray_variables()
+    stray = forget_stray_variables()
     # Fabric logs every process that joins.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
@@ -78,6 +83,8 @@ def launch(
     with ExitStack() as stack:
         if devices > 1:
             stack.enter_context(_ended_by_signals())
+        else:
+            stack.callback(os.environ.update, stray)
         if external is None:
             stack.enter_context(starting_copies(threads))
         fabric.launch()

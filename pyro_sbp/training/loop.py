@@ -409,6 +409,7 @@ class Loop:
             random=gather(self.fabric, random),
             left_alone=self.method.left_alone,
             posteriors=self.method.posteriors(),
+            gates={gate.name: gate.size for gate in self.method.gates},
         )
         on_first(self.fabric, lambda: checkpoint.write(self.directory / "checkpoint.pt"))
 

@@ -81,15 +81,18 @@ def processes_here() -> int:
     return _set_by_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
-def forget_stray_variables() -> None:
+def forget_stray_variables() -> dict[str, str]:
     """Remove the variables of a process group from the environment of a process that is in none.
 
     Importing Fabric fails if ``RANK`` is not a number, a stray ``LOCAL_RANK`` keeps Fabric from
     starting the other processes, and with a stray ``MASTER_ADDR`` they wait for another machine.
+
+    Returns:
+        The variables that were removed, with their values.
     """
-    if TORCHRUN not in os.environ and not _is_copy():
-        for name in VARIABLES:
-            os.environ.pop(name, None)
+    if TORCHRUN in os.environ or _is_copy():
+        return {}
+    return {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
 
 
 @contextmanager

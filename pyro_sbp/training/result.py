@@ -107,7 +107,9 @@ def _weights(method: Method) -> WeightsLeft | None:
 
 def _file_size(net: nn.Module) -> int:
     """The bytes of a network as `save` would store it."""
-    return len(serialize({n: value.float() for n, value in unique_tensors(net)[0].items()}))
+    tensors = unique_tensors(net)[0].items()
+    # As in `Module.to`: the counters of batch norms stay integers.
+    return len(serialize({n: v.float() if v.is_floating_point() else v for n, v in tensors}))
 
 
 def _indices(mask: Tensor) -> list[int]:

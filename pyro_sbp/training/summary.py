@@ -218,6 +218,13 @@ class Summary:
         except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{path} is damaged: {error}") from error
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether nothing reached the threshold: no unit of any gate, or no weight with noise."""
+        if self.weights is not None and not any(layer.kept for layer in self.weights.layers):
+            return True
+        return 0 < len(self.units) == len(self.held)
+
     def errors(self) -> dict[str, Errors]:
         """The errors that were measured, from the name of the images to the errors on them."""
         found = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -75,7 +76,10 @@ def train(
 
 
 def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
-    # A run that was stopped before it wrote its summary may have left a network.
+    # A run that was stopped before it wrote its summary may have left a network, or a part of one
+    # that no other process is writing, as this one holds the directory's lock.
+    for left in directory.glob("pruned.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
     summary = write_result(job, loop, directory / "pruned", overwrite=True)
     write_json(directory / "summary.json", summary.to_dict())
     return summary

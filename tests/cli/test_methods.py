@@ -10,6 +10,8 @@ from helpers import METHODS, StopAfter, run, train_quickly
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment import saving
+from pyro_sbp.training import again
+from pyro_sbp.training.runs import read_request
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -93,7 +95,10 @@ def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, ste
         run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
     assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.undo()
+    left = tmp_path / "run" / "pruned.abc.part"  # as if a process was killed while it saved
+    (left / "pruned").mkdir(parents=True)
     assert run("train", "--resume", tmp_path / "run").exit_code == 0
+    assert not left.exists()
     first = json.loads((directory / "summary.json").read_text())
     second = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert without_times(second) == without_times(first)
@@ -188,3 +193,44 @@ def test_what_it_made_is_exported(finished, file_format):
     result = run("export", directory, "--format", file_format, "--json")
     assert result.exit_code == 0, result.output
     assert Path(json.loads(result.stdout)["file"]).exists()
+
+
+#: A threshold over any signal-to-noise ratio that short training gives, and what makes it so.
+HIGH, WIDE = 50.0, "init_log_scale = 0.0"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_threshold_that_nothing_reaches_keeps_the_best_of_every_gate(method, tmp_path):
+    """Training, pruning again and the sweep of the report end at the same network."""
+    recipe = "dense_epochs = 0\nepochs = 3\nbatch_size = 64\nfinetune_epochs = 0\ncrop = 1\n"
+    (tmp_path / "high.toml").write_text(f"{recipe}threshold = {HIGH}\n{WIDE}\n")
+    directory = tmp_path / "run"
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", method]
+    result = run(*args, "--recipe", tmp_path / "high.toml", "--output-dir", directory)
+    assert result.exit_code == 0, result.output
+    assert "Nothing reaches the threshold" in result.stdout
+    summary = json.loads((directory / "summary.json").read_text())
+    gates = [unit["gate"] for unit in summary["units"]]
+    assert summary["held"] == gates
+    weights = method == "sparse-vd"  # whose units remain as columns of zeros
+    assert [unit["kept"] for unit in summary["units"]] == [0 if weights else 1] * len(gates)
+    for threshold in (HIGH, 2 * HIGH):
+        pruned = run("prune", directory, "--threshold", threshold)
+        assert pruned.exit_code == 0 and "Nothing reaches the threshold" in pruned.stdout
+        found = load_state(directory / f"pruned-threshold-{threshold:g}")
+        for name, value in load_state(directory / "pruned").items():
+            torch.testing.assert_close(found[name], value)
+    row = again.sweep(read_request(directory), digits(), directory)[-1]
+    assert row["threshold"] == HIGH and row["held"] == gates
+    assert row["macs"] == summary["macs"]["pruned"]
+    assert run("report", directory).exit_code == 0
+    page = (directory / "report.html").read_text("utf-8")
+    assert ("none left" in page) == weights and "infx" not in page
+
+
+def load_state(directory):
+    return saving.load(directory).state_dict()
+
+
+def digits():
+    return load_dataset("digits", Path("nowhere"), 28)

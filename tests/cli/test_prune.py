@@ -24,7 +24,7 @@ def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
         ([], "give --threshold, --macs-ratio, --round-to or --min-units"),
         (["--threshold", "1", "--macs-ratio", "2"], "not both"),
         (["--threshold", "-1"], "expected a signal-to-noise ratio >= 0"),
-        (["--threshold", "1e9"], "removes every unit of every gate"),
+        (["--threshold", "1e9", "--min-units", "0"], "removes every unit of every gate"),
         (["--macs-ratio", "1e9"], "times fewer MACs"),
         (["--threshold", "1", "--round-to", "0"], "round_to is 0"),
     ],

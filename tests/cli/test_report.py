@@ -169,8 +169,9 @@ def test_the_sweep_has_the_numbers_of_prune(finished):
     assert row["units"] == {u["gate"]: u["kept"] for u in summary["units"]}
     macs = [row["macs"] for row in rows]
     assert macs == sorted(macs, reverse=True) and macs[0] == summary["macs"]["dense"]
-    largest = again.sweep(found.request, data, finished, thresholds=(1e9,))
-    assert largest == []
+    (largest,) = again.sweep(found.request, data, finished, thresholds=(1e9,))
+    assert largest["units"] == dict.fromkeys(row["units"], 1)
+    assert largest["held"] == list(row["units"])
     with pytest.raises(RequestError, match="expected a signal-to-noise ratio >= 0"):
         again.sweep(found.request, data, finished, thresholds=(-1.0,))
 

@@ -77,16 +77,39 @@ def test_it_goes_on_within_every_phase(finished, tmp_path, monkeypatch, steps):
         assert ours == (directory / "pruned" / name).read_bytes()
 
 
+def test_a_checkpoint_holds_the_weights_once(tmp_path):
+    """Beside the optimizer's two tensors for each parameter: a weight, its variance, its scale."""
+    (tmp_path / "quick.toml").write_text(QUICK)
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", "sparse-vd"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("pyro_sbp.cli.stopping.StopWhenDone.__call__", StopAfter(3))
+        run(*args, "--recipe", tmp_path / "quick.toml", "--output-dir", tmp_path / "run")
+    weights = 784 * 300 + 300 * 100 + 100 * 10
+    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
+    assert size < 4 * weights * (6 + 1 + 0.1)
+
+
 def test_prune_refuses_what_it_refuses_of_sbp(finished):
     directory, _, _ = finished
     for args, words in (
         (["--round-to", "0"], "round_to is 0"),
         (["--min-units", "-3"], "min_units is -3"),
-        (["--threshold", "1e9"], "removes every weight"),
         (["--macs-ratio", "1e9"], "cannot be met"),
     ):
         result = run("prune", directory, *args)
         assert result.exit_code == 2 and words in result.stderr, result.output
+
+
+def test_at_threshold_0_the_report_names_no_log_alpha(tmp_path):
+    recipe = "dense_epochs = 0\nepochs = 1\nfinetune_epochs = 0\ncrop = 1\nthreshold = 0.0\n"
+    (tmp_path / "all.toml").write_text(recipe)
+    args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", "sparse-vd"]
+    result = run(*args, "--recipe", tmp_path / "all.toml", "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert run("report", tmp_path / "run").exit_code == 0
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "(SNR) is 0 or more, so every weight is kept, whatever its log alpha." in page
+    assert "-0 or less" not in page
 
 
 def test_of_random_labels_nothing_is_left_and_the_prediction_is_constant(tmp_path):

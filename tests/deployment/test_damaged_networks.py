@@ -328,6 +328,14 @@ def test_damaged_weights_are_refused_in_one_line(suffix, tmp_path):
         ({"weight": torch.ones(2, 3).int(), "bias": torch.ones(2)}, "has torch.int32 for 'weight'"),
         ({"weight": torch.ones(2, 3) * 1j, "bias": torch.ones(2)}, "has torch.complex64 for"),
         ({"weight": torch.ones(2, 4), "bias": torch.ones(2)}, "weights of another network"),
+        (
+            {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, torch.nan])},
+            "values that are not finite, in 'bias'",
+        ),
+        (
+            {"weight": torch.ones(2, 3) / 0, "bias": torch.ones(2)},
+            "values that are not finite, in 'weight'",
+        ),
     ],
 )
 def test_what_is_no_state_dict_is_refused(state, words, tmp_path):

@@ -1,5 +1,6 @@
 """save and load: files without pickle, bit-equal outputs, no Pyro, and no instant without them."""
 
+import functools
 import itertools
 import json
 import os
@@ -151,6 +152,16 @@ def test_the_wrong_constructor_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="builds a"):
         sbp.save(small[0], tmp_path / "net", constructor=sbp.networks.LeNet500_300)
     assert not (tmp_path / "net").exists()
+
+
+def test_loading_with_another_constructor_names_both(small, tmp_path):
+    sbp.save(small[0], tmp_path / "net", constructor=sbp.networks.LeNet5)
+    other = functools.partial(torch.nn.Linear, 3, 2)
+    saved = r"net was saved from pyro_sbp.networks:LeNet5 and does not fit"
+    with pytest.raises(ValueError, match=f"{saved} test_saving:linear: "):
+        sbp.load(tmp_path / "net", linear)
+    with pytest.raises(ValueError, match=f"{saved} functools:partial: "):
+        sbp.load(tmp_path / "net", other)
 
 
 def test_removed_heads_and_groups_are_saved(tmp_path):

@@ -386,6 +386,15 @@ def test_a_layer_that_the_example_does_not_call_forbids_gates():
     assert sizes(find_gates(net, torch.ones(2, 4), ignore=["other"])) == {"a": 6}
 
 
+def test_a_layer_to_ignore_must_be_one_of_the_network():
+    net = Net(lambda n, x: n.head(n.a(x)), **two(other=nn.Linear(6, 3), norm=nn.ReLU()))
+    words = "ignore names 'othr', which is no .* layer of the network; did you mean 'other'?"
+    with pytest.raises(ValueError, match=words):
+        find_gates(net, torch.ones(2, 4), ignore=["other", "othr"])
+    with pytest.raises(ValueError, match="ignore names 'norm'"):
+        find_gates(net, torch.ones(2, 4), ignore=["norm"])
+
+
 def sizes(gates):
     return {gate.name: gate.size for gate in gates}
 

@@ -64,6 +64,8 @@ def test_a_slice_of_gates_keeps_why_the_others_are_not_prunable(found):
         assert all(gate in gates for gate in part)
     assert isinstance(gates[0], Gate) and gates[-1].name == "fc1"
     assert [gate.name for gate in gates[:2]] == ["conv1", "conv2"]
+    for plain in (gates + gates[:1], gates[:1] + list(gates), 2 * gates, gates * 2):
+        assert type(plain) is list
     part = gates[:2]
     part.left_alone["conv1"] = "not asked for"
     assert list(gates.left_alone) == ["fc2"]

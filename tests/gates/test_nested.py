@@ -258,7 +258,7 @@ GETTERS = {
     "dict": entries,
     "OrderedDict": entries,
     "UserDict": entries,
-    "encoding": attributes,
+    "encoding": entries,
     "wrapping mapping": entries,
     "fixed mapping": entries,
     "mapping proxy": entries,
@@ -266,15 +266,19 @@ GETTERS = {
     "tuple": tuple,
     "named tuple": tuple,
     "list subclass": tuple,
+    "encoding as one argument": attributes,
     "dataclass": attributes,
     "slotted dataclass": attributes,
 }
 
 
+INPUTS = {**STRUCTURES, "encoding as one argument": (STRUCTURES["encoding"],)}
+
+
 @pytest.mark.parametrize("name", GETTERS)
 def test_networks_of_any_input_are_gated_and_cut_exactly(name):
     torch.manual_seed(0)
-    net, x = Reads(GETTERS[name]).eval(), STRUCTURES[name]
+    net, x = Reads(GETTERS[name]).eval(), INPUTS[name]
     gates = find_gates(net, x)
     assert {gate.name: gate.size for gate in gates} == {"a": 5, "hidden": 6}, gates.left_alone
     theta = {gate.name: torch.rand(gate.size) for gate in gates}
@@ -289,15 +293,18 @@ def test_networks_of_any_input_are_gated_and_cut_exactly(name):
     torch.testing.assert_close(GatedNetwork(net, gates)(x, {}).a, call(net, x).a)
 
 
-def test_only_tuples_and_dicts_are_arguments():
+def test_tuples_are_positional_arguments_and_mappings_are_named_ones():
     def given(*args, **kwargs):
         return args, kwargs
 
     for name, x in STRUCTURES.items():
         args, kwargs = call(given, x)
-        if isinstance(x, dict):
-            assert (args, kwargs) == ((), dict(x)), name
+        if isinstance(x, Mapping):
+            assert args == () and list(kwargs) == list(x), name
+            assert all(kwargs[key] is x[key] for key in x), name
         elif isinstance(x, tuple):
             assert args == tuple(x) and not kwargs, name
         else:
             assert len(args) == 1 and args[0] is x and not kwargs, name
+        args, kwargs = call(given, (x,))
+        assert len(args) == 1 and args[0] is x and not kwargs, name

@@ -228,6 +228,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, digits, tmp_path, epoc
         assert torch.equal(value, other), name
 
 
+def test_a_run_stopped_in_its_first_epoch_names_the_gates_without_a_turn(digits, tmp_path):
+    asked = request(dense_epochs=0)
+    with pytest.raises(Interrupted):
+        training.train(asked, digits, tmp_path, stop=lambda: True)
+    told = read_posterior(tmp_path)
+    assert (list(told.sites), told.waiting) == (["stem"], ["a", "fc"])
+    gates = Checkpoint.read(tmp_path / "checkpoint.pt").gates
+    assert list(gates) == ["stem", "a", "fc"] and gates["stem"] == len(told.snr()["stem"])
+
+
 def test_checkpoints_hold_one_network_and_the_posterior_of_every_gate(finished):
     saved = Checkpoint.read(finished[0] / "checkpoint.pt")
     _, stem, a, fc = saved.finished

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pyro_sbp as sbp
-from pyro_sbp.pruning.choosing import NothingLeft, choose_units
+from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 
 
@@ -71,9 +71,7 @@ def test_gates_that_meet_keep_units_that_reach_each_other(name, seed):
             for gate in gates:
                 over = torch.rand(gate.size) < share * torch.randint(2, ())
                 snr[gate.name] = torch.rand(gate.size) + over
-            choice = choose_units(
-                net, gates, mean, snr, x, min_units=least, nothing_left="keep_best"
-            )
+            choice = choose_units(net, gates, mean, snr, x, min_units=least)
             check(net, gates, mean, x, choice, least)
 
 
@@ -95,7 +93,7 @@ def test_the_best_channel_is_kept_with_its_best_feature():
 def test_of_units_that_are_tied_one_is_kept(name):
     net, gates, mean, x = made(name)
     snr = {gate.name: torch.full((gate.size,), 0.1) for gate in gates}
-    choice = choose_units(net, gates, mean, snr, x, nothing_left="keep_best")
+    choice = choose_units(net, gates, mean, snr, x)
     # Of the features every channel gate needs one.
     counts = {name: int(units.kept.sum()) for name, units in choice.units.items()}
     features = 2 if name == "concatenated" else 1
@@ -103,11 +101,8 @@ def test_of_units_that_are_tied_one_is_kept(name):
     assert choice.threshold == 1.0 and set(choice.held) == set(counts)
 
 
-def test_where_nothing_is_left_the_caller_says_what_to_do():
+def test_nothing_is_left_only_without_a_least_number_of_units():
     net, gates, mean, x = made("lenet5")
     snr = {gate.name: torch.rand(gate.size) for gate in gates}
-    for options in ({}, {"min_units": 0, "nothing_left": "keep_best"}):
-        with pytest.raises(NothingLeft, match="removes every unit"):
-            choose_units(net, gates, mean, snr, x, **options)
-    with pytest.raises(ValueError, match="nothing_left is 'best'; expected 'refuse' or 'keep_"):
-        choose_units(net, gates, mean, snr, x, nothing_left="best")
+    with pytest.raises(ValueError, match="with min_units 0 removes every unit"):
+        choose_units(net, gates, mean, snr, x, min_units=0)

@@ -131,11 +131,37 @@ def test_a_budget_that_cannot_be_met_says_what_can(lenet):
         sbp.prune(model, guide, x, macs_ratio=0.5)
 
 
-def test_a_threshold_over_all_units_is_refused(lenet):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"threshold": "2"}, "threshold is '2'; expected a number"),
+        ({"threshold": [1.0]}, r"threshold is \[1.0\]; expected a number"),
+        ({"macs_ratio": "2"}, "macs_ratio is '2'; expected a number"),
+        ({"round_to": 8.0}, "round_to is 8.0; expected an integer >= 1"),
+        ({"round_to": "8"}, "round_to is '8'; expected an integer >= 1"),
+        ({"min_units": None}, "min_units is None; expected an integer >= 0"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(lenet, settings, words):
+    model, guide, x = lenet
+    with pytest.raises(ValueError, match=words):
+        sbp.prune(model, guide, x, **settings)
+
+
+def test_a_threshold_may_be_a_tensor(lenet):
+    model, guide, x = lenet
+    small = sbp.prune(model, guide, x, threshold=torch.tensor(3.0))
+    assert small.conv1.out_channels == sbp.prune(model, guide, x, 3).conv1.out_channels
+
+
+def test_over_all_units_every_gate_keeps_its_best_and_a_warning_says_so(lenet):
     model, guide, x = lenet
     largest = max(float(snr.max()) for snr in guide.snr().values())
-    with pytest.raises(ValueError, match=f"removes every unit.* is {largest:.4g}"):
-        sbp.prune(model, guide, x, threshold=2 * largest)
+    with pytest.warns(UserWarning, match=f"no unit reaches the threshold.* is {largest:.4g}"):
+        small = sbp.prune(model, guide, x, threshold=2 * largest)
+    assert small.conv1.out_channels == small.conv2.out_channels == small.fc1[-1].out_features == 1
+    with pytest.raises(ValueError, match=f"min_units 0 removes every unit.* is {largest:.4g}"):
+        sbp.prune(model, guide, x, threshold=2 * largest, min_units=0)
 
 
 def test_counts_are_rounded_up_with_the_best_of_the_rest(lenet):

@@ -97,6 +97,29 @@ def test_a_damage_with_right_checksums_is_refused_or_harmless(written, tmp_path)
     assert refused > 50
 
 
+def test_changed_values_are_refused_though_the_zip_file_is_right(written, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    changes = {
+        "posteriors": lambda saved: next(iter(saved["posteriors"].values()))[0][0].add_(0.1),
+        "module": lambda saved: next(iter(saved["current"]["module"].values())).flatten()[0].neg_(),
+        "seconds": lambda saved: saved.update(seconds=saved["seconds"] + 1),
+    }
+    for change in changes.values():
+        saved = torch.load(written[1], weights_only=True)
+        change(saved)
+        torch.save(saved, path)
+        with pytest.raises(RequestError, match="is damaged: its values differ from their checksum"):
+            Checkpoint.read(path)
+
+
+def test_a_checkpoint_without_a_checksum_and_gates_is_read(written, tmp_path):
+    saved = torch.load(written[1], weights_only=True)
+    del saved["checksum"], saved["gates"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    found = Checkpoint.read(tmp_path / "checkpoint.pt")
+    assert equal(found.posteriors, written[0].posteriors) and found.gates is None
+
+
 @pytest.mark.parametrize("value", [torch.zeros(2, 2), [], "format", 3, None, {}, {"format": [2]}])
 def test_a_file_of_something_else_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "checkpoint.pt")
@@ -123,10 +146,12 @@ def test_a_file_of_something_else_is_refused(tmp_path, value):
         ("posteriors", None, "posteriors: expected a valid dictionary"),
         ("posteriors", {"fc1": (torch.zeros(2), 1)}, "posteriors fc1 1: expected an instance"),
         ("posteriors", ..., "posteriors is missing"),
+        ("gates", {"fc1": -1}, "gates fc1: expected greater than or equal to 0"),
     ],
 )
 def test_a_value_of_a_wrong_type_is_named(written, tmp_path, name, value, words):
     saved = torch.load(written[1], weights_only=True)
+    del saved["checksum"]
     saved[name] = value
     if value is ...:
         del saved[name]

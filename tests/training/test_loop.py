@@ -20,6 +20,7 @@ RECIPE = SBPRecipe(dense_epochs=1, batch_size=4)
 class OnePhase:
     """A method of one phase, whose loss can be chosen."""
 
+    gates = ()
     left_alone = {}  # noqa: RUF012
 
     def __init__(self, loss):

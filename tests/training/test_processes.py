@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from pyro_sbp.cli import cli
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training import processes
+from pyro_sbp.training.devices import launch
 
 STRAYS = [
     {"RANK": "1"},
@@ -58,8 +59,17 @@ def test_a_stray_variable_puts_the_process_into_no_group(strays, environment):
 @pytest.mark.parametrize("strays", STRAYS, ids=str)
 def test_stray_variables_are_removed(strays, environment):
     environment(strays)
-    processes.forget_stray_variables()
+    found = processes.forget_stray_variables()
     assert not set(processes.VARIABLES) & set(os.environ)
+    assert found == {name: strays[name] for name in processes.VARIABLES if name in strays}
+
+
+def test_a_launch_on_one_device_leaves_the_environment_as_it_was(environment):
+    environment({"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "elsewhere", "WORLD_SIZE": "4"})
+    before = dict(os.environ)
+    fabric = launch("cpu")
+    assert fabric.world_size == 1 and fabric.global_rank == 0
+    assert dict(os.environ) == before
 
 
 def test_torchrun_s_variables_are_read_and_kept(environment):
