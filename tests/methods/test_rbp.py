@@ -13,6 +13,7 @@ from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment import saving
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.methods.gated import Turn
 from pyro_sbp.methods.rbp import RBP, in_order
 from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.pruning.macs import count_macs
@@ -390,7 +391,7 @@ def test_the_reversed_order_begins_with_the_last_gate():
     phases = method(Residual(), torch.randn(4, 1, 8, 8), order="reversed").phases()
     assert next(phases).name == "gate fc"
     assert method(Residual(), torch.randn(4, 1, 8, 8), order="together").turns() == [
-        ("gated", ("stem", "a", "fc"), 7)
+        Turn("gated", ("stem", "a", "fc"), 7)
     ]
 
 
