@@ -44,12 +44,9 @@ class Net(torch.nn.Sequential):
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before(monkeypatch):
+def no_variables(monkeypatch):
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
