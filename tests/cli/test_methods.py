@@ -116,13 +116,6 @@ def test_bench_measures_and_names_the_machine(finished):
         assert row["floor_ms"] > 0
 
 
-def test_bench_measures_the_threads_of_torch_and_one(finished, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    result = run("bench", finished[0], "--seconds", "0.01", "--batch-size", "1", "--json")
-    assert [row["threads"] for row in json.loads(result.stdout)[:2]] == [1, 3]
-    assert result.stderr.startswith("measuring for about ")
-
-
 def test_the_recipe_s_threshold_gives_the_pruned_network_of_the_run(finished):
     directory, _, _ = finished
     threshold = json.loads((directory / "recipe.json").read_text())["recipe"]["threshold"]
