@@ -1,8 +1,12 @@
 """What the tests of the command line have in common."""
 
+import contextlib
+
+import pytest
 from click.testing import CliRunner
 
 from pyro_sbp.cli import cli
+from pyro_sbp.training import train as training
 
 #: A recipe of seconds on digits, and what a method needs besides for its noise to get somewhere.
 QUICK = """
@@ -24,15 +28,22 @@ def run(*args):
     return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
 
 
-class StopAfter:
-    """Asks to stop after some steps."""
+@contextlib.contextmanager
+def stops_after(steps):
+    """Inside, a run is asked to stop after some steps."""
+    train, left = training.train, steps
 
-    def __init__(self, steps):
-        self.steps = steps
+    def stop():
+        nonlocal left
+        left -= 1
+        return left <= 0
 
-    def __call__(self):
-        self.steps -= 1
-        return self.steps <= 0
+    def stopped(request, data, directory, watch, _, fabric):
+        return train(request, data, directory, watch, stop, fabric)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train", stopped)
+        yield
 
 
 def train_quickly(method, root):

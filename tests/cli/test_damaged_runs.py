@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import StopAfter, run, train_quickly
+from helpers import run, stops_after, train_quickly
 
 from pyro_sbp.cli.stopping import Stopped
 
@@ -49,11 +49,8 @@ def finished(trained):
 @pytest.fixture(scope="module")
 def stopped(trained, tmp_path_factory):
     """A run that was stopped in the phase with noise."""
-    from pyro_sbp.training import train as training
-
-    train, directory = training.train, tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(100)))
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    with stops_after(100), pytest.raises(Stopped):
         run(*trained[1], "--output-dir", directory)
     return directory
 

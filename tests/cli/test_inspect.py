@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import StopAfter, run
+from helpers import run, stops_after
 from scipy import integrate
 
 from pyro_sbp.cli.stopping import Stopped
@@ -26,19 +26,13 @@ STEPS = {"dense": 10, "gated": 60, "finetuned": 100}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run, and the same stopped in each phase."""
-    from pyro_sbp.training import train as training
-
     root = tmp_path_factory.mktemp("runs")
     (root / "quick.toml").write_text(QUICK)
     args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--device", "cpu"]
     args += ["--recipe", root / "quick.toml", "--output-dir"]
     assert run(*args, root / "finished").exit_code == 0
-    train = training.train
     for phase, steps in STEPS.items():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(
-                training, "train", lambda *rest, n=steps: train(*rest[:4], stop=StopAfter(n))
-            )
+        with stops_after(steps), pytest.raises(Stopped):
             run(*args, root / phase)
     return root
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import StopAfter, run
+from helpers import run, stops_after
 
 import pyro_sbp as sbp
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.methods import SparseVD
 from pyro_sbp.recipes.settings import SparseVDRecipe
-from pyro_sbp.training import train as training
 
 QUICK = """
 dense_epochs = 0
@@ -60,17 +59,15 @@ def test_it_tells_of_weights_and_files(finished):
     assert "Zeros alone make nothing faster" in result.output
 
 
-@pytest.mark.parametrize("steps", [10, 23, 50, 80])
-def test_it_goes_on_within_every_phase(finished, tmp_path, monkeypatch, steps):
+def test_it_goes_on_within_every_phase(finished, tmp_path):
     directory, _, args = finished
-    train = training.train
-    monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(steps)))
-    with pytest.raises(Stopped):
+    with stops_after(10), pytest.raises(Stopped):
         run(*args, tmp_path / "run")
-    monkeypatch.undo()
-    if steps == 10:
-        # Stopped before an epoch has ended, there are sites all the same.
-        assert "0 of 4 epochs with noise" in run("inspect", tmp_path / "run").stdout
+    # Stopped before an epoch has ended, there are sites all the same.
+    assert "0 of 4 epochs with noise" in run("inspect", tmp_path / "run").stdout
+    for steps in (13, 27, 30):  # the end of the first epoch of 23 steps, and later phases
+        with stops_after(steps), pytest.raises(Stopped):
+            run("train", "--resume", tmp_path / "run")
     assert run("train", "--resume", tmp_path / "run").exit_code == 0
     for name in ("model.safetensors", "sparse.safetensors", "units.json"):
         ours = (tmp_path / "run" / "pruned" / name).read_bytes()
@@ -81,8 +78,7 @@ def test_a_checkpoint_holds_the_weights_once(tmp_path):
     """Beside the optimizer's two tensors for each parameter: a weight, its variance, its scale."""
     (tmp_path / "quick.toml").write_text(QUICK)
     args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", "sparse-vd"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr("pyro_sbp.cli.stopping.StopWhenDone.__call__", StopAfter(3))
+    with stops_after(3), pytest.raises(Stopped):
         run(*args, "--recipe", tmp_path / "quick.toml", "--output-dir", tmp_path / "run")
     weights = 784 * 300 + 300 * 100 + 100 * 10
     size = (tmp_path / "run" / "checkpoint.pt").stat().st_size

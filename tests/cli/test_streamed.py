@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import StopAfter, run
+from helpers import run, stops_after
 from PIL import Image
 
 from pyro_sbp.cli.stopping import Stopped
@@ -82,16 +82,11 @@ def test_streamed_or_not_a_run_ends_the_same(root, held, tmp_path):
     assert (tmp_path / "run/recipe.json").read_text() == (held / "recipe.json").read_text()
 
 
-# With 6 steps an epoch: within the dense phase, and at the end of an epoch with noise.
-@pytest.mark.parametrize("steps", [3, 18])
-def test_it_goes_on_within_an_epoch(root, held, tmp_path, monkeypatch, steps):
-    from pyro_sbp.training import train as training
-
-    train = training.train
-    monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(steps)))
-    with pytest.raises(Stopped):
+def test_it_goes_on_within_an_epoch(root, held, tmp_path):
+    with stops_after(3), pytest.raises(Stopped):  # within the dense phase
         run(*arguments(root, "--workers", WORKERS, "--output-dir", tmp_path / "run"))
-    monkeypatch.undo()
+    with stops_after(15), pytest.raises(Stopped):  # at the end of an epoch of 6 steps, with noise
+        run("train", "--resume", tmp_path / "run", "--workers", WORKERS)
     assert run("train", "--resume", tmp_path / "run", "--workers", WORKERS).exit_code == 0
     assert_same_end(held, tmp_path / "run")
 
@@ -121,15 +116,11 @@ def test_what_was_not_standardised_tells_nothing(root, tmp_path):
 
 
 @pytest.fixture
-def stopped(root, tmp_path, monkeypatch):
+def stopped(root, tmp_path):
     """A folder of one's own, and a run on it that was stopped in its second epoch."""
-    from pyro_sbp.training import train as training
-
     shutil.copytree(root / "data", tmp_path / "data")
     shutil.copy(root / "recipe.toml", tmp_path)
-    train = training.train
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(8)))
+    with stops_after(8), pytest.raises(Stopped):
         run(*arguments(tmp_path, "--workers", WORKERS, "--output-dir", tmp_path / "run"))
     return tmp_path / "run"
 

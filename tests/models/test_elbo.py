@@ -54,12 +54,12 @@ def test_expected_loss_is_the_same_for_both_kinds_of_noise(noise_per, elbo):
     with torch.no_grad():
         expected = expected_loss(model, guide, x, y) + sum(v.sum() for v in guide.kl().values())
         draws = torch.stack(
-            [elbo().differentiable_loss(model, guide, x, y).detach().double() for _ in range(1500)]
+            [elbo().differentiable_loss(model, guide, x, y).detach().double() for _ in range(300)]
         )
     # Five standard errors of the mean of the draws.
     bound = 5 * draws.std() / len(draws) ** 0.5
     assert abs(draws.mean() - expected) < bound
-    assert bound < 0.02 * expected
+    assert bound < 0.05 * expected
 
 
 @pytest.mark.parametrize("noise_per", ["batch", "example"])

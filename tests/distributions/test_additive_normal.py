@@ -1,4 +1,4 @@
-"""The normal and the improper prior of sparse variational dropout."""
+"""The normal posterior of sparse variational dropout, and its closed-form KL."""
 
 import math
 
@@ -31,18 +31,6 @@ def test_local_noise_leaves_the_mean():
     assert torch.equal(q.rsample((2,)), LOC.expand(2, 3)) and q.rsample().requires_grad
     assert q.expand([4, 3]).local and not q.sample().requires_grad
     assert not torch.equal(AdditiveNormal(LOC, LOG_VARIANCE).sample(), LOC)
-
-
-def test_the_prior_is_improper():
-    prior = ImproperLogUniform().expand([3])
-    torch.testing.assert_close(prior.log_prob(LOC), -LOC.abs().log())
-    with pytest.raises(NotImplementedError, match="its density has no integral"):
-        prior.sample()
-    assert torch.equal(ImproperLogUniform([3], start=LOC).sample((2,)), LOC.expand(2, 3))
-    with pytest.raises(ValueError, match="does not expand"):
-        prior.expand([2])
-    with pytest.raises(ValueError, match="within the support"):
-        ImproperLogUniform(validate_args=True).log_prob(torch.tensor(math.nan))
 
 
 def test_bad_parameters_are_refused():

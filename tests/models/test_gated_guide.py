@@ -55,7 +55,7 @@ def check(guide, x):
 def test_sparse_regression_through_svi(model, data):
     guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
-    for _ in range(600):
+    for _ in range(300):
         svi.step(*data)
     check(guide, data[0])
 
@@ -65,7 +65,7 @@ def test_sparse_regression_through_a_torch_optimizer(model, data):
     guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
     elbo = TraceMeanField_ELBO()(model, guide)
-    for _ in range(600):
+    for _ in range(300):
         optimizer.zero_grad()
         elbo(*data).backward()
         optimizer.step()
@@ -173,7 +173,7 @@ def test_it_composes_with_other_guides(data):
     svi = SVI(
         model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.995}), TraceMeanField_ELBO()
     )
-    for _ in range(600):
+    for _ in range(300):
         svi.step(x, y)
     assert float(guide.median()["scale"]) == pytest.approx(NOISE, abs=0.05)
 
@@ -192,7 +192,7 @@ def test_a_prior_that_leans_to_zero(data):
 
     guide = sbp.TruncatedLogNormalGuide(model, *data, init_loc=-1.0, init_log_scale=0.0)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
-    for _ in range(600):
+    for _ in range(300):
         svi.step(*data)
     check(guide, data[0])
     prior = TruncatedLogNormal(torch.tensor(-20.0), 3.0).expand([5])

@@ -1,4 +1,4 @@
-"""Fine-tuning by the soft labels of the network before its last cut."""
+"""Ordinary training: by labels, by soft labels of a teacher, and with zeros that stay zero."""
 
 import pytest
 import torch
@@ -85,3 +85,19 @@ def test_soft_labels_without_fine_tuning_are_refused():
         RequestError, match="distill sets the labels of fine-tuning, but finetune_epochs is 0"
     ):
         SBPRecipe(distill=4.0, finetune_epochs=0)
+
+
+def test_zeros_of_matrices_stay_zero_until_the_phase_ends():
+    torch.manual_seed(0)
+    net, x, y = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        net.weight[:, 1] = net.bias[0] = 0
+    phase = PlainPhase("finetuned", 1, net, SBPRecipe(), {}, learning_rate=0.1, hold_zeros=True)
+    (group,) = phase.groups()
+    assert group["lr"] == 0.1
+    phase.loss(x, y).loss.backward()
+    assert torch.equal(net.weight.grad == 0, net.weight == 0) and float(net.bias.grad[0]) != 0
+    assert phase.finish() == {"finetuned": net}
+    net.zero_grad()
+    phase.loss(x, y).loss.backward()
+    assert bool((net.weight.grad[:, 1] != 0).all())

@@ -1,22 +1,16 @@
-"""Recipes: values, files, single settings, and what is out of bounds."""
-
-import json
+"""The settings of recipes: values, files, and what is out of bounds."""
 
 import pytest
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes import (
     METHODS,
-    RECIPES,
     RBPRecipe,
     Recipe,
-    Request,
     SBPRecipe,
     SparseVDRecipe,
-    default_recipe,
     read_recipe,
 )
-from pyro_sbp.recipes.overrides import with_overrides
 from pyro_sbp.recipes.settings import RECIPE_CLASSES, GatedRecipe, method_settings
 
 
@@ -82,61 +76,6 @@ def test_a_missing_file_is_refused(tmp_path):
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("name", ["lenet5", "rbp-lenet5", "sparse-digits"])
-def test_a_request_survives_json(name):
-    request = Request("lenet5", "mnist", RECIPES[name], seed=3)
-    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "sdp"}, "method is 'sdp'; expected sbp"),
-        ({"method": None}, "method is None"),
-        ({"recipe": 3}, "recipe is 3; expected settings by name"),
-        ({"seed": "x"}, "seed is 'x'; expected an integer"),
-        ({"seed": -1}, "seed is -1"),
-        ({"precision": float("nan")}, "precision is nan; expected '32-true'"),
-        ({"precision": True}, "precision is True; expected '32-true'"),
-        ({"data_dir": ["data"]}, r"data_dir is \['data'\]; expected a string"),
-        ({"devices": 0}, "devices is 0"),
-    ],
-)
-def test_a_damaged_request_is_refused_in_one_line(changes, words):
-    values = {**Request("lenet5", "mnist", RECIPES["lenet5"]).to_dict(), **changes}
-    with pytest.raises(RequestError, match=words) as caught:
-        Request.from_dict(values)
-    assert "\n" not in str(caught.value)
-
-
-def test_every_arch_has_a_default_recipe():
-    assert default_recipe("lenet5", "mnist", "sbp").name == "lenet5"
-    assert default_recipe("lenet5", "digits", "sbp").name == "lenet5-digits"
-    assert default_recipe("a.b:c", "digits", "sbp").name == "digits"
-    assert default_recipe("vgg-like", "cifar10", "sbp").name == "vgg"
-    assert default_recipe("a.b:c", "cifar10", "sbp") == SBPRecipe()
-    # Where a method has no recipe, the next that fits is used.
-    assert default_recipe("lenet5", "digits", "sparse-vd").name == "sparse-digits"
-    assert default_recipe("vgg-like", "cifar10", "sparse-vd").name == "sparse"
-    for method in METHODS:
-        for arch in ("lenet5", "lenet-300-100", "vgg-like", "a.b:c"):
-            for dataset in ("mnist", "digits", "cifar10"):
-                assert default_recipe(arch, dataset, method).method == method
-
-
-def test_recursive_pruning_has_default_recipes_of_its_own():
-    assert default_recipe("lenet5", "mnist", "rbp").name == "rbp-lenet5"
-    assert default_recipe("lenet-500-300", "mnist", "rbp").name == "rbp-lenet-dense"
-    assert default_recipe("vgg-like", "cifar10", "rbp").name == "rbp-vgg"
-    assert default_recipe("a.b:c", "digits", "rbp").name == "rbp-digits"
-    assert default_recipe("a.b:c", "cifar10", "rbp").name == "rbp"
-    # It sees the data as often as SBP does, so that they can be compared.
-    for name in ("lenet5-plain", "lenet-dense-plain", "lenet5-digits", "digits"):
-        recursive = RECIPES[f"rbp-{name.removesuffix('-plain')}"]
-        for what in ("dense_epochs", "epochs", "finetune_epochs", "batch_size"):
-            assert getattr(RECIPES[name], what) == getattr(recursive, what)
-
-
 @pytest.mark.parametrize(
     ("method", "setting", "value", "words"),
     [
@@ -170,41 +109,6 @@ def test_epochs_keep_the_shares_of_the_rising_kl():
     recipe = SparseVDRecipe(epochs=100, kl_free_epochs=10, kl_rising_epochs=30).with_epochs(50)
     assert (recipe.epochs, recipe.kl_free_epochs, recipe.kl_rising_epochs) == (50, 5, 15)
     assert RBPRecipe().with_epochs(7).epochs == 7
-
-
-def test_single_settings_are_written_as_in_a_file():
-    recipe = with_overrides(
-        RBPRecipe(),
-        ["epochs=3", "prior-scale=none", "order=together", "flip = true", "kl_scale.conv1=15",
-         "kl_scale.fc1=2", "learning_rate=1e-2"],
-    )  # fmt: skip
-    assert recipe == RBPRecipe(
-        epochs=3, prior_scale=None, order="together", flip=True,
-        kl_scale={"conv1": 15, "fc1": 2}, learning_rate=1e-2,
-    )  # fmt: skip
-    before = SBPRecipe(kl_scale={"conv1": 3.0})
-    assert with_overrides(before, ["kl_scale.fc1=2"]).kl_scale == {"conv1": 3.0, "fc1": 2}
-    assert with_overrides(before, ["kl_scale=2"]).kl_scale == 2
-    for wrong, words in (
-        ("epochs", "'epochs' is not an assignment; expected NAME=VALUE"),
-        ("=3", "is not an assignment"),
-        ("epochs=", "epochs is ''; expected an integer"),
-        ("epoch=3", "did you mean 'epochs'"),
-        ("order=together", "sbp does not have it; it is a setting of rbp"),
-        ("method=rbp", "use --method"),
-    ):
-        with pytest.raises(RequestError, match=words):
-            with_overrides(before, [wrong])
-
-
-def test_a_weight_for_one_gate_does_not_change_those_of_the_others():
-    with pytest.raises(RequestError, match=r"kl_scale is 3 for all gates, and would become 1"):
-        with_overrides(RECIPES["lenet-dense"], ["kl_scale.fc1=5"])
-
-
-def test_epochs_by_name_are_those_of_the_flag():
-    recipe = RECIPES["sparse-digits"]
-    assert with_overrides(recipe, ["epochs=5"]) == recipe.with_epochs(5)
 
 
 @pytest.mark.parametrize("cls", [Recipe, GatedRecipe])

@@ -1,0 +1,79 @@
+"""A finished run pruned again, and at several thresholds."""
+
+import pytest
+import torch
+
+from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.datasets.splits import Split
+from pyro_sbp.deployment.saving import load
+from pyro_sbp.errors import RequestError
+from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.settings import SBPRecipe
+from pyro_sbp.training.again import SWEEP_FACTORS, prune_again, sweep
+from pyro_sbp.training.train import train
+
+# Enough training that some units are far above the threshold, and the others at the prior.
+RECIPE = SBPRecipe(
+    dense_epochs=20, epochs=6, finetune_epochs=1, batch_size=20, learning_rate=0.01,
+    noise_learning_rate=0.1, init_log_scale=-1.0, threshold=1.1,
+)  # fmt: skip
+REQUEST = Request("test_again:Net", "digits", RECIPE)
+
+
+class Net(torch.nn.Sequential):
+    def __init__(self, num_classes):
+        layers = torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, num_classes)
+        super().__init__(torch.nn.Flatten(), *layers)
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.manual_seed(0)
+    images = torch.randint(256, (100, 1, 4, 4), dtype=torch.uint8)
+    split = Split(images, (images[:, 0, 0, 0] > 127).long())
+    return ImageData(split, split, ("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return directory, train(REQUEST, data, directory)
+
+
+def test_other_settings_give_other_networks_beside_the_run(data, finished, tmp_path):
+    directory, summary = finished
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
+    same = prune_again(REQUEST, data, directory, tmp_path / "same", threshold=1.1)
+    assert (same.units, same.macs, same.error.pruned) == (
+        summary.units, summary.macs, summary.error.pruned,
+    )  # fmt: skip
+    assert 0 < same.units[0].kept < 12
+    assert same.error.finetuned is None and summary.error.finetuned is not None
+    every = prune_again(REQUEST, data, directory, tmp_path / "every", threshold=0.0)
+    assert [unit.kept for unit in every.units] == [12] and every.macs.pruned == 16 * 12 + 12 * 2
+    few = prune_again(REQUEST, data, directory, tmp_path / "few", macs_ratio=4.0)
+    net = load(tmp_path / "few", Net)
+    assert few.macs.pruned == count_macs(net, torch.zeros(1, 1, 4, 4)) <= (16 + 2) * 12 / 4
+    with pytest.raises(RequestError, match="cannot be met"):
+        prune_again(REQUEST, data, directory, tmp_path / "none", macs_ratio=100.0)
+    assert not (tmp_path / "none").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
+
+
+def test_a_sweep_has_the_thresholds_of_the_method_and_of_the_recipe(data, finished):
+    rows = sweep(REQUEST, data, finished[0])
+    thresholds = [row["threshold"] for row in rows]
+    assert thresholds == sorted({*SWEEP_FACTORS, 1.1})[: len(rows)] and 1.1 in thresholds
+    macs = [row["macs"] for row in rows]
+    assert macs == sorted(macs, reverse=True) and macs[0] == 16 * 12 + 12 * 2
+    (own,) = (row for row in rows if row["threshold"] == 1.1)
+    assert own["error"] == finished[1].error.pruned and own["split"] == "test"
+    assert sweep(REQUEST, data, finished[0], [1e9]) == []
+    with pytest.raises(RequestError, match="expected a signal-to-noise ratio >= 0"):
+        sweep(REQUEST, data, finished[0], [-1.0])
+
+
+def test_a_run_without_a_checkpoint_is_refused(data, tmp_path):
+    with pytest.raises(RequestError, match="checkpoint"):
+        sweep(REQUEST, data, tmp_path)
