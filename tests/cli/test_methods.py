@@ -89,7 +89,7 @@ def test_a_run_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch, ste
     directory, _, args = finished
     train = training.train
     monkeypatch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=StopAfter(steps)))
-    with pytest.raises(Stopped, match=f"go on by pyro-sbp train --resume {tmp_path / 'run'}"):
+    with pytest.raises(Stopped, match=f"resume with `pyro-sbp train --resume {tmp_path / 'run'}`"):
         run(*args, "--seed", 7, "--output-dir", tmp_path / "run", "--device", "cpu")
     assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.undo()
