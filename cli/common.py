@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, unknown
 from pyro_sbp.training.runs import read_request, read_saved_network
 from pyro_sbp.training.summary import Summary
 
@@ -45,7 +45,7 @@ def check_device(name: str) -> str:
         RequestError: the name is unknown, or there is no such device.
     """
     if name not in DEVICES:
-        raise RequestError(f"unknown device {name!r}; expected {', '.join(DEVICES)}")
+        raise RequestError(unknown("device", name, DEVICES))
     if name == "auto":
         return "cuda" if _cuda_devices() else "cpu"
     if name == "cuda" and not _cuda_devices():
@@ -108,12 +108,11 @@ def find_run(run: Path | None, finished: bool = True) -> Path:
     if run is None:
         found = sorted(Path("runs").glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise RequestError("there is no run under runs/; start one with pyro-sbp train")
+            raise RequestError("there is no run under runs/; start one with `pyro-sbp train`")
         run = found[-1].parent
-    if not (run / "recipe.json").is_file():
-        raise RequestError(f"{run} is not a run directory: it has no recipe.json")
+    read_request(run)
     if finished and not (run / "summary.json").is_file():
-        raise RequestError(f"{run} has not finished; go on by pyro-sbp train --resume {run}")
+        raise RequestError(f"{run} has not finished; resume with `pyro-sbp train --resume {run}`")
     return run
 
 

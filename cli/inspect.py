@@ -64,7 +64,9 @@ def _text(description: dict[str, Any]) -> str:
     )
     held = ", ".join(g["gate"] for g in gates if g["held"])
     if description["elements"] == "units":
-        held = f"all units under the threshold, the best kept: {held}" if held else ""
+        held = (
+            f"all units are under the threshold, so only the best is kept: {held}" if held else ""
+        )
     else:
         held = f"all weights under the threshold: {held}" if held else ""
     left = [f"not gated: {name}, {why}" for name, why in (description["left_alone"] or {}).items()]

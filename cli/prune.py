@@ -26,7 +26,10 @@ __all__ = ["prune"]
 )
 @click.option("--macs-ratio", type=float, help="Reduce the MACs by at least this factor.")
 @click.option(
-    "--round-to", type=int, default=1, help="Keep a multiple of this many units in each gate."
+    "--round-to",
+    type=int,
+    default=1,
+    help="Make the kept and zeroed units of each gate together a multiple of this number.",
 )
 @click.option(
     "--min-units", type=int, default=1, help="Keep at least this many units in each gate."

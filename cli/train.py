@@ -16,9 +16,9 @@ from pyro_sbp.cli.common import check_device, closing_table, little_removed, rea
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
-from pyro_sbp.errors import Elsewhere, RequestError, did_you_mean, first_line
+from pyro_sbp.errors import Elsewhere, RequestError, first_line, unknown
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.overrides import with_overrides
+from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
 from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
 from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
@@ -44,7 +44,12 @@ __all__ = ["train"]
     type=click.Path(path_type=Path),
     help="A state dict to start from, instead of a dense phase.",
 )
-@click.option("--epochs", type=int, help="Epochs with noise.  [default: the recipe's]")
+@click.option(
+    "--epochs",
+    type=int,
+    help="Epochs with noise; kl_free_epochs and kl_rising_epochs keep their shares of them."
+    "  [default: the recipe's]",
+)
 @click.option("--batch-size", type=int, help="Examples a step.  [default: the recipe's]")
 @click.option(
     "--learning-rate",
@@ -97,9 +102,7 @@ __all__ = ["train"]
     type=click.Path(path_type=Path),
     help="The run directory.  [default: runs/ARCH-DATASET-METHOD]",
 )
-@click.option(
-    "--resume", type=click.Path(path_type=Path), help="Go on with the run in this directory."
-)
+@click.option("--resume", type=click.Path(path_type=Path), help="Resume the run in this directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def train(
     resume: Path | None,
@@ -168,10 +171,10 @@ def train(
             except Stopped as error:
                 raise Stopped(error.number, _hint_at_once(directory)) from error
             except Interrupted as error:
-                hint = f"stopped; go on by pyro-sbp train --resume {directory}"
+                hint = f"stopped; resume with `pyro-sbp train --resume {directory}`"
                 raise Stopped(stop.number or 0, hint) from error
             except (OSError, WorkerDied, Elsewhere) as error:
-                hint = f"; go on by pyro-sbp train --resume {directory}"
+                hint = f"; resume with `pyro-sbp train --resume {directory}`"
                 kind = OSError if isinstance(error, OSError) else type(error)
                 raise kind(first_line(error) + hint * _unfinished(directory)) from error
     leave()
@@ -211,8 +214,7 @@ def _request(
     if dataset is None:
         raise RequestError(f"--dataset is missing, and {arch} has no usual one")
     if method is not None and method not in METHODS:
-        close = did_you_mean(method, METHODS)
-        raise RequestError(f"unknown method {method!r}; expected {', '.join(METHODS)}{close}")
+        raise RequestError(unknown("method", method, METHODS))
     chosen = _recipe(recipe, arch, dataset, method)
     if method not in (None, chosen.method):
         raise RequestError(
@@ -220,6 +222,12 @@ def _request(
             "leave out --method, or choose another recipe"
         )
     given = {name: value for name, value in changes.items() if value is not None}
+    flags = {**given, "epochs": epochs, "dense_epochs": weights}
+    for assignment in settings:
+        setting = assigned_setting(assignment)
+        if flags.get(setting) is not None:
+            flag = "weights" if setting == "dense_epochs" else setting.replace("_", "-")
+            raise RequestError(f"--{flag} and --set {assignment} contradict each other; give one")
     if epochs is not None:
         chosen = chosen.with_epochs(epochs)
     chosen = with_overrides(chosen.replace(**given), settings)
@@ -267,12 +275,8 @@ def _recipe(name: str | None, arch: str, dataset: str, method: str | None) -> Re
         return RECIPES[name]
     if name.endswith(".toml"):
         return read_recipe(Path(name), method)
-    close = did_you_mean(name, RECIPES)
-    if Path(f"{name}.toml").is_file():
-        close = f"; did you mean '{name}.toml'?"
-    raise RequestError(
-        f"unknown recipe {name!r}; expected {', '.join(RECIPES)} or a .toml file{close}"
-    )
+    hint = f"; did you mean '{name}.toml'?" if Path(f"{name}.toml").is_file() else ""
+    raise RequestError(unknown("recipe", name, RECIPES, " or a .toml file", hint))
 
 
 def _directory(request: Request) -> Path:
@@ -284,7 +288,7 @@ def _check_free(directory: Path) -> None:
     if directory.is_file():
         raise RequestError(f"{directory} is a file; give another --output-dir")
     if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
-        hint = f"go on with it by --resume {directory}, or " if _unfinished(directory) else ""
+        hint = f"resume it with --resume {directory}, or " if _unfinished(directory) else ""
         if (directory / "summary.json").exists():
             hint = f"it holds a finished run (pyro-sbp inspect {directory} shows it); "
         raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
@@ -301,8 +305,8 @@ def _hint_at_once(directory: Path) -> str:
         return "stopped at once"
     resume = f"pyro-sbp train --resume {directory}"
     if not (directory / "checkpoint.pt").exists():
-        return f"stopped at once, before the first checkpoint; start again by {resume}"
-    return f"stopped at once, without the steps since the last checkpoint; go on by {resume}"
+        return f"stopped at once, before the first checkpoint; start again with `{resume}`"
+    return f"stopped at once, without the steps since the last checkpoint; resume with `{resume}`"
 
 
 def _unfinished(directory: Path) -> bool:

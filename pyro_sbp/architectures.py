@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_sbp.errors import RequestError, did_you_mean, first_line
+from pyro_sbp.errors import RequestError, did_you_mean, first_line, unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,10 +103,7 @@ def find_architecture(name: str) -> Architecture:
         return ARCHITECTURES[name]
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise RequestError(
-            f"unknown arch {name!r}; expected {', '.join(ARCHITECTURES)} or package.module:callable"
-            + did_you_mean(name, ARCHITECTURES)
-        )
+        raise RequestError(unknown("arch", name, ARCHITECTURES, " or package.module:callable"))
     if module.endswith(".py"):
         right = ".".join(Path(module).with_suffix("").parts) + f":{attribute}"
         raise RequestError(f"--arch {name!r} names a file; expected a module, {right!r}")
@@ -118,6 +115,6 @@ def find_architecture(name: str) -> Architecture:
     if spec is None:
         raise RequestError(
             f"--arch {name!r}: there is no module {module!r} to import; "
-            "expected one that is installed, or lies in the directory where you are"
+            "expected one that is installed or in the current directory"
         )
     return Architecture(name)

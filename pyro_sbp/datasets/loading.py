@@ -20,7 +20,7 @@ from pyro_sbp.datasets.sources import SOURCES, check_dataset, folder_classes
 from pyro_sbp.datasets.splits import LabelledImages, Split
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.datasets.streaming import ImageFiles, StreamedSplit, default_workers, image_size_of
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError, damage, first_line
 
 __all__ = ["ImageData", "Split", "load_dataset"]
 
@@ -185,7 +185,7 @@ def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ..
         ) from error
     except _DAMAGED as error:
         raise RequestError(
-            f"{name} in {folder} is damaged ({first_line(error)}): delete it so that it can be "
+            f"{name} in {folder} is damaged ({damage(error)}): delete it so that it can be "
             "downloaded again, or give another --data-dir"
         ) from error
     for split in splits:

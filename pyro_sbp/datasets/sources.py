@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_sbp.errors import RequestError, did_you_mean
+from pyro_sbp.errors import RequestError, unknown
 
 __all__ = ["SOURCES", "Source", "check_dataset", "folder_classes"]
 
@@ -97,13 +97,9 @@ def check_dataset(
         folder_classes(Path(name.removeprefix("folder:")))
         return
     if name not in (*SOURCES, "digits"):
+        hint = f"; did you mean 'folder:{name}'?" if Path(name).is_dir() else ""
         names = [*SOURCES, "digits"]
-        close = did_you_mean(name, names)
-        if Path(name).is_dir():
-            close = f"; did you mean 'folder:{name}'?"
-        raise RequestError(
-            f"unknown data set {name!r}; expected {', '.join(names)} or folder:PATH{close}"
-        )
+        raise RequestError(unknown("data set", name, names, " or folder:PATH", hint))
     if workers:
         raise RequestError(f"--workers is for folder:PATH; {name} is held in memory, leave it out")
     if name == "digits":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyro_sbp.errors import first_line
+from pyro_sbp.errors import damage
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES
 
 __all__ = ["INDEX", "Description", "UnknownFormat", "parse_json"]
@@ -95,7 +95,7 @@ class Description:
         except UnknownFormat:
             raise
         except ValueError as error:
-            raise ValueError(f"{path.name} is damaged: {first_line(error)}") from error
+            raise ValueError(f"{path.name} is damaged: {damage(error)}") from error
 
     @classmethod
     def from_json(cls, text: str) -> Description:

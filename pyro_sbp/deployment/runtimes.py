@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.deployment.exporting import ExportError, check_onnx, export
-from pyro_sbp.errors import RequestError, did_you_mean, first_line
+from pyro_sbp.errors import RequestError, first_line, unknown
 
 __all__ = ["RUNTIMES", "check_runtimes", "prepare"]
 
@@ -33,9 +33,7 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
     """
     for runtime in runtimes:
         if runtime not in RUNTIMES:
-            expected = f"{', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}"
-            hint = did_you_mean(runtime, RUNTIMES)
-            raise RequestError(f"unknown runtime {runtime!r}; expected {expected}{hint}")
+            raise RequestError(unknown("runtime", runtime, RUNTIMES))
     if "onnxruntime" in runtimes:
         check_onnx()
     if "compile" in runtimes:

@@ -31,7 +31,7 @@ from pyro_sbp.deployment.rebuilding import (
     resize_layers,
 )
 from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
 
@@ -312,7 +312,7 @@ def _read_tensors(path: Path, description: Description) -> dict[str, torch.Tenso
     try:
         return load_file(file)
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{file.name} is damaged: {first_line(error)}") from error
+        raise ValueError(f"{file.name} is damaged: {damage(error)}") from error
 
 
 def _state(

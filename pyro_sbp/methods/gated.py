@@ -191,8 +191,9 @@ class GatedMethod(Method[G]):
     def begin(self) -> None:
         recipe, gates = self.recipe, self.gates
         if not gates:
+            layers = "; ".join(f"{name} {reason}" for name, reason in gates.left_alone.items())
             raise ValueError(
-                f"no part of {type(self.net).__name__} can be gated: {gates.left_alone}"
+                f"no layer of {type(self.net).__name__} is prunable: {layers or 'it has none'}"
             )
         check_prior(recipe.prior_scale, recipe.threshold)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)

@@ -7,15 +7,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.settings import Recipe, read_none
 
-__all__ = ["with_overrides"]
+__all__ = ["assigned_setting", "with_overrides"]
+
+
+def assigned_setting(assignment: str) -> str:
+    """The name of the setting in ``NAME=VALUE``."""
+    return assignment.partition("=")[0].strip().replace("-", "_")
 
 
 def _value(text: str) -> Any:
-    """A value as in a TOML file, where strings need no quotes and none is no value."""
+    """A value as in a TOML file; strings need no quotes."""
     if text.lower() in ("none", "null"):
-        return None
+        return "none"
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -36,8 +41,9 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        name, value = name.strip().replace("-", "_"), _value(text.strip())
+        name = assigned_setting(assignment)
+        _, equals, text = assignment.partition("=")
+        value = _value(text.strip())
         if not name or not equals:
             raise RequestError(f"--set {assignment!r} is not an assignment; expected NAME=VALUE")
         whole, dot, gate = name.partition(".")
@@ -55,6 +61,7 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             raise RequestError("--set cannot change the method; use --method")
         else:
             changes[name] = value
+    changes = read_none(changes, type(recipe))
     epochs = changes.pop("epochs", recipe.epochs)
     if epochs != recipe.epochs and isinstance(epochs, int) and not isinstance(epochs, bool):
         recipe = recipe.with_epochs(epochs)

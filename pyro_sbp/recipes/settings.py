@@ -28,6 +28,7 @@ __all__ = [
     "SparseVDRecipe",
     "in_one_line",
     "method_settings",
+    "read_none",
     "read_recipe",
     "refusing",
 ]
@@ -78,11 +79,16 @@ def in_one_line(error: ValidationError) -> str:
     if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"there is no setting {name!r}"
     message = found["msg"].removeprefix("Value error, ")
+    integer = any(type(limit) is int for limit in found.get("ctx", {}).values())
+    if name == "threshold" and found["type"] == "less_than_equal":
+        message += ", the largest signal-to-noise ratio that a posterior can reach"
     if message.startswith("Input should be "):
         expected = message.removeprefix("Input should be ")
         for words, ours in _WORDS.items():
             if expected.startswith(words):
                 expected = ours + expected.removeprefix(words)
+        if integer:  # pydantic gives the limits of integers as integers
+            expected = expected.replace("a number", "an integer")
         message = f"expected {expected}"
     return f"{name} is {found['input']!r}; {message}" if name else message
 
@@ -271,8 +277,7 @@ class Recipe:
         """
         for name in changes:
             if name not in method_settings(self.method):
-                why = _no_such_setting(name, type(self))
-                raise RequestError(f"there is no setting {name!r}: {why}")
+                raise RequestError(_no_such_setting(name, type(self)))
         return type(self)(**{**self.to_dict(), **changes})
 
     def with_epochs(self, epochs: int) -> Self:
@@ -297,7 +302,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise RequestError(f"{source} sets {name!r}: {_no_such_setting(name, cls)}")
+                raise RequestError(f"{source}: {_no_such_setting(name, cls)}")
         try:
             return cls(**values)
         except RequestError as error:
@@ -431,17 +436,30 @@ def method_settings(method: str) -> tuple[str, ...]:
 
 
 def _no_such_setting(name: str, cls: type[Recipe]) -> str:
-    """The end of the refusal of a setting that a method does not have."""
+    """The message about a setting that a method does not have."""
     others = [method for method in RECIPE_CLASSES if name in method_settings(method)]
     if others:
-        return f"{cls.method} does not have it; it is a setting of {' and '.join(others)}"
+        return f"{name!r} is a setting of {' and '.join(others)}, not of {cls.method}"
     known = [field.name for field in dataclasses.fields(cls)]
     close = did_you_mean(name, known) or f"; the settings are {', '.join(known)}"
-    return f"no recipe has it{close}"
+    return f"there is no setting {name!r}{close}"
+
+
+def read_none(values: Mapping[str, Any], cls: type[Recipe]) -> dict[str, Any]:
+    """Settings with None in place of the string "none", for settings that may be None."""
+    fields = cls.__pydantic_fields__  # type: ignore[attr-defined]  # pydantic adds it
+    return {
+        name: None
+        if value == "none" and name in fields and type(None) in get_args(fields[name].annotation)
+        else value
+        for name, value in values.items()
+    }
 
 
 def read_recipe(path: Path, method: str | None = None) -> Recipe:
     """Read a recipe from a TOML file. What the file does not set has its default.
+
+    TOML has no null: the string "none" is None for settings that may be None.
 
     Args:
         path: the file; it may name its `method`.
@@ -464,6 +482,9 @@ def read_recipe(path: Path, method: str | None = None) -> Recipe:
             + (did_you_mean(named, RECIPE_CLASSES) if isinstance(named, str) else "")
         )
     if named is not None and method not in (None, named):
-        raise RequestError(f"the recipe {path} is for {named}, and the method is {method}")
+        raise RequestError(
+            f"the recipe {path} is for {named}, and --method is {method}; leave out --method, or "
+            "choose another recipe"
+        )
     cls = RECIPE_CLASSES[named or method or "sbp"]
-    return cls.from_dict({"name": path.stem, **values}, str(path))
+    return cls.from_dict({"name": path.stem, **read_none(values, cls)}, str(path))

@@ -96,7 +96,7 @@ def read_posterior(directory: Path) -> Posterior:
     if not names:
         raise RequestError(
             f"{directory} has no posterior yet: it was stopped before there was noise; "
-            f"go on by pyro-sbp train --resume {directory}"
+            f"resume with `pyro-sbp train --resume {directory}`"
         )
     found = {name: distributions(*saved.posteriors[name], recipe) for name in names}
     return Posterior(

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training import old_formats
 from pyro_sbp.training.files import write_whole
@@ -129,7 +129,7 @@ class Checkpoint:
                 if _checksum(values) != expected:
                     raise ValueError("its values differ from their checksum")
         except Exception as error:  # damaged bytes may raise anything
-            raise RequestError(f"{path} is damaged: {first_line(error)}") from error
+            raise RequestError(f"{path} is damaged: {damage(error)}") from error
         found = saved.get("format") if isinstance(saved, dict) else None
         if isinstance(found, int) and found != FORMAT:
             raise RequestError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import in_one_line
 from pyro_sbp.training import old_recipes
@@ -97,7 +97,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: {error}") from error
+        raise RequestError(f"{path} is damaged: {damage(error)}") from error
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
@@ -124,8 +124,10 @@ def read_request(directory: Path) -> Request:
         RequestError: the directory holds no run, or its `recipe.json` is damaged.
     """
     path = directory / "recipe.json"
+    if not directory.exists():
+        raise RequestError(f"there is no directory {directory}; expected the directory of a run")
     if not path.is_file():
-        raise RequestError(f"{directory} holds no run: it has no recipe.json")
+        raise RequestError(f"{directory} is not a run directory: it has no recipe.json")
     asked = _validated(path, _json(path), dict)
     try:
         return Request.from_dict(old_recipes.request(asked))
@@ -218,5 +220,5 @@ def _lines(path: Path) -> list[Line]:
     try:
         values = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged: {error}") from error
+        raise RequestError(f"{path} is damaged: {damage(error)}") from error
     return _validated(path, values, list[Line])

@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.settings import in_one_line
 
 __all__ = ["Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
@@ -216,7 +216,7 @@ class Summary:
         try:
             return cls.from_dict(json.loads(path.read_text("utf-8")))
         except (OSError, ValueError, RecursionError) as error:
-            raise RequestError(f"{path} is damaged: {error}") from error
+            raise RequestError(f"{path} is damaged: {damage(error)}") from error
 
     @property
     def nothing_left(self) -> bool:

@@ -210,7 +210,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read().strip().splitlines()
         assert process.wait(60) == 128 + signal.SIGTERM
-    assert rest == [f"stopped; go on by pyro-sbp train --resume {tmp_path / 'run'}"]
+    assert rest == [f"stopped; resume with `pyro-sbp train --resume {tmp_path / 'run'}`"]
     with start(PYRO_SBP, "train", "--resume", str(tmp_path / "run"), "--json") as process:
         assert process.wait(120) == 0, process.stderr.read()
     states = [
@@ -248,7 +248,7 @@ def test_what_only_another_process_finds_is_told_by_it(tmp_path):
         errors = process.stderr.read()
         status = process.wait(60)
     assert f"Error: {path} cannot be read as an image" in errors and "Traceback" not in errors
-    assert "Error: another process of this run has ended; go on by" in errors and status == 1
+    assert "Error: another process of this run has ended; resume with" in errors and status == 1
 
 
 def test_a_batch_too_small_for_all_is_refused():

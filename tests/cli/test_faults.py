@@ -178,7 +178,7 @@ def test_a_full_disk_loses_nothing(stopped):
         line = one_line(run("train", "--resume", stopped), 1)
     assert (
         "checkpoint.pt: File too large" in line
-        and f"go on by pyro-sbp train --resume {stopped}" in line
+        and f"resume with `pyro-sbp train --resume {stopped}`" in line
     )
     after = files(stopped)
     assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
@@ -225,7 +225,7 @@ def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint(arguments, tmp_p
         assert process.wait(20) == 128 + signal.SIGINT
     assert rest.strip().splitlines() == [
         "stopped at once, without the steps since the last checkpoint; "
-        f"go on by pyro-sbp train --resume {tmp_path / 'run'}"
+        f"resume with `pyro-sbp train --resume {tmp_path / 'run'}`"
     ]
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
 

@@ -101,7 +101,7 @@ def test_a_gate_under_the_threshold_keeps_its_best(runs, tmp_path):
     saved["posteriors"]["fc2"][1].fill_(90.0)  # the prior, nearly
     torch.save(saved, path)
     result = run("inspect", tmp_path / "run")
-    assert "all units under the threshold, the best kept: fc2" in result.stdout
+    assert "all units are under the threshold, so only the best is kept: fc2" in result.stdout
     gate = json.loads(run("inspect", tmp_path / "run", "--json").stdout)["gates"][-1]
     assert (gate["gate"], gate["kept"], gate["held"], gate["over"]) == ("fc2", 1, True, [])
     # An almost log-uniform theta on [e^-20, 1]: 1/20 over the root of 1/40 - 1/400.
@@ -121,6 +121,7 @@ def test_what_holds_no_posterior_is_refused_in_one_line(runs, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for args, words in (
         ([tmp_path], "is not a run directory"),
+        ([tmp_path / "nowhere"], "expected the directory of a run"),
         ([], "there is no run under runs/"),
         ([runs / "dense"], "has no posterior yet: it was stopped before there was noise"),
         (["new"], "has no posterior yet: there is no checkpoint.pt"),

@@ -248,7 +248,7 @@ def test_refusals_are_one_line_and_write_nothing(finished, tmp_path, monkeypatch
     (tmp_path / "torn" / "metrics.jsonl").write_text('{"phase": "dense", "ep')
     for args, words in (
         ([], "there is no run under runs/"),
-        (["nowhere"], "nowhere is not a run directory"),
+        (["nowhere"], "there is no directory nowhere"),
         (["torn"], "metrics.jsonl is damaged"),
     ):
         result = run("report", *args)

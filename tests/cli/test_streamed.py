@@ -151,7 +151,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
     assert result.exit_code == 1
     _, last = result.stderr.strip().splitlines()
     assert last.startswith("Error: a data loader worker died (")
-    assert last.endswith(f"; go on by pyro-sbp train --resume {stopped}")
+    assert last.endswith(f"; resume with `pyro-sbp train --resume {stopped}`")
     assert (stopped / "checkpoint.pt").read_bytes() == before
     assert run("train", "--resume", stopped, "--workers", WORKERS).exit_code == 0
 
@@ -179,6 +179,6 @@ def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint(root, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(60) == 128 + signal.SIGINT
-    assert rest.splitlines()[-1].startswith("stopped; go on by pyro-sbp train --resume ")
+    assert rest.splitlines()[-1].startswith("stopped; resume with `pyro-sbp train --resume ")
     assert "Traceback" not in rest and (tmp_path / "run" / "checkpoint.pt").exists()
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)

@@ -33,7 +33,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(finished, tmp_path, 
                 break
         rest = process.stderr.read()
         assert process.wait(60) == 128 + number
-    assert rest.splitlines()[-1].startswith("stopped; go on by pyro-sbp train --resume ")
+    assert rest.splitlines()[-1].startswith("stopped; resume with `pyro-sbp train --resume ")
     assert (tmp_path / "run" / "checkpoint.pt").exists() and "Traceback" not in rest
 
 
@@ -126,22 +126,42 @@ def offline(monkeypatch):
 
 
 BAD = [
-    (["--arch", "LeNet-5"], "package.module:callable; did you mean 'lenet5'?"),
-    (["--arch", "lenet5", "--dataset", "minst"], "folder:PATH; did you mean 'mnist'?"),
+    (
+        ["--arch", "LeNet-5"],
+        "unknown arch 'LeNet-5'; did you mean 'lenet5'? expected lenet-500-300, ",
+    ),
+    (["--arch", "lenet5", "--dataset", "minst"], "; did you mean 'mnist'? expected mnist, "),
     (["--arch", "lenet5", "--method", "spb"], "; did you mean 'sbp'?"),
     (["--arch", "lenet5", "--recipe", "lenet5_digits"], "; did you mean 'lenet5-digits'?"),
     (["--arch", "./nets/mine.py:Net"], "names a file; expected a module, 'nets.mine:Net'"),
-    (["--arch", "lenet6"], "unknown arch 'lenet6'; expected lenet-500-300, "),
+    (
+        ["--arch", "lenet5", "--epochs", "2", "--set", "epochs=3"],
+        "--epochs and --set epochs=3 contradict each other; give one",
+    ),
+    (
+        ["--arch", "lenet5", "--weights", "net.pt", "--set", "dense-epochs=3"],
+        "--weights and --set dense-epochs=3 contradict each other; give one",
+    ),
+    (["--arch", "lenet6"], "unknown arch 'lenet6'; did you mean 'lenet5'? expected "),
     ([], "--arch is missing"),
-    (["--arch", "no_such.module:thing"], "or lies in the directory where you are"),
+    (
+        ["--arch", "no_such.module:thing"],
+        "expected one that is installed or in the current directory",
+    ),
     (["--arch", "lenet5", "--method", "magic"], "unknown method 'magic'; expected sbp"),
-    (["--arch", "lenet5", "--dataset", "minst"], "unknown data set 'minst'; expected mnist, "),
-    (["--arch", "lenet5", "--device", "tpu"], "unknown device 'tpu'; expected auto, cpu, cuda"),
+    (
+        ["--arch", "lenet5", "--dataset", "minst"],
+        "unknown data set 'minst'; did you mean 'mnist'? expected ",
+    ),
+    (
+        ["--arch", "lenet5", "--device", "tpu"],
+        "unknown device 'tpu'; did you mean 'cpu'? expected auto, cpu, cuda",
+    ),
     (["--arch", "lenet5", "--device", "cuda"], "there is no CUDA device on this machine"),
     (["--arch", "lenet5", "--recipe", "soup"], "unknown recipe 'soup'"),
     (
         ["--arch", "lenet5", "--epochs", "0"],
-        "epochs is 0; expected a number >= 1",
+        "epochs is 0; expected an integer >= 1",
     ),
     (
         ["--arch", "lenet5", "--macs-weight", "-1"],
@@ -149,7 +169,7 @@ BAD = [
     ),
     (
         ["--arch", "lenet5", "--batch-size", "0"],
-        "batch_size is 0; expected a number >= 1",
+        "batch_size is 0; expected an integer >= 1",
     ),
     (
         ["--arch", "lenet5", "--learning-rate", "-1"],
@@ -160,7 +180,7 @@ BAD = [
     (["--arch", "lenet5", "--dataset", "digits", "--workers", "2"], "--workers is for folder:PATH"),
     (["--arch", "lenet5", "--workers", "-1"], "-1 is not in the range x>=0"),
     (["--arch", "torchvision.models:resnet18"], "--dataset is missing"),
-    (["--resume", "nowhere"], "nowhere holds no run"),
+    (["--resume", "nowhere"], "there is no directory nowhere"),
     (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs"),
 ]
 
@@ -213,7 +233,7 @@ def test_what_lies_here_is_a_better_guess(tmp_path, monkeypatch):
         (["--recipe", "mine"], "did you mean 'mine.toml'?"),
         (
             ["--recipe", "mine.toml"],
-            "Error: mine.toml: epochs is 0; expected a number >= 1",
+            "Error: mine.toml: epochs is 0; expected an integer >= 1",
         ),
     ):
         result = run("train", "--arch", "lenet5", *args)

@@ -148,7 +148,9 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_an_unknown_data_set_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="unknown data set 'minst'; expected mnist, "):
+    with pytest.raises(
+        RequestError, match=r"unknown data set 'minst'; did you mean 'mnist'. expected mnist, "
+    ):
         check_dataset("minst", tmp_path)
 
 

@@ -93,3 +93,9 @@ def test_an_epoch_reports_the_network_that_would_be_returned():
     assert {name: int(units.kept.sum()) for name, units in method.units.items()} == standing.units
     torch.testing.assert_close(method.small(x), logits, rtol=1e-4, atol=1e-5)
     assert method.held == standing.held
+
+
+def test_a_network_without_prunable_layers_is_refused_with_the_reasons():
+    net = torch.nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"no layer of Linear is prunable: [^{}]+$"):
+        SBP(net, torch.randn(2, 4), SBPRecipe(), 10).begin()

@@ -29,7 +29,7 @@ def test_single_settings_are_written_as_in_a_file():
         ("=3", "is not an assignment"),
         ("epochs=", "epochs is ''; expected an integer"),
         ("epoch=3", "did you mean 'epochs'"),
-        ("order=together", "sbp does not have it; it is a setting of rbp"),
+        ("order=together", "'order' is a setting of rbp, not of sbp"),
         ("method=rbp", "use --method"),
     ):
         with pytest.raises(RequestError, match=words):

@@ -120,4 +120,6 @@ def test_the_command_line_speaks_in_spite_of_stray_variables(strays, environment
     environment(strays)
     result = CliRunner().invoke(cli, ["train", "--arch", "lenet6"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("Error: unknown arch 'lenet6'; expected lenet-500-300, ")
+    assert result.stderr.startswith(
+        "Error: unknown arch 'lenet6'; did you mean 'lenet5'? expected "
+    )
