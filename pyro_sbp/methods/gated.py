@@ -319,6 +319,7 @@ class TurnPhase(NoisePhase):
             guide.set_posteriors(stage.carried.posteriors)
         module = nn.ModuleDict({"net": stage.net, "guide": guide})
         super().__init__(turn.name, turn.epochs, module, model, guide, method.num_data)
+        self.folds = not turn.goes_on
         self._hooks = _hold_zeros(stage)
 
     def groups(self) -> list[dict[str, Any]]:
