@@ -33,7 +33,7 @@ __all__ = ["train"]
 
 
 @click.command()
-@click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, or package.module:callable.")
+@click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, package.module:callable, or timm:NAME.")
 @click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
 @click.option("--method", help=f"{', '.join(METHODS)}.  [default: the recipe's, or sbp]")
 @click.option(

@@ -23,7 +23,7 @@ class Architecture:
     """A network that a request can name.
 
     Attributes:
-        constructor: where it is found, ``module:callable``.
+        constructor: where it is found, ``module:callable``, or ``timm:NAME`` for a model of timm.
         dataset: the data set that it is trained on unless another is named.
         image_size: height and width of the images that it takes, or None for those of the data.
         input_features: dense layers whose inputs are gated one by one.
@@ -46,11 +46,18 @@ class Architecture:
             raise RequestError(f"{self.constructor!r} of --arch builds no network") from error
         if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
             kwargs["num_classes"] = num_classes
-        if self.input_argument == "in_channels":
-            kwargs["in_channels"] = channels
+        if self.input_argument in ("in_channels", "in_chans"):
+            kwargs[self.input_argument] = channels
         elif self.input_argument == "in_features" and self.image_size:
             kwargs["in_features"] = channels * self.image_size**2
         return kwargs
+
+    def name_to_save(self) -> str:
+        """The name ``module:callable`` by which a saved network finds its constructor."""
+        if not self.constructor.startswith("timm:"):
+            return self.constructor
+        constructor: Any = self.resolve()
+        return f"{constructor.__module__}:{constructor.__qualname__}"
 
     def resolve(self) -> Callable[..., nn.Module]:
         """Import the constructor.
@@ -66,6 +73,8 @@ class Architecture:
             raise RequestError(
                 f"cannot import {module!r} of --arch: {kind}{first_line(error)}"
             ) from error
+        if module == "timm":
+            return _of_timm(package, name)
         try:
             found: Any = getattr(package, name)
         except AttributeError as error:
@@ -74,6 +83,15 @@ class Architecture:
         if not callable(found):
             raise RequestError(f"{self.constructor!r} of --arch cannot be called")
         return found
+
+
+def _of_timm(timm: Any, name: str) -> Callable[..., nn.Module]:
+    """The constructor of a model of timm, without pretrained weights."""
+    if not timm.is_model(name):
+        close = did_you_mean(name, timm.list_models())
+        raise RequestError(f"timm has no model {name!r}{close}")
+    found: Callable[..., nn.Module] = timm.model_entrypoint(name)
+    return found
 
 
 def _lenet(name: str, argument: str) -> Architecture:
@@ -94,7 +112,7 @@ ARCHITECTURES = {
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture of a name, or of ``package.module:callable``.
+    """The architecture of a name, of ``package.module:callable``, or of ``timm:NAME``.
 
     Raises:
         RequestError: there is none of that name, or no such module.
@@ -117,4 +135,4 @@ def find_architecture(name: str) -> Architecture:
             f"--arch {name!r}: there is no module {module!r} to import; "
             "expected one that is installed or in the current directory"
         )
-    return Architecture(name)
+    return Architecture(name, input_argument="in_chans" if module == "timm" else None)

@@ -165,7 +165,7 @@ def _left_of(carried: Carried, units: Mapping[str, Units]) -> Carried:
     """The noise of the units that remain in the network."""
     posteriors = {}
     for name, values in carried.posteriors.items():
-        there = units[name].physical.to(values[0].device)
+        there = units[name].physical.nonzero().flatten().to(values[0].device)
         loc, log_scale = (value[there] for value in values)
         posteriors[name] = loc, log_scale
     return Carried(posteriors, carried.kl_scale)
@@ -319,6 +319,7 @@ class TurnPhase(NoisePhase):
             guide.set_posteriors(stage.carried.posteriors)
         module = nn.ModuleDict({"net": stage.net, "guide": guide})
         super().__init__(turn.name, turn.epochs, module, model, guide, method.num_data)
+        self.folds = not turn.goes_on
         self._hooks = _hold_zeros(stage)
 
     def groups(self) -> list[dict[str, Any]]:

@@ -58,6 +58,8 @@ class Phase(ABC):
         noisy: there is noise.
         ends: it ends the work on its module, and with noise the network is pruned then. Otherwise
             the next phase goes on with the module.
+        folds: with noise, the mean of the noise is folded into the network when the phase ends, and
+            batch norms of the network may then be recalibrated.
         decays: learning rates follow the recipe's schedule; otherwise they are constant.
         schedule: where the phase lies in the schedule, in epochs: the epochs before it, and all
             that the schedule spans; by default the phase itself.
@@ -71,6 +73,7 @@ class Phase(ABC):
     freeze_batch_norm = False
     noisy = False
     ends = True
+    folds = True
     decays = True
     weights_file = ""
     network = ""

@@ -67,10 +67,10 @@ class SparseVD(Method[SparseVDRecipe]):
         `choose_units`."""
         check_settings(threshold, macs_ratio, round_to, min_units)
         snr = self.guide.snr()
-        levels = torch.cat([value.flatten() for value in snr.values()]).unique()
         if macs_ratio is None:
             level = THRESHOLD if threshold is None else threshold
         else:
+            levels = torch.cat([value.flatten() for value in snr.values()]).unique()
 
             def units_at(level: float) -> dict[str, Units]:
                 return remaining_units(self.net, self.gates, snr, level, round_to, min_units)

@@ -217,7 +217,7 @@ class Loop:
     def _finish(self, phase: Phase) -> dict[str, Predict]:
         phase.module.eval()
         predictors = phase.finish()
-        if phase.noisy and phase.ends:
+        if phase.noisy and phase.ends and phase.folds:
             self.recalibrate()
         return predictors
 

@@ -49,7 +49,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
     save(
         small,
         target,
-        constructor=find_architecture(request.arch).constructor,
+        constructor=find_architecture(request.arch).name_to_save(),
         kwargs=job.kwargs,
         units=units,
         input_shape=job.data.image_shape,

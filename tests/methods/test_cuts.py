@@ -48,6 +48,9 @@ def test_the_epochs_are_divided_and_share_one_schedule(settings, epochs, schedul
     assert [phase.epochs for phase in phases] == epochs
     assert [phase.schedule if phase.decays else None for phase in phases] == schedules
     assert len({phase.name for phase in phases}) == len(phases)
+    # Batch norms are recalibrated when the noise is folded in, after the last cut.
+    assert [phase.folds for phase in phases if phase.ends][-1]
+    assert sum(phase.folds for phase in phases if phase.ends) == 1
 
 
 def test_units_far_under_the_threshold_leave_and_the_noise_of_the_others_goes_on():
