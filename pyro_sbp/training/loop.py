@@ -29,6 +29,7 @@ from pyro_sbp.training.calibration import BINS, Measured, measured, sums
 from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
+from pyro_sbp.training.loggers import Log
 from pyro_sbp.training.optimization import Optimization
 
 __all__ = ["Interrupted", "Loop", "Progress"]
@@ -109,6 +110,7 @@ class Loop:
         fabric: the devices and the precision, from `launch`.
         watch: told of the progress.
         stop: asked after every step whether to leave a checkpoint and raise `Interrupted`.
+        log: given every epoch whose checkpoint is written.
     """
 
     def __init__(
@@ -120,10 +122,11 @@ class Loop:
         fabric: Fabric,
         watch: Callable[[Progress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
+        log: Log | None = None,
     ) -> None:
         self.request, self.recipe = request, request.recipe
         self.method, self.data = method, data
-        self.watch, self.stop = watch, stop
+        self.watch, self.stop, self.log = watch, stop, log or Log()
         self.fabric, self.device = fabric, fabric.device
         self.dtype = dtype_of(request.precision)
         last = request.channels_last
@@ -324,6 +327,8 @@ class Loop:
         on_first(self.fabric, lambda: write_text(self.directory / "metrics.jsonl", text))
         place.next_epoch(self.order.get_state())
         self._save(phase, place, optimization, average)
+        # After the checkpoint, so that no epoch is logged again when the run resumes.
+        on_first(self.fabric, lambda: self.log.epoch(line, len(self.lines)))
 
     def _agree(self, now: bool, stop: bool, save: bool) -> tuple[bool, bool]:
         """Whether to stop, and to write a checkpoint: what any process asks for, when they meet."""
