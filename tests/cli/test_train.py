@@ -266,6 +266,18 @@ def test_files_of_a_run_are_no_weights_to_start_from(finished, tmp_path, file, w
     assert result.exit_code == 2 and words in result.stderr
 
 
+def test_a_run_from_the_dense_weights_of_another_records_their_error(finished, tmp_path):
+    directory, _, args = finished
+    more = ("--weights", directory / "dense.pt", "--epochs", "3", "--set", "finetune_epochs=0")
+    assert run(*args, *more, "--output-dir", tmp_path / "run").exit_code == 0
+    before, after = (
+        json.loads((path / "summary.json").read_text()) for path in (directory, tmp_path / "run")
+    )
+    assert after["error"]["dense"] == before["error"]["dense"] is not None
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert not any(json.loads(line)["phase"] == "dense" for line in lines)
+
+
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     directory, _, args = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}

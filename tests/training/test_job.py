@@ -1,5 +1,7 @@
 """The network, the data and the method of a request."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import Split
 from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training.devices import launch
@@ -87,3 +90,28 @@ def test_sizes_are_those_of_the_dense_network(data, tmp_path):
     assert job.example.shape == (8, 1, 4, 4) and job.method.num_data == 40
     assert [gate.size for gate in job.method.gates] == [6]
     assert list(tmp_path.iterdir()) == []
+
+
+class Attentive(nn.Module):
+    """A network with attention, for 4 x 4 images."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = x[:, 0]
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+
+
+def test_weights_of_attention_are_taken_as_built_and_as_a_run_separates_it(data, tmp_path):
+    torch.manual_seed(1)
+    net = Attentive(3)
+    torch.save(net.state_dict(), tmp_path / "built.pt")
+    torch.save(separate_attention(net).state_dict(), tmp_path / "separate.pt")
+    x = torch.rand(5, 1, 4, 4)
+    for name in ("built.pt", "separate.pt"):
+        asked = dataclasses.replace(request(Attentive), weights=str(tmp_path / name))
+        job = prepare_job(asked, data, tmp_path / "run", launch())
+        torch.testing.assert_close(job.method.net.eval()(x), net.eval()(x))
