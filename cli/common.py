@@ -172,9 +172,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     """
     weights = _weights(summary)
     units = table(("gate", "kept", "of", "zeroed"), summary.unit_rows())
-    splits = list(summary.errors())
-    head = ("error", "%") if splits == ["test"] else ("error, %", *splits)
-    errors = table(head, summary.error_rows())
+    errors = table(*summary.error_table())
     sizes = table(("", "dense", "pruned", "ratio"), summary.size_rows())
     words = "no weight reads a unit of {gate}: one column of zeros remains"
     words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
+#: The loggers, which are named like their extras; CSV files need none.
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+
 
 @click.command()
 @click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, package.module:callable, or timm:NAME.")
@@ -95,6 +98,14 @@ __all__ = ["train"]
     "  [default: 0, or up to 4 where memory is short]",
 )
 @click.option(
+    "--logger",
+    "loggers",
+    multiple=True,
+    metavar="NAME",
+    help=f"Log to {', '.join(LOGGERS)}, with files in RUN/logs; may be repeated. A resumed run "
+    "continues its logs.",
+)
+@click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
 )
 @click.option(
@@ -109,6 +120,7 @@ def train(
     as_json: bool,
     threads: int | None,
     workers: int | None,
+    loggers: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a network with noise, and prune it.
@@ -134,6 +146,9 @@ def train(
         if given:
             raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
+    for name in loggers:
+        if name not in LOGGERS:
+            raise RequestError(unknown("logger", name, LOGGERS))
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir, workers)
@@ -147,10 +162,14 @@ def train(
     from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
     from pyro_sbp.training import train as training
     from pyro_sbp.training.devices import launch, leave, on_first
+    from pyro_sbp.training.loggers import check_logger, make_logger
     from pyro_sbp.training.loop import Interrupted
 
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
+    names = [n for n in LOGGERS if n in loggers or (directory / "logs" / n).is_dir()]
+    for name in names:
+        check_logger(name)
     fabric = launch(request.device, request.devices, request.precision, threads)
 
     # From here on a signal waits for a checkpoint; one process alone would leave the others behind.
@@ -167,7 +186,8 @@ def train(
             click.echo(f"images stay on disk, read by {readers}", err=True)
         with _Bar(quiet) as bar:
             try:
-                summary = training.train(request, data, directory, bar.update, stop, fabric)
+                logger = [make_logger(n, directory) for n in names] if is_first() else []
+                summary = training.train(request, data, directory, bar.update, stop, fabric, logger)
             except Stopped as error:
                 raise Stopped(error.number, _hint_at_once(directory)) from error
             except Interrupted as error:

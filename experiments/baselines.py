@@ -198,6 +198,7 @@ def baseline(
             if data.validation is not None
             else {}
         ),
+        "calibration": {split: found for split, found in loop.calibration.items() if found},
         "units": [
             {"gate": name, "kept": kept[name], "total": total}
             for name, total in method.total.items()

@@ -171,11 +171,8 @@ def _percent(value: float | None) -> str:
 
 def _result(summary: Summary) -> str:
     check = summary.equivalence
-    errors = pages.table(
-        ("network", *(f"{images} error, %" for images in summary.errors())),
-        summary.error_rows(),
-        "Errors after the last epoch",
-    )
+    words = "; NLL in nats per example" if summary.calibration else ""
+    errors = pages.table(*summary.error_table(), f"Errors after the last epoch{words}")
     sizes = pages.table(
         ("", "dense", "pruned", "ratio"), summary.size_rows(), "Sizes; MACs for one image"
     )
@@ -349,6 +346,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
             f"{row['threshold']:.3g}"
             + (" (the recipe's)" if row["threshold"] == threshold else ""),
             _percent(row["error"]),
+            f"{row['nll']:.4f}",
+            _percent(row["ece"]),
             f"{row['macs']:,}",
             f"{row['ratio']:.2f}x",
             *([_compression(row["compression"])] if "compression" in row else []),
@@ -360,6 +359,8 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     head = (
         "threshold",
         f"{kind} error",
+        "NLL",
+        "ECE",
         "MACs",
         "ratio",
         *(["weights"] if "compression" in found.sweep[0] else []),

@@ -54,8 +54,9 @@ def prune_again(
             raise RequestError(str(error)) from error
         loop.recalibrate()
         loop.measure("pruned", job.method.small)
-        for errors in loop.errors.values():
-            errors.pop("finetuned", None)
+        for split in loop.errors:
+            loop.errors[split].pop("finetuned", None)
+            loop.calibration[split].pop("finetuned", None)
     return write_result(job, loop, target)
 
 
@@ -78,9 +79,9 @@ def sweep(
             no unit reaches one, every gate keeps its best unit, as in `train`.
 
     Returns:
-        By rising threshold: {`threshold`, `error` in percent, `split` it is of, `macs`, `ratio`,
-        `parameters`, `units` (kept, by gate), `held` (gates of which the best stay though under
-        it), and of SparseVD `compression` (all weights over those kept)}.
+        By rising threshold: {`threshold`, `error`, `nll` and `ece` as in `Measured`, `split` they
+        are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates of which the
+        best stay though under it), and of SparseVD `compression` (all weights over those kept)}.
 
     Raises:
         RequestError: the run has no whole checkpoint, or a threshold is negative.
@@ -97,13 +98,15 @@ def sweep(
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
-            test_error = loop.error_of(method.small, job.data.validation)  # as it was trained
+            found = loop.evaluate(method.small, job.data.validation)  # as it was trained
             small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
                 {
                     "threshold": threshold,
-                    "error": test_error,
+                    "error": found.error,
+                    "nll": found.nll,
+                    "ece": found.ece,
                     "split": "test" if job.data.validation is None else "validation",
                     "macs": macs,
                     "ratio": job.macs / macs,

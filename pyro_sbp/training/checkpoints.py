@@ -76,6 +76,8 @@ class Checkpoint:
         average: the state of the moving average of the weights, if there is one.
         gates: from the name of a gate to its size, in the order of the network; None in
             checkpoints of earlier versions.
+        calibration: NLL and ECE, by split and by the network's name; None in checkpoints of
+            earlier versions.
     """
 
     request: Request
@@ -93,6 +95,7 @@ class Checkpoint:
     posteriors: dict[str, tuple[Tensor, Tensor]]
     average: dict[str, Any] | None = None
     gates: dict[str, int] | None = None
+    calibration: dict[str, dict[str, dict[str, float]]] | None = None
 
     def write(self, path: Path) -> None:
         """Write the file with a checksum of its values; it appears whole or not at all.
@@ -219,6 +222,7 @@ class _Saved(TypedDict):
     posteriors: dict[str, tuple[Tensor, Tensor]]
     average: NotRequired[dict[str, Any] | None]
     gates: NotRequired[dict[str, _Count] | None]
+    calibration: NotRequired[dict[str, dict[str, dict[str, float]]] | None]
 
 
 _SAVED = TypeAdapter(_Saved)

@@ -25,9 +25,11 @@ from pyro_sbp.methods.phase import Predict, Standing
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.calibration import BINS, Measured, measured, sums
 from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
+from pyro_sbp.training.loggers import Log
 from pyro_sbp.training.optimization import Optimization
 
 __all__ = ["Interrupted", "Loop", "Progress"]
@@ -108,6 +110,7 @@ class Loop:
         fabric: the devices and the precision, from `launch`.
         watch: told of the progress.
         stop: asked after every step whether to leave a checkpoint and raise `Interrupted`.
+        log: given every epoch whose checkpoint is written.
     """
 
     def __init__(
@@ -119,10 +122,11 @@ class Loop:
         fabric: Fabric,
         watch: Callable[[Progress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
+        log: Log | None = None,
     ) -> None:
         self.request, self.recipe = request, request.recipe
         self.method, self.data = method, data
-        self.watch, self.stop = watch, stop
+        self.watch, self.stop, self.log = watch, stop, log or Log()
         self.fabric, self.device = fabric, fabric.device
         self.dtype = dtype_of(request.precision)
         last = request.channels_last
@@ -131,6 +135,8 @@ class Loop:
         self.directory = directory
         #: In percent, by split ("test", "validation", "training") and by the network's name.
         self.errors: dict[str, dict[str, float | None]] = {split: {} for split in SPLITS}
+        #: NLL and ECE, by split and by the network's name.
+        self.calibration: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
         self.finished: list[dict[str, Any]] = []
@@ -298,7 +304,7 @@ class Loop:
         mean = total / place.seen
         nll, kl = mean.tolist()
         _check_finite(phase, nll + kl, place.epoch)
-        error = self.error_of(phase.predictor() if average is None else average.module)
+        error = self.evaluate(phase.predictor() if average is None else average.module).error
         standing = phase.standing()
         seconds = before + time.perf_counter() - started
         self.seconds += seconds
@@ -321,6 +327,8 @@ class Loop:
         on_first(self.fabric, lambda: write_text(self.directory / "metrics.jsonl", text))
         place.next_epoch(self.order.get_state())
         self._save(phase, place, optimization, average)
+        # After the checkpoint, so that no epoch is logged again when the run resumes.
+        on_first(self.fabric, lambda: self.log.epoch(line, len(self.lines)))
 
     def _agree(self, now: bool, stop: bool, save: bool) -> tuple[bool, bool]:
         """Whether to stop, and to write a checkpoint: what any process asks for, when they meet."""
@@ -356,31 +364,35 @@ class Loop:
         self.watch(Progress(*where, nll + kl, nll, kl, error, standing))
 
     def measure(self, name: str, predict: Predict) -> None:
-        """Measure the error of a network: on the test set, on the images that are reserved for
-        validation, and on the training images if their labels are random."""
-        self.errors["test"][name] = self.error_of(predict)
+        """Measure the error and the calibration of a network: on the test set, on the images that
+        are reserved for validation, and on the training images if their labels are random."""
+        splits: dict[str, LabelledImages] = {"test": self.data.test}
         if self.data.validation is not None:
-            self.errors["validation"][name] = self.error_of(predict, self.data.validation)
+            splits["validation"] = self.data.validation
         if self.recipe.random_labels:
-            self.errors["training"][name] = self.error_of(predict, self.data.train)
+            splits["training"] = self.data.train
+        for split, images in splits.items():
+            found = self.evaluate(predict, images)
+            self.errors[split][name] = found.error
+            self.calibration[split][name] = {"nll": found.nll, "ece": found.ece}
 
     @torch.no_grad()
-    def error_of(self, predict: Predict, split: LabelledImages | None = None) -> float:
-        """The share of a split that is classified wrongly, in percent; by default the test set.
+    def evaluate(self, predict: Predict, split: LabelledImages | None = None) -> Measured:
+        """The error and the calibration of a network on a split; by default the test set.
 
-        It is computed in the precision of the parameters, as the returned network does not
+        They are computed in the precision of the parameters, as the returned network does not
         multiply in bfloat16, which training may do.
         """
         images = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
             predict.eval()
-        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        total = torch.zeros(2 + BINS, dtype=torch.float64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         batches = torch.arange(len(images)).split(_test_batch(images))[rank::world]
         with closing(images.batches(batches)) as shares:
             for x, y in shares:
-                wrong += (predict(self._input(x)).argmax(1) != y).sum()
-        return round(100 * int(self._sum(wrong)) / len(images), 6)
+                total += sums(predict(self._input(x)), y)
+        return measured(self._sum(total), len(images))
 
     def _save(
         self,
@@ -403,6 +415,7 @@ class Loop:
             average=None if average is None else average.state_dict(),
             place=place,
             errors=self.errors,
+            calibration=self.calibration,
             seconds=self.seconds,
             lines=self.lines,
             order=self.order.get_state(),
@@ -421,6 +434,8 @@ class Loop:
         if saved.request != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved.finished, saved.errors
+        # Checkpoints of earlier versions have none.
+        self.calibration = saved.calibration or self.calibration
         self.seconds, self.lines = saved.seconds, saved.lines
         self.order.set_state(saved.order.cpu())
         random = saved.random[self.fabric.global_rank]

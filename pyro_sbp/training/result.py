@@ -16,6 +16,7 @@ from pyro_sbp.training.job import Job
 from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.runs import GateNumbers
 from pyro_sbp.training.summary import (
+    Calibration,
     Differences,
     Errors,
     FileSizes,
@@ -58,6 +59,11 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
     )
     macs, parameters = count_macs(small, job.example[:1].float()), count_parameters(small)
     errors = {split: Errors(**found) for split, found in loop.errors.items() if found}
+    calibration = {
+        split: {name: Calibration(**values) for name, values in found.items()}
+        for split, found in loop.calibration.items()
+        if found
+    }
     sparse = target / "sparse.safetensors"
     return Summary(
         arch=request.arch,
@@ -71,6 +77,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         error=errors.get("test", Errors()),
         validation_error=errors.get("validation"),
         training_error=errors.get("training"),
+        calibration=calibration or None,
         units=tuple(
             GateUnits(name, len(unit["kept"]), unit["total"], len(unit["zeroed"]))
             for name, unit in units.items()

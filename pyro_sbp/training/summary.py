@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.settings import in_one_line
 
-__all__ = ["Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
+__all__ = ["Calibration", "Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
 
 # Keys of later versions are left out. JSON has lists where values are tuples.
 _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -54,6 +54,19 @@ class Errors:
     def last(self) -> float | None:
         """The error of the returned network."""
         return self.pruned if self.finetuned is None else self.finetuned
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Calibration:
+    """The calibration of a network.
+
+    Attributes:
+        nll: the negative log-likelihood in nats per example.
+        ece: the expected calibration error in percent.
+    """
+
+    nll: _Number
+    ece: _Percent
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -135,7 +148,15 @@ class Differences:
 
 
 #: What a summary leaves out where it is None, instead of writing null.
-_OPTIONAL = ("validation_error", "training_error", "weights", "files", "threads", "standardize")
+_OPTIONAL = (
+    "validation_error",
+    "training_error",
+    "calibration",
+    "weights",
+    "files",
+    "threads",
+    "standardize",
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -150,6 +171,9 @@ class Summary:
         error: on the test set.
         validation_error: on the images reserved for validation, where there are any.
         training_error: on the training images, where their labels are random.
+        calibration: of the same networks on the same images, by the name of the images ("test",
+            "validation", "training") and of the network (as in `Errors`); None in summaries of
+            earlier versions.
         units: by gate.
         weights: the single weights that are kept, for a method that removes weights.
         files: bytes of the saved networks.
@@ -176,6 +200,7 @@ class Summary:
     threads: int | None = None
     validation_error: Errors | None = None
     training_error: Errors | None = None
+    calibration: Mapping[str, Mapping[str, Calibration]] | None = None
     weights: WeightsLeft | None = None
     files: FileSizes | None = None
     held: tuple[str, ...] = ()
@@ -234,13 +259,22 @@ class Summary:
         }
         return {name: errors for name, errors in found.items() if errors is not None}
 
-    def error_rows(self) -> list[tuple[str, ...]]:
-        """The rows of a table of errors in percent: the network, and a column for each of
-        `errors`."""
-        return [
-            (label, *(percent(getattr(errors, name)) for errors in self.errors().values()))
-            for name, label in LABELS.items()
-        ]
+    def error_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Head and rows of a table of the networks: for each of `errors` the error in percent and,
+        where they were measured, NLL in nats per example and ECE in percent."""
+        head, rows = ["network"], {name: [label] for name, label in LABELS.items()}
+        for split, errors in self.errors().items():
+            head.append(f"{split} error, %")
+            for name, row in rows.items():
+                row.append(percent(getattr(errors, name)))
+            found = (self.calibration or {}).get(split)
+            if not found:
+                continue
+            head += ["NLL", "ECE, %"]
+            for name, row in rows.items():
+                one = found.get(name)
+                row += ["-", "-"] if one is None else [f"{one.nll:.4f}", percent(one.ece)]
+        return tuple(head), [tuple(row) for row in rows.values()]
 
     def unit_rows(self) -> list[tuple[Any, ...]]:
         """The rows of a table of units: gate, kept, all, zeroed."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyro
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.loggers import Logger
 
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
@@ -18,7 +19,8 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.devices import in_step, launch, on_first
 from pyro_sbp.training.files import lock, write_json
 from pyro_sbp.training.job import Job, machine, prepare_job, versions
-from pyro_sbp.training.loop import Loop, Progress
+from pyro_sbp.training.loggers import Log
+from pyro_sbp.training.loop import Interrupted, Loop, Progress
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 
@@ -33,6 +35,7 @@ def train(
     watch: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     fabric: Fabric | None = None,
+    logger: Logger | Sequence[Logger] = (),
 ) -> Summary:
     """Train, prune and fine-tune a network as requested, and write a run directory.
 
@@ -45,6 +48,9 @@ def train(
         watch: told of the progress.
         stop: asked after every step whether to leave a checkpoint and stop.
         fabric: what to compute with, from `launch`; it is launched here if not given.
+        logger: one or several loggers of Lightning Fabric, which the first process uses: for the
+            settings, the metrics of every epoch, and the numbers of the summary. The step is the
+            number of epochs over all phases.
 
     Returns:
         The summary, which is also written to `summary.json`.
@@ -61,11 +67,19 @@ def train(
     fabric = fabric or launch(request.device, request.devices, request.precision)
     job = prepare_job(request, data, directory, fabric)
     with in_step(fabric), ExitStack() as stack:
-        on_first(fabric, lambda: stack.enter_context(_begun(directory, request)))
+        log = Log(logger)
+
+        def begin() -> None:
+            stack.enter_context(_begun(directory, request))
+            stack.enter_context(_ended(log))
+            if not (directory / "checkpoint.pt").exists():
+                log.settings(request)
+
+        on_first(fabric, begin)
         if not fabric.is_global_zero:
             # The first process goes on with the random numbers of the construction.
             torch.manual_seed(request.seed + fabric.global_rank)
-        loop = Loop(request, job.method, job.data, directory, fabric, watch, stop)
+        loop = Loop(request, job.method, job.data, directory, fabric, watch, stop, log)
         # Pyro's store of parameters, shared by the process, is left as it was. Validation would
         # refuse a loss that is not finite in its own words, and costs a sixth of a step.
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
@@ -82,7 +96,22 @@ def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
         shutil.rmtree(left, ignore_errors=True)
     summary = write_result(job, loop, directory / "pruned", overwrite=True)
     write_json(directory / "summary.json", summary.to_dict())
+    loop.log.result(summary, len(loop.lines))
     return summary
+
+
+@contextmanager
+def _ended(log: Log) -> Iterator[None]:
+    """Tell the loggers how the run ends."""
+    status = "failed"
+    try:
+        yield
+        status = "success"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        log.end(status)
 
 
 @contextmanager

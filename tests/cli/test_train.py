@@ -325,20 +325,21 @@ def test_a_recipe_brings_its_method(tmp_path):
     assert "the recipe 'rbp-digits' is for rbp, and --method is sbp; leave out" in result.stderr
 
 
-def test_held_out_images_have_a_column_in_the_closing_table(tmp_path, monkeypatch):
+def test_held_out_images_have_columns_in_the_closing_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("short.toml").write_text("dense_epochs = 1\nepochs = 1\nfinetune_epochs = 0\n")
     args = ("--arch", "lenet-300-100", "--dataset", "digits", "--recipe", "short.toml")
     result = run("train", *args, "--set", "holdout=400", "--device", "cpu", "--output-dir", "run")
     assert result.exit_code == 0, result.output
     summary = json.loads(Path("run/summary.json").read_text())
-    head, _, dense = [
-        x.split() for x in result.stdout[result.stdout.index("error, %") :].split("\n")[:3]
-    ]
-    assert head == ["error,", "%", "test", "validation"]
-    assert [float(x) for x in dense[1:]] == [
-        round(summary[kind]["dense"], 2) for kind in ("error", "validation_error")
-    ]
+    lines = result.stdout[result.stdout.index("network  ") :].split("\n")
+    head = "network test error, % NLL ECE, % validation error, % NLL ECE, %"
+    assert lines[0].split() == head.split()
+    values = []
+    for split, error in (("test", "error"), ("validation", "validation_error")):
+        found = summary["calibration"][split]["dense"]
+        values += [f"{summary[error]['dense']:.2f}", f"{found['nll']:.4f}", f"{found['ece']:.2f}"]
+    assert lines[2].split() == ["dense", *values]
     assert " + weighted kl " in result.stderr
 
 

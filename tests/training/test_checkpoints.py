@@ -112,12 +112,13 @@ def test_changed_values_are_refused_though_the_zip_file_is_right(written, tmp_pa
             Checkpoint.read(path)
 
 
-def test_a_checkpoint_without_a_checksum_and_gates_is_read(written, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_read(written, tmp_path):
     saved = torch.load(written[1], weights_only=True)
-    del saved["checksum"], saved["gates"]
+    del saved["checksum"], saved["gates"], saved["calibration"]
     torch.save(saved, tmp_path / "checkpoint.pt")
     found = Checkpoint.read(tmp_path / "checkpoint.pt")
     assert equal(found.posteriors, written[0].posteriors) and found.gates is None
+    assert found.calibration is None
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2, 2), [], "format", 3, None, {}, {"format": [2]}])
@@ -147,6 +148,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, value):
         ("posteriors", {"fc1": (torch.zeros(2), 1)}, "posteriors fc1 1: expected an instance"),
         ("posteriors", ..., "posteriors is missing"),
         ("gates", {"fc1": -1}, "gates fc1: expected greater than or equal to 0"),
+        ("calibration", {"test": {"mean": 1.0}}, "calibration test mean: expected a valid dict"),
     ],
 )
 def test_a_value_of_a_wrong_type_is_named(written, tmp_path, name, value, words):

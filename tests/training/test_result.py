@@ -55,6 +55,10 @@ def test_the_summary_is_that_of_the_files(method, tmp_path):
     x = (x - standardize["mean"][0]) / standardize["std"][0]
     error = 100 * float((net(x).argmax(1) != y).float().mean())
     assert summary.error.last == pytest.approx(error, abs=1e-4)
+    nll = float(torch.nn.functional.cross_entropy(net(x).detach(), y))
+    assert summary.calibration["test"]["finetuned"].nll == pytest.approx(nll, rel=1e-4)
+    measured = {"dense", "mean", "pruned", "finetuned"}
+    assert set(summary.calibration["test"]) == set(summary.calibration["validation"]) == measured
     assert summary.validation_error is not None and summary.training_error is None
 
 

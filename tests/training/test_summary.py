@@ -6,6 +6,7 @@ import pytest
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.summary import (
+    Calibration,
     Differences,
     Errors,
     GateUnits,
@@ -34,7 +35,7 @@ SUMMARY = Summary(
 
 def test_what_is_written_is_read_and_what_is_not_there_is_not_written(tmp_path):
     values = SUMMARY.to_dict()
-    assert not {"validation_error", "weights", "files", "threads", "standardize"} & set(values)
+    assert not {"validation_error", "calibration", "weights", "files", "threads"} & set(values)
     assert "nonzero" not in values["macs"] and values["parameters"]["nonzero"] == 1400
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({**values, "of a later version": 1}))
@@ -66,13 +67,28 @@ def test_the_last_error_is_that_of_the_returned_network():
 
 def test_the_rows_of_the_tables():
     assert list(SUMMARY.errors()) == ["test"]
-    assert SUMMARY.error_rows()[-2:] == [("pruned", "2.00"), ("fine-tuned", "-")]
+    head, rows = SUMMARY.error_table()
+    assert head == ("network", "test error, %")
+    assert rows[-2:] == [("pruned", "2.00"), ("fine-tuned", "-")]
     assert SUMMARY.unit_rows() == [("conv1", 3, 20, 1)]
     assert SUMMARY.size_rows() == [
         ("MACs", "1,000", "250", "4.00x"),
         ("parameters", "3,000", "1,500", "2.00x"),
     ]
     assert percent(0.0) == "0.00" and percent(None) == "-"
+
+
+def test_calibration_is_read_and_stands_beside_the_errors():
+    calibration = {"test": {"pruned": {"nll": 0.25, "ece": 1.5}}}
+    values = {**SUMMARY.to_dict(), "validation_error": {"pruned": 3.0}, "calibration": calibration}
+    summary = Summary.from_dict(values)
+    assert summary.calibration == {"test": {"pruned": Calibration(0.25, 1.5)}}
+    assert summary.to_dict()["calibration"] == calibration
+    head, rows = summary.error_table()
+    # Of the validation images no calibration was measured.
+    assert head == ("network", "test error, %", "NLL", "ECE, %", "validation error, %")
+    assert rows[0] == ("dense", "1.00", "-", "-", "-")
+    assert rows[2] == ("pruned", "2.00", "0.2500", "1.50", "3.00")
 
 
 def test_weights_in_words_and_rows():

@@ -1,0 +1,267 @@
+"""Loggers of a run: those that ``--logger`` can name, and what all loggers are given.
+
+Lightning Fabric has loggers for CSV files and TensorBoard. Those for Weights & Biases and MLflow
+are here. All of them are optional, and their packages are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from csv import DictReader
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning_fabric.loggers.logger import rank_zero_experiment
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.summary import Summary
+
+__all__ = ["Log", "MLflowLogger", "WandbLogger", "check_logger", "make_logger"]
+
+#: The project in Weights & Biases and the experiment in MLflow.
+PROJECT = "pyro-sbp"
+#: What a logger is given of a line of `metrics.jsonl`, besides the units of every gate.
+OF_AN_EPOCH = ("loss", "nll", "kl", "weighted_kl", "error", "macs", "seconds")
+#: What it is given of a summary, besides the units of every gate.
+OF_A_SUMMARY = (
+    "error",
+    "validation_error",
+    "training_error",
+    "calibration",
+    "macs",
+    "parameters",
+    "weights",
+    "files",
+    "equivalence",
+    "train_seconds",
+)
+
+
+class Log:
+    """What a run gives its loggers; only the first process calls the methods.
+
+    The step is the number of epochs of all phases that have ended.
+
+    Args:
+        loggers: one or several loggers of Lightning Fabric.
+    """
+
+    def __init__(self, loggers: Logger | Sequence[Logger] = ()) -> None:
+        self.loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
+
+    def settings(self, request: Request) -> None:
+        """Log the settings of a run as hyperparameters."""
+        for logger in self.loggers:
+            # Fabric's CSVLogger has no place for them; they are in recipe.json.
+            with suppress(NotImplementedError):
+                logger.log_hyperparams(dict(_flat(request.to_dict())))
+
+    def epoch(self, line: Mapping[str, Any], step: int) -> None:
+        """Log an epoch.
+
+        Args:
+            line: the line of `metrics.jsonl`.
+            step: the number of epochs up to and including this one.
+        """
+        metrics = {name: line[name] for name in OF_AN_EPOCH if name in line}
+        self._metrics({**metrics, "units": line["units"]}, step)
+
+    def result(self, summary: Summary, step: int) -> None:
+        """Log the numbers of the summary, under names that start with ``final/``."""
+        values = summary.to_dict()
+        final = {name: values[name] for name in OF_A_SUMMARY if name in values}
+        units = {unit.gate: unit.kept for unit in summary.units}
+        self._metrics({"final": {**final, "units": units}}, step)
+
+    def _metrics(self, values: Mapping[str, Any], step: int) -> None:
+        found = {k: float(v) for k, v in _flat(values) if isinstance(v, int | float)}
+        for logger in self.loggers:
+            logger.log_metrics(found, step)
+            logger.save()
+
+    def end(self, status: str) -> None:
+        """Close the loggers.
+
+        Args:
+            status: "success", "interrupted" or "failed".
+        """
+        for logger in self.loggers:
+            logger.finalize(status)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, with the keys on the way joined by "/"."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def check_logger(name: str) -> None:
+    """See that the package of a logger is installed.
+
+    Args:
+        name: "csv", "tensorboard", "wandb" or "mlflow".
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if name != "csv" and find_spec(name) is None:
+        raise RequestError(f"the logger {name} needs more packages: pip install 'pyro-sbp[{name}]'")
+
+
+def make_logger(name: str, run: Path) -> Logger:
+    """A logger that writes into a run directory, where a resumed run continues the same log.
+
+    Args:
+        name: "csv", "tensorboard", "wandb" or "mlflow".
+        run: the run directory. The files are in ``logs/NAME`` in it; with ``MLFLOW_TRACKING_URI``
+            set, the metrics of MLflow go there.
+
+    Raises:
+        RequestError: the package of the logger is not installed.
+    """
+    check_logger(name)
+    logs = run / "logs"
+    match name:
+        case "csv":
+            return _csv_logger(logs)
+        case "tensorboard":
+            return TensorBoardLogger(logs, name, version="")
+        case "wandb":
+            return WandbLogger(logs / name, run.resolve().name)
+        case "mlflow":
+            return MLflowLogger(logs / name, run.resolve().name)
+    raise ValueError(f"unknown logger {name!r}")
+
+
+def _csv_logger(logs: Path) -> CSVLogger:
+    """A logger that begins with the rows that its file has."""
+    path, rows = logs / "csv" / "metrics.csv", []
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(DictReader(file))
+        path.unlink()  # Fabric's logger does not continue a file
+    logger = CSVLogger(logs, "csv", version="")
+    for row in rows:
+        step = int(row.pop("step"))
+        logger.log_metrics({name: float(value) for name, value in row.items() if value}, step)
+    if rows:
+        logger.save()
+    return logger
+
+
+class _RemoteLogger(Logger):
+    """A logger of a service that has an id for every run.
+
+    Args:
+        directory: for the files of the logger, and the id by which a resumed run continues.
+        name: the name of the run.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory, self._name = directory, name
+        self._experiment: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self._name
+
+    @property
+    def version(self) -> str | None:
+        """The id of the run; None before it has begun."""
+        path = self.directory / "run_id"
+        return path.read_text("utf-8") if path.is_file() else None
+
+    def _keep(self, run_id: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "run_id").write_text(run_id, "utf-8")
+
+
+class WandbLogger(_RemoteLogger):
+    """Logs to Weights & Biases; with ``WANDB_MODE=offline`` only to files, for ``wandb sync``."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The `wandb.Run`."""
+        if self._experiment is None:
+            import wandb
+
+            if self.version is None:
+                self._keep(secrets.token_hex(4))
+            self._experiment = wandb.init(
+                project=PROJECT,
+                name=self.name,
+                id=self.version,
+                resume="allow",
+                dir=self.directory,
+                settings=wandb.Settings(console="off"),  # progress bars are no log
+            )
+        return self._experiment
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.experiment.log(metrics, step=step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.experiment.config.update(params, allow_val_change=True)
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status == "failed"))
+            self._experiment = None
+
+
+class MLflowLogger(_RemoteLogger):
+    """Logs to the MLflow server of ``MLFLOW_TRACKING_URI``, or else to a local database."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The `mlflow.MlflowClient`, after the run was begun or resumed."""
+        if self._experiment is None:
+            from mlflow import MlflowClient
+
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs how it makes a database
+            self.directory.mkdir(parents=True, exist_ok=True)
+            local = self.directory.resolve()
+            uri = os.environ.get("MLFLOW_TRACKING_URI")
+            client = MlflowClient(uri or f"sqlite:///{local / 'mlflow.db'}")
+            if self.version is None:
+                found = client.get_experiment_by_name(PROJECT)
+                artifacts = None if uri else (local / "artifacts").as_uri()
+                number = (
+                    client.create_experiment(PROJECT, artifacts)
+                    if found is None
+                    else found.experiment_id
+                )
+                self._keep(client.create_run(number, run_name=self.name).info.run_id)
+            else:
+                client.update_run(self.version, status="RUNNING")
+            self._experiment = client
+        return self._experiment
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        client = self.experiment
+        for name, value in metrics.items():
+            client.log_metric(self.version, name, value, step=step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        client = self.experiment
+        for name, value in params.items():
+            client.log_param(self.version, name, value)
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            ends = {"success": "FINISHED", "interrupted": "KILLED"}
+            self._experiment.set_terminated(self.version, ends.get(status, "FAILED"))
+            self._experiment = None
