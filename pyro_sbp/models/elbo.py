@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.elbo import ELBO
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -28,46 +32,91 @@ class Parts(NamedTuple):
 
 
 class ClosedFormELBO(ELBO):
-    """The negative ELBO of a mean-field guide, of `TraceMeanField_ELBO`'s value.
+    """The negative ELBO of a mean-field guide with closed-form KL divergences, in two parts.
 
-    It never falls back to Monte Carlo: where a site has no registered KL it raises. And it gives
-    the loss in parts.
+    It has the value of `TraceMeanField_ELBO` for the same draws, and the checks of models and
+    guides that Pyro does if validation is enabled. It never falls back to Monte Carlo: a site
+    without a registered KL divergence is refused. Auxiliary sites of a guide, such as those of
+    Pyro's autoguides, count with their log density, as they do there.
+
+    Args:
+        num_particles: the number of draws to average over.
+        max_plate_nesting, vectorize_particles: as for `pyro.infer.ELBO`.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        return poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace
+        unwrapped = poutine.unwrap(guide)
+        if isinstance(unwrapped, poutine.messenger.Messenger):  # a guide that is an effect handler
+            guide(*args, **kwargs)
+            traced: Any = unwrapped
+            model_trace, guide_trace = traced.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            replayed = poutine.replay(model, trace=guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        model_trace, guide_trace = map(prune_subsample_sites, (model_trace, guide_trace))
+        if is_validation_enabled():
+            _check_mean_field_requirement(model_trace, guide_trace)
+        return model_trace, guide_trace
 
     def parts(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Parts:
-        """One draw of the loss: negative log-likelihood and weighted KL.
+        """The loss as negative log-likelihood and weighted KL, the mean over `num_particles` draws.
 
         Raises:
-            NotImplementedError: a site has no closed-form KL, or is not in the guide.
+            NotImplementedError: a site has no closed-form KL, or its posterior is not
+                reparameterized.
+            ValueError: a latent site of the model is not in the guide, or a site of the guide that
+                is not marked as auxiliary is not in the model; and with validation enabled, the
+                shape of a site does not fit its plates.
         """
-        model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
+        parts = [
+            self._of_traces(*traces) for traces in self._get_traces(model, guide, args, kwargs)
+        ]
+        nll, kl = (
+            torch.stack([torch.as_tensor(x) for x in of]).sum() for of in zip(*parts, strict=True)
+        )
+        return Parts(nll / self.num_particles, kl / self.num_particles)
+
+    def _of_traces(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        """Negative log-likelihood and KL of one pair of traces."""
         nll: Any = 0.0
         kl: Any = 0.0
-        for name, site in model_trace.nodes.items():
-            if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
-                continue
+        for name, site in _samples(model_trace):
             if site["is_observed"]:
                 log_prob = site["fn"].log_prob(site["value"])
-                nll = nll - scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+                nll = nll - self._total(log_prob, site, site)
                 continue
             if name not in guide_trace.nodes:
-                raise NotImplementedError(f"site {name!r} is not in the guide")
+                raise ValueError(f"the latent site {name!r} of the model is not in the guide")
             q = guide_trace.nodes[name]
-            site_kl = kl_divergence(q["fn"], site["fn"])
-            kl = kl + scale_and_mask(site_kl, q["scale"], q["mask"]).sum()
-        return Parts(torch.as_tensor(nll), torch.as_tensor(kl))
+            _check_reparameterized(name, q)
+            kl = kl + self._total(kl_divergence(q["fn"], site["fn"]), q, site)
+        for name, q in _samples(guide_trace):
+            if name in model_trace.nodes:
+                continue
+            if not q["infer"].get("is_auxiliary"):
+                raise ValueError(
+                    f"the site {name!r} of the guide is not in the model; a site that other sites "
+                    'of the guide are computed from is marked by infer={"is_auxiliary": True}'
+                )
+            _check_reparameterized(name, q)
+            kl = kl + self._total(q["fn"].log_prob(q["value"]), q, q)
+        return nll, kl
+
+    def _total(self, values: Any, weighed_as: Any, site: Any) -> Tensor:
+        """The sum of the values of a site with its scale and mask, after a check of their shape."""
+        if is_validation_enabled():
+            for checked in (site, weighed_as):
+                check_site_shape({**checked, "log_prob": values}, self.max_plate_nesting)
+        return scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor to differentiate, the mean over `num_particles` draws."""
-        draws = [self.parts(model, guide, *args, **kwargs).loss for _ in range(self.num_particles)]
-        return torch.stack(draws).mean()
+        return self.parts(model, guide, *args, **kwargs).loss
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss as a number."""
@@ -79,3 +128,16 @@ class ClosedFormELBO(ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return float(loss.detach())
+
+
+def _samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sample sites of a trace, by name."""
+    return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
+
+
+def _check_reparameterized(name: str, site: Any) -> None:
+    if not site["fn"].has_rsample:
+        raise NotImplementedError(
+            f"the posterior of site {name!r} is not reparameterized "
+            f"({type(site['fn']).__name__} has no rsample), so its gradients would be wrong"
+        )

@@ -51,9 +51,30 @@ def weighted(weight: float) -> Iterator[None]:
         yield
 
 
-def observe(likelihood: Any, num_data: int, x: Any, y: Any) -> Any:
-    """Sample or observe the labels of a minibatch `x`, which count for all of the data."""
+def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int] = ()) -> Any:
+    """Sample or observe the labels of a minibatch `x`, which count for all of the data.
+
+    Args:
+        likelihood: the distribution of the labels, of batch shape ``[*draws, batch]``.
+        num_data: the size of the data set.
+        x: the minibatch, with the batch in dimension 0.
+        y: its labels, or None to sample them.
+        draws: the shape of the draws of theta, if there are several.
+
+    Raises:
+        ValueError: likelihood or labels have further dimensions, which would be broadcast to a
+            likelihood of every label under every example.
+    """
     size = len(next(tensors_of(x)))
+    batch, event = list(likelihood.batch_shape), len(likelihood.event_shape)
+    if len(batch) > 1 + len(draws):
+        raise ValueError(
+            f"the likelihood has batch shape {batch}; expected {[*draws, size]}, one for each "
+            "example: call to_event on it, or flatten the network's output"
+        )
+    if isinstance(y, Tensor) and y.ndim - event > 1:
+        expected = [size, *likelihood.event_shape]
+        raise ValueError(f"the labels have shape {list(y.shape)}; expected {expected}")
     # Not `subsample_size`, which would draw a permutation of all data at every step.
     with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
         return pyro.sample("obs", likelihood, obs=y)
