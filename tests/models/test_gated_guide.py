@@ -271,10 +271,10 @@ def test_the_example_of_the_readme_finds_which_coefficients_carry_signal(seed):
         with pyro.plate("data", len(x)):
             return pyro.sample("y", dist.Normal(x @ theta, 0.5), obs=y)
 
-    guide = sbp.TruncatedLogNormalGuide(model, x, y, init_loc=-1.0, init_log_scale=-3.0)
+    guide = sbp.TruncatedLogNormalGuide(model, x, y, init_loc=-6.0, init_log_scale=0.0)
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), sbp.ClosedFormELBO())
     with pyro.validation_enabled(False):
-        for _ in range(400):
+        for _ in range(600):
             svi.step(x, y)
         loss = sum(svi.evaluate_loss(x, y) for _ in range(50)) / 50
     q = guide.posteriors()["theta"]
@@ -283,5 +283,6 @@ def test_the_example_of_the_readme_finds_which_coefficients_carry_signal(seed):
     torch.testing.assert_close(signal, torch.tensor([0.9, 0.4]), rtol=0, atol=0.09)
     assert q.stddev[[0, 2]].max().item() < 0.06
     assert q.mean[[1, 3, 4]].max().item() < 0.09
+    assert (q.snr >= 1).tolist() == [True, False, True, False, False]
     # A flat posterior has more than 260.
     assert loss < 250
