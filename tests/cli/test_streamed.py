@@ -130,7 +130,7 @@ def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
     (tmp_path / "data/test/red/11.png").write_bytes(b"no image")
     before = (stopped / "checkpoint.pt").read_bytes()
     result = run("train", "--resume", stopped, "--workers", WORKERS)
-    first, last = result.stderr.strip().splitlines()
+    first, _, last = result.stderr.strip().splitlines()
     assert result.exit_code == 2 and first.startswith("images stay on disk")
     assert "red/11.png cannot be read as an image" in last
     assert (stopped / "checkpoint.pt").read_bytes() == before
