@@ -157,10 +157,10 @@ def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
     for name, value in theta.items():
         if name not in sizes:
             raise ValueError(f"theta names the gate {name!r}; the gates are {', '.join(sizes)}")
-        if value.ndim not in (1, 2) or value.shape[-1] != sizes[name]:
+        if value.ndim == 0 or value.shape[-1] != sizes[name]:
             raise ValueError(
                 f"theta of gate {name!r} has shape {list(value.shape)}; "
-                f"expected [{sizes[name]}] or [batch, {sizes[name]}]"
+                f"expected [{sizes[name]}], [batch, {sizes[name]}] or [draws, batch, {sizes[name]}]"
             )
 
 
@@ -256,12 +256,32 @@ class GatedNetwork(nn.Module):
             x: the network's input, as for `call`: a tensor, a tuple of positional arguments, or a
                 mapping of named arguments.
             theta: from gate name to ``[units]`` (one draw for the batch) or ``[batch, units]``
-                (one for each example; a batch of one row is the same for all).
+                (one for each example; a batch of one row is the same for all). With leading
+                dimensions, ``[*draws, batch, units]``, the network is called once for each of the
+                draws, and its outputs are stacked to ``[*draws, ...]``.
 
         Raises:
             ValueError: theta names an unknown gate, has a wrong shape, or is given per example
-                where a reader's input has no batch in dimension 0.
+                where a reader's input has no batch in dimension 0; or there are several draws and
+                the gates have different numbers of them, or the network's output is no tensor.
         """
         check_theta(self.gates, theta)
+        draws = {value.shape[:-2] for value in theta.values()}
+        if any(draws):
+            return self._each(x, theta, draws)
         with _Gating(self.net, _column_scales(self.gates, theta)):
             return call(self.net, x)
+
+    def _each(self, x: Any, theta: Mapping[str, Tensor], draws: set[torch.Size]) -> Tensor:
+        """The outputs of several draws, stacked."""
+        if len(draws) > 1:
+            raise ValueError(f"theta has different numbers of draws: {sorted(map(list, draws))}")
+        (shape,) = draws
+        flat = {name: value.flatten(0, -3) for name, value in theta.items()}
+        outputs = [
+            self(x, {name: value[index] for name, value in flat.items()})
+            for index in range(shape.numel())
+        ]
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise ValueError("several draws of theta need a network whose output is one tensor")
+        return torch.stack(outputs).unflatten(0, shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -18,7 +17,7 @@ from torch.distributions import constraints
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.models.gated_model import GatedModel, widest
 from pyro_sbp.models.site_statistics import SiteStatistics
-from pyro_sbp.models.sites import unique_name
+from pyro_sbp.models.sites import CopiedUnderOwnName, unique_name
 
 __all__ = ["TruncatedLogNormalGuide"]
 
@@ -29,7 +28,7 @@ LOC_MARGIN = 5.0
 LOG_SCALE_RANGE = (-10.0, 5.0)
 
 
-class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
+class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     """Independent truncated log-normal posteriors (arXiv 1705.07283), one per element.
 
     The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
@@ -101,9 +100,8 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         """Set location and log scale of sites, by name; of the shapes that they have."""
         with torch.no_grad():
             for name, (loc, log_scale) in posteriors.items():
-                get = attrgetter(name)
-                get(self.locs).copy_(loc)
-                get(self.log_scales).copy_(log_scale)
+                _get(self.locs, name).copy_(loc)
+                _get(self.log_scales, name).copy_(log_scale)
 
     def _prototype_sites(self) -> Iterable[tuple[str, dict[str, Any]]]:
         """The latent sites of a general model, by name, as it was traced once."""
@@ -120,8 +118,7 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
 
     def _in_the_box(self, name: str) -> tuple[Tensor, Tensor]:
         """Location and log scale of a site, put back into the box."""
-        get = attrgetter(name)
-        loc, log_scale = get(self.locs), get(self.log_scales)
+        loc, log_scale = _get(self.locs, name), _get(self.log_scales, name)
         low, high = self._bounds[name]
         with torch.no_grad():
             loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
@@ -178,14 +175,38 @@ class TruncatedLogNormalGuide(SiteStatistics, AutoGuide):
         return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
 
 
-def _set(module: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
-    """Put a parameter at a dotted name into nested modules, as Pyro's own guides do."""
+def _parent(root: PyroModule, name: str) -> tuple[PyroModule, str]:
+    """The module that holds the parameter of a dotted name, which is made, and the last part.
+
+    Sites may nest (``fc1`` and ``fc1.lora``), so a module can have a parameter and a child of one
+    name, which `getattr` does not tell apart.
+    """
     *path, leaf = name.split(".")
     for part in path:
-        if not hasattr(module, part):
-            setattr(module, part, PyroModule())
-        module = getattr(module, part)
+        child = root._modules.get(part)
+        if child is None:
+            child = PyroModule()
+            child._pyro_set_supermodule(f"{root._pyro_name}.{part}", root._pyro_context)
+            root._modules[part] = child
+        assert isinstance(child, PyroModule)
+        root = child
+    return root, leaf
+
+
+def _set(root: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
+    """Put a parameter at a dotted name into nested modules, as Pyro's own guides do."""
+    module, leaf = _parent(root, name)
+    child = module._modules.pop(leaf, None)  # setting the parameter would delete it
     setattr(module, leaf, PyroParam(value, constraints.real, event_dim))
+    if child is not None:
+        module._modules[leaf] = child
+
+
+def _get(root: PyroModule, name: str) -> Tensor:
+    """The parameter at a dotted name."""
+    module, leaf = _parent(root, name)
+    value: Tensor = getattr(module, leaf)
+    return value
 
 
 def _base(distribution: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.folding import Gate, GatedNetwork, tensors_of
 from pyro_sbp.models.sites import (
+    CopiedUnderOwnName,
     categorical,
     check_num_data,
     observe,
@@ -31,7 +32,7 @@ __all__ = ["GatedModel", "check_prior", "theta_prior", "widest"]
 LOG_LOW, LOG_HIGH = -20.0, 0.0
 
 
-class GatedModel(PyroModule):
+class GatedModel(CopiedUnderOwnName, PyroModule):
     """A network with multiplicative noise on its units, as a Pyro model of labelled data.
 
     Every gate is a sample site of its name and shape ``[units]`` with a truncated log-uniform prior
@@ -117,10 +118,21 @@ class GatedModel(PyroModule):
         return theta_prior(self.prior_scale, self._sizes[name], next(self.gated.parameters()))
 
     def forward(self, x: Any, y: Any = None) -> Any:
-        """Sample theta, call the network, and sample or observe the labels, which are returned."""
+        """Sample theta, call the network, and sample or observe the labels, which are returned.
+
+        Several draws of theta at once, as of `Predictive(parallel=True)` or of an ELBO that
+        vectorizes its particles, call the network once for each.
+        """
         theta = self.sample_sites(self.prior, x)
+        # In front of the units: the batch, and plates of draws outside of it. Predictive leaves the
+        # batch out if it is of one row.
+        outside = list(next(iter(theta.values())).shape[:-1])
+        draws = outside[:-1]
+        if self.noise_per == "batch" and len(outside) == 1:
+            draws = outside
+            theta = {name: value.unsqueeze(-2) for name, value in theta.items()}
         output = self.gated(x, theta)
-        return observe(self.likelihood(output), self.num_data, x, y)
+        return observe(self.likelihood(output), self.num_data, x, y, draws)
 
 
 def theta_prior(

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from pyro_sbp.gates.folding import tensors_of
 
-__all__ = ["categorical", "check_num_data", "observe", "scales_of", "unique_name", "weighted"]
+__all__ = [
+    "CopiedUnderOwnName",
+    "categorical",
+    "check_num_data",
+    "observe",
+    "scales_of",
+    "unique_name",
+    "weighted",
+]
 
 
 def categorical(logits: Tensor) -> dist.Categorical:
@@ -36,6 +44,27 @@ def unique_name(kind: str) -> str:
     """
     number = next(_numbers[kind])
     return f"{kind}_{number}" if number else kind
+
+
+class CopiedUnderOwnName:
+    """A root `PyroModule` whose copies, by `copy` or from a file, have a name of their own.
+
+    The parameter store would otherwise take the parameters of the copy for those of the original.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not that of `AutoGuide`, which empties the object that is copied.
+        module: Any = self
+        for parameter in module.parameters():
+            # A weak reference that Pyro's parameter store sets at every access; it has no copy.
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        module: Any = self
+        module._pyro_context.used = False  # a module that was called cannot be renamed
+        module._pyro_set_supermodule(unique_name(type(self).__name__), module._pyro_context)
 
 
 def check_num_data(num_data: int) -> None:

@@ -10,13 +10,13 @@ from torch.distributions import kl_divergence
 
 from pyro_sbp.distributions import AdditiveNormal
 from pyro_sbp.models.site_statistics import SiteStatistics
-from pyro_sbp.models.sites import unique_name
+from pyro_sbp.models.sites import CopiedUnderOwnName, unique_name
 from pyro_sbp.models.sparse_model import SparseModel
 
 __all__ = ["AdditiveNormalGuide"]
 
 
-class AdditiveNormalGuide(SiteStatistics, AutoGuide):
+class AdditiveNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     """Independent normal posteriors of the weights of a `SparseModel` (arXiv 1701.05369).
 
     Its parameters are the model's: the weights of the network are the means, and the log variances

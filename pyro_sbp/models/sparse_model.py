@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.distributions import ImproperLogUniform
 from pyro_sbp.models.sites import (
+    CopiedUnderOwnName,
     categorical,
     check_num_data,
     observe,
@@ -34,7 +35,7 @@ class _Once:
         return _Once, ()
 
 
-class SparseModel(PyroModule):
+class SparseModel(CopiedUnderOwnName, PyroModule):
     """A network with normal posteriors on its weights, as a Pyro model of labelled data.
 
     The weight of every dense and convolutional layer is a sample site of the layer's name with an
@@ -128,6 +129,13 @@ class SparseModel(PyroModule):
         """Sample the weights, call the network, and sample or observe the labels, which are
         returned."""
         weights = self.sample_sites(self.prior)
+        for name, mean in self.noisy.means().items():
+            if weights[name].shape != mean.shape:
+                raise ValueError(
+                    f"the weight of {name!r} has shape {list(weights[name].shape)}; expected "
+                    f"{list(mean.shape)}: SparseModel takes one draw at a time, so use "
+                    "Predictive(parallel=False) and vectorize_particles=False"
+                )
         state, log_variances = self._handed_on.value or (None, None)
         self._handed_on = _Once()
         if self.noise == "weight":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from csv import DictReader
@@ -252,8 +253,11 @@ class MLflowLogger(_RemoteLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         client = self.experiment
-        for name, value in metrics.items():
-            client.log_metric(self.version, name, value, step=step)
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        found = [Metric(name, value, now, step or 0) for name, value in metrics.items()]
+        client.log_batch(self.version, metrics=found)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         client = self.experiment

@@ -1,5 +1,6 @@
 """A run on two processes is the run on one: by --devices, and under torchrun."""
 
+import csv
 import itertools
 import json
 import os
@@ -73,7 +74,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     (root / "recipe.toml").write_text(RECIPE)
     arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits"]
-    arguments += ["--recipe", str(root / "recipe.toml"), "--precision", "64-true", "--output-dir"]
+    arguments += ["--recipe", str(root / "recipe.toml"), "--precision", "64-true"]
+    arguments += ["--logger", "csv", "--output-dir"]
     train_on_one(*arguments, str(root / "one"))
     with start(
         PYRO_SBP,
@@ -102,6 +104,18 @@ def dense(run):
 
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    """Step and loss of every epoch."""
+    return [(step, line["loss"]) for step, line in enumerate(metrics(run), 1)]
+
+
+def logged(run):
+    """Step and loss of every epoch in the CSV file."""
+    with open(run / "logs" / "csv" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    return [(int(row["step"]), float(row["loss"])) for row in rows]
 
 
 @pytest.mark.parametrize("name", ["two", "torchrun"])
@@ -133,6 +147,7 @@ def test_they_write_one_run_directory(runs):
             path.name for path in runs["one"].iterdir()
         }
         assert (runs[name] / "pruned" / "model.safetensors").is_file()
+        assert logged(runs[name]) == losses(runs[name])
         assert json.loads((runs[name] / "recipe.json").read_text())["devices"] == 2
         summary = json.loads((runs[name] / "summary.json").read_text())
         assert summary["equivalence"]["max_rel_diff_float64"] < 1e-10
@@ -204,6 +219,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     recipe = str(runs["two"].parent / "recipe.toml")
     arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", recipe]
     arguments += ["--precision", "64-true", "--devices", "2", "--output-dir", str(tmp_path / "run")]
+    arguments += ["--logger", "csv"]
     with start(PYRO_SBP, *arguments) as process:
         while "dense 1/1" not in (line := process.stderr.readline()):
             assert line
@@ -220,6 +236,7 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     assert all(torch.equal(first, second) for first, second in zip(*states, strict=True))
     lines = [{**line, "seconds": 0} for line in metrics(runs["two"])]
     assert [{**line, "seconds": 0} for line in metrics(tmp_path / "run")] == lines
+    assert logged(tmp_path / "run") == losses(tmp_path / "run")
 
 
 def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path):

@@ -142,6 +142,7 @@ BAD = [
         ["--arch", "lenet5", "--weights", "net.pt", "--set", "dense-epochs=3"],
         "--weights and --set dense-epochs=3 contradict each other; give one",
     ),
+    (["--arch", "lenet5", "--logger", "wand"], "unknown logger 'wand'; did you mean 'wandb'?"),
     (["--arch", "lenet6"], "unknown arch 'lenet6'; did you mean 'lenet5'? expected "),
     ([], "--arch is missing"),
     (

@@ -83,7 +83,11 @@ def test_fold_multiplies_columns_and_leaves_columns_without_units():
     ("theta", "words"),
     [
         ({"conv1": torch.ones(19)}, r"conv1.*\[19\].*\[20\]"),
-        ({"conv1": torch.ones(2, 2, 20)}, r"conv1.*\[2, 2, 20\]"),
+        ({"conv1": torch.ones(2, 2, 19)}, r"conv1.*\[2, 2, 19\].*\[draws, batch, 20\]"),
+        (
+            {"conv1": torch.ones(2, 1, 20), "conv2": torch.ones(3, 1, 50)},
+            r"different numbers of draws: \[\[2\], \[3\]\]",
+        ),
         ({"conv3": torch.ones(20)}, "conv3.*conv1, conv2, fc1_input, fc1"),
         ({"conv1": torch.ones(2, 20)}, "without the batch of 2"),
     ],
@@ -92,6 +96,17 @@ def test_wrong_theta_is_refused(lenet, theta, words):
     net, x, gates = lenet
     with pytest.raises(ValueError, match=words):
         GatedNetwork(net, gates)(x, theta)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_several_draws_are_those_one_after_the_other(lenet, batch):
+    net, x, gates = lenet
+    theta = {gate.name: torch.rand(2, 2, batch, gate.size) for gate in gates}
+    outputs = GatedNetwork(net, gates)(x, theta)
+    assert outputs.shape == (2, 2, len(x), 10)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        one = GatedNetwork(net, gates)(x, {name: value[i, j] for name, value in theta.items()})
+        torch.testing.assert_close(outputs[i, j], one)
 
 
 def test_noise_per_example_needs_the_batch_first():

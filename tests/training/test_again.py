@@ -69,7 +69,10 @@ def test_a_sweep_has_the_thresholds_of_the_method_and_of_the_recipe(data, finish
     assert macs == sorted(macs, reverse=True) and macs[0] == 16 * 12 + 12 * 2
     (own,) = (row for row in rows if row["threshold"] == 1.1)
     assert own["error"] == finished[1].error.pruned and own["split"] == "test"
-    assert sweep(REQUEST, data, finished[0], [1e9]) == []
+    calibration = finished[1].calibration["test"]["pruned"]
+    assert (own["nll"], own["ece"]) == (calibration.nll, calibration.ece)
+    (least,) = sweep(REQUEST, data, finished[0], [1e9])
+    assert list(least["units"].values()) == [1] and least["held"] == list(least["units"])
     with pytest.raises(RequestError, match="expected a signal-to-noise ratio >= 0"):
         sweep(REQUEST, data, finished[0], [-1.0])
 
