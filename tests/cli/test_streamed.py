@@ -130,7 +130,7 @@ def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
     (tmp_path / "data/test/red/11.png").write_bytes(b"no image")
     before = (stopped / "checkpoint.pt").read_bytes()
     result = run("train", "--resume", stopped, "--workers", WORKERS)
-    first, _, last = result.stderr.strip().splitlines()
+    first, last = result.stderr.strip().splitlines()
     assert result.exit_code == 2 and first.startswith("images stay on disk")
     assert "red/11.png cannot be read as an image" in last
     assert (stopped / "checkpoint.pt").read_bytes() == before
@@ -146,7 +146,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
     before = (stopped / "checkpoint.pt").read_bytes()
     train = training.train
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=kill_worker))
+        patch.setattr(training, "train", lambda *rest: train(*rest[:4], kill_worker))
         result = run("train", "--resume", stopped, "--workers", WORKERS)
     assert result.exit_code == 1
     _, last = result.stderr.strip().splitlines()
