@@ -171,7 +171,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     }
 
 
-def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """The head and the rows of a table of the elements nearest the threshold, by gate.
 
     A unit is named by its index, a weight by its indices in the layer's weight tensor.
