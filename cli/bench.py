@@ -51,7 +51,7 @@ NOISY = 0.3
     default=2.0,
     help="How long to measure each.  [default: 2]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the latencies and MACs as JSON.")
 def bench(
     run: Path | None,
     batch_sizes: tuple[int, ...],
@@ -103,7 +103,15 @@ def bench(
         runtimes=runtimes,
         seconds=seconds,
     )
-    rows = [asdict(latency) for latency in result.latencies]
+    checks = {"dense": result.dense_check, "pruned": result.pruned_check}
+    ptflops = {name: check and check.ptflops for name, check in checks.items()}
+    counts = {
+        "dense_macs": result.dense_macs,
+        "pruned_macs": result.pruned_macs,
+        "dense_macs_ptflops": ptflops["dense"],
+        "pruned_macs_ptflops": ptflops["pruned"],
+    }
+    rows = [asdict(latency) | counts for latency in result.latencies]
     write_json((run if saved == run / "pruned" else saved) / "bench.json", rows)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
@@ -136,11 +144,8 @@ def bench(
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
     )
-    checks = {"dense": result.dense_check, "pruned": result.pruned_check}
-    counts = [
-        "none" if c is None or c.ptflops is None else f"{c.ptflops:,}" for c in checks.values()
-    ]
-    click.echo(f"ptflops: MACs {' -> '.join(counts)}")
+    texts = ["none" if count is None else f"{count:,}" for count in ptflops.values()]
+    click.echo(f"ptflops: MACs {' -> '.join(texts)}")
     for name, check in checks.items():
         explanation = check and check.explanation(name)
         if explanation:

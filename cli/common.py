@@ -133,14 +133,14 @@ def little_removed(steps: int) -> str:
     """Advice for a run that removed little.
 
     Args:
-        steps: how many training steps had noise.
+        steps: the number of training steps in which each gate had noise.
     """
     if steps >= FEW_STEPS:
         return LITTLE_REMOVED
     number = f"{steps:,} step{'s' * (steps != 1)}"
     return (
-        f"{LITTLE_REMOVED}\nThe noise was trained for {number}, but it needs a few thousand; "
-        "smaller batches give more steps too."
+        f"{LITTLE_REMOVED}\nEach gate had noise for {number}, but noise needs a few thousand. "
+        "Smaller batches also give more steps."
     )
 
 

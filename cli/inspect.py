@@ -21,9 +21,12 @@ def inspect(run: Path | None, as_json: bool) -> None:
     """Show the posterior of a run.
 
     For each gate (with sparse-vd, for each layer) it prints quantiles of the signal-to-noise ratio
-    and the units or weights nearest the threshold. RUN is a run directory, finished or interrupted
-    while there was noise; by default the newest run. Neither the data nor the code of the network
-    are needed.
+    (SNR) and the units or weights nearest the threshold. Units and weights are named by their
+    indices. A gate is named after the first layer that writes its units: attn.query, for example,
+    is the gate of the heads of attn.
+
+    RUN is a run directory of a finished run, or of one that was interrupted after its first epoch
+    with noise; by default the newest run. The data and the code of the network are not needed.
     """
     found = Run.read(find_run(run, finished=False))
 
@@ -50,18 +53,11 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from pyro_sbp.reports.posterior import gate_table, in_words
+    from pyro_sbp.reports.posterior import gate_table, nearest_table
 
     gates = description["gates"]
     values = table(*gate_table(description))
-    nearest = table(
-        (
-            f"{description['elements']} (SNR) nearest {description['threshold']:.3g}",
-            "below",
-            "at or above",
-        ),
-        [(gate["gate"], in_words(gate["under"]), in_words(gate["over"])) for gate in gates],
-    )
+    nearest = table(*nearest_table(description))
     held = ", ".join(g["gate"] for g in gates if g["held"])
     if description["elements"] == "units":
         held = (

@@ -179,12 +179,12 @@ def train(
             size, device = architecture.image_size, fabric.device
             return load_dataset(request.dataset, data_dir, size, workers, device)
 
-        data = on_first(fabric, load) or load()  # it may have to be downloaded, once
         quiet = as_json or not is_first()
+        data = on_first(fabric, load) or load()  # it may have to be downloaded, once
         if isinstance(data.train, StreamedSplit) and not quiet:
             readers = f"{data.train.workers} worker{'s' * (data.train.workers > 1)}"
             click.echo(f"images stay on disk, read by {readers}", err=True)
-        with _Bar(quiet) as bar:
+        with _Bar(quiet, _title(request, resumed=resume is not None)) as bar:
             try:
                 logger = [make_logger(n, directory) for n in names] if is_first() else []
                 summary = training.train(request, data, directory, bar.update, stop, fabric, logger)
@@ -204,8 +204,9 @@ def train(
         click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
         examples, recipe = len(data.train) - request.recipe.holdout, request.recipe
-        noisy_steps = recipe.epochs * -(-examples // recipe.batch_size)
-        click.echo(closing_table(summary, little_removed(noisy_steps)))
+        epochs = recipe.epochs_per_gate(len(summary.units))
+        steps = epochs * -(-examples // recipe.batch_size)
+        click.echo(closing_table(summary, little_removed(steps)))
         click.echo(f"run directory: {directory}")
 
 
@@ -319,6 +320,14 @@ def _check_free(directory: Path) -> None:
         raise RequestError(f"cannot write {directory}: {parent} is no writable directory")
 
 
+def _title(request: Request, resumed: bool) -> str:
+    """One line that says what is trained."""
+    return (
+        f"{'resuming' if resumed else 'training'} {request.arch} on {request.dataset}: "
+        f"method {request.method}, recipe {request.recipe.name}, seed {request.seed}"
+    )
+
+
 def _hint_at_once(directory: Path) -> str:
     """What a second signal leaves, in words."""
     if not _unfinished(directory):
@@ -334,10 +343,10 @@ def _unfinished(directory: Path) -> bool:
 
 
 class _Bar:
-    """A progress bar on a terminal, a line an epoch elsewhere."""
+    """A title when the training begins, then a progress bar on a terminal or a line per epoch."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, title: str) -> None:
+        self.quiet, self.title = quiet, title
         self.bar: Any = None
         self.key: tuple[str, int] | None = None
 
@@ -352,6 +361,9 @@ class _Bar:
     def update(self, progress: Progress) -> None:
         if self.quiet:
             return
+        if self.title:
+            click.echo(self.title, err=True)
+            self.title = ""
         text = f"loss {progress.loss:.4f} (nll {progress.nll:.4f}"
         text += f" + weighted kl {progress.weighted_kl:.4f})"
         standing = progress.standing

@@ -53,7 +53,9 @@ def test_a_package_without_a_layer_breaks_the_contract(tree):
 def test_the_contract_without_torch_has_all_that_the_command_line_imports_first():
     config = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     (light,) = [c for c in config["tool"]["importlinter"]["contracts"] if c["id"] == "light"]
-    program = "import sys, pyro_sbp.cli; print(*(n for n in sys.modules if 'pyro_sbp' in n))"
+    program = (
+        "import sys, pyro_sbp.cli.commands; print(*(n for n in sys.modules if 'pyro_sbp' in n))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()

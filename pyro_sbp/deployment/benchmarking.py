@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
+from pyro_sbp.machine import processor_name
 from pyro_sbp.pruning.macs import count_parameters
 
 __all__ = [
@@ -84,14 +84,7 @@ def device_name(device: torch.device) -> str:
     """The name of the processor or graphics card behind a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -40,9 +40,6 @@ class Method(ABC, Generic[R]):
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: how far the smaller network was from the masked one when it was cut.
     """
-
-    #: The name of the method in requests.
-    name: ClassVar[str]
 
     mean: Predict
     small: nn.Module

@@ -65,7 +65,7 @@ class Phase(ABC):
             that the schedule spans; by default the phase itself.
         weights_file: the file of the run directory that the network's weights are written to when
             the phase ends; none if it is empty.
-        network: what stands before the names of the network's tensors in the module's state.
+        net_prefix: what stands before the names of the network's tensors in the module's state.
         kl_weight: the weight of the KL divergence at the first step and after the last, and
             linearly between.
     """
@@ -76,7 +76,7 @@ class Phase(ABC):
     folds = True
     decays = True
     weights_file = ""
-    network = ""
+    net_prefix = ""
     kl_weight = (1.0, 1.0)
 
     def __init__(self, name: str, epochs: int, module: nn.Module) -> None:
@@ -115,7 +115,7 @@ class Phase(ABC):
         """What a checkpoint keeps of the phase once it has ended."""
         if not self.ends:  # the next phase goes on with the module
             return {}
-        return {"module": copied(self.module.state_dict()), "network": self.network}
+        return {"module": copied(self.module.state_dict()), "network": self.net_prefix}
 
     def restore(self, record: Mapping[str, Any]) -> bool:
         """Bring the method to where the ended phase left it.
@@ -160,7 +160,7 @@ class NoisePhase(Phase):
     # With batch statistics a factor that all units share would cost no likelihood.
     freeze_batch_norm = True
     noisy = True
-    network = "net."
+    net_prefix = "net."
 
     def __init__(
         self, name: str, epochs: int, module: nn.Module, model: Any, guide: Any, num_data: int

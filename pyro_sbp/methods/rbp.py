@@ -34,7 +34,6 @@ class RBP(GatedMethod[RBPRecipe]):
     """Dense training; then for one gate after the other training with noise on it alone and
     pruning, each on the network that the one before left; fine-tuning."""
 
-    name = "rbp"
     reopens = False
 
     def turns(self) -> list[Turn]:

@@ -14,7 +14,6 @@ __all__ = ["SBP"]
 class SBP(GatedMethod[SBPRecipe]):
     """Dense training, training with noise on all gates at once, pruning, fine-tuning."""
 
-    name = "sbp"
     reopens = True
 
     def turns(self) -> list[Turn]:

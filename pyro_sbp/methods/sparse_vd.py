@@ -32,8 +32,6 @@ class SparseVD(Method[SparseVDRecipe]):
     """Dense training, training with noise on all weights, weights set to zero, units that no
     weight reads removed, fine-tuning."""
 
-    name = "sparse-vd"
-
     def begin(self) -> None:
         recipe = self.recipe
         self.model = SparseModel(

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_sbp.recipes.settings import ORDERS, RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
+from pyro_sbp.recipes.settings import (
+    ORDERS,
+    RECIPE_CLASSES,
+    RBPRecipe,
+    Recipe,
+    SBPRecipe,
+    SparseVDRecipe,
+)
 
 __all__ = ["RECIPES", "default_recipe"]
 
@@ -240,15 +247,13 @@ _DEFAULTS = {
     ("lenet-300-100", ""): "lenet-dense",
     ("vgg-like", ""): "vgg",
 }
-#: How the names of a method's default recipes begin, and what the one for all else is called.
-_NAMES = {"sbp": ("", "default"), "rbp": ("rbp-", "rbp"), "sparse-vd": ("sparse-", "sparse")}
 
 
 def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
     """The recipe of a request that names none."""
-    prefix, general = _NAMES[method]
+    prefix = RECIPE_CLASSES[method].prefix
     for (for_arch, for_dataset), name in _DEFAULTS.items():
         found = RECIPES.get(prefix + name)
         if found and for_arch in ("", arch) and for_dataset in ("", dataset):
             return found
-    return RECIPES[general]
+    return RECIPES[prefix.removesuffix("-") or "default"]

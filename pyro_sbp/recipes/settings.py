@@ -33,13 +33,6 @@ __all__ = [
     "refusing",
 ]
 
-#: Where the class of every method is found.
-METHODS = {
-    "sbp": "pyro_sbp.methods.sbp:SBP",
-    "sparse-vd": "pyro_sbp.methods.sparse_vd:SparseVD",
-    "rbp": "pyro_sbp.methods.rbp:RBP",
-}
-
 STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Order = Literal["forward", "reversed", "together"]
@@ -127,8 +120,12 @@ class Recipe:
         RequestError: there is no such setting, or a value is out of its bounds.
     """
 
-    #: What a request calls the method.
+    #: The name of the method in requests.
     method: ClassVar[str] = ""
+    #: The module and the class of the method.
+    implementation: ClassVar[str] = ""
+    #: How the names of the method's default recipes begin.
+    prefix: ClassVar[str] = ""
 
     name: str = _setting("default", "The name of the recipe. For a file it is the file's name.")
     dense_epochs: _Count = _setting(
@@ -284,6 +281,10 @@ class Recipe:
         """A copy with another number of epochs with noise."""
         return self.replace(epochs=epochs)
 
+    def epochs_per_gate(self, gates: int) -> int:
+        """The number of epochs in which each of some number of gates has noise."""
+        return self.epochs
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
         return dataclasses.asdict(self)
@@ -372,6 +373,7 @@ class SBPRecipe(_RisingKL, GatedRecipe):
     """The settings of structured Bayesian pruning (arXiv 1705.07283)."""
 
     method: ClassVar[str] = "sbp"
+    implementation: ClassVar[str] = "pyro_sbp.methods.sbp:SBP"
 
     cut_every: _Count = _setting(
         0,
@@ -386,6 +388,8 @@ class RBPRecipe(GatedRecipe):
     """The settings of recursive Bayesian pruning (arXiv 1812.00353)."""
 
     method: ClassVar[str] = "rbp"
+    implementation: ClassVar[str] = "pyro_sbp.methods.rbp:RBP"
+    prefix: ClassVar[str] = "rbp-"
 
     noise_learning_rate: _Rate = _setting(
         5e-2,
@@ -402,6 +406,10 @@ class RBPRecipe(GatedRecipe):
         "The order in which the gates take their turns: as data flow, reversed, or all together.",
     )
 
+    def epochs_per_gate(self, gates: int) -> int:
+        """The number of epochs in which each gate has noise, the least of all gates."""
+        return self.epochs if self.order == "together" else self.epochs // max(1, gates)
+
 
 @refusing
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -409,6 +417,8 @@ class SparseVDRecipe(_RisingKL):
     """The settings of sparse variational dropout (arXiv 1701.05369)."""
 
     method: ClassVar[str] = "sparse-vd"
+    implementation: ClassVar[str] = "pyro_sbp.methods.sparse_vd:SparseVD"
+    prefix: ClassVar[str] = "sparse-"
 
     exact_kl: bool = _setting(
         False, "Use the exact KL divergence instead of the paper's approximation."
@@ -424,7 +434,8 @@ class SparseVDRecipe(_RisingKL):
 RECIPE_CLASSES: dict[str, type[Recipe]] = {
     cls.method: cls for cls in (SBPRecipe, SparseVDRecipe, RBPRecipe)
 }
-
+#: The module and the class of every method, by the name of the method.
+METHODS = {method: cls.implementation for method, cls in RECIPE_CLASSES.items()}
 
 #: The default thresholds on the signal-to-noise ratio, by method.
 THRESHOLDS = {method: cls().threshold for method, cls in RECIPE_CLASSES.items()}

@@ -16,11 +16,12 @@ from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.runs import Run
 
-__all__ = ["Posterior", "describe", "gate_table", "in_words", "read_posterior"]
+__all__ = ["Posterior", "describe", "gate_table", "nearest_table", "read_posterior"]
 
 #: How many units are named on either side of the threshold.
 NEAREST = 3
-QUANTILES = (0, 25, 50, 75, 100)
+#: Percent and title of the quantiles of the signal-to-noise ratio.
+QUANTILES = {0: "min", 25: "25 %", 50: "median", 75: "75 %", 100: "max"}
 #: The phases whose epochs have no noise.
 WITHOUT_NOISE = ("dense", "finetuned")
 
@@ -170,16 +171,27 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     }
 
 
-def in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
-    """The elements nearest a threshold, each with its signal-to-noise ratio."""
-    places = [n["unit"] if isinstance(n["unit"], list) else [n["unit"]] for n in nearest]
-    return (
-        ", ".join(
-            f"{'.'.join(map(str, place))} ({n['snr']:.3g})"
-            for place, n in zip(places, nearest, strict=True)
-        )
-        or "-"
-    )
+def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The head and the rows of a table of the elements nearest the threshold, by gate.
+
+    A unit is named by its index, a weight by its indices in the layer's weight tensor.
+    """
+    of_units, threshold = description["elements"] == "units", f"{description['threshold']:.3g}"
+    element = "unit" if of_units else "weight[index]"
+    head = [
+        "gate" if of_units else "layer",
+        f"{element} (SNR) below {threshold}",
+        f"{element} (SNR) from {threshold} up",
+    ]
+    rows = [
+        (gate["gate"], _in_words(gate["under"]), _in_words(gate["over"]))
+        for gate in description["gates"]
+    ]
+    return head, rows
+
+
+def _in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{n['unit']} ({n['snr']:.3g})" for n in nearest) or "-"
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
@@ -198,7 +210,7 @@ def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[An
     """The head and the rows of a table of the gates that `describe` gives."""
     gates, of_units = description["gates"], description["elements"] == "units"
     first = "gate" if of_units else "layer"
-    head = [first, "kept", "of", "zeroed", *(f"SNR {percent} %" for percent in gates[0]["snr"])]
+    head = [first, "kept", "of", "zeroed", *(f"SNR {title}" for title in QUANTILES.values())]
     rows = [
         (
             gate["gate"],

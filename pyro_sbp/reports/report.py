@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_sbp.errors import RequestError
 from pyro_sbp.reports import pages, plots
 from pyro_sbp.reports.findings import Findings, find
-from pyro_sbp.reports.posterior import gate_table, in_words
+from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
 from pyro_sbp.training.runs import Run
@@ -220,7 +220,6 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     gates, threshold = description["gates"], description["threshold"]
     elements = description["elements"]
     head, rows = gate_table(description)
-    near = [(g["gate"], in_words(g["under"]), in_words(g["over"])) for g in gates]
     meanings = {
         "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
         "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
@@ -272,11 +271,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         pages.details(
             f"{elements.capitalize()} nearest the threshold {threshold:.3g}",
             [
-                pages.table(
-                    (head[0], f"under: {elements[:-1]} (SNR)", "at or over"),
-                    near,
-                    f"Nearest {elements}",
-                )
+                pages.table(*nearest_table(description), f"Nearest {elements}"),
             ],
         )
     )

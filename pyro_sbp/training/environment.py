@@ -17,6 +17,7 @@ from typing import Any
 from pyro_sbp.datasets.sources import SOURCES
 from pyro_sbp.datasets.status import DatasetStatus, dataset_status
 from pyro_sbp.errors import first_line
+from pyro_sbp.machine import memory_info, processor_name
 from pyro_sbp.training.packages import Extra, find_extras, find_versions
 from pyro_sbp.training.threads import choose_threads, measure_cores
 
@@ -35,7 +36,6 @@ THREAD_VARIABLES = (
     "KMP_AFFINITY",
     "KMP_BLOCKTIME",
 )
-PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -196,16 +196,14 @@ def _import_torch(problems: list[str]) -> Any:
 
 
 def _devices(torch: Any, problems: list[str]) -> Devices:
-    cpu, cuda, version = platform.processor() or platform.machine(), [], None
+    cuda, version = [], None
     if torch is not None:
-        from pyro_sbp.deployment.benchmarking import device_name
-
-        cpu, version = device_name(torch.device("cpu")), torch.version.cuda
+        version = torch.version.cuda
         try:
             cuda = [_cuda_device(torch, index) for index in range(torch.cuda.device_count())]
         except Exception as error:  # of the driver
             problems.append(f"CUDA: {first_line(error)}")
-    return Devices(cpu, os.cpu_count() or 1, cuda, version, _driver())
+    return Devices(processor_name(), os.cpu_count() or 1, cuda, version, _driver())
 
 
 def _cuda_device(torch: Any, index: int) -> CudaDevice:
@@ -229,18 +227,12 @@ def _driver() -> str | None:
 
 
 def _memory(torch: Any) -> Memory:
-    total = available = usable = None
-    path = PROC / "meminfo"
-    if path.is_file():
-        lines = dict(re.findall(r"^(\w+): +(\d+) kB", path.read_text(), flags=re.M))
-        total, available = (
-            int(lines[key]) * 1024 if key in lines else None for key in ("MemTotal", "MemAvailable")
-        )
+    info, usable = memory_info(), None
     if torch is not None:
         from pyro_sbp.datasets.memory import available_memory
 
         usable = available_memory(torch.device("cpu"))
-    return Memory(total, available, usable)
+    return Memory(info.get("MemTotal"), info.get("MemAvailable"), usable)
 
 
 def _free_disk() -> int | None:

@@ -409,7 +409,7 @@ class Loop:
         checkpoint = Checkpoint(
             request=self.request,
             finished=self.finished,
-            current={"module": phase.module.state_dict(), "network": phase.network},
+            current={"module": phase.module.state_dict(), "network": phase.net_prefix},
             optimizer=optimizer,
             schedule=schedule,
             average=None if average is None else average.state_dict(),

@@ -69,7 +69,8 @@ def find_versions(name: str = "pyro-sbp") -> tuple[dict[str, str | None], list[s
 def find_extras(name: str = "pyro-sbp") -> dict[str, Extra]:
     """The extras that the metadata of an installed distribution declares.
 
-    Their packages are imported, because a package may be installed and broken.
+    Their packages are imported, because a package may be installed and broken. Of those that only
+    the extra "dev" has, which are tools, the version suffices.
 
     Args:
         name: the distribution.
@@ -80,15 +81,15 @@ def find_extras(name: str = "pyro-sbp") -> dict[str, Extra]:
         return {}
     tried: dict[str, Package] = {}
     found = {}
-    for extra in extras:
+    for extra in sorted(extras, key="dev".__eq__):
         packages = {}
         for requirement in _requirements(name, extra):
             if str(requirement) not in tried:
-                tried[str(requirement)] = _package(requirement, imported=True)
+                tried[str(requirement)] = _package(requirement, imported=extra != "dev")
             packages[requirement.name] = tried[str(requirement)]
         installed = all(package.problem is None for package in packages.values())
         found[extra] = Extra(installed, packages)
-    return found
+    return {extra: found[extra] for extra in extras}
 
 
 def _requirements(name: str, extra: str = "") -> Iterator[Requirement]:

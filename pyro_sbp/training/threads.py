@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyro_sbp import machine
+from pyro_sbp.machine import control_groups, read_text
+
 __all__ = ["VARIABLES", "Cores", "ThreadChoice", "choose_threads", "measure_cores"]
 
 #: The variables that torch takes its number of threads from, the strongest first.
@@ -22,9 +25,7 @@ VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
 #: A core counts as free if others use no more than this share of it.
 SLACK = 0.2
 
-PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def _cores(cpus: set[int]) -> list[set[int]]:
     cores: dict[frozenset[int], None] = {}
     for cpu in sorted(cpus):
         path = CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
-        siblings = _cpu_list(path.read_text()) if path.is_file() else set()
-        cores[frozenset(siblings | {cpu})] = None
+        cores[frozenset(_cpu_list(read_text(path)) | {cpu})] = None
     return [set(core) for core in cores]
 
 
@@ -170,8 +170,7 @@ def _cpu_list(text: str) -> set[int]:
 
 def _cpu_times() -> dict[int, tuple[int, int]]:
     """Clock ticks since the start, by CPU: those without work, and all."""
-    path = PROC / "stat"
-    lines = re.findall(r"^cpu(\d+) (.+)$", path.read_text() if path.is_file() else "", flags=re.M)
+    lines = re.findall(r"^cpu(\d+) (.+)$", read_text(machine.PROC / "stat"), flags=re.M)
     times = {}
     for cpu, text in lines:
         # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
@@ -210,35 +209,25 @@ class _LimitedGroup:
 
     def used(self) -> float:
         """Seconds of CPU time; 0 where they are not counted."""
-        text = self.usage.read_text() if self.usage.is_file() else ""
-        number = re.match(r"(?:usage_usec )?(\d+)", text)
+        number = re.match(r"(?:usage_usec )?(\d+)", read_text(self.usage))
         return 0.0 if number is None else int(number[1]) * self.unit
 
 
 def _limited_groups() -> Iterator[_LimitedGroup]:
     """The control groups, of version 2 or 1, that limit the CPU time of this process."""
-    path = PROC / "self" / "cgroup"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for controllers, place in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
-        second = controllers == ""
-        if not second and "cpu" not in controllers.split(","):
-            continue
-        root = CGROUPS if second else CGROUPS / "cpu"
-        # Inside a container the place may be named as outside: then only the root exists.
-        here = root / place.strip("/")
-        for directory in (here, *here.parents[: len(here.parts) - len(root.parts)]):
-            cores = _quota(directory / "cpu.max") if second else _old_quota(directory)
-            if cores is None:
-                continue
-            if second:
-                yield _LimitedGroup(cores, directory / "cpu.stat", 1e-6)
-            else:
-                accounts = CGROUPS / "cpuacct" / directory.relative_to(root)
-                yield _LimitedGroup(cores, accounts / "cpuacct.usage", 1e-9)
+    for directory in control_groups():
+        cores = _quota(directory / "cpu.max")
+        if cores is not None:
+            yield _LimitedGroup(cores, directory / "cpu.stat", 1e-6)
+    for directory in control_groups("cpu"):
+        cores = _old_quota(directory)
+        if cores is not None:
+            accounts = machine.CGROUPS / "cpuacct" / directory.relative_to(machine.CGROUPS / "cpu")
+            yield _LimitedGroup(cores, accounts / "cpuacct.usage", 1e-9)
 
 
 def _quota(path: Path) -> float | None:
-    found = re.match(r"(\d+) (\d+)", path.read_text() if path.is_file() else "")
+    found = re.match(r"(\d+) (\d+)", read_text(path))
     return int(found[1]) / int(found[2]) if found is not None else None
 
 

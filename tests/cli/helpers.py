@@ -38,8 +38,8 @@ def stops_after(steps):
         left -= 1
         return left <= 0
 
-    def stopped(request, data, directory, watch, _, fabric):
-        return train(request, data, directory, watch, stop, fabric)
+    def stopped(request, data, directory, watch, _, *rest):
+        return train(request, data, directory, watch, stop, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train", stopped)

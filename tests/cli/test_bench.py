@@ -80,6 +80,8 @@ def test_the_count_of_ptflops_stands_beside_ours(finished):
     rows = json.loads(run(*args, "--json").stdout)
     assert isinstance(rows, list) and set(rows[0]) == {
         "device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread",
-        "floor_ms", "runtime",
+        "floor_ms", "runtime", "dense_macs", "pruned_macs", "dense_macs_ptflops",
+        "pruned_macs_ptflops",
     }  # fmt: skip
+    assert (rows[0]["dense_macs"], rows[0]["dense_macs_ptflops"]) == (dense, dense + biases)
     assert json.loads((finished / "bench.json").read_text()) == rows

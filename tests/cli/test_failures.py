@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,7 +17,6 @@ from pyro_sbp.deployment.exporting import ExportError
 from pyro_sbp.errors import Elsewhere, OfOneProcess, RequestError
 from pyro_sbp.pruning.exactness import EquivalenceError
 from pyro_sbp.training.processes import OWN_GROUP
-from pyro_sbp.training.runs import Run
 
 HINT = "; run again with --debug for the traceback"
 UNEXPECTED = [
@@ -139,8 +139,7 @@ def test_every_command_takes_the_flag(monkeypatch, tmp_path):
 
     for name in cli.commands:
         assert "--debug " in run(name, "--help").stdout
-    (tmp_path / "recipe.json").touch()
-    monkeypatch.setattr(Run, "read", lambda directory: {}["x"])
+    monkeypatch.setattr("pyro_sbp.cli.inspect.find_run", lambda *args, **kwargs: {}["x"])
     assert run("inspect", tmp_path).stderr == f"Error: unexpected KeyError: 'x'{HINT}\n"
     assert run("inspect", tmp_path, "--debug").stderr.startswith("Traceback ")
 
@@ -161,3 +160,18 @@ def test_a_reader_that_stops_reading_is_no_failure():
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 1
+
+
+def test_a_signal_while_the_commands_are_imported_stops_in_one_line():
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'click':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+        "from pyro_sbp.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "stopped\n")

@@ -132,7 +132,8 @@ def parameters(directory):
 
 def one_line(result, status):
     assert result.exit_code == status, result.output
-    lines = [line for line in result.stderr.strip().splitlines() if "loss" not in line]
+    lines = result.stderr.strip().splitlines()
+    lines = [line for line in lines if "loss" not in line and ": method " not in line]
     assert len(lines) == 1 and "Traceback" not in result.stderr
     return lines[0]
 

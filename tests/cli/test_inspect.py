@@ -1,6 +1,7 @@
 """pyro-sbp inspect, in process."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -75,6 +76,13 @@ def test_the_ratio_is_that_of_the_moments_of_theta(runs):
             first, second = moment(1) / moment(0), moment(2) / moment(0)
             expected = first / np.sqrt(second - first**2)
             assert unit["snr"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_columns_say_what_they_hold(runs):
+    text = run("inspect", runs / "finished").stdout
+    assert "SNR min  SNR 25 %  SNR median  SNR 75 %  SNR max  E[theta]  KL, nats" in text
+    (head,) = [line for line in text.splitlines() if "unit (SNR)" in line]
+    assert re.split("  +", head) == ["gate", "unit (SNR) below 1", "unit (SNR) from 1 up"]
 
 
 def test_a_run_that_stopped_says_so(runs):

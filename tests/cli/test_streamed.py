@@ -146,7 +146,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
     before = (stopped / "checkpoint.pt").read_bytes()
     train = training.train
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", lambda *rest: train(*rest[:4], stop=kill_worker))
+        patch.setattr(training, "train", lambda *rest: train(*rest[:4], kill_worker))
         result = run("train", "--resume", stopped, "--workers", WORKERS)
     assert result.exit_code == 1
     _, last = result.stderr.strip().splitlines()

@@ -52,7 +52,7 @@ def test_a_parameter_that_is_not_finite_stops_the_run_and_is_named(finished, tmp
 
     monkeypatch.setattr(torch.optim.Adam, "step", poisoned)
     result = run(*args, "--output-dir", tmp_path / "run", "--device", "cpu")
-    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 2
+    assert result.exit_code == 1 and len(result.stderr.strip().splitlines()) == 3
     assert "the parameter 'fc1.weight' is not finite in epoch 2 of phase 'dense'" in result.stderr
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["place"]["epoch"] == 1
@@ -250,8 +250,10 @@ def test_a_run_of_few_steps_says_so(tmp_path, monkeypatch):
     result = run("train", *args, "--device", "cpu")
     assert result.exit_code == 0, result.output
     # 1,400 images in batches of 64.
-    assert "The noise was trained for 44 steps, but it needs a few thousand" in result.stdout
-    assert "trained for" not in common.little_removed(5000)
+    assert "Each gate had noise for 44 steps, but noise needs a few thousand" in result.stdout
+    title = "training lenet-300-100 on digits: method sbp, recipe short, seed 0"
+    assert result.stderr.splitlines()[0] == title
+    assert "had noise" not in common.little_removed(5000)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from pyro_sbp import machine
 from pyro_sbp.datasets import memory
 from pyro_sbp.datasets.memory import available_memory
 
@@ -14,8 +15,8 @@ MIB = 2**20
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
     """A directory in place of that of the control groups, and a function that writes its files."""
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "self")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_host", lambda: 1000 * MIB)
 
     def write(folder, **files):
@@ -76,7 +77,8 @@ def test_version_1_of_control_groups_has_other_names(groups):
 )
 def test_the_group_of_the_process_and_those_around_it_count(groups, tmp_path, own, root, names):
     limit, used = (name.replace(".", "__") for name in names)
-    (tmp_path / "self").write_text(f"{own}\n")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"{own}\n")
     groups(f"{root}jobs", **{limit: 300 * MIB, used: 100 * MIB})
     assert available() == 200 * MIB  # that of the process itself does not exist here
     groups(f"{root}jobs/7", **{limit: 90 * MIB, used: 80 * MIB})

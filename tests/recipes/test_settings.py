@@ -136,3 +136,10 @@ def test_every_setting_has_a_description():
         fields = RECIPE_CLASSES[method].__pydantic_fields__
         assert list(fields) == list(method_settings(method))
         assert all(field.description.endswith((".", ")")) for field in fields.values())
+
+
+def test_gates_share_the_epochs_of_rbp_only_if_they_take_turns():
+    recipe = RECIPE_CLASSES["rbp"](epochs=25)
+    assert recipe.epochs_per_gate(4) == 6
+    assert recipe.replace(order="together").epochs_per_gate(4) == 25
+    assert RECIPE_CLASSES["sbp"](epochs=25).epochs_per_gate(4) == 25

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyro_sbp import machine
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training import environment
 from pyro_sbp.training.environment import Environment, read_environment
@@ -145,7 +146,7 @@ def test_a_system_that_tells_little(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("not here")
 
-    monkeypatch.setattr(environment, "PROC", tmp_path)
+    monkeypatch.setattr(machine, "PROC", tmp_path)
     monkeypatch.setattr(environment.os, "getloadavg", refuse)
     monkeypatch.setattr(environment.shutil, "disk_usage", refuse)
     found = read_environment(tmp_path)

@@ -28,6 +28,9 @@ Requires-Dist: leaving; extra == "bad"
 Requires-Dist: absent; extra == "bad"
 Requires-Dist: old-one>=2; extra == "bad"
 Requires-Dist: elsewhere; sys_platform == "none" and extra == "bad"
+Provides-Extra: dev
+Requires-Dist: main-package[good]; extra == "dev"
+Requires-Dist: tool; extra == "dev"
 Provides-Extra: all
 Requires-Dist: Main_Package[good,bad]; extra == "all"
 Requires-Dist: differently-named; extra == "all"
@@ -39,6 +42,7 @@ MODULES = {
     "whole": "print('words')",
     "broken": "raise ImportError('libbroken.so: cannot open\\nmore')",
     "leaving": "raise SystemExit(3)",
+    "tool": "raise AssertionError('it is not imported')",
     "old_one": "raise AssertionError('it is not imported')",
     "other_name": "import warnings; warnings.warn('old')",
     "_private": "raise AssertionError('it is not imported')",
@@ -48,6 +52,7 @@ DISTRIBUTIONS = {
     "broken": ["broken"],
     "leaving": ["leaving"],
     "old-one": ["old_one"],
+    "tool": ["tool"],
     "differently-named": ["other_name", "_private"],
 }
 
@@ -88,7 +93,7 @@ def test_versions_and_their_problems(installed):
 
 def test_a_broken_package_is_reported(installed, capsys):
     extras = find_extras("main-package")
-    assert list(extras) == ["good", "bad", "all", "endless", "empty"]
+    assert list(extras) == ["good", "bad", "dev", "all", "endless", "empty"]
     good, bad = extras["good"], extras["bad"]
     assert good == Extra(True, {"whole": Package("1.0")})
     broken = "cannot be imported: ImportError: libbroken.so: cannot open"
@@ -103,6 +108,7 @@ def test_a_broken_package_is_reported(installed, capsys):
     )
     named = {"differently-named": Package("1.0")}
     assert extras["all"] == Extra(False, named | bad.packages | good.packages)
+    assert extras["dev"] == Extra(True, good.packages | {"tool": Package("1.0")})
     assert extras["endless"] == good and extras["empty"] == Extra(True, {})
     assert capsys.readouterr() == ("", "")
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from pyro_sbp import machine as system
 from pyro_sbp.training import threads
 from pyro_sbp.training.threads import Cores, ThreadChoice, choose_threads, measure_cores
 
@@ -17,8 +18,8 @@ class Machine:
         self.clock = 100.0
         self.changes = []
         self.monkeypatch = monkeypatch
-        for name in ("PROC", "CPUS", "CGROUPS"):
-            monkeypatch.setattr(threads, name, root / name)
+        for module, name in ((system, "PROC"), (system, "CGROUPS"), (threads, "CPUS")):
+            monkeypatch.setattr(module, name, root / name)
         for name in threads.VARIABLES:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(threads.time, "monotonic", lambda: self.clock)

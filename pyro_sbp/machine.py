@@ -1,0 +1,52 @@
+"""What the operating system says about memory, the processor and control groups. Needs no torch."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+__all__ = ["control_groups", "memory_info", "processor_name", "read_text"]
+
+#: Where Linux describes processes, the memory and the processor.
+PROC = Path("/proc")
+#: Where it describes control groups, which limit containers.
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def read_text(path: Path) -> str:
+    """The content of a file; empty where the system has no such file or does not show it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def control_groups(controller: str = "") -> list[Path]:
+    """The directories of the control groups that may limit this process.
+
+    Inside a container the path of a group may be the one outside. Then only the root exists.
+
+    Args:
+        controller: one of version 1, such as "cpu"; empty for version 2, which has no controllers.
+    """
+    root = CGROUPS / controller
+    found = {root}
+    for line in read_text(PROC / "self" / "cgroup").splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controller in controllers.split(","):
+            group = root / place.strip("/")
+            found |= {path for path in (group, *group.parents) if path.is_relative_to(root)}
+    return sorted(found)
+
+
+def memory_info() -> dict[str, int]:
+    """The bytes of memory by the names of ``/proc/meminfo``; empty where there is no such file."""
+    lines = re.findall(r"^(\w+): +(\d+) kB", read_text(PROC / "meminfo"), flags=re.M)
+    return {name: int(size) * 1024 for name, size in lines}
+
+
+def processor_name() -> str:
+    """The name of the processor's model."""
+    line = re.search(r"^model name\s*:\s*(.+?)\s*$", read_text(PROC / "cpuinfo"), flags=re.M)
+    return line[1] if line else platform.processor() or platform.machine()
