@@ -229,7 +229,9 @@ def _request(
 ) -> Request:
     if arch is None:
         names = ", ".join(ARCHITECTURES)
-        raise RequestError(f"--arch is missing; expected {names} or package.module:callable")
+        raise RequestError(
+            f"--arch is missing; expected {names}, package.module:callable or timm:NAME"
+        )
     architecture = find_architecture(arch)
     dataset = dataset or architecture.dataset
     if dataset is None:
@@ -246,7 +248,7 @@ def _request(
     flags = {**given, "epochs": epochs, "dense_epochs": weights}
     for assignment in settings:
         setting = assigned_setting(assignment)
-        if flags.get(setting) is not None:
+        if "=" in assignment and flags.get(setting) is not None:
             flag = "weights" if setting == "dense_epochs" else setting.replace("_", "-")
             raise RequestError(f"--{flag} and --set {assignment} contradict each other; give one")
     if epochs is not None:
@@ -283,6 +285,8 @@ def _request(
 def _precision(name: str, device: str) -> str:
     """The precision of a name, which may be "auto"."""
     if name != "auto":
+        if name not in PRECISIONS:
+            raise RequestError(unknown("precision", name, (*PRECISIONS, "auto")))
         return name
     from pyro_sbp.training.devices import fastest_precision  # imports torch
 

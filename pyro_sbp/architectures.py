@@ -121,7 +121,9 @@ def find_architecture(name: str) -> Architecture:
         return ARCHITECTURES[name]
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise RequestError(unknown("arch", name, ARCHITECTURES, " or package.module:callable"))
+        raise RequestError(
+            unknown("arch", name, ARCHITECTURES, ", package.module:callable or timm:NAME")
+        )
     if module.endswith(".py"):
         right = ".".join(Path(module).with_suffix("").parts) + f":{attribute}"
         raise RequestError(f"--arch {name!r} names a file; expected a module, {right!r}")
@@ -130,6 +132,8 @@ def find_architecture(name: str) -> Architecture:
         spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
         spec = None
+    if spec is None and module == "timm":
+        raise RequestError(f"--arch {name!r} needs timm: pip install timm")
     if spec is None:
         raise RequestError(
             f"--arch {name!r}: there is no module {module!r} to import; "

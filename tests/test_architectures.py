@@ -61,5 +61,5 @@ def test_a_model_of_the_real_timm_is_built_and_pruned():
 
 def test_timm_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(RequestError, match="there is no module 'timm' to import"):
+    with pytest.raises(RequestError, match="needs timm: pip install timm"):
         find_architecture("timm:resnet18")

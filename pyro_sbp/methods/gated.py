@@ -35,9 +35,9 @@ from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
 
-#: Between two turns of which the second goes on, units are removed whose signal-to-noise ratio is
+#: Between two turns of the same noise, units are removed whose signal-to-noise ratio is
 #: under this share of the threshold. Under the log-uniform prior itself the ratio is 0.33.
-FAR_UNDER = 0.5
+CUT_SHARE = 0.5
 
 
 class Turn(NamedTuple):
@@ -47,18 +47,18 @@ class Turn(NamedTuple):
         name: the name of its phase.
         gates: the names of the gates that have noise.
         epochs: how many epochs it takes.
-        goes_on: the next turn goes on with the noise of this one, and only units far under the
+        continues: the next turn continues training the same noise, and only units far under the
             threshold are removed between the two.
     """
 
     name: str
     gates: tuple[str, ...]
     epochs: int
-    goes_on: bool = False
+    continues: bool = False
 
 
 class Carried(NamedTuple):
-    """The noise of a turn that the next turn goes on with, for the units that are left.
+    """The noise that the next turn continues training, for the units that are left.
 
     Attributes:
         posteriors: location and log scale of log theta, ``[units]`` each, by gate.
@@ -93,7 +93,7 @@ class Stage:
             before the turn of their gate, 0 for a unit that remains as a column of zeros.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: the largest differences of all cuts.
-        carried: the noise that the next turn goes on with, if it does.
+        carried: the noise that the next turn continues training, if it does.
     """
 
     net: nn.Module
@@ -118,10 +118,10 @@ class Stage:
         like = next(self.net.parameters())
         return {name: (snr > 0).to(like) for name, snr in self.snr.items()}
 
-    def beyond_multiples(self, round_to: int) -> dict[str, Tensor]:
+    def beyond_multiples(self, round_to: int, snr: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weakest units of every gate that has lost units, beyond a multiple of `round_to`."""
         return {
-            gate.name: self.snr[gate.name].argsort()[: gate.size % round_to]
+            gate.name: snr[gate.name].argsort()[: gate.size % round_to]
             for gate in self.gates
             if 1 < round_to <= gate.size < len(self.units[gate.name].kept)
         }
@@ -141,7 +141,7 @@ class Stage:
             snr: by gate, the signal-to-noise ratios of the units before the cut.
             net: the network that remains.
             equivalence: how exact the cut was.
-            carried: the noise before the cut, if the next turn goes on with it.
+            carried: the noise before the cut, if the next turn continues training it.
         """
         left = {
             name: torch.where(unit.kept, snr[name].detach().cpu(), 0.0)[unit.physical]
@@ -250,11 +250,11 @@ class GatedMethod(Method[G]):
         check_settings(threshold, macs_ratio, round_to, min_units)
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
-            theta, snr = {**stage.theta(), **guide.mean()}, {**stage.snr, **guide.snr()}
+            theta, snr = {**stage.theta(), **guide.mean()}, {**stage.snr, **self._open.snr()}
         else:
             stage = self._stage
             theta, snr = stage.theta(), {name: value.clone() for name, value in stage.snr.items()}
-        for name, beyond in stage.beyond_multiples(round_to).items():
+        for name, beyond in stage.beyond_multiples(round_to, snr).items():
             theta[name][beyond] = snr[name][beyond] = 0
         choice = choose_units(
             stage.net,
@@ -319,7 +319,7 @@ class TurnPhase(NoisePhase):
             guide.set_posteriors(stage.carried.posteriors)
         module = nn.ModuleDict({"net": stage.net, "guide": guide})
         super().__init__(turn.name, turn.epochs, module, model, guide, method.num_data)
-        self.folds = not turn.goes_on
+        self.folds = not turn.continues
         self._hooks = _hold_zeros(stage)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -328,7 +328,7 @@ class TurnPhase(NoisePhase):
     def decide(self) -> Decision:
         """The units that the turn keeps if it ends now."""
         recipe, stage = self.recipe, self.stage
-        mean, own = self.guide.mean(), self._snr()
+        mean, own = self.guide.mean(), self.snr()
         snr = {**stage.snr, **own}
         choice = choose_units(
             stage.net,
@@ -343,23 +343,23 @@ class TurnPhase(NoisePhase):
         stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
         return Decision(dataclasses.replace(choice, held=held), {**snr, **stayed})
 
-    def _snr(self) -> dict[str, Tensor]:
+    def snr(self) -> dict[str, Tensor]:
         """The signal-to-noise ratios of the turn's gates, 0 where a column of zeros remains."""
         return {
             name: snr.where(self.stage.snr[name].to(snr.device) > 0, 0.0)
             for name, snr in self.guide.snr().items()
         }
 
-    def _decide_to_go_on(self) -> Decision:
+    def _decide_cut(self) -> Decision:
         """What stays in the network while its noise is trained further."""
-        stage, own = self.stage, self._snr()
+        stage, own = self.stage, self.snr()
         choice = choose_units(
             stage.net,
             stage.gates,
             stage.theta(),
             {**stage.snr, **own},
             self.method.example_input,
-            threshold=FAR_UNDER * self.recipe.threshold,
+            threshold=CUT_SHARE * self.recipe.threshold,
         )
         return Decision(dataclasses.replace(choice, held=()), {**stage.snr, **own})
 
@@ -379,7 +379,7 @@ class TurnPhase(NoisePhase):
         }
         # The expected MACs are those of the network that is left, whose other gates have had
         # their turn or are still to have it.
-        expected = self.costs.expected_under(self.guide.snr())
+        expected = self.costs.expected_under(self.snr())
         return Standing(units, choice.held, self.kl(), expected)
 
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -401,7 +401,7 @@ class TurnPhase(NoisePhase):
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.method.example_input, choice.units
         )
-        self._equivalence = equivalence
+        self._equivalence, self._units = equivalence, choice.units
         self.method.end(self, stage.after(choice, snr, small, equivalence, self._carried()))
         if not self.last:
             return {}
@@ -413,10 +413,10 @@ class TurnPhase(NoisePhase):
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
-        return self._decide_to_go_on() if self.turn.goes_on else self.decide()
+        return self._decide_cut() if self.turn.continues else self.decide()
 
     def _carried(self) -> Carried | None:
-        if not self.turn.goes_on:
+        if not self.turn.continues:
             return None
         posteriors = {
             name: (q.loc.detach().clone(), q.scale.detach().log())
@@ -430,13 +430,18 @@ class TurnPhase(NoisePhase):
         if self.last or not self.ends:
             return super().record()
         guide, equivalence = self.guide.state_dict(), dataclasses.asdict(self._equivalence)
-        return {"guide": copied(guide), "equivalence": equivalence}
+        units = {name: (unit.kept, unit.physical) for name, unit in self._units.items()}
+        return {"guide": copied(guide), "equivalence": equivalence, "units": units}
 
     def restore(self, record: Mapping[str, Any]) -> bool:
         if self.last or not self.ends:
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
         choice, snr = self._closed()
+        if "units" in record:  # another machine may decide otherwise on a unit at the threshold
+            units = {name: Units(*masks) for name, masks in record["units"].items()}
+            choice = dataclasses.replace(choice, units=units)
+        self._units = choice.units
         small = copy.deepcopy(self.stage.net)  # its weights come with the phase under way
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])

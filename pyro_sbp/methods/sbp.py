@@ -25,10 +25,10 @@ class SBP(GatedMethod[SBPRecipe]):
             lengths.append(rest)
         lengths[0] += recipe.epochs - self._full_epochs
         *before, last = [
-            Turn(f"gated {index + 1}", names, epochs, goes_on=True)
+            Turn(f"gated {index + 1}", names, epochs, continues=True)
             for index, epochs in enumerate(lengths)
         ]
-        return [*before, last._replace(goes_on=False)]
+        return [*before, last._replace(continues=False)]
 
     @property
     def _full_epochs(self) -> int:

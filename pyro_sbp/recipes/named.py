@@ -194,8 +194,8 @@ _ALL: tuple[Recipe, ...] = (
         )
         for order in ORDERS
     ),
-    # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
     SBPRecipe(name="resnet-dense", **_RESNET_DENSE),
+    # For a machine with a GPU: the paper's rows SBP and SBPa of VGG-like, and RBP.
     SBPRecipe(name="vgg", **_VGG),
     SBPRecipe(name="vgg-small", macs_weight=2.0, **_VGG),
     RBPRecipe(

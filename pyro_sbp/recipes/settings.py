@@ -160,7 +160,9 @@ class Recipe:
         "Optimizer of the weights: `adam`, `adamw`, or `sgd` with Nesterov momentum. The noise is "
         "always trained by Adam.",
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = _setting(0.9, "Momentum of `sgd`.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.9, "Momentum of `sgd`; other optimizers have none."
+    )
     weight_decay: _Share = _setting(0.0, "Weight decay of the weights; never of the noise.")
     clip_gradient: _Factor = _setting(
         0.0, "Largest norm of the gradient of the weights, which is scaled to it; 0 for no bound."
@@ -170,10 +172,11 @@ class Recipe:
         "Learning rates over a phase: constant and then falling linearly to zero (`linear`), half "
         "a cosine (`cosine`), or rising from a 25th and falling to nearly zero (`one-cycle`).",
     )
-    warmup: _Share = _setting(
+    warmup: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.0,
         "The first share of every phase, over which learning rates rise linearly; of `one-cycle` "
-        "its rising part, which is 0.3 if this is 0.",
+        "its rising part, which is 0.3 if this is 0. Phases of kl_free_epochs and "
+        "kl_rising_epochs have constant rates.",
     )
     decay: _Share = _setting(
         0.5,
@@ -256,6 +259,14 @@ class Recipe:
                 "a recipe is of a method: use SBPRecipe, RBPRecipe or SparseVDRecipe of "
                 "pyro_sbp.recipes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if self.momentum != 0.9 and self.optimizer != "sgd":
+            raise ValueError(f"momentum is of the optimizer sgd; it is {self.optimizer}")
+        if self.decay != 0.5 and self.schedule != "linear":
+            raise ValueError(f"decay is of the schedule linear; it is {self.schedule}")
         return self
 
     @model_validator(mode="after")
@@ -380,6 +391,16 @@ class SBPRecipe(_RisingKL, GatedRecipe):
         "Epochs with noise after which units under half of the threshold are removed from the "
         "network, which makes later epochs faster; 0 removes units at the end only.",
     )
+
+    @model_validator(mode="after")
+    def _check_cut_every(self) -> Self:
+        full = self.epochs - self.kl_free_epochs - self.kl_rising_epochs
+        if self.cut_every >= full and self.cut_every:
+            raise ValueError(
+                f"cut_every is {self.cut_every}; expected less than the epochs in which the KL "
+                f"divergence counts in full, {full}, or 0"
+            )
+        return self
 
 
 @refusing

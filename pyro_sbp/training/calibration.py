@@ -15,6 +15,8 @@ __all__ = ["BINS", "Measured", "measured", "sums"]
 
 #: Bins of equal width of the expected calibration error.
 BINS = 15
+#: What an infinite logit counts as.
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def sums(logits: Tensor, labels: Tensor) -> Tensor:
         sum of these probabilities.
     """
     wrong = logits.argmax(1) != labels
-    log_probabilities = logits.double().log_softmax(1)
+    # A logit that overflowed would make the sums NaN.
+    log_probabilities = logits.double().nan_to_num(0.0, LARGEST, -LARGEST).log_softmax(1)
     nll = -log_probabilities.gather(1, labels[:, None]).sum()
     confidence = log_probabilities.amax(1).exp()
     # The bins are open at their lower ends: ((b - 1) / BINS, b / BINS].

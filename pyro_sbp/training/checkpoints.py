@@ -201,6 +201,7 @@ class _Record(TypedDict):
     network: NotRequired[str | None]
     guide: NotRequired[dict[str, Tensor]]
     equivalence: NotRequired[dict[str, float]]
+    units: NotRequired[dict[str, tuple[Tensor, Tensor]]]
 
 
 @with_config(_CONFIG)
@@ -235,7 +236,9 @@ def _checksum(values: Mapping[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{list(value.shape)}".encode())
-            numbers = value.detach().cpu().contiguous().reshape(-1)
+            numbers = value.detach().cpu().contiguous()
+            # One number may have any stride, even one that forbids a view of its bytes.
+            numbers = numbers.as_strided((numbers.numel(),), (1,))
             found.update(numbers.view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             for key, item in value.items():

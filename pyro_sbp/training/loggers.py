@@ -10,9 +10,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from csv import DictReader
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_fabric.loggers.logger import rank_zero_experiment
 
-from pyro_sbp.errors import RequestError
+from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.summary import Summary
 
@@ -56,13 +57,15 @@ class Log:
 
     def __init__(self, loggers: Logger | Sequence[Logger] = ()) -> None:
         self.loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
+        self._failed: list[Logger] = []
 
     def settings(self, request: Request) -> None:
         """Log the settings of a run as hyperparameters."""
+        settings = dict(_flat(request.to_dict()))
         for logger in self.loggers:
             # Fabric's CSVLogger has no place for them; they are in recipe.json.
-            with suppress(NotImplementedError):
-                logger.log_hyperparams(dict(_flat(request.to_dict())))
+            if not isinstance(logger, CSVLogger):
+                self._try(logger, partial(logger.log_hyperparams, settings))
 
     def epoch(self, line: Mapping[str, Any], step: int) -> None:
         """Log an epoch.
@@ -84,8 +87,12 @@ class Log:
     def _metrics(self, values: Mapping[str, Any], step: int) -> None:
         found = {k: float(v) for k, v in _flat(values) if isinstance(v, int | float)}
         for logger in self.loggers:
-            logger.log_metrics(found, step)
-            logger.save()
+
+            def log(logger: Logger = logger) -> None:
+                logger.log_metrics(found, step)
+                logger.save()
+
+            self._try(logger, log)
 
     def end(self, status: str) -> None:
         """Close the loggers.
@@ -94,7 +101,20 @@ class Log:
             status: "success", "interrupted" or "failed".
         """
         for logger in self.loggers:
-            logger.finalize(status)
+            self._try(logger, partial(logger.finalize, status))
+
+    def _try(self, logger: Logger, action: Callable[[], Any]) -> None:
+        """Do something with a logger, whose failure must not end the training; warn once of it."""
+        try:
+            action()
+        except Exception as error:  # a server may be away, or a disk full
+            if logger not in self._failed:
+                self._failed.append(logger)
+                warnings.warn(
+                    f"the logger {type(logger).__name__} failed, and its log is not complete: "
+                    f"{first_line(error)}",
+                    stacklevel=2,
+                )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,18 +166,26 @@ def make_logger(name: str, run: Path) -> Logger:
 
 def _csv_logger(logs: Path) -> CSVLogger:
     """A logger that begins with the rows that its file has."""
-    path, rows = logs / "csv" / "metrics.csv", []
+    path, before, rows = logs / "csv" / "metrics.csv", logs / "metrics.csv.before", []
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
-            rows = list(DictReader(file))
-        path.unlink()  # Fabric's logger does not continue a file
+            rows = [row for row in map(_row, DictReader(file)) if row is not None]
+        path.replace(before)  # Fabric's logger does not continue a file
     logger = CSVLogger(logs, "csv", version="")
-    for row in rows:
-        step = int(row.pop("step"))
-        logger.log_metrics({name: float(value) for name, value in row.items() if value}, step)
+    for step, metrics in rows:
+        logger.log_metrics(dict(metrics), step)
     if rows:
         logger.save()
+    before.unlink(missing_ok=True)
     return logger
+
+
+def _row(row: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
+    """The step and the metrics of a row of a file, or None of a row that was cut off."""
+    try:
+        return int(row["step"]), {name: float(x) for name, x in row.items() if x and name != "step"}
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class _RemoteLogger(Logger):

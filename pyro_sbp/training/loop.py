@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from pyro_sbp.datasets.augmentation import Augmentation
 from pyro_sbp.datasets.loading import ImageData
@@ -30,7 +30,7 @@ from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
 from pyro_sbp.training.loggers import Log
-from pyro_sbp.training.optimization import Optimization
+from pyro_sbp.training.optimization import Optimization, moving_average
 
 __all__ = ["Interrupted", "Loop", "Progress"]
 
@@ -247,8 +247,7 @@ class Loop:
         """The moving average of a phase's weights, if the recipe asks for it."""
         if phase.noisy or not self.recipe.average:
             return None
-        average = get_ema_multi_avg_fn(self.recipe.average)
-        return AveragedModel(phase.module, multi_avg_fn=average, use_buffers=True)
+        return moving_average(phase.module, self.recipe.average)
 
     def _epoch(
         self,
@@ -300,6 +299,8 @@ class Loop:
                     raise Interrupted
         total = self._sum(total)
         self._same_buffers(phase.module)
+        if average is not None:
+            self._same_buffers(average.module)
         phase.module.eval()
         mean = total / place.seen
         nll, kl = mean.tolist()

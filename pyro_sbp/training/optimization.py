@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -16,10 +17,11 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     SequentialLR,
 )
+from torch.optim.swa_utils import AveragedModel
 
 from pyro_sbp.recipes.settings import Recipe
 
-__all__ = ["Optimization"]
+__all__ = ["Optimization", "moving_average"]
 
 
 class Optimization:
@@ -87,13 +89,32 @@ class Optimization:
 
     def load(self, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
         """Resume from the states that `state` returned."""
-        for found, state in zip(self.optimizers, self._split(optimizer), strict=True):
-            found.load_state_dict(state)
-        for of, state in zip(self.schedules, self._split(schedule), strict=True):
-            of.load_state_dict(state)
+        for of_weights_or_noise, state in zip(self.optimizers, self._split(optimizer), strict=True):
+            of_weights_or_noise.load_state_dict(state)
+        for its_schedule, state in zip(self.schedules, self._split(schedule), strict=True):
+            its_schedule.load_state_dict(state)
 
     def _split(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         return [state] if len(self.optimizers) == 1 else [state["weights"], state["noise"]]
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the parameters and buffers of a module.
+
+    The first updates have a smaller decay, (1 + n) / (10 + n) after n of them, so that the average
+    of a short phase does not consist of its first weights.
+    """
+
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
+        done = torch.as_tensor(count, dtype=torch.float64)
+        share = 1 - ((1 + done) / (10 + done)).clamp(max=decay)
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, share.to(average))
+            else:  # numbers of channels and counts of batches have no average
+                average.copy_(value)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
 
 
 def _joined(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,10 +132,13 @@ def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
     """The learning rates over the steps of a phase."""
     warmup = round(recipe.warmup * steps)
     if recipe.schedule == "one-cycle":
+        if steps < 3:  # too few to rise and to fall
+            return LambdaLR(optimizer, _constant)
         rates = [group["lr"] for group in optimizer.param_groups]
-        # The share of the rising part has to leave at least one step on each side.
+        # torch divides by the steps of the rising part less one, and of the falling part.
+        rising_steps = min(max(2, round((recipe.warmup or 0.3) * steps)), steps - 1)
         return OneCycleLR(
-            optimizer, rates, steps, pct_start=recipe.warmup or 0.3, cycle_momentum=False
+            optimizer, rates, steps, pct_start=rising_steps / steps, cycle_momentum=False
         )
     after = max(1, steps - warmup)
     schedule: LRScheduler

@@ -61,3 +61,10 @@ def test_many_examples_in_batches_follow_the_definition(dtype):
     assert found.ece == pytest.approx(ece, abs=1e-5)
     wrong = float((logits.argmax(1) != labels).double().mean())
     assert found.error == pytest.approx(100 * wrong, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_logit_that_is_not_finite_gives_finite_values(value):
+    logits = torch.tensor([[value, 0.0, 1.0], [0.0, 2.0, 1.0]])
+    found = measured(sums(logits, torch.tensor([1, 1])), 2)
+    assert all(math.isfinite(number) for number in (found.error, found.nll, found.ece))

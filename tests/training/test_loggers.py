@@ -13,7 +13,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training import loggers
-from pyro_sbp.training.loggers import WandbLogger, make_logger
+from pyro_sbp.training.loggers import Log, WandbLogger, make_logger
 from pyro_sbp.training.loop import Interrupted
 from pyro_sbp.training.train import train
 
@@ -95,13 +95,12 @@ def test_several_loggers_are_told_how_a_run_ends(data, tmp_path):
         assert [step for step, _ in logger.metrics] == [*EPOCHS, 4]
         assert len(logger.settings) == 1 and logger.status == ["interrupted", "success"]
 
-    class Full(Remembered):
-        def log_metrics(self, metrics, step=None):
-            raise OSError("no space")
+    def broken():
+        raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        train(REQUEST, data, tmp_path / "other", logger=(full := Full()))
-    assert full.status == ["failed"]
+        train(REQUEST, data, tmp_path / "other", stop=broken, logger=(failed := Remembered()))
+    assert failed.status == ["failed"]
 
 
 def read_csv(directory, logged):
@@ -190,3 +189,42 @@ def test_a_missing_package_is_refused_with_its_extra(name, tmp_path, monkeypatch
     with pytest.raises(RequestError, match=words):
         make_logger(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class Broken(Logger):
+    """A logger whose server is away."""
+
+    name, version = "broken", "0"
+
+    def log_metrics(self, metrics, step=None):
+        raise ConnectionError("the server is away")
+
+    def log_hyperparams(self, params):
+        raise ConnectionError("the server is away")
+
+    def finalize(self, status):
+        raise ConnectionError("the server is away")
+
+
+def test_a_logger_that_fails_is_reported_once_and_does_not_stop_the_others(tmp_path):
+    log = Log([Broken(), make_logger("csv", tmp_path)])
+    line = {"loss": 1.0, "units": {"fc1": 3}}
+    with pytest.warns(UserWarning, match="logger Broken failed.*the server is away") as warned:
+        log.epoch(line, 1)
+        log.epoch(line, 2)
+        log.end("success")
+    assert len(warned) == 1
+    rows = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+
+
+def test_a_csv_file_that_was_cut_off_is_continued(tmp_path):
+    log = Log(make_logger("csv", tmp_path))
+    for step in (1, 2):
+        log.epoch({"loss": 1.0, "units": {"fc1": 3}}, step)
+    path = tmp_path / "logs" / "csv" / "metrics.csv"
+    path.write_text(path.read_text() + "1.5,")
+    Log(make_logger("csv", tmp_path)).epoch({"loss": 0.5, "units": {"fc1": 2}}, 3)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [path.name for path in path.parent.iterdir()] == ["metrics.csv"]

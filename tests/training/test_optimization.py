@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_sbp.errors import RequestError
+from pyro_sbp.networks import PlaceChannels
 from pyro_sbp.recipes import SBPRecipe
-from pyro_sbp.training.optimization import Optimization
+from pyro_sbp.training.optimization import Optimization, moving_average
 
 STEPS = 20
 
@@ -151,3 +153,67 @@ def test_only_the_gradient_of_the_weights_is_clipped():
     found.step()
     assert float(weights.grad.norm()) == pytest.approx(0.5, rel=1e-4)
     assert torch.equal(noise.grad, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 1000])
+def test_one_cycle_has_rates_for_every_number_of_steps(warmup, steps):
+    weights, _ = parameters()
+    groups = [{"params": [weights], "lr": 0.1, "weight_decay": 0.0}]
+    recipe = SBPRecipe(schedule="one-cycle", warmup=warmup)
+    found = Optimization(groups, recipe, steps, decays=True)
+    values = []
+    for step in range(steps):
+        values.append(found.optimizers[0].param_groups[0]["lr"])
+        take([step], found, weights)
+    assert max(values) == pytest.approx(0.1) and min(values) >= 0
+
+
+def test_the_moving_average_is_by_its_formula():
+    net = nn.BatchNorm1d(2)
+    average = moving_average(net, decay=0.9)
+    values, expected = [], None
+    for step in range(100):
+        with torch.no_grad():
+            net.weight.fill_(float(step))
+            net.running_mean.fill_(2.0 * step)
+            net.num_batches_tracked.fill_(7 * step)
+        average.update_parameters(net)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = float(step) if step == 0 else decay * expected + (1 - decay) * step
+        values.append(expected)
+    torch.testing.assert_close(average.module.weight, torch.full((2,), expected))
+    torch.testing.assert_close(average.module.running_mean, torch.full((2,), 2 * expected))
+    assert int(average.module.num_batches_tracked) == 7 * 99
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.9999])
+def test_numbers_of_channels_are_not_averaged(decay):
+    net = PlaceChannels(16, 32)
+    average = moving_average(net, decay)
+    for _ in range(300):
+        average.update_parameters(net)
+    assert torch.equal(average.module.source, net.source)
+
+
+def test_the_average_of_a_short_phase_is_not_its_first_weights():
+    net = nn.Linear(1, 1)
+    average = moving_average(net, decay=0.999)
+    for step in range(60):
+        nn.init.constant_(net.weight, float(step))
+        average.update_parameters(net)
+    assert average.module.weight.item() > 45
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"momentum": 0.8}, "momentum is of the optimizer sgd; it is adam"),
+        ({"decay": 0.1, "schedule": "cosine"}, "decay is of the schedule linear; it is cosine"),
+        ({"epochs": 5, "cut_every": 5}, "cut_every is 5; expected less than the epochs .*, 5, or"),
+        ({"warmup": 1.0}, "warmup is 1.0; expected a number < 1"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, words):
+    with pytest.raises(RequestError, match=words):
+        SBPRecipe(**settings)
