@@ -39,7 +39,7 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--arch",
     help=f"Network: {', '.join(ARCHITECTURES)}, timm:NAME, or package.module:callable, which is "
-    "called without arguments, or with num_classes if it accepts that, and must return logits.",
+    "called without arguments, or with num_classes if it has it; its network returns logits.",
 )
 @click.option(
     "--dataset",
