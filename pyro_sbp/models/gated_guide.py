@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -26,6 +27,10 @@ _PRIORS = (TruncatedLogUniform, TruncatedLogNormal)
 #: numerics of the truncated normal are proven.
 LOC_MARGIN = 5.0
 LOG_SCALE_RANGE = (-10.0, 5.0)
+#: Initial location and log scale of log theta.
+INIT_LOC, INIT_LOG_SCALE = 0.0, -5.0
+#: An initial value of all sites, or of each by name.
+Initial = float | Tensor | Mapping[str, float | Tensor]
 
 
 class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
@@ -40,32 +45,37 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             or `TruncatedLogNormal` prior with constant bounds (hide other sites with
             `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
         example_args: arguments on which a general model is traced once; a `GatedModel` needs none.
-        init_loc: the initial location of log theta.
-        init_log_scale: the initial log scale of log theta.
-        max_log_scale: the largest log scale, at most 5; by default 5, and of a `GatedModel` with a
-            `prior_scale` its log: a posterior wider than its prior is flat, and nothing draws it
-            there.
+        init_loc: the initial location of log theta, a number or a tensor that broadcasts to a site,
+            for all sites or for each by name.
+        init_log_scale: the initial log scale of log theta, likewise.
+        max_log_scale: the largest log scale, at most 5. By default it is 5 for a `GatedModel`, or
+            the log of its `prior_scale`, and otherwise the log of the width of the support: a
+            wider posterior is flat, and its gradient does not lead back.
+        init_loc_fn: from a site of the model to the initial value of theta, as of Pyro's
+            autoguides (`pyro.infer.autoguide.initialization`), in place of `init_loc`.
 
     Raises:
-        ValueError: the model has a latent site with another prior, or none at all, or
-            `max_log_scale` is out of [-10, 5].
+        ValueError: the model has a latent site with another prior, or none at all;
+            `max_log_scale` is out of [-10, 5]; an initial value names no site or does not fit its
+            shape; or `init_loc` and `init_loc_fn` are both given.
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
         *example_args: Any,
-        init_loc: float = 0.0,
-        init_log_scale: float = -5.0,
+        init_loc: Initial | None = None,
+        init_log_scale: Initial = INIT_LOG_SCALE,
         max_log_scale: float | None = None,
+        init_loc_fn: Callable[[dict[str, Any]], Tensor] | None = None,
     ) -> None:
         super().__init__(model)
-        low, high = LOG_SCALE_RANGE
-        if max_log_scale is None:
-            max_log_scale = widest(model.prior_scale) if isinstance(model, GatedModel) else high
-        if not low <= max_log_scale <= high:
+        least, most = LOG_SCALE_RANGE
+        if max_log_scale is not None and not least <= max_log_scale <= most:
             raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
-        self._log_scale_range = low, max_log_scale
+        if init_loc is not None and init_loc_fn is not None:
+            raise ValueError("give init_loc or init_loc_fn, not both")
+        init_loc = INIT_LOC if init_loc is None else init_loc
         self._pyro_name = unique_name(type(self).__name__)
         if isinstance(model, GatedModel):
             priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
@@ -74,8 +84,11 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             priors = {name: site["fn"] for name, site in self._prototype_sites()}
         if not priors:
             raise ValueError("the model has no latent site to infer")
+        for given in (init_loc, init_log_scale):
+            _check_names(given, priors)
         self.locs, self.log_scales = PyroModule(), PyroModule()
         self._bounds: dict[str, tuple[float, float]] = {}
+        self._most: dict[str, float] = {}  # the largest log scales
         self._priors: dict[str, TruncatedLogNormal] = {}  # those that are not log-uniform
         for name, prior in priors.items():
             base = _base(prior)
@@ -92,9 +105,21 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             self._bounds[name] = low, high
             if isinstance(base, TruncatedLogNormal):
                 self._priors[name] = base
+            if max_log_scale is not None:
+                self._most[name] = max_log_scale
+            elif isinstance(model, GatedModel):
+                self._most[name] = widest(model.prior_scale)
+            else:
+                self._most[name] = min(most, math.log(high - low))
             like = base.log_low
-            _set(self.locs, name, like.new_full(shape, init_loc), prior.event_dim)
-            _set(self.log_scales, name, like.new_full(shape, init_log_scale), prior.event_dim)
+            loc = _initial(init_loc, INIT_LOC, name, like, shape)
+            if init_loc_fn is not None:
+                value = init_loc_fn({"type": "sample", "name": name, "fn": prior, "value": None})
+                log_value = value.detach().log().clamp(low, high)
+                loc = _initial(log_value, INIT_LOC, name, like, shape)
+            _set(self.locs, name, loc, prior.event_dim)
+            log_scale = _initial(init_log_scale, INIT_LOG_SCALE, name, like, shape)
+            _set(self.log_scales, name, log_scale, prior.event_dim)
 
     def set_posteriors(self, posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Set location and log scale of sites, by name; of the shapes that they have."""
@@ -122,7 +147,7 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         low, high = self._bounds[name]
         with torch.no_grad():
             loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
-            log_scale.clamp_(*self._log_scale_range)
+            log_scale.clamp_(LOG_SCALE_RANGE[0], self._most[name])
         return loc, log_scale
 
     def _posterior(self, name: str) -> TruncatedLogNormal:
@@ -173,6 +198,28 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         p = self._priors[name]
         loc, scale = (x.detach().to(q.loc) for x in (p.loc, p.scale))
         return TruncatedLogNormal(loc, scale, *self._bounds[name]).expand(q.batch_shape)
+
+
+def _check_names(given: Initial, sites: Mapping[str, Any]) -> None:
+    """Raise ValueError if initial values are for a site that is not there."""
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in sites:
+            raise ValueError(
+                f"there is no site {name!r} to set an initial value of; the sites are "
+                f"{', '.join(sites)}"
+            )
+
+
+def _initial(given: Initial, default: float, name: str, like: Tensor, shape: list[int]) -> Tensor:
+    """The initial values of a site as a new tensor of its shape; the default if it is not named."""
+    value = given.get(name, default) if isinstance(given, Mapping) else given
+    try:
+        return torch.as_tensor(value).to(like).expand(shape).clone()
+    except RuntimeError as error:
+        raise ValueError(
+            f"the initial value of site {name!r} has shape {list(torch.as_tensor(value).shape)}; "
+            f"expected one that broadcasts to {shape}"
+        ) from error
 
 
 def _parent(root: PyroModule, name: str) -> tuple[PyroModule, str]:

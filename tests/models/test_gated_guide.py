@@ -1,6 +1,7 @@
 """TruncatedLogNormalGuide on Pyro models that have nothing to do with networks."""
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_median, init_to_value
 
 import pyro_sbp as sbp
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
@@ -199,3 +200,89 @@ def test_a_prior_that_leans_to_zero(data):
     expected = torch.distributions.kl_divergence(guide.posteriors()["theta"], prior)
     torch.testing.assert_close(guide.kl()["theta"], expected.detach())
     assert bool((guide.kl()["theta"][TRUTH > 0] > 20).all())
+
+
+INPUTS = torch.ones(10, 5), torch.ones(10)
+
+
+def two_sites(x, y=None):
+    with pyro.plate("features", 5):
+        theta = pyro.sample("theta", sbp.distributions.TruncatedLogUniform(-20.0, 0.0))
+    other = pyro.sample("other", sbp.distributions.TruncatedLogUniform(-2.0, 0.0))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(x @ theta + other, 0.5), obs=y)
+
+
+def test_initial_values_are_set_by_site_and_by_element():
+    guide = sbp.TruncatedLogNormalGuide(
+        two_sites,
+        *INPUTS,
+        init_loc={"theta": torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])},
+        init_log_scale={"other": -1.0},
+    )
+    q = guide.posteriors()
+    assert q["theta"].loc.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert q["other"].loc.item() == 0
+    assert q["theta"].scale.log()[0].item() == pytest.approx(-5)
+    assert q["other"].scale.log().item() == pytest.approx(-1)
+
+
+def test_initial_values_come_from_functions_of_pyro():
+    values = {"theta": torch.tensor([0.5, 0.1, 1e-30, 1.0, 0.2]), "other": torch.tensor(0.4)}
+    guide = sbp.TruncatedLogNormalGuide(
+        two_sites, *INPUTS, init_loc_fn=init_to_value(values=values)
+    )
+    q = guide.posteriors()
+    # Values out of the support are at its bounds.
+    expected = values["theta"].log().clamp(-20, 0)
+    torch.testing.assert_close(q["theta"].loc.detach(), expected)
+    assert q["other"].loc.item() == pytest.approx(math.log(0.4))
+
+
+def test_the_scale_of_a_general_model_is_at_most_the_width_of_the_support():
+    guide = sbp.TruncatedLogNormalGuide(two_sites, *INPUTS, init_log_scale=4.9)
+    assert guide.posteriors()["theta"].scale.tolist() == pytest.approx([20.0] * 5)
+    assert guide.posteriors()["other"].scale.item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init_loc": {"thta": 0.0}}, "no site 'thta'.* the sites are theta, other"),
+        ({"init_log_scale": {"y": 0.0}}, "no site 'y'"),
+        ({"init_loc": {"theta": torch.zeros(3)}}, r"'theta' has shape \[3\]; expected .*\[5\]"),
+        ({"init_loc": 0.0, "init_loc_fn": init_to_median}, "not both"),
+    ],
+)
+def test_wrong_initial_values_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        sbp.TruncatedLogNormalGuide(two_sites, *INPUTS, **settings)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_the_example_of_the_readme_finds_which_coefficients_carry_signal(seed):
+    pyro.set_rng_seed(seed)
+    x = torch.randn(300, 5)
+    y = x @ torch.tensor([0.9, 0.0, 0.4, 0.0, 0.0]) + 0.5 * torch.randn(300)
+
+    def model(x, y=None):
+        with pyro.plate("features", 5):
+            theta = pyro.sample("theta", sbp.distributions.TruncatedLogUniform(-20.0, 0.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ theta, 0.5), obs=y)
+
+    guide = sbp.TruncatedLogNormalGuide(model, x, y, init_loc=-6.0, init_log_scale=0.0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), sbp.ClosedFormELBO())
+    with pyro.validation_enabled(False):
+        for _ in range(600):
+            svi.step(x, y)
+        loss = sum(svi.evaluate_loss(x, y) for _ in range(50)) / 50
+    q = guide.posteriors()["theta"]
+    # Least squares has a deviation of 0.5 / sqrt(300) = 0.029 for each coefficient.
+    signal = q.mean[[0, 2]].detach()
+    torch.testing.assert_close(signal, torch.tensor([0.9, 0.4]), rtol=0, atol=0.09)
+    assert q.stddev[[0, 2]].max().item() < 0.09
+    assert q.mean[[1, 3, 4]].max().item() < 0.09
+    assert (q.snr >= 1).tolist() == [True, False, True, False, False]
+    # A flat posterior has more than 260.
+    assert loss < 250
