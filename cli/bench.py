@@ -1,4 +1,4 @@
-"""pyro-sbp bench: how much faster the pruned network of a run is than the dense one."""
+"""pyro-sbp bench: measure the latency of the dense and the pruned network of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_sbp.training.files import write_json
 
 __all__ = ["bench"]
 
-#: A spread over which a row says little.
+#: Rows with a larger spread are unreliable.
 NOISY = 0.3
 
 
@@ -28,13 +28,13 @@ NOISY = 0.3
     type=click.IntRange(1),
     multiple=True,
     default=(1, 128),
-    help="Examples a call; may be given again.  [default: 1, 128]",
+    help="Examples per call; may be repeated.  [default: 1, 128]",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
     multiple=True,
-    help="CPU threads; may be given again.  [default: 1, and the number that train would choose]",
+    help="Number of CPU threads; may be repeated.  [default: 1, and the number of free cores]",
 )
 @click.option(
     "--runtime",
@@ -42,14 +42,14 @@ NOISY = 0.3
     type=click.Choice(["eager", "compile", "onnxruntime"]),
     multiple=True,
     default=("eager",),
-    help="What runs the networks: PyTorch as it is, torch.compile, or ONNX Runtime (CPU only); "
-    "may be given again.  [default: eager]",
+    help="Runtime: eager PyTorch, torch.compile, or ONNX Runtime (CPU only); may be repeated.  "
+    "[default: eager]",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="How long to measure each.  [default: 2]",
+    help="Seconds to measure each network in each setting.  [default: 2]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the latencies and MACs as JSON.")
 def bench(
@@ -62,8 +62,9 @@ def bench(
 ) -> None:
     """Measure how much faster the pruned network is.
 
-    RUN is a run directory, or one of its pruned-… networks; the newest run if it is left out. The
-    dense and the pruned network are measured in turn, on the CPU and the GPU where there is one.
+    RUN is a run directory, or a network that prune wrote into one (RUN/pruned-…); by default the
+    newest run. The dense and the pruned network are measured in turn, on the CPU and, if there is
+    one, on the GPU.
     """
     run, saved = find_network(run)
     architecture = find_architecture(read_request(run).arch)
@@ -91,7 +92,7 @@ def bench(
     on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
     settings = len(batch_sizes) * (len(threads) * len(runtimes) + on_gpu)
     several = runtimes != ("eager",)
-    words = ", besides making the programs" if several else ""
+    words = ", plus the time to compile" if several else ""
     click.echo(f"measuring for about {3 * seconds * settings:.0f} s{words}", err=True)
     result = benchmark(
         dense,
@@ -138,9 +139,9 @@ def bench(
         )
     )
     if any(latency.spread > NOISY for latency in result.latencies):
-        click.echo(f"a spread over {NOISY:.0%}: the machine was busy, measure again")
+        click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
     click.echo(
-        "ms a call, median; spread: half the interquartile range; floor: one unit in every gate\n"
+        "ms per call, median; spread: half the interquartile range; floor: one unit in every gate\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
     )

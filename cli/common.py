@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
-#: How many layers without a gate the closing table names.
+#: The closing table names at most this many layers that are not prunable.
 MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
-Little was removed. More epochs, a larger kl_scale or a larger noise_learning_rate in the
-recipe remove more. To remove more from this network, use pyro-sbp prune."""
+Little was removed. To remove more, use more epochs, a larger kl_scale or a larger
+noise_learning_rate in the recipe, or prune this network again with pyro-sbp prune."""
 NOTHING_LEFT = """\
-Nothing reaches the threshold, so next to nothing is left of the network. A smaller threshold, a
-smaller kl_scale or fewer epochs in the recipe keep more."""
+Nothing reaches the threshold, so almost nothing is left of the network. To keep more, use a
+smaller threshold, or a smaller kl_scale or fewer epochs in the recipe."""
 #: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
 
@@ -71,8 +71,8 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
     """The run directory and the saved network that a path names.
 
     Args:
-        path: a run directory, of which the network in ``pruned/`` is taken; a network that `prune`
-            wrote into a run directory; or None for the newest run under ``runs/``.
+        path: a run directory, for its network in ``pruned/``; a network that `prune` wrote into a
+            run directory; or None for the newest run under ``runs/``.
 
     Raises:
         RequestError: there is no such run, or it has not finished.
@@ -91,7 +91,7 @@ def read_network(saved: Path) -> tuple[dict[str, Any], list[int]]:
     """
     network = read_saved_network(saved)
     if network["input_shape"] is None:
-        raise RequestError(f"{saved}/network.json does not say the shape of the network's inputs")
+        raise RequestError(f"{saved}/network.json does not have the shape of the inputs")
     return network["kwargs"], network["input_shape"]
 
 
@@ -145,7 +145,7 @@ def little_removed(steps: int) -> str:
 
 
 def _weights(summary: Summary) -> str:
-    """The single weights that are left, for a method that removes weights."""
+    """The number of weights that are left by layer, for a method that removes weights."""
     weights, files = summary.weights, summary.files
     if weights is None:
         return ""
@@ -157,8 +157,8 @@ def _weights(summary: Summary) -> str:
         size += f" that of the dense network {files.dense:,}"
     return (
         f"{table(('layer', 'weights', 'of'), weights.rows())}\n\n{size}.\n"
-        "Zeros alone make nothing faster. The units below that no weight reads are removed, which "
-        "does."
+        "Zeros alone do not make the network faster. Units that no weight reads are removed, which "
+        "does; they are listed below."
     )
 
 
@@ -167,8 +167,8 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
 
     Args:
         summary: the result.
-        hint: what to say where little was removed.
-        weak: what is wrong with the units of a gate that keeps only the best.
+        hint: the advice if little was removed.
+        weak: a description of the units of a gate of which only the best is kept.
     """
     weights = _weights(summary)
     units = table(("gate", "kept", "of", "zeroed"), summary.unit_rows())
@@ -177,7 +177,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     words = "no weight reads a unit of {gate}: one column of zeros remains"
     words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"
     held = [words.format(gate=gate) for gate in summary.held]
-    left = [f"not gated: {name}, {reason}" for name, reason in summary.left_alone.items()]
+    left = [f"not prunable: {name}, {reason}" for name, reason in summary.left_alone.items()]
     if len(left) > MOST_LEFT_ALONE:
         left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
     little = hint if summary.macs.ratio < 1.05 and not weights else ""

@@ -24,7 +24,7 @@ __all__ = ["doctor"]
     "--dataset",
     "datasets",
     multiple=True,
-    help="Look for this data set only, such as mnist or folder:PATH; may be repeated."
+    help="Check only this data set, such as mnist or folder:PATH; may be repeated."
     "  [default: all but folders]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as one JSON object.")

@@ -1,4 +1,4 @@
-"""pyro-sbp export: write the pruned network of a run as a program that runs without pyro-sbp."""
+"""pyro-sbp export: write the pruned network of a run to ONNX or pt2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["export"]
     "--format",
     required=True,
     type=click.Choice(["onnx", "pt2"]),
-    help="ONNX, or the format of torch.export.",
+    help="File format: ONNX, or the format of torch.export (pt2).",
 )
 @click.option(
     "--output",

@@ -1,4 +1,4 @@
-"""What is printed where a command fails, and with which exit status it ends."""
+"""The message and the exit status of a command that fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pyro_sbp.training.processes import is_first, rank
 
 __all__ = ["CommandGroup"]
 
-#: Where a context and those nested in it keep whether to print tracebacks.
+#: The key of a context's `meta` that says whether to print tracebacks.
 DEBUG = "pyro_sbp.debug"
 HINT = "run again with --debug for the traceback"
 
 
 def _debug_option(envvar: str | None = None) -> click.Option:
-    """The flag --debug; it is read before other options, so that it holds for their errors too."""
+    """The flag --debug. It is read before other options, so that it applies to their errors too."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -38,9 +38,9 @@ def _debug_option(envvar: str | None = None) -> click.Option:
 class CommandGroup(click.Group):
     """Commands whose exceptions become one line on stderr.
 
-    A refused request ends with exit status 2, any other failure with 1. Failures that nobody
-    expected name the type of the exception and the flag --debug. The group and each of its
-    commands take that flag; it prints the traceback before the line.
+    A refused request has exit status 2, any other failure has 1. The message of an unexpected
+    exception names its type and the flag --debug, which the group and its commands have. With it,
+    the traceback is printed before the message.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ class CommandGroup(click.Group):
         super().add_command(cmd, name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse options of the group as those of its commands are refused."""
+        """Refuse wrong options of the group in the same way as those of its commands."""
         if not args:  # click shows the help
             return super().parse_args(ctx, args)
         try:
@@ -70,7 +70,10 @@ class CommandGroup(click.Group):
             raise
         except click.UsageError as error:
             raise _Refusal(_usage(error)) from error
-        except (click.ClickException, BrokenPipeError):  # click ends quietly if nobody reads
+        except (
+            click.ClickException,
+            BrokenPipeError,
+        ):  # click ends without a message if the pipe is closed
             raise
         except RequestError as error:
             raise _Refusal(str(error), debug=DEBUG in ctx.meta) from error
@@ -79,12 +82,12 @@ class CommandGroup(click.Group):
 
 
 class _Failure(click.ClickException):
-    """A failure as it is shown.
+    """A failure as click shows it.
 
     Args:
         message: one line.
         debug: whether to print the traceback of the cause.
-        unexpected: whether every process has to show it.
+        unexpected: whether every process shows it.
     """
 
     def __init__(self, message: str, *, debug: bool = False, unexpected: bool = False) -> None:
@@ -94,7 +97,7 @@ class _Failure(click.ClickException):
 
     @classmethod
     def of(cls, error: Exception, debug: bool) -> _Failure:
-        """The failure that an exception is."""
+        """The failure for an exception."""
         text = first_line(error)
         if _is_expected(error):
             return cls(text, debug=debug)
@@ -105,7 +108,7 @@ class _Failure(click.ClickException):
         return cls(f"{where}unexpected {name}{words}{hint}", debug=debug, unexpected=True)
 
     def show(self, file: Any = None) -> None:
-        """Print the error; of several processes that find the same, only the first one does."""
+        """Print the error. If all processes have the same error, only the first one prints it."""
         cause = self.__cause__
         if not (is_first() or self.unexpected or isinstance(cause, OfOneProcess)):
             return
@@ -121,7 +124,7 @@ class _Refusal(_Failure):
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the message alone says what failed: of the system, or an error of this package."""
+    """Whether the message is enough: for errors of the system and of this package."""
     own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     return own or isinstance(error, FloatingPointError | OSError)
 

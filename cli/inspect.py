@@ -41,7 +41,7 @@ def inspect(run: Path | None, as_json: bool) -> None:
 
 
 def state(description: dict[str, Any]) -> str:
-    """How many epochs of a run are done, in words.
+    """One line about the epochs that a run has completed.
 
     Args:
         description: what `describe` returns.
@@ -49,7 +49,7 @@ def state(description: dict[str, Any]) -> str:
     epochs = f"{description['epoch']} of {description['epochs']} epochs with noise"
     if description["finished"]:
         return f"finished, {epochs}"
-    return f"not finished, {epochs}; the column kept counts what reaches the threshold now"
+    return f"not finished, {epochs}; kept is the number that reaches the threshold now"
 
 
 def _text(description: dict[str, Any]) -> str:
@@ -65,7 +65,9 @@ def _text(description: dict[str, Any]) -> str:
         )
     else:
         held = f"all weights under the threshold: {held}" if held else ""
-    left = [f"not gated: {name}, {why}" for name, why in (description["left_alone"] or {}).items()]
+    left = [
+        f"not prunable: {name}, {why}" for name, why in (description["left_alone"] or {}).items()
+    ]
     if description["waiting"]:
         left.insert(0, f"no noise yet: {', '.join(description['waiting'])}")
     return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets a command save its work, the second stops it at once."""
+"""SIGINT and SIGTERM: after the first a command saves its work, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def stop_at_once() -> None:
 
 
 class StopWhenDone:
-    """Inside, the first signal only makes calls of this object return True; a second one stops."""
+    """A context in which the first signal makes calls of this object return True.
+
+    The second signal raises `Stopped`.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None

@@ -1,4 +1,4 @@
-"""pyro-sbp train: train a network with noise, prune it, and keep the smaller one."""
+"""pyro-sbp train: train a network with noise, and prune it."""
 
 from __future__ import annotations
 
@@ -36,49 +36,62 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
 @click.command()
-@click.option("--arch", help=f"{', '.join(ARCHITECTURES)}, package.module:callable, or timm:NAME.")
-@click.option("--dataset", help=f"{', '.join(SOURCES)}, digits, or folder:PATH.")
-@click.option("--method", help=f"{', '.join(METHODS)}.  [default: the recipe's, or sbp]")
 @click.option(
-    "--recipe", help=f"{', '.join(RECIPES)}, or a TOML file.  [default: by --arch and --dataset]"
+    "--arch",
+    help=f"Network: {', '.join(ARCHITECTURES)}, timm:NAME, or package.module:callable, which is "
+    "called without arguments, or with num_classes if it has it; its network returns logits.",
+)
+@click.option(
+    "--dataset",
+    help=f"Data set: {', '.join(SOURCES)}, digits, or folder:PATH, an image folder with train/ and "
+    "test/.  [default: by --arch]",
+)
+@click.option(
+    "--method", help=f"Method: {', '.join(METHODS)}.  [default: that of the recipe, or sbp]"
+)
+@click.option(
+    "--recipe",
+    help=f"Recipe: {', '.join(RECIPES)}, or a TOML file.  [default: by --arch and --dataset]",
 )
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="A state dict to start from, instead of a dense phase.",
+    help="File of a state dict to start from, instead of training a dense network.",
 )
 @click.option(
     "--epochs",
     type=int,
-    help="Epochs with noise; kl_free_epochs and kl_rising_epochs keep their shares of them."
-    "  [default: the recipe's]",
+    help="Number of epochs with noise; kl_free_epochs and kl_rising_epochs change in proportion."
+    "  [default: by the recipe]",
 )
-@click.option("--batch-size", type=int, help="Examples a step.  [default: the recipe's]")
+@click.option("--batch-size", type=int, help="Examples per step.  [default: by the recipe]")
 @click.option(
     "--learning-rate",
     type=float,
-    help="Adam's, for the weights before pruning.  [default: the recipe's]",
+    help="Learning rate of the weights before pruning.  [default: by the recipe]",
 )
 @click.option(
     "--macs-weight",
     type=float,
-    help="Weight of what units cost, in the KL.  [default: the recipe's]",
+    help="Weight of the MACs of units in the KL divergence.  [default: by the recipe]",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Any setting of the recipe, with its value as in a TOML file; may be repeated.",
+    help="Set a setting of the recipe, with a value as in a TOML file; may be repeated.",
 )
-@click.option("--seed", type=int, default=None, help="Of all random numbers.  [default: 0]")
-@click.option("--device", default=None, help="auto, cpu or cuda.  [default: auto]")
+@click.option("--seed", type=int, default=None, help="Seed of the random numbers.  [default: 0]")
+@click.option("--device", default=None, help="Device: auto, cpu or cuda.  [default: auto]")
 @click.option(
-    "--devices", type=click.IntRange(1), help="Processes, each on a device.  [default: 1]"
+    "--devices",
+    type=click.IntRange(1),
+    help="Number of devices, with one process each.  [default: 1]",
 )
 @click.option(
     "--precision",
-    help=f"{', '.join(PRECISIONS)}, or auto: the faster of the first two on the device.  "
+    help=f"Precision: {', '.join(PRECISIONS)}, or auto for the faster of the first two.  "
     "[default: 32-true]",
 )
 @click.option(
@@ -94,8 +107,8 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Processes that read a folder's images as they are needed; 0 loads all into memory."
-    "  [default: 0, or up to 4 where memory is short]",
+    help="Number of processes that read the images of a folder during training; 0 loads all images "
+    "into memory.  [default: 0, or up to 4 if memory is short]",
 )
 @click.option(
     "--logger",
@@ -106,7 +119,9 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     "continues its logs.",
 )
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Where data sets lie.  [default: data]"
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of the data sets.  [default: data]",
 )
 @click.option(
     "--output-dir",
@@ -125,7 +140,7 @@ def train(
 ) -> None:
     """Train a network with noise, and prune it.
 
-    Its units get multiplicative noise; those that carry no signal are removed.
+    The outputs of its units are multiplied by noise, and units that carry no signal are removed.
     """
     if resume is None:
         request = _request(**options)
@@ -144,7 +159,7 @@ def train(
             if value not in (None, ())
         ]
         if given:
-            raise RequestError(f"--resume takes everything from the run; leave out {given[0]}")
+            raise RequestError(f"--resume takes all settings from the run; leave out {given[0]}")
         request, directory = read_request(resume), resume
     for name in loggers:
         if name not in LOGGERS:
@@ -172,7 +187,7 @@ def train(
         check_logger(name)
     fabric = launch(request.device, request.devices, request.precision, threads)
 
-    # From here on a signal waits for a checkpoint; one process alone would leave the others behind.
+    # From here on a signal waits for a checkpoint: processes must stop together.
     with StopWhenDone() as stop:
 
         def load() -> ImageData:
@@ -235,7 +250,7 @@ def _request(
     architecture = find_architecture(arch)
     dataset = dataset or architecture.dataset
     if dataset is None:
-        raise RequestError(f"--dataset is missing, and {arch} has no usual one")
+        raise RequestError(f"--dataset is missing, and {arch} has no default data set")
     if method is not None and method not in METHODS:
         raise RequestError(unknown("method", method, METHODS))
     chosen = _recipe(recipe, arch, dataset, method)
@@ -256,7 +271,7 @@ def _request(
     chosen = with_overrides(chosen.replace(**given), settings)
     if weights is not None:
         if not weights.is_file():
-            raise RequestError(f"there is no file {weights} to take weights from")
+            raise RequestError(f"--weights: there is no file {weights}")
         chosen = chosen.replace(dense_epochs=0)
     device = check_device(device or "auto")
     seed = 0 if seed is None else seed
@@ -321,7 +336,7 @@ def _check_free(directory: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RequestError(f"cannot write {directory}: {parent} is no writable directory")
+        raise RequestError(f"cannot write {directory}: {parent} is not a writable directory")
 
 
 def _title(request: Request, resumed: bool) -> str:
@@ -333,7 +348,7 @@ def _title(request: Request, resumed: bool) -> str:
 
 
 def _hint_at_once(directory: Path) -> str:
-    """What a second signal leaves, in words."""
+    """The message after a second signal."""
     if not _unfinished(directory):
         return "stopped at once"
     resume = f"pyro-sbp train --resume {directory}"

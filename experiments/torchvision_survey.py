@@ -32,7 +32,7 @@ __all__ = ["main", "survey"]
 
 #: Image sizes of families that do not take 64 x 64.
 SIZES = {"inception": 299, "maxvit": 224}
-#: What the table calls the reasons for which layers are left alone.
+#: What the table calls the reasons for which layers are not prunable.
 REASONS = {
     "several": "its units are mixed",
     "output of the network": "is an output",
@@ -163,7 +163,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def by_family(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table with a line for each family, from rows of `survey`."""
-    yield "| family | networks | gates | MACs left | largest difference | layers left alone |"
+    yield "| family | networks | gates | MACs left | largest difference | layers not prunable |"
     yield "|---|---|---|---|---|---|"
     for family in sorted({row["family"] for row in rows if "family" in row}):
         own = [row for row in rows if row.get("family") == family]
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.against:
         print(
             "| network | gates | units | zeroed | MACs, millions | left | largest difference "
-            "| seconds | layers left alone |"
+            "| seconds | layers not prunable |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
     else:

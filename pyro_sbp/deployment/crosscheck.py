@@ -54,7 +54,7 @@ class CrossCheck:
         """One line that says what differs, or why there is no second count; None if they agree.
 
         Args:
-            name: what to call the network, such as "dense".
+            name: the name of the network in the message, such as "dense".
         """
         if self.ptflops is None:
             return f"ptflops cannot count the MACs of the {name} network: {self.failure}"
@@ -79,7 +79,7 @@ def cross_check(net: nn.Module, example_input: Any) -> CrossCheck:
     """Count the MACs of a network in one call with `costs_by_layer` and with ptflops.
 
     Args:
-        net: the network; it is called in evaluation mode, and keeps its mode and its hooks.
+        net: the network; it is called in evaluation mode; its mode and its hooks do not change.
         example_input: an input, as for `call`; its batch size counts.
     """
     ours = {name: macs for name, (macs, _) in costs_by_layer(net, example_input).items()}
@@ -97,8 +97,10 @@ def _agree(ours: int, theirs: int) -> bool:
 
 
 class _Calling(nn.Module):
-    """Calls a network that is none of its children: ptflops registers hooks on children, sets
-    modes, and removes and restores neither."""
+    """A module that calls a network which is not its child.
+
+    ptflops registers hooks on children and sets their modes, and does not undo either.
+    """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class _Calling(nn.Module):
     def forward(self, _: Any) -> None:
         try:
             self.function()
-        except Exception as error:  # ptflops prints it and goes on
+        except Exception as error:  # ptflops prints it and continues
             self.error = error
             raise
 
@@ -116,7 +118,7 @@ class _Calling(nn.Module):
 def _by_ptflops(
     net: nn.Module, example_input: Any
 ) -> tuple[int | None, dict[str, int], str | None]:
-    """The total, the count of every layer, and why there is none."""
+    """The total, the count of each layer, and the reason if there is no count."""
     spent = 0
 
     def recording(formula: Callable[..., int]) -> Callable[..., int]:
@@ -149,7 +151,7 @@ def _by_ptflops(
             backend="aten",
         )
     if total is None:
-        failure = first_line(calling.error) if calling.error else "it gives no reason"
+        failure = first_line(calling.error) if calling.error else "it reports no reason"
         return None, {}, failure
     layers: dict[str, int] = {}
     for name, macs in found.items():

@@ -46,7 +46,7 @@ class Gates(list[Gate]):
     lists without them, as they are not the gates of one network.
 
     Attributes:
-        left_alone: from the layers that are not gated to the reason.
+        left_alone: from the layers that are not prunable to the reason.
         called: the layers with a weight, in the order in which the network first calls them.
     """
 
@@ -407,7 +407,7 @@ def find_gates(
 
     Returns:
         A list of gates in the order of data flow. Its attribute `left_alone` maps the layers that
-        are not gated to the reason.
+        are not prunable to the reason.
 
     Raises:
         ValueError: `input_features` names no dense layer, one twice, or one that is not called;

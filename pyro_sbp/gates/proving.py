@@ -74,7 +74,7 @@ class Proof:
         return None
 
     def keep(self, gates: Sequence[Gate], proven: list[Gate], left_alone: dict[str, str]) -> None:
-        """Add to `proven` what goes with it, found by halving; the rest is left alone."""
+        """Add to `proven` what goes with it, found by halving; the rest is not prunable."""
         problem = self.problem([*proven, *gates])
         if problem is None:
             proven += gates

@@ -409,7 +409,7 @@ class TurnPhase(NoisePhase):
         return {"mean": self.method.mean, "pruned": small}
 
     def _closed(self) -> Decision:
-        """The decision, with what the turn has hung on the network and on Pyro taken away."""
+        """The decision, after removing the hooks of the turn and its parameters in Pyro."""
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)

@@ -78,13 +78,13 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What to keep of every gate. Two choices are equal if all of this is.
+    """The units to keep in every gate. Two choices are equal if all attributes are.
 
     Attributes:
-        theta: from gate name to ``[units]``, 0 where a unit is to go.
-        units: what remains of them, by gate.
+        theta: from gate name to ``[units]``, 0 where a unit is removed.
+        units: the kept units, by gate.
         threshold: the signal-to-noise ratio that decided.
-        held: the gates of which no unit reaches it, and which keep the fewest allowed.
+        held: the gates in which no unit reaches it, and which keep the smallest allowed number.
     """
 
     theta: dict[str, Tensor]

@@ -24,11 +24,11 @@ __all__ = ["Findings", "costs_of", "find"]
 
 @dataclass
 class Findings:
-    """What there is to tell of a run.
+    """The results of a run for its report.
 
     Attributes:
         run: the run.
-        posterior: what its noise has come to.
+        posterior: of its last checkpoint.
         description: of the posterior, from `describe`.
         sweep: from `sweep`.
         costs: from `costs_of`.
@@ -44,11 +44,11 @@ class Findings:
 
 
 def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Findings:
-    """Find out what there is to tell of a run, without asking anything of a network.
+    """Collect the results of a run for its report; nothing is downloaded.
 
     Args:
         run: the run, finished or not.
-        data_dir: where its data set lies; by default where it was trained from.
+        data_dir: the directory of its data set; by default that of the request.
         thresholds: whether to sweep over thresholds.
     """
     found = Findings(run)

@@ -36,9 +36,8 @@ class Posterior:
         weights: the network's state at that time, from parameter name to tensor.
         epoch: how many epochs with noise have ended.
         epochs: how many were asked for.
-        left_alone: the layers whose units are not gated, or whose weights have no noise, and why;
-            None where the run does not tell.
-        waiting: the gates that RBP has not come to.
+        left_alone: the layers that are not prunable, and why; None for runs that do not record it.
+        waiting: the gates that RBP has not trained yet.
     """
 
     sites: dict[str, Any]
@@ -74,7 +73,7 @@ class Posterior:
 
 
 def read_posterior(directory: Path) -> Posterior:
-    """The posterior that a run has left, or has come to.
+    """The posterior of the last checkpoint of a run.
 
     Raises:
         RequestError: there is no checkpoint, it is damaged, or the run has no posterior yet.
@@ -125,13 +124,13 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
 
     Returns:
         `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
-        `left_alone` (the layers whose units are not gated, or whose weights have no noise, and why;
-        None where an old run does not tell), `waiting` (the gates that RBP has not come to)
-        and `gates`, a list of {`gate` (of weights, the layer), `total`, `kept`, `zeroed` (None
-        until the run has finished, and of weights), `snr` (quantiles by percent), `mean` (over the
-        elements, of E[theta] or of the weights' absolute means), `kl` (sum over the elements, in
-        nats), `under` and `over` (the elements nearest the threshold: {`unit`, `snr`}; a weight's
-        unit is a list, its place), `held` (no element reaches the threshold)}.
+        `left_alone` (the layers that are not prunable, and why; None for old runs that do not
+        record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a list of
+        {`gate` (the layer, for weights), `total`, `kept`, `zeroed` (None for weights and until the
+        run has finished), `snr` (quantiles by percent), `mean` (over the elements, of E[theta] or
+        of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
+        `over` (the elements nearest the threshold: {`unit`, `snr`}; for a weight, `unit` is the
+        list of its indices), `held` (no element reaches the threshold)}.
     """
     threshold = run.request.recipe.threshold
     mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()

@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
-#: Dots an inch of the PNG files.
+#: Dots per inch of the PNG files.
 DPI = 150
-#: A spread of latencies over which a row says little.
+#: Rows of latencies with a larger spread are unreliable.
 NOISY = 0.3
 HELD_OUT_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
-    "measured on the {count:,} training images that were held out, so a threshold may be chosen "
-    "here; the test images then tell its error."
+    "measured on the {count:,} training images that are reserved for validation, so a threshold "
+    "may be chosen by them. Its error is then measured on the test images."
 )
 ZERO_WORDS = (
-    "Single zeros alone make nothing faster: a dense layer multiplies by them. What does is that "
-    "units that no weight reads are removed, which the MACs count."
+    "Zeros alone do not make the network faster, because a dense layer multiplies by them too. "
+    "Units that no weight reads are removed, which reduces the MACs."
 )
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
-    "measured on the test images, as pyro-sbp prune --threshold measures them: all training images "
-    "were trained on, and none were held back. So this is to look at, not to choose by: a "
-    "threshold chosen here needs other images to tell its error."
+    "measured on the test images, as pyro-sbp prune --threshold does, because no training images "
+    "were reserved for validation. Do not choose a threshold by them: its error would have to be "
+    "measured on other images."
 )
 
 
@@ -57,7 +57,7 @@ def write_report(
         data_dir: where the data sets lie; by default where each run was trained from. Nothing is
             downloaded.
         sweep: whether to measure finished runs at other thresholds, which takes the longest.
-        watch: told what is being done.
+        watch: called with a line about the current step.
 
     Returns:
         The page.
@@ -142,13 +142,13 @@ def _of_run(found: Findings, pictures: _Pictures, level: int) -> list[str]:
 
 def _standing(found: Findings) -> str:
     run = found.run
-    go_on = f"Go on by pyro-sbp train --resume {run.directory}."
+    go_on = f"Resume it with pyro-sbp train --resume {run.directory}."
     if not run.metrics:
         return f"This run has not finished its first epoch. {go_on}"
     last = run.metrics[-1]
     return (
-        "This run has not finished: there is no smaller network yet, and what follows is as of its "
-        f"last whole epoch or later. It stands at epoch {last['epoch']} of the phase "
+        "This run has not finished, so it has no pruned network yet. The results below are those "
+        f"of its last checkpoint. It has reached epoch {last['epoch']} of the phase "
         f"{last['phase']!r}, with a test error of {_percent(last['error'])}. {go_on}"
     )
 
@@ -283,7 +283,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         rows = list(left.items())
         parts.append(
             pages.details(
-                f"Not gated: {len(left)} of the layers",
+                f"Not prunable: {len(left)} of the layers",
                 [pages.table(("layer", "why"), rows, "Layers without a gate")],
             )
         )

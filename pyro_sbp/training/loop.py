@@ -108,7 +108,7 @@ class Loop:
         data: on what, on the device of `fabric`.
         directory: where the checkpoint and the metrics lie.
         fabric: the devices and the precision, from `launch`.
-        watch: told of the progress.
+        watch: called with the progress during training.
         stop: asked after every step whether to leave a checkpoint and raise `Interrupted`.
         log: given every epoch whose checkpoint is written.
     """
@@ -268,7 +268,7 @@ class Loop:
         left = batches[place.step :]
         rank, world = self.fabric.global_rank, self.fabric.world_size
         indices = [batch[rank::world] for batch in left]
-        # At once, not when a failure's traceback goes, end the processes that read images.
+        # `closing` ends the worker processes immediately, also if the loop raises an error.
         with closing(self.data.train.batches(indices, self.augment)) as shares:
             for batch, (x, y) in zip(left, shares, strict=True):
                 # Gradients are averaged over the processes, whose shares may differ by an example.

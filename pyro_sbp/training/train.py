@@ -44,8 +44,8 @@ def train(
     Args:
         request: what to do.
         data: what to do it on, as `load_dataset` gives it for the architecture.
-        directory: the run directory; it is made where it is missing.
-        watch: told of the progress.
+        directory: the run directory; it is created if it does not exist.
+        watch: called with the progress during training.
         stop: asked after every step whether to leave a checkpoint and stop.
         fabric: what to compute with, from `launch`; it is launched here if not given.
         logger: one or several loggers of Lightning Fabric, which the first process uses: for the

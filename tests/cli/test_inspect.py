@@ -89,7 +89,7 @@ def test_a_run_that_stopped_says_so(runs):
     result = run("inspect", runs / "gated")
     assert result.exit_code == 0, result.output
     assert "not finished, 1 of 3 epochs with noise" in result.stdout
-    assert "not gated: fc3, reaches an output of the network" in result.stdout
+    assert "not prunable: fc3, reaches an output of the network" in result.stdout
     found = json.loads(run("inspect", runs / "gated", "--json").stdout)
     assert found["left_alone"] == {"fc3": "reaches an output of the network"}
     assert found["gates"][0]["zeroed"] is None

@@ -56,7 +56,7 @@ def test_the_run_directory_tells_the_whole_story(finished):
     assert summary["error"]["finetuned"] == lines[-1]["error"]
     assert summary["equivalence"]["max_rel_diff_float64"] <= 1e-10
     assert summary["left_alone"] == {"fc3": "reaches an output of the network"}
-    assert "not gated: fc3, reaches an output" in result.output
+    assert "not prunable: fc3, reaches an output" in result.output
     assert "gate" in result.output and "MACs" in result.output and "fine-tuned" in result.output
 
 
@@ -165,7 +165,7 @@ def test_inspect_tells_of_every_site(finished):
         assert gate["kl"] >= 0 and 0 < gate["kept"] <= gate["total"]
         assert all(n["snr"] < found["threshold"] for n in gate["under"])
         assert all(n["snr"] >= found["threshold"] for n in gate["over"])
-    assert "not gated: fc3" in run("inspect", directory).stdout
+    assert "not prunable: fc3" in run("inspect", directory).stdout
 
 
 def test_the_report_tells_of_the_run_and_sweeps_over_thresholds(finished):

@@ -193,7 +193,7 @@ def test_what_was_held_out_is_what_a_sweep_measures(tmp_path):
     assert row["error"] * 3 == pytest.approx(round(row["error"] * 3), abs=1e-4)
     assert run("report", tmp_path / "run").exit_code == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "measured on the 300 training images that were held out" in page
+    assert "measured on the 300 training images that are reserved for validation" in page
     assert "validation error" in page
 
 

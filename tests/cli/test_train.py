@@ -293,7 +293,7 @@ def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     (tmp_path / "file").write_text("mine")
     result = run(*args, "--output-dir", tmp_path / "file" / "run")
-    assert result.exit_code == 2 and "no writable directory" in result.stderr
+    assert result.exit_code == 2 and "is not a writable directory" in result.stderr
 
 
 def test_a_directory_that_cannot_be_made_is_refused(finished, tmp_path, monkeypatch):
