@@ -58,7 +58,7 @@ def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> N
     if torch._is_all_true(valid):  # unlike bool(valid.all()) under vmap too, as torch's own checks
         return
     if is_batchedtensor(valid):
-        raise ValueError(f"{owner}: {name} must be {what} (under vmap, so which is not known)")
+        raise ValueError(f"{owner}: {name} must be {what} in every element of vmap")
     bad = value.expand(valid.shape)[~valid].reshape(-1)[0].item()
     raise ValueError(f"{owner}: {name} must be {what}, got {bad:g}")
 

@@ -20,15 +20,18 @@ __all__ = [
 
 
 def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
-    """Raise unless exp() of both is a normal number of their dtype and the first is the lower.
+    """Raise unless their dtype can represent exp() of both and the first is below the second.
 
     Raises:
         ValueError: they are not, or are over 350 from zero.
     """
-    info = torch.finfo(log_low.dtype)
-    # Beyond 350 the square of theta would leave the range of float64.
-    least, most = max(math.log(info.tiny), -350.0), min(math.log(info.max), 350.0)
-    what = f"within [{least:.4g}, {most:.4g}], as exp of it must be a number of {info.dtype}"
+    # Beyond 350 the square of theta would leave the range of float64. In float16, theta under the
+    # default bound of e^-20 rounds to zero.
+    tiny = min(torch.finfo(log_low.dtype).tiny, torch.finfo(torch.float32).tiny)
+    most = min(math.log(torch.finfo(log_low.dtype).max), 350.0)
+    least = max(math.log(tiny), -350.0)
+    dtype = str(log_low.dtype).removeprefix("torch.")
+    what = f"within [{least:.4g}, {most:.4g}], so that {dtype} can represent its exponential"
     for name, bound in (("log_low", log_low), ("log_high", log_high)):
         require(owner, name, bound, (bound >= least) & (bound <= most), what)
     check_bounds(owner, log_low=log_low, log_high=log_high)

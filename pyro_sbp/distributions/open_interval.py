@@ -18,6 +18,9 @@ class OpenInterval(constraints.Constraint):
         self.lower_bound, self.upper_bound = lower_bound, upper_bound
         super().__init__()
 
+    def __repr__(self) -> str:
+        return f"OpenInterval(lower_bound={self.lower_bound}, upper_bound={self.upper_bound})"
+
     def check(self, value: Tensor) -> Tensor:
         return (self.lower_bound <= value) & (value <= self.upper_bound)
 

@@ -41,8 +41,8 @@ class TruncatedLogNormal(TransformedDistribution):
     Args:
         loc: mean of log theta before it is cut, inside or outside of the bounds.
         scale: standard deviation of log theta before it is cut, positive.
-        log_low: lower bound of log theta; all four broadcast. Its exponential must be a normal
-            number of the dtype: within [-87.3, 88.7] in float32, within 350 of zero in float64.
+        log_low: lower bound of log theta; all four broadcast. The dtype must be able to represent
+            its exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
         log_high: upper bound of log theta, above `log_low`, in the same range.
         validate_args: check arguments and values; Pyro's global setting of now if not given.
 

@@ -35,8 +35,8 @@ class TruncatedLogUniform(TransformedDistribution):
     """theta with log theta uniform on [log_low, log_high], as arXiv:1705.07283.
 
     Args:
-        log_low: lower bound of log theta; both broadcast. Its exponential must be a normal number
-            of the dtype: within [-87.3, 88.7] in float32, within 350 of zero in float64.
+        log_low: lower bound of log theta; both broadcast. The dtype must be able to represent its
+            exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
         log_high: upper bound of log theta, above `log_low`, in the same range.
         validate_args: check arguments and values; Pyro's global setting of now if not given.
 
