@@ -41,7 +41,8 @@ class TruncatedLogUniform(TransformedDistribution):
         validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a bound out of range, `log_low` not below `log_high`.
+        ValueError: shapes do not broadcast; under validation, a bound out of range, `log_low`
+            not below `log_high`.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)

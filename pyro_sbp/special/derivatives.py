@@ -32,9 +32,7 @@ class _Attach(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        value: Tensor, second: Second | None, *inputs_and_derivatives: Tensor
-    ) -> Tensor:
+    def forward(value: Tensor, second: Second | None, *inputs_and_derivatives: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
@@ -59,9 +57,7 @@ class _AttachForward(_Attach):
     @staticmethod
     def jvp(ctx: Saved, *tangents: Tensor | None) -> Tensor:
         derivatives = _derivatives(ctx, differentiable=True)
-        terms = [
-            t * d for t, d in zip(tangents[2:], derivatives, strict=False) if t is not None
-        ]
+        terms = [t * d for t, d in zip(tangents[2:], derivatives, strict=False) if t is not None]
         return torch.stack(terms).sum(0) if terms else torch.zeros_like(derivatives[0])
 
 
@@ -101,8 +97,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 _NO_SECOND = (
-    "pyro_sbp.special is once differentiable: no second derivatives but those of the log "
-    "density"
+    "pyro_sbp.special is once differentiable: no second derivatives but those of the log density"
 )
 
 

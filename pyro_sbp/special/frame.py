@@ -152,9 +152,7 @@ class Frame(NamedTuple):
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
-    loc, scale, low, high = torch.broadcast_tensors(
-        *(constant(x) for x in (loc, scale, low, high))
-    )
+    loc, scale, low, high = torch.broadcast_tensors(*(constant(x) for x in (loc, scale, low, high)))
     near_low = loc - low <= high - loc
     sign = torch.where(near_low, 1.0, -1.0).to(loc.dtype)
     near, far = torch.where(near_low, low, high), torch.where(near_low, high, low)

@@ -284,9 +284,9 @@ def _rise(f: Frame) -> _Rise:
     first = [x / total for x in n.sums(weighted)[:3].unbind()]
     second = [x / total for x in n.sums(weighted.mul_(rise))[:3].unbind()]
     mean_ = first[0]
+    powers: tuple[Tensor | float, ...] = (1.0, y1, y2)
     central = [
-        s - 2 * mean_ * m + mean_ * mean_ * x
-        for s, m, x in zip(second, first, (1.0, y1, y2), strict=True)
+        s - 2 * mean_ * m + mean_ * mean_ * x for s, m, x in zip(second, first, powers, strict=True)
     ]
     return _Rise(value(*first), value(*central), mode_of(f).exp())
 
