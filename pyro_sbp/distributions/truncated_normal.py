@@ -125,14 +125,15 @@ class TruncatedNormal(TorchDistribution):
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
         # Where an element lacks a bound, torch's interval has no bijection from the reals.
-        no_low, no_high = (x.isinf() for x in self._parameters[2:])
-        if not (no_low.any() or no_high.any()):
+        has_low, has_high = (x.isfinite() for x in self._parameters[2:])
+        every = torch._is_all_true  # which vmap can do too
+        if every(has_low & has_high):
             return constraints.interval(self.low, self.high)
-        if no_low.all() and no_high.all():
+        if every(~(has_low | has_high)):
             return constraints.real
-        if no_low.all() and not no_high.any():
+        if every(~has_low & has_high):
             return constraints.less_than(self.high)  # torch has no closed one
-        if no_high.all() and not no_low.any():
+        if every(has_low & ~has_high):
             return constraints.greater_than_eq(self.low)
         return OpenInterval(self.low, self.high)
 

@@ -74,6 +74,17 @@ def test_an_autoguide_draws_within_the_bounds():
     assert all(d.support.check(guide()["t"]).all() for _ in range(20))
 
 
+@pytest.mark.parametrize("high", [HIGH, torch.ones(4, dtype=torch.float64)])
+def test_under_vmap(high):
+    low = torch.tensor([-1.0, -2.0, -0.5, -INF], dtype=torch.float64)
+
+    def bounded(low, high, x):
+        return biject_to(TruncatedNormal(0.0, 1.0, low, high).support)(x)
+
+    each = torch.func.vmap(bounded)(low, high, X[3])
+    torch.testing.assert_close(each, bounded(low, high, X[3]))
+
+
 @pytest.mark.parametrize(
     "low, high", [([-INF, -INF], [INF, 1.0]), ([0.0, -INF], [INF, INF]), ([0.0, 0.0], [INF, 1.0])]
 )
