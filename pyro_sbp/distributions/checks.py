@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_normal",
     "require",
     "require_in_support",
+    "shown",
     "validates",
 ]
 
@@ -53,9 +55,12 @@ def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> N
     Raises:
         ValueError: some element is not valid.
     """
-    if not bool(valid.all()):
-        bad = value.expand(valid.shape)[~valid].reshape(-1)[0].item()
-        raise ValueError(f"{owner}: {name} must be {what}, got {bad:g}")
+    if torch._is_all_true(valid):  # unlike bool(valid.all()) under vmap too, as torch's own checks
+        return
+    if is_batchedtensor(valid):
+        raise ValueError(f"{owner}: {name} must be {what} in every element of vmap")
+    bad = value.expand(valid.shape)[~valid].reshape(-1)[0].item()
+    raise ValueError(f"{owner}: {name} must be {what}, got {bad:g}")
 
 
 def check_normal(owner: str, loc: Tensor, scale: Tensor) -> None:
@@ -69,15 +74,13 @@ def check_normal(owner: str, loc: Tensor, scale: Tensor) -> None:
 
 
 def check_bounds(owner: str, **bounds: Tensor) -> None:
-    """Raise unless the first bound is below the second everywhere and both are constants.
+    """Raise unless the first bound is below the second everywhere.
 
     Raises:
         ValueError: they are not.
     """
     (low_name, low), (high_name, high) = bounds.items()
     require(owner, low_name, low, low < high, f"below {high_name}")
-    if low.requires_grad or high.requires_grad:
-        raise ValueError(f"{owner}: the bounds are constants and get no gradient; detach them")
 
 
 def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None:
@@ -116,6 +119,14 @@ def require_in_support(
             f"the batch shape {tuple(distribution.batch_shape)}"
         ) from None
     require(owner, "the value", value, is_within(value), "within the support")
+
+
+def shown(distribution: Distribution) -> str:
+    """The class and its parameters: the value of a single number, otherwise the shape."""
+    # torch's own representation leaves out parameters that are properties.
+    values = {name: getattr(distribution, name) for name in distribution.arg_constraints}
+    shown = (f"{k}: {v if v.numel() == 1 else v.size()}" for k, v in values.items())
+    return f"{type(distribution).__name__}({', '.join(shown)})"
 
 
 def validates(validate_args: bool | None) -> bool:

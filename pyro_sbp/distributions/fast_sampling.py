@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_sbp.special.derivatives import attach
 from pyro_sbp.special.frame import frame
+from pyro_sbp.special.quantiles import quantile_pairs
 
 __all__ = ["quantile", "uniform"]
 
@@ -90,10 +91,11 @@ def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -
         x = torch.addcmul(
             torch.where(far, f.end, f.loc), f.sign * f.scale, torch.where(far, s.double(), z)
         )
-        x = torch.clamp(x, low.double(), high.double())
+        x = torch.clamp(x, low.detach().double(), high.detach().double())
         d_loc = torch.where(far, far_loc.double(), near_loc)
         d_scale = f.sign * torch.where(far, far_scale.double(), near_scale)
-    return attach(x, (loc, d_loc), (scale, d_scale))
+        ends = quantile_pairs(x, u, 1 - u, loc, scale, low, high)
+    return attach(x, (loc, d_loc), (scale, d_scale), *ends)
 
 
 def _excess(z: Tensor) -> Tensor:

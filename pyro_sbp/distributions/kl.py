@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal, Uniform, register_kl
+from torch.distributions import Exponential, HalfNormal, Normal, Uniform, register_kl
 
 from pyro_sbp import special
 from pyro_sbp.distributions.additive_normal import AdditiveNormal
@@ -37,7 +37,42 @@ def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal
     # A prior is often one for all elements.
     of_q = (without_copies(x) for x in q._parameters)
     kl = special.kl_to_truncated_normal(*p._parameters, *of_q)
-    return kl.to(p._parameters[0].dtype).expand(shape)
+    return kl.to(p._dtype).expand(shape)
+
+
+@register_kl(TruncatedNormal, Normal)
+def _kl_truncated_normal_normal(p: TruncatedNormal, q: Normal) -> Tensor:
+    whole = TruncatedNormal(q.loc, q.scale, -torch.inf, torch.inf, validate_args=False)
+    return _kl_truncated_normal_truncated_normal(p, whole)
+
+
+@register_kl(TruncatedNormal, HalfNormal)
+def _kl_truncated_normal_half_normal(p: TruncatedNormal, q: HalfNormal) -> Tensor:
+    half = TruncatedNormal(0.0, q.scale, 0.0, torch.inf, validate_args=False)
+    return _kl_truncated_normal_truncated_normal(p, half)
+
+
+@register_kl(TruncatedNormal, Exponential)
+def _kl_truncated_normal_exponential(p: TruncatedNormal, q: Exponential) -> Tensor:
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    rate = q.rate.double()
+    kl = rate * p._compute(special.mean) - rate.log() - p._compute(special.entropy)
+    kl = torch.where(p._parameters[2] >= 0, kl, torch.inf)
+    return kl.to(p._dtype).expand(shape)
+
+
+@register_kl(Uniform, TruncatedNormal)
+def _kl_uniform_truncated_normal(p: Uniform, q: TruncatedNormal) -> Tensor:
+    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    loc, scale, low_q, high_q = q._parameters
+    low, high = p.low.double(), p.high.double()
+    width = high - low
+    # The log density of q is a parabola: its mean is that at the middle, less what the curvature
+    # makes of the variance width^2 / 12.
+    at_middle = special.log_density(0.5 * (low + high), loc, scale, low_q, high_q)
+    kl = (width / scale.double()).square() / 24 - width.log() - at_middle
+    kl = torch.where((p.low >= low_q) & (p.high <= high_q), kl, torch.inf)
+    return kl.to(p.low.dtype).expand(shape)
 
 
 @register_kl(AdditiveNormal, ImproperLogUniform)

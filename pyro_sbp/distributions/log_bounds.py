@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,20 @@ __all__ = [
 
 
 def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
-    """Raise unless both are constants within 350 of zero and the first is below the second.
+    """Raise unless their dtype can represent exp() of both and the first is below the second.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or are over 350 from zero.
     """
+    # Beyond 350 the square of theta would leave the range of float64. In float16, theta under the
+    # default bound of e^-20 rounds to zero.
+    tiny = min(torch.finfo(log_low.dtype).tiny, torch.finfo(torch.float32).tiny)
+    most = min(math.log(torch.finfo(log_low.dtype).max), 350.0)
+    least = max(math.log(tiny), -350.0)
+    dtype = str(log_low.dtype).removeprefix("torch.")
+    what = f"within [{least:.4g}, {most:.4g}], so that {dtype} can represent its exponential"
     for name, bound in (("log_low", log_low), ("log_high", log_high)):
-        # Beyond, the square of theta would leave the range of float64.
-        require(owner, name, bound, bound.abs() <= 350, "finite and within 350 of zero")
+        require(owner, name, bound, (bound >= least) & (bound <= most), what)
     check_bounds(owner, log_low=log_low, log_high=log_high)
 
 
@@ -46,9 +54,10 @@ def exp_bound(log_bound: Tensor) -> Tensor:
 def clamp_theta(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
     """Put theta = exp(x) back within its bounds, in their dtype; its gradient stays."""
     # exp rounds differently in vectors than alone, so that it may miss a bound by the last bit.
-    theta = theta.to(log_low.dtype)
-    inside = torch.clamp(theta.detach(), exp_bound(log_low), exp_bound(log_high))
-    return theta + (inside - theta.detach())
+    # In float64, where both are finite: theta may not be a number of the dtype.
+    low, high = (without_copies(bound.detach()).double().exp() for bound in (log_low, log_high))
+    inside = torch.clamp(theta.detach(), low, high)
+    return (theta + (inside - theta.detach())).to(log_low.dtype)
 
 
 def is_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
@@ -62,7 +71,8 @@ def log_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor
     """Whether theta is within its bounds, and log theta in float64 (of a bound where it is not).
 
     A theta at a bound may have a log that falls outside by the rounding of theta: it is put back.
+    NaN counts as within, so that what is computed of it is NaN.
     """
-    inside = is_within(theta, log_low, log_high)
+    inside = is_within(theta, log_low, log_high) | theta.isnan()
     x = torch.where(inside, theta.double(), exp_bound(log_low).double()).log()
     return inside, torch.minimum(torch.maximum(x, log_low.double()), log_high.double())

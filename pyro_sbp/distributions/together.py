@@ -7,6 +7,7 @@ operations whatever the number of units: done for all gates at once they cost wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Whole:
         # What was computed without gradients does not serve those who want them.
         self._statistics: dict[tuple[Callable[..., Tensor], bool], Sequence[Tensor]] = {}
         self._draws: dict[tuple[int, bool], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was computed is part of a graph, which cannot be copied.
+        return self.__dict__ | {"_statistics": {}, "_draws": {}}
 
     def statistic(self, function: Callable[..., Tensor], part: int) -> Tensor:
         """What the function of the parameters is on a part, computed once."""

@@ -16,6 +16,7 @@ from pyro_sbp.distributions.checks import (
     check_normal,
     require,
     require_in_support,
+    shown,
     validates,
 )
 from pyro_sbp.distributions.log_bounds import (
@@ -40,13 +41,14 @@ class TruncatedLogNormal(TransformedDistribution):
     Args:
         loc: mean of log theta before it is cut, inside or outside of the bounds.
         scale: standard deviation of log theta before it is cut, positive.
-        log_low: lower bound of log theta, within 350 of zero; all four broadcast.
-        log_high: upper bound of log theta, within 350 of zero, above `log_low`.
+        log_low: lower bound of log theta; all four broadcast. The dtype must be able to represent
+            its exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
+        log_high: upper bound of log theta, above `log_low`, in the same range.
         validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
         ValueError: shapes do not broadcast; under validation, `loc` or a bound out of range,
-            `scale` not positive, `log_low` not below `log_high`, a bound that requires a gradient.
+            `scale` not positive, `log_low` not below `log_high`.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
@@ -76,6 +78,9 @@ class TruncatedLogNormal(TransformedDistribution):
         if self._validate_args:
             check_normal(owner, loc, scale)
             check_log_bounds(owner, low, high)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogNormal | None = None

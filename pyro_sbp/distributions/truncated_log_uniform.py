@@ -16,6 +16,7 @@ from pyro_sbp.distributions.checks import (
     check_expand,
     require,
     require_in_support,
+    shown,
     validates,
 )
 from pyro_sbp.distributions.log_bounds import (
@@ -34,13 +35,14 @@ class TruncatedLogUniform(TransformedDistribution):
     """theta with log theta uniform on [log_low, log_high], as arXiv:1705.07283.
 
     Args:
-        log_low: lower bound of log theta, within 350 of zero; both broadcast.
-        log_high: upper bound of log theta, within 350 of zero, above `log_low`.
+        log_low: lower bound of log theta; both broadcast. The dtype must be able to represent its
+            exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
+        log_high: upper bound of log theta, above `log_low`, in the same range.
         validate_args: check arguments and values; Pyro's global setting of now if not given.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a bound out of range or that
-            requires a gradient, `log_low` not below `log_high`.
+        ValueError: shapes do not broadcast; under validation, a bound out of range, `log_low`
+            not below `log_high`.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
@@ -62,6 +64,9 @@ class TruncatedLogUniform(TransformedDistribution):
         self._validate_args = validates(validate_args)
         if self._validate_args:
             check_log_bounds(owner, low, high)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogUniform | None = None
@@ -150,8 +155,9 @@ class TruncatedLogUniform(TransformedDistribution):
         return self._quantile(u)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """`rsample`; the bounds are constants, so there is no gradient in either."""
-        return self.rsample(sample_shape)
+        """`rsample` without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def _quantile(self, u: Tensor) -> Tensor:
         theta = torch.minimum(self.log_low + u * self._width, self.log_high.double()).exp()

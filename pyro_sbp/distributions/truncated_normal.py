@@ -18,8 +18,10 @@ from pyro_sbp.distributions.checks import (
     check_normal,
     require,
     require_in_support,
+    shown,
     validates,
 )
+from pyro_sbp.distributions.open_interval import OpenInterval
 from pyro_sbp.distributions.together import Part, Whole
 
 __all__ = ["TruncatedNormal"]
@@ -30,7 +32,7 @@ class TruncatedNormal(TorchDistribution):
 
     Right in the far tails, see `pyro_sbp.special` for the range and the references: everything is
     computed in float64 and returned in the dtype of the parameters. Samples have implicit
-    reparameterisation gradients in `loc` and `scale`. The bounds are constants.
+    reparameterisation gradients in all four parameters.
 
     Args:
         loc: mean of the normal before it is cut, inside or outside of the bounds.
@@ -41,7 +43,7 @@ class TruncatedNormal(TorchDistribution):
 
     Raises:
         ValueError: shapes do not broadcast; under validation, `loc` or `scale` not finite, `scale`
-            not positive, `low` not below `high`, a bound that requires a gradient.
+            not positive, `low` not below `high`.
     """
 
     has_rsample = True
@@ -72,6 +74,9 @@ class TruncatedNormal(TorchDistribution):
             check_normal(owner, loc, scale)
             check_bounds(owner, low=low, high=high)
 
+    def __repr__(self) -> str:
+        return shown(self)
+
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedNormal | None = None
     ) -> TruncatedNormal:
@@ -91,7 +96,7 @@ class TruncatedNormal(TorchDistribution):
         They compute together: a sample, the KL or a statistic of one is computed for all, and a
         gradient may be taken through it once, for all.
         """
-        whole = Whole(sizes, self._compute, lambda: self._rsample64(()))
+        whole = Whole(sizes, self._compute, self._rsample64)
         parts = []
         split = zip(*(x.split(whole.sizes) for x in self._parameters), strict=True)
         for index, (loc, scale, low, high) in enumerate(split):
@@ -119,14 +124,18 @@ class TruncatedNormal(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
-        # Where no element has a bound the interval would have no bijection from the reals.
-        if self._parameters[2].isneginf().all():
-            if self._parameters[3].isposinf().all():
-                return constraints.real
+        # Where an element lacks a bound, torch's interval has no bijection from the reals.
+        has_low, has_high = (x.isfinite() for x in self._parameters[2:])
+        every = torch._is_all_true  # which vmap can do too
+        if every(has_low & has_high):
+            return constraints.interval(self.low, self.high)
+        if every(~(has_low | has_high)):
+            return constraints.real
+        if every(~has_low & has_high):
             return constraints.less_than(self.high)  # torch has no closed one
-        if self._parameters[3].isposinf().all():
+        if every(has_low & ~has_high):
             return constraints.greater_than_eq(self.low)
-        return constraints.interval(self.low, self.high)
+        return OpenInterval(self.low, self.high)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -206,7 +215,7 @@ class TruncatedNormal(TorchDistribution):
         """Samples of shape `sample_shape + batch_shape`, within the bounds."""
         return self._rsample64(sample_shape).to(self._dtype)
 
-    def _rsample64(self, sample_shape: Sequence[int]) -> Tensor:
+    def _rsample64(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples before they are rounded to the dtype of the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
         if self._part is not None and self._part.draws(shape):

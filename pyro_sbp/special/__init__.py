@@ -9,8 +9,9 @@ interval. Relative errors against mpmath over loc in [-25, 5], log scale in [-10
 (-20, 0) stay under 1e-12; ``python -m pyro_sbp.experiments.distributions_table`` measures them.
 Sums over float32 parameters take fewer nodes and are right to 1e-7.
 
-Gradients in ``loc`` and ``scale`` (and in the value, where there is one) are analytic. They are
-once differentiable: a second backward raises. The bounds are constants and get no gradient.
+Gradients in the parameters and bounds (and in the value, where there is one) are analytic, in
+reverse and in forward mode. Those of ``log_density`` can be differentiated once more. For the
+other functions a second derivative raises RuntimeError.
 
 References:
     [1] K. Neklyudov, D. Molchanov, A. Ashukha, D. Vetrov. Structured Bayesian Pruning via

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["Saved", "attach"]
+__all__ = ["Saved", "Second", "attach", "constant", "is_tracked"]
+
+#: From the inputs to the rows of the matrix of second derivatives.
+Second = Callable[..., Sequence[Sequence[Tensor]]]
 
 
 class Saved(Protocol):
     """The context of a backward pass: torch's own annotation allows for one tensor only."""
+
+    needs_input_grad: tuple[bool, ...]
+    second: Second | None
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -24,20 +32,46 @@ class _Attach(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, *inputs_and_derivatives: Tensor) -> Tensor:
+    def forward(value: Tensor, second: Second | None, *inputs_and_derivatives: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Tensor, Second | None, *tuple[Tensor, ...]], output: Tensor
+    ) -> None:
+        ctx.second = inputs[1]  # type: ignore[attr-defined]  # contexts take any attribute
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        inputs, derivatives = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        if torch.is_grad_enabled():  # a graph of the gradient is asked for
-            derivatives = tuple(_OnceDifferentiable.apply(d, *inputs) for d in derivatives)
-        return (None, *(grad * d for d in derivatives), *(None,) * len(inputs))
+        derivatives = _derivatives(ctx, differentiable=torch.is_grad_enabled())
+        needed = ctx.needs_input_grad[2:]
+        grads = (grad * d if needs else None for d, needs in zip(derivatives, needed, strict=False))
+        return None, None, *grads, *(None,) * len(derivatives)
+
+
+class _AttachForward(_Attach):
+    """The same with forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Saved, *tangents: Tensor | None) -> Tensor:
+        derivatives = _derivatives(ctx, differentiable=True)
+        terms = [t * d for t, d in zip(tangents[2:], derivatives, strict=False) if t is not None]
+        return torch.stack(terms).sum(0) if terms else torch.zeros_like(derivatives[0])
+
+
+def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
+    saved = ctx.saved_tensors
+    inputs, derivatives = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    if not differentiable:
+        return derivatives
+    if ctx.second is None:
+        return [_OnceDifferentiable.apply(d, *inputs) for d in derivatives]
+    rows = ctx.second(*inputs)
+    return [
+        attach(d, *zip(inputs, row, strict=True)) for d, row in zip(derivatives, rows, strict=True)
+    ]
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -55,13 +89,45 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("pyro_sbp.special is once differentiable: no second derivatives")
+        raise RuntimeError(_NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Saved, *tangents: Tensor | None) -> Tensor:
+        raise RuntimeError(_NO_SECOND)
 
 
-def attach(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+_NO_SECOND = (
+    "pyro_sbp.special is once differentiable: no second derivatives but those of the log density"
+)
+
+
+def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None = None) -> Tensor:
     """``value`` as a function of inputs, from pairs (input, derivative of value in it).
 
-    Inputs expand to the shape of the value; their gradients add up over the copies.
+    Inputs expand to the shape of the value; their gradients add up over the copies. ``second``
+    takes the inputs and returns the rows of second derivatives, of the shape of the value.
+
+    Raises:
+        RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
     inputs = [x.to(torch.float64).expand(value.shape) for x, _ in pairs]
-    return _Attach.apply(value, *inputs, *(d.expand(value.shape) for _, d in pairs))
+    derivatives = [d.expand(value.shape) for _, d in pairs]
+    if not torch.compiler.is_compiling():
+        return _AttachForward.apply(value, second, *inputs, *derivatives)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _Attach.apply(value, None, *inputs, *derivatives)
+    return value
+
+
+def constant(x: Tensor) -> Tensor:
+    """``x`` in float64 without its derivatives: no_grad() leaves forward mode on."""
+    return x.detach().to(torch.float64)
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Whether a derivative in ``x`` may be asked for."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    # torch.func hides from the inner transforms what the outer ones ask for.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return wrapped or forward_ad.unpack_dual(x).tangent is not None

@@ -11,7 +11,6 @@ is not negligible.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from numpy.polynomial.legendre import Legendre, leggauss
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import attach
+from pyro_sbp.special.derivatives import attach, constant
 
 __all__ = ["mean_excess", "mills_ratio"]
 
@@ -113,7 +112,7 @@ def mills_ratio(x: Tensor) -> Tensor:
         would lose ``x^2`` times the machine precision.
     """
     with torch.no_grad():
-        x64 = x.to(torch.float64)
+        x64 = constant(x)
         ratio = mills(x64)
         slope = mills_slope(x64, ratio)
     return attach(ratio, (x, -slope))
@@ -129,7 +128,7 @@ def mean_excess(x: Tensor) -> Tensor:
         Float64, the shape of ``x``; no gradient.
     """
     with torch.no_grad():
-        return _mean_excess(x.to(torch.float64))
+        return _mean_excess(constant(x))
 
 
 def _mean_excess(x: Tensor) -> Tensor:
@@ -153,10 +152,7 @@ class Frame(NamedTuple):
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
-    loc, scale, low, high = torch.broadcast_tensors(
-        *(x.to(torch.float64) for x in (loc, scale, low, high))
-    )
-    low, high = low.detach(), high.detach()
+    loc, scale, low, high = torch.broadcast_tensors(*(constant(x) for x in (loc, scale, low, high)))
     near_low = loc - low <= high - loc
     sign = torch.where(near_low, 1.0, -1.0).to(loc.dtype)
     near, far = torch.where(near_low, low, high), torch.where(near_low, high, low)
@@ -176,13 +172,14 @@ def mode_of(f: Frame) -> Tensor:
     return torch.where(f.alpha > 0, f.end, f.loc)
 
 
-class _Nodes(NamedTuple):
+class Nodes(NamedTuple):
     """Gauss-Legendre nodes, along the first dimension, and the moments of the density there.
 
     ``r`` is the distance from the mode, ``y = x - origin`` the position in the window, which is
     x = -1 to 1.
     """
 
+    num: int
     r: Tensor
     density: Tensor  # exp(-e(r))
     half: Tensor  # of the width of the window
@@ -196,19 +193,19 @@ class _Nodes(NamedTuple):
 
     def sums(self, x: Tensor) -> Tensor:
         """Integrals of ``x y^j`` over the window, j = 0 to 4, in units of ``half``."""
-        return _window_sums(x, self.origin)
+        return _window_sums(self.num, x, self.origin)
 
 
-def _window_sums(x: Tensor, origin: Tensor) -> Tensor:
-    n = x.shape[0]
-    rows = nodes_on(n, x.device)[1]
-    *others, sums = (rows @ x.reshape(n, -1)).reshape(-1, 5, *x.shape[1:])
-    for at, other in zip(_ORIGINS[n], others, strict=False):
+def _window_sums(n: int, x: Tensor, origin: Tensor) -> Tensor:
+    rows, origins = nodes_on(n, x.device)[1], _ORIGINS[n]
+    of_each = (rows @ x.reshape(n, origin.numel())).reshape(len(origins), 5, *origin.shape)
+    *others, sums = of_each.unbind()
+    for at, other in zip(origins, others, strict=False):
         sums = torch.where(origin == at, other, sums)
     return sums
 
 
-def integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
+def integrate(f: Frame, tilt: Tensor | None = None) -> Nodes:
     """Nodes over the window of the density, and of the density times ``exp(tilt * r)`` if given."""
     num_nodes, cutoff = _SUM[f.precision]
     slope = f.alpha.clamp_min(0)
@@ -224,7 +221,7 @@ def integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
     origins = _ORIGINS[num_nodes]
     origin = (-left / half - 1).mul_(4).round_().mul_(0.25).clamp(origins[0], origins[-1])
-    total, *y = _window_sums(density, origin)
+    total, *y = _window_sums(num_nodes, density, origin).unbind()
     y1, y2, y3, y4 = (x / total for x in y)
     square = y1 * y1
     var = y2 - square
@@ -232,7 +229,8 @@ def integrate(f: Frame, tilt: Tensor | None = None) -> _Nodes:
     fourth = y4 - 4 * y1 * y3 + square * (6 * y2 - 3 * square)
     mean_ = left + half * (1 + origin) + half * y1
     half_square = half.square()
-    return _Nodes(
+    return Nodes(
+        num_nodes,
         r,
         density,
         half,
@@ -274,7 +272,7 @@ class Value(NamedTuple):
 
 
 def expectation(
-    value: Tensor, f: Frame, n: _Nodes, slope: Tensor | float, curvature: Tensor | float
+    value: Tensor, f: Frame, n: Nodes, slope: Tensor | float, curvature: Tensor | float
 ) -> Value:
     """``value`` with the derivatives of ``E[h]``, h the parabola of that slope at the mean of r.
 
@@ -289,14 +287,5 @@ def expectation(
     return Value(value, f.sign * with_r / f.scale, 2 * with_e / f.scale)
 
 
-def evaluate(
-    function: Callable[[Frame], Value], loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    """``function`` of the parameters with its gradient."""
-    with torch.no_grad():
-        v = function(frame(loc, scale, low, high))
-    return attach(v.value, (loc, v.d_loc), (scale, v.d_scale))
-
-
-def mean_e(n: _Nodes) -> Tensor:
+def mean_e(n: Nodes) -> Tensor:
     return n.mean * (n.slope - 0.5 * n.mean) + 0.5 * n.var

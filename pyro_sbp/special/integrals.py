@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import attach
+from pyro_sbp.special.bounds import bound_pairs, evaluate
+from pyro_sbp.special.derivatives import attach, constant
 from pyro_sbp.special.frame import (
     HALF_LOG_2PI,
     NUM_NEAR_UNIFORM_NODES,
     Frame,
+    Nodes,
     Value,
-    evaluate,
     expectation,
     frame,
     integrate,
@@ -53,27 +54,82 @@ def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
             (slope.square() + 2 * mean_e(n) - 1) / f.scale,
         )
 
-    return evaluate(function, loc, scale, low, high)
+    return evaluate(function, loc, scale, low, high, lambda v, end, log_q: -torch.ones_like(end))
 
 
 def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Log density at ``value``, in nats per unit of ``value``; minus infinity outside the bounds.
 
-    ``value`` broadcasts against the parameters.
+    ``value`` broadcasts against the parameters. Twice differentiable.
     """
     with torch.no_grad():
         f = frame(loc, scale, low, high)
         n = integrate(f)
-        slope = f.alpha.clamp_min(0)
-        x = value.to(torch.float64)
-        outside = (x < low) | (x > high)
-        r = f.sign * (x - mode_of(f)) / f.scale
-        e = r * (slope + 0.5 * r)
-        log_q = torch.where(outside, -math.inf, -e - n.log_mass - f.scale.log())
-        d_value = torch.where(outside, 0.0, -f.sign * (slope + r) / f.scale)
-        d_loc = torch.where(outside, 0.0, f.sign * (r - n.mean) / f.scale)
-        d_scale = torch.where(outside, 0.0, 2 * (e - mean_e(n)) / f.scale)
-    return attach(log_q, (value, d_value), (loc, d_loc), (scale, d_scale))
+        d = _density(f, n, constant(value), low, high)
+        ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
+        # The bounds are inputs of the second derivatives in any case.
+        ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
+    pairs = (value, d.in_value), (loc, d.in_loc), (scale, d.in_scale), *ends
+    return attach(d.log_q, *pairs, second=_second_of_log_density)
+
+
+def _second_of_log_density(
+    value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> list[list[Tensor]]:
+    """Second derivatives of the log density in value, loc, scale, low and high."""
+    f = frame(loc, scale, low, high)
+    n = integrate(f)
+    d = _density(f, n, constant(value), low, high)
+    curvature = torch.where(d.outside, 0.0, f.scale.square().reciprocal())
+    cov = n.slope * n.var + 0.5 * n.third  # of r and e
+    var_e = n.slope * (cov + 0.5 * n.third) + 0.25 * n.var_square
+    in_value_scale = -2 * d.in_value / f.scale
+    in_loc_scale = -2 * (d.in_loc / f.scale + f.sign * cov * curvature)
+    in_scale = -3 * d.in_scale / f.scale - 4 * var_e * curvature
+    rows = [
+        [-curvature, curvature, in_value_scale],
+        [curvature, -n.var * curvature, in_loc_scale],
+        [in_value_scale, in_loc_scale, in_scale],
+    ]
+    # The derivative in a bound is the density there, with its sign.
+    first: list[Tensor] = []
+    for end, sign in ((low, 1.0), (high, -1.0)):
+        at_end = _density(f, n, constant(end), low, high)
+        density = torch.where(d.outside, 0.0, at_end.log_q.exp())
+        first.append(sign * density)
+        columns = (at_end.in_loc, at_end.in_scale, at_end.in_value)
+        in_loc, in_scale, in_end = (torch.where(density > 0, first[-1] * x, 0.0) for x in columns)
+        row = [torch.zeros_like(density), in_loc, in_scale]
+        row += [first[-1] * x for x in first]
+        row[-1] = row[-1] + in_end
+        for above, x in zip(rows, row, strict=False):
+            above.append(x)
+        rows.append(row)
+    return rows
+
+
+class _Density(NamedTuple):
+    """The log density at a value, and its derivatives."""
+
+    outside: Tensor
+    log_q: Tensor
+    in_value: Tensor
+    in_loc: Tensor
+    in_scale: Tensor
+
+
+def _density(f: Frame, n: Nodes, x: Tensor, low: Tensor, high: Tensor) -> _Density:
+    slope = f.alpha.clamp_min(0)
+    outside = (x < low) | (x > high)
+    r = f.sign * (x - mode_of(f)) / f.scale
+    e = r * (slope + 0.5 * r)
+    return _Density(
+        outside,
+        torch.where(outside, -math.inf, -e - n.log_mass - f.scale.log()),
+        torch.where(outside, 0.0, -f.sign * (slope + r) / f.scale),
+        torch.where(outside, 0.0, f.sign * (r - n.mean) / f.scale),
+        torch.where(outside, 0.0, 2 * (e - mean_e(n)) / f.scale),
+    )
 
 
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -83,7 +139,7 @@ def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         n = integrate(f)
         return expectation(n.log_mass + f.scale.log() + mean_e(n), f, n, n.slope, 1.0)
 
-    return evaluate(function, loc, scale, low, high)
+    return evaluate(function, loc, scale, low, high, lambda v, end, log_q: v + log_q - 1)
 
 
 def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -99,7 +155,12 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         value = torch.where(value > 0.01, value, _kl_near_uniform(f))
         return expectation(value, f, n, -n.slope, -1.0)
 
-    return evaluate(function, loc, scale, low, high)
+    def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
+        # Minus that of the entropy, log(width) - value, and the width over the density.
+        log_width = (high.detach().double() - low.detach()).log()
+        return 1 + value - log_width - log_q - torch.exp(-log_q - log_width)
+
+    return evaluate(function, loc, scale, low, high, at_end)
 
 
 def _kl_near_uniform(f: Frame) -> Tensor:
@@ -114,7 +175,7 @@ def _kl_near_uniform(f: Frame) -> Tensor:
     weights = 0.5 * nodes_on(NUM_NEAR_UNIFORM_NODES, r.device)[1][0]
 
     def uniform_mean(x: Tensor) -> Tensor:
-        return (weights @ x.reshape(len(weights), -1)).reshape(slope.shape)
+        return (weights @ x.reshape(NUM_NEAR_UNIFORM_NODES, slope.numel())).reshape(slope.shape)
 
     e = torch.add(slope, r, alpha=0.5).mul_(r)
     d = e.neg_().sub_(uniform_mean(e)).clamp(-1, 1)
@@ -157,8 +218,19 @@ def kl_to_truncated_normal(
         v = expectation(value, f, n, slope * ratio - n.slope, ratio.square() - 1)
         d_loc_q = g.sign * (m.mean - r) / g.scale
         d_scale_q = 2 * (mean_e(m) - mean_of_e) / g.scale
+
+        def at_end(end: Tensor, log_p: Tensor) -> Tensor:
+            log_q = _density(g, m, end, low_q, high_q).log_q
+            return torch.where(contained, v.value + log_q - log_p + 1, 0.0)
+
+        ends = [
+            *bound_pairs(loc, scale, low, high, at_end),
+            *bound_pairs(
+                loc_q, scale_q, low_q, high_q, lambda *_: torch.where(contained, -1.0, 0.0)
+            ),
+        ]
     pairs = (loc, v.d_loc), (scale, v.d_scale), (loc_q, d_loc_q), (scale_q, d_scale_q)
-    return attach(v.value, *pairs)
+    return attach(v.value, *pairs, *ends)
 
 
 def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -169,7 +241,7 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         step = f.sign * f.scale
         return expectation(mode_of(f) + step * n.mean, f, n, step, 0.0)
 
-    return evaluate(function, loc, scale, low, high)
+    return evaluate(function, loc, scale, low, high, lambda v, end, log_q: v - end)
 
 
 def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -180,7 +252,10 @@ def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         square = f.scale.square()
         return expectation(square * n.var, f, n, 0.0, 2 * square)
 
-    return evaluate(function, loc, scale, low, high)
+    def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
+        return value - (end - mean(loc, scale, low, high)).square()
+
+    return evaluate(function, loc, scale, low, high, at_end)
 
 
 class _Rise(NamedTuple):
@@ -196,7 +271,7 @@ def _rise(f: Frame) -> _Rise:
     n = integrate(f, tilt=2 * step)
     rise = n.r.mul_(step).expm1_()
     weighted = rise * n.density
-    total, *y = n.sums(n.density)[:3]
+    total, *y = n.sums(n.density)[:3].unbind()
     y1, y2 = (x / total for x in y)
 
     def value(m0: Tensor, m1: Tensor, m2: Tensor) -> Value:
@@ -206,12 +281,12 @@ def _rise(f: Frame) -> _Rise:
         with_e = n.half * (n.slope * with_y + 0.5 * n.half * with_square)
         return Value(m0, f.sign * n.half * with_y / f.scale, 2 * with_e / f.scale)
 
-    first = [x / total for x in n.sums(weighted)[:3]]
-    second = [x / total for x in n.sums(weighted.mul_(rise))[:3]]
+    first = [x / total for x in n.sums(weighted)[:3].unbind()]
+    second = [x / total for x in n.sums(weighted.mul_(rise))[:3].unbind()]
     mean_ = first[0]
+    powers: tuple[Tensor | float, ...] = (1.0, y1, y2)
     central = [
-        s - 2 * mean_ * m + mean_ * mean_ * x
-        for s, m, x in zip(second, first, (1.0, y1, y2), strict=True)
+        s - 2 * mean_ * m + mean_ * mean_ * x for s, m, x in zip(second, first, powers, strict=True)
     ]
     return _Rise(value(*first), value(*central), mode_of(f).exp())
 
@@ -224,7 +299,7 @@ def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         value, d_loc, d_scale = (rise.at_mode * x for x in rise.mean)
         return Value(rise.at_mode + value, d_loc, d_scale)
 
-    return evaluate(function, loc, scale, low, high)
+    return evaluate(function, loc, scale, low, high, lambda v, end, log_q: v - end.exp())
 
 
 def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -234,7 +309,10 @@ def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tenso
         rise = _rise(f)
         return Value(*(rise.at_mode.square() * x for x in rise.var))
 
-    return evaluate(function, loc, scale, low, high)
+    def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
+        return value - (end.exp() - exp_mean(loc, scale, low, high)).square()
+
+    return evaluate(function, loc, scale, low, high, at_end)
 
 
 def exp_snr(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -251,4 +329,9 @@ def exp_snr(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         d_loc = in_mean * mean_.d_loc + in_var * var.d_loc
         return Value(snr, d_loc, in_mean * mean_.d_scale + in_var * var.d_scale)
 
-    return evaluate(function, loc, scale, low, high)
+    def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
+        # With t = exp(end) / E: E changes by 1 - t of itself, Var by 1 - (snr (t - 1))^2.
+        below = 1 - end.exp() / exp_mean(loc, scale, low, high)
+        return value * (below - 0.5 * (1 - (value * below).square()))
+
+    return evaluate(function, loc, scale, low, high, at_end)

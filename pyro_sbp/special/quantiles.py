@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import attach
+from pyro_sbp.special.bounds import bound_pairs
+from pyro_sbp.special.derivatives import attach, constant, is_tracked
 from pyro_sbp.special.frame import (
     NARROW,
     NARROW_NODES,
@@ -19,7 +20,7 @@ from pyro_sbp.special.frame import (
 )
 from pyro_sbp.special.integrals import log_density
 
-__all__ = ["cdf", "icdf"]
+__all__ = ["cdf", "icdf", "quantile_pairs"]
 
 
 class _Tails(NamedTuple):
@@ -161,19 +162,33 @@ def icdf(
     """
     with torch.no_grad():
         f = frame(loc, scale, low, high)
-        u64 = u.to(torch.float64)
-        v64 = 1 - u64 if complement is None else complement.to(torch.float64)
+        u64 = constant(u)
+        v64 = 1 - u64 if complement is None else constant(complement)
         from_low = f.sign > 0
         p, q = torch.where(from_low, u64, v64), torch.where(from_low, v64, u64)
         t = _tails(f)
         z, s = _inverse(f, t, p, q)
         x = torch.where(t.inside, f.loc + f.sign * f.scale * z, f.end + f.sign * f.scale * s)
-        x = torch.minimum(torch.maximum(x, low), high)
+        x = torch.minimum(torch.maximum(x, constant(low)), constant(high))
         d_loc, d_scale = _derivatives(f, t, p, q, z, s)
         pairs = [(loc, d_loc), (scale, d_scale)]
-        if u.requires_grad:
-            pairs.append((u, (-log_density(x, loc, scale, low, high)).exp()))
+        if is_tracked(u):
+            pairs.append((u, (-log_density(x, loc, scale, low, high)).exp().detach()))
+        pairs += quantile_pairs(x, u64, v64, loc, scale, low, high)
     return attach(x, *pairs)
+
+
+def quantile_pairs(
+    x: Tensor, u: Tensor, v: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs for `attach` of the bounds that ask for a gradient of the quantile x at u = 1 - v."""
+    if not (is_tracked(low) or is_tracked(high)):
+        return []
+    parameters = (constant(y) for y in (loc, scale, low, high))
+    log_q = log_density(x, *parameters)
+    pairs = bound_pairs(loc, scale, low, high, lambda *_: torch.exp(-log_q))
+    # High has the opposite sign there: more room above moves a quantile up.
+    return [(y, d * v if y is low else -d * u) for y, d in pairs]
 
 
 def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -184,7 +199,7 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
     with torch.no_grad():
         f = frame(loc, scale, low, high)
         t = _tails(f)
-        x = torch.minimum(torch.maximum(value.to(torch.float64), low), high)
+        x = torch.minimum(torch.maximum(constant(value), constant(low)), constant(high))
         z = f.sign * (x - f.loc) / f.scale
         s = f.sign * (x - f.end) / f.scale
         s = torch.where(t.inside, 0.0, s).clamp_min(0)
@@ -204,7 +219,15 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         p = torch.where(p < 0.5, p, 1 - q)
         q = torch.where(p < 0.5, 1 - p, q)
         d_loc, d_scale = _derivatives(f, t, p, q, z, s)
-        density = torch.exp(log_density(value, loc, scale, low, high))
+        density = torch.exp(log_density(value, loc, scale, low, high)).detach()
         cdf_ = torch.where(f.sign > 0, p, q)
         cdf_ = torch.where(x <= low, 0.0, torch.where(x >= high, 1.0, cdf_))
-    return attach(cdf_, (value, density), (loc, -density * d_loc), (scale, -density * d_scale))
+        ends = bound_pairs(loc, scale, low, high, lambda *_: torch.ones_like(cdf_))
+        inside = (x > low) & (x < high)
+        above = torch.where(f.sign > 0, q, p)
+        ends = [
+            (end, torch.where(inside, -d * above if end is low else d * (1 - above), 0.0))
+            for end, d in ends
+        ]
+    pairs = (value, density), (loc, -density * d_loc), (scale, -density * d_scale)
+    return attach(cdf_, *pairs, *ends)

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
-from torch.distributions import biject_to
+from torch.distributions import biject_to, kl_divergence
 from torch.distributions.transforms import ExpTransform
 
 from pyro_sbp.distributions import (
@@ -299,6 +299,31 @@ def test_results_have_the_dtype_of_the_parameters(fixture, dtype):
             rtol=torch.finfo(dtype).eps,
             atol=torch.finfo(dtype).tiny * torch.finfo(dtype).eps,
         )
+
+
+@EACH_CLASS
+def test_repr_shows_the_parameters(fixture):
+    names = fixture.cls.arg_constraints
+    shapes = ", ".join(f"{name}: torch.Size([2, 1])" for name in names)
+    assert repr(fixture.cls(**batch(fixture))) == f"{fixture.cls.__name__}({shapes})"
+    example = fixture.examples[0]
+    values = ", ".join(f"{k}: {example[k]}" for k in names if k in example)
+    assert repr(fixture.cls(**example)).startswith(f"{fixture.cls.__name__}({values}")
+
+
+@EACH_CLASS
+def test_of_no_elements(fixture):
+    names = fixture.cls.arg_constraints
+    empty = {k: v[:0].clone().requires_grad_() for k, v in batch(fixture).items()}
+    d = fixture.cls(**empty)
+    value = torch.zeros((0, 1), dtype=torch.float64)
+    results = [getattr(d, x) for x in ("mean", "variance", "stddev", "mode", "snr", *names)]
+    results += [d.log_prob(value), d.cdf(value), d.icdf(value), d.rsample(), d.entropy()]
+    results += [d.expand([3, 0, 1]).rsample().sum(0), kl_divergence(d, fixture.cls(**empty))]
+    for result in results:
+        assert result.shape == (0, 1)
+        grads = torch.autograd.grad(result.sum(), list(empty.values()), allow_unused=True)
+        assert all(g is None or g.shape == (0, 1) for g in grads)
 
 
 @EACH_CLASS

@@ -43,22 +43,33 @@ def test_bounds(low, high):
             make(low, high)
 
 
-@pytest.mark.parametrize("low, high", [(-INF, 0.0), (0.0, INF), (-400.0, 0.0), (0.0, 400.0)])
-def test_log_bounds_whose_exponential_leaves_the_range(low, high):
+@pytest.mark.parametrize(
+    "dtype, message, low, high",
+    [
+        (torch.float64, r"\[-350, 350\], so that float64 can represent its exp", -400.0, 0.0),
+        (torch.float64, r"\[-350, 350\], so that float64 can represent its exp", 0.0, 400.0),
+        (torch.float32, r"\[-87\.34, 88\.72\], so that float32 can represent", -100.0, 0.0),
+        (torch.float32, r"\[-87\.34, 88\.72\], so that float32 can represent", 0.0, 100.0),
+        (torch.float32, r"\[-87\.34, 88\.72\], so that float32 can represent", -INF, 0.0),
+        (torch.float32, r"\[-87\.34, 88\.72\], so that float32 can represent", 0.0, INF),
+        (torch.float16, r"\[-87\.34, 11\.09\], so that float16 can represent", 0.0, 12.0),
+    ],
+)
+def test_log_bounds_whose_exponential_leaves_the_range(dtype, message, low, high):
+    low, high = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
     for make in (TruncatedLogUniform, lambda a, b: TruncatedLogNormal(0.0, 1.0, a, b)):
-        with pytest.raises(ValueError, match="must be finite and within 350 of zero, got"):
+        with pytest.raises(ValueError, match=rf"log_(low|high) must be within {message}.*, got"):
             make(low, high)
 
 
-def test_bounds_that_want_a_gradient():
-    low = torch.tensor(-1.0, requires_grad=True)
-    for make in (
-        lambda: TruncatedNormal(0.0, 1.0, low, 1.0),
-        lambda: TruncatedLogNormal(0.0, 1.0, low, 1.0),
-        lambda: TruncatedLogUniform(low, 1.0),
+def test_without_validation_what_the_dtype_cannot_represent_is_rounded():
+    for d in (
+        TruncatedLogUniform(-200.0, 200.0, validate_args=False),
+        TruncatedLogNormal(0.0, 90.0, -200.0, 200.0, validate_args=False),
     ):
-        with pytest.raises(ValueError, match="the bounds are constants and get no gradient"):
-            make()
+        u = torch.tensor([0.01, 0.5, 0.99])
+        torch.testing.assert_close(d.icdf(u), torch.tensor([0.0, 1.0, INF]), rtol=1e-4, atol=0)
+        assert not d.sample((1000,)).isnan().any()
 
 
 @pytest.mark.parametrize("validate_args", [True, False])
@@ -98,6 +109,16 @@ def test_values(d, values):
     for p in (-0.1, 1.1, NAN):
         with pytest.raises(ValueError, match=rf"^{name}: a probability must be within .*, got"):
             d.icdf(torch.tensor(p))
+
+
+@pytest.mark.parametrize("d", [d for d, _ in DISTRIBUTIONS], ids=lambda x: type(x).__name__)
+def test_nan_gives_nan_without_validation(d):
+    d = type(d)(**{k: getattr(d, k) for k in d.arg_constraints}, validate_args=False)
+    value = torch.tensor([0.5, NAN, 0.5], requires_grad=True)
+    for method in (d.log_prob, d.cdf, d.icdf):
+        result = method(value)
+        assert result.isnan().tolist() == [False, True, False]
+        assert result.isfinite().tolist() == [True, False, True]
 
 
 def test_validation_follows_pyro():

@@ -1,5 +1,8 @@
 """Parts of a distribution compute together what they would compute alone."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.distributions import kl_divergence
@@ -89,6 +92,22 @@ def test_a_draw_is_one_of_the_whole_and_the_next_is_another(make, parameters):
             assert torch.equal(ours, theirs)
     total = sum((i + 1) * part.rsample().sum() for i, part in enumerate(parts))
     assert all(bool((grad != 0).all()) for grad in torch.autograd.grad(total, parameters))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_parts_can_be_copied(make, parameters, copied):
+    parts = make(*(x.detach() for x in parameters), -20.0, 0.0).split(SIZES)
+    means = [part.mean for part in parts]
+    parts[0].rsample()  # what has been computed is not copied
+    new = copied(parts)
+    for part, mean in zip(new, means, strict=True):
+        assert torch.equal(part.mean, mean)
+    torch.manual_seed(0)
+    draws = [part.rsample() for part in new]
+    torch.manual_seed(0)
+    assert torch.equal(torch.cat(draws), make(*parameters, -20.0, 0.0).rsample())
 
 
 def test_a_part_that_is_asked_twice_gets_two_draws(make, parameters):
