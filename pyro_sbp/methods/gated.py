@@ -191,7 +191,7 @@ class GatedMethod(Method[G]):
     def begin(self) -> None:
         recipe, gates = self.recipe, self.gates
         if not gates:
-            layers = "; ".join(f"{name} {reason}" for name, reason in gates.left_alone.items())
+            layers = "; ".join(f"{name or 'it'} {why}" for name, why in gates.left_alone.items())
             raise ValueError(
                 f"no layer of {type(self.net).__name__} is prunable: {layers or 'it has none'}"
             )

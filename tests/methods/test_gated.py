@@ -57,11 +57,11 @@ def test_differences_and_gates_without_a_good_unit_add_up(dense):
 
 def test_rounding_takes_the_weakest_units_of_gates_that_have_lost_some(dense):
     stage, x = dense
-    assert stage.beyond_multiples(7) == {}
+    assert stage.beyond_multiples(7, stage.snr) == {}
     stage = cut(stage, x, {"fc1": [0]})
     stage.snr["fc1"][[3, 200]] = torch.tensor([1.0, 2.0])
-    assert stage.beyond_multiples(1) == {}
-    (found,) = stage.beyond_multiples(3).values()  # 299 is 2 more than a multiple of 3
+    assert stage.beyond_multiples(1, stage.snr) == {}
+    (found,) = stage.beyond_multiples(3, stage.snr).values()  # 299 is 2 more than a multiple of 3
     assert found.tolist() == [3, 200]
 
 
@@ -77,5 +77,7 @@ def test_a_removed_unit_has_the_prior(prior_scale):
 
 
 def test_a_network_without_gates_is_refused():
-    with pytest.raises(ValueError, match="no part of Linear can be gated"):
+    with pytest.raises(
+        ValueError, match="no layer of Linear is prunable: it reaches an output of the network"
+    ):
         SBP(torch.nn.Linear(3, 2), torch.rand(2, 3), SBPRecipe(), 10)

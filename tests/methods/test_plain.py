@@ -8,7 +8,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import RBP, SBP, SparseVD
 from pyro_sbp.methods.plain import PlainPhase, distillation
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, SBPRecipe
+from pyro_sbp.recipes.settings import RBPRecipe, SBPRecipe, SparseVDRecipe
 
 
 def test_it_is_the_divergence_from_the_teacher():
@@ -52,19 +52,17 @@ def test_the_teacher_is_asked_and_not_trained():
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
+    ("kind", "recipe_class", "settings"),
     [
-        (SBP, {"init_log_scale": -0.5}),
-        (RBP, {"init_log_scale": -1.0, "threshold": 2.7, "kl_scale": 0.01}),
-        (SparseVD, {"init_log_scale": -3.0, "threshold": 3.0, "kl_scale": 0.1}),
+        (SBP, SBPRecipe, {"init_log_scale": -0.5}),
+        (RBP, RBPRecipe, {"init_log_scale": -1.0, "threshold": 2.7, "kl_scale": 0.01}),
+        (SparseVD, SparseVDRecipe, {"init_log_scale": -3.0, "threshold": 3.0, "kl_scale": 0.1}),
     ],
 )
-def test_the_teacher_is_the_network_before_its_last_cut(kind, settings):
+def test_the_teacher_is_the_network_before_its_last_cut(kind, recipe_class, settings):
     torch.manual_seed(0)
     x, y = torch.rand(64, 6), torch.randint(10, (64,))
-    recipe = RECIPE_CLASSES[kind.name](
-        dense_epochs=0, epochs=3, finetune_epochs=1, distill=2.0, **settings
-    )
+    recipe = recipe_class(dense_epochs=0, epochs=3, finetune_epochs=1, distill=2.0, **settings)
     method = kind(LeNet300_100(in_features=6), x, recipe, num_data=64)
     for phase in method.phases():
         if phase.name == "finetuned":

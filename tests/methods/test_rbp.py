@@ -246,7 +246,7 @@ def test_checkpoints_hold_one_network_and_the_posterior_of_every_gate(finished):
     saved = Checkpoint.read(finished[0] / "checkpoint.pt")
     _, stem, a, fc = saved.finished
     assert set(stem["guide"]) == {"locs.stem_unconstrained", "log_scales.stem_unconstrained"}
-    assert set(stem) == set(a) == {"guide", "equivalence"}
+    assert set(stem) == set(a) == {"guide", "equivalence", "units"}
     assert "net.head.weight" in fc["module"]
     sizes = {"stem": 12, "a": 16, "fc": 24}
     assert {name: len(loc) for name, (loc, _) in saved.posteriors.items()} == sizes

@@ -67,5 +67,6 @@ def test_bad_settings_are_refused():
     guide = sbp.AdditiveNormalGuide(model)
     with pytest.raises(ValueError, match="threshold is -1"):
         prune_weights(model, guide, x, threshold=-1.0)
-    small = prune_weights(model, guide, x, threshold=1e9)
+    with pytest.warns(UserWarning, match=r"no weight reaches the threshold 1e\+09"):
+        small = prune_weights(model, guide, x, threshold=1e9)
     assert float(small(x).detach().std(0).sum()) == 0  # a constant

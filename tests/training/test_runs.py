@@ -87,7 +87,7 @@ def test_a_damaged_file_is_named_in_one_line(directory, name, text):
 
 
 def test_other_directories_are_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"holds no run: it has no recipe\.json"):
+    with pytest.raises(RequestError, match=r"is not a run directory: it has no recipe\.json"):
         read_request(tmp_path)
     with pytest.raises(RequestError, match=r"holds no saved network: it has no network\.json"):
         read_saved_network(tmp_path)
