@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import pickle
 import zipfile
 from collections.abc import Iterable
 
@@ -67,6 +68,9 @@ def damage(error: BaseException) -> str:
         return "it is cut off" if error.pos >= len(error.doc.rstrip()) else f"not JSON: {error}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's message advises to read the file unsafely.
+        return "it holds more than tensors and plain values, and was not loaded"
     return first_line(error)
 
 

@@ -202,8 +202,9 @@ def least_level(
     most = ratio(units_at(float(levels[-1])))
     if most < macs_ratio:
         raise ValueError(
-            f"macs_ratio {macs_ratio:g} cannot be met: with the fewest units that are allowed the "
-            f"network has {most:.2f} times fewer MACs"
+            f"macs_ratio {macs_ratio:g} cannot be met: with a threshold at the largest "
+            f"signal-to-noise ratio, {float(levels[-1]):.4g}, the network has {most:.2f} times "
+            "fewer MACs"
         )
     low, high = 0, len(levels) - 1  # the answer is at most at high
     while low < high:

@@ -389,7 +389,8 @@ class SBPRecipe(_RisingKL, GatedRecipe):
     cut_every: _Count = _setting(
         0,
         "Epochs with noise after which units under half of the threshold are removed from the "
-        "network, which makes later epochs faster; 0 removes units at the end only.",
+        "network, which makes later epochs faster; 0 removes units at the end only. `pyro-sbp "
+        "prune` cannot keep what was removed on the way.",
     )
 
     @model_validator(mode="after")
