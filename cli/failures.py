@@ -70,10 +70,8 @@ class CommandGroup(click.Group):
             raise
         except click.UsageError as error:
             raise _Refusal(_usage(error)) from error
-        except (
-            click.ClickException,
-            BrokenPipeError,
-        ):  # click ends without a message if the pipe is closed
+        # click ends without a message if the pipe is closed.
+        except (click.ClickException, BrokenPipeError):
             raise
         except RequestError as error:
             raise _Refusal(str(error), debug=DEBUG in ctx.meta) from error

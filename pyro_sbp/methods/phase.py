@@ -61,8 +61,8 @@ class Phase(ABC):
         folds: with noise, the mean of the noise is folded into the network when the phase ends, and
             batch norms of the network may then be recalibrated.
         decays: learning rates follow the recipe's schedule; otherwise they are constant.
-        schedule: where the phase lies in the schedule, in epochs: the epochs before it, and all
-            that the schedule spans; by default the phase itself.
+        schedule_span: the epochs of the schedule before the phase, and the epochs of the whole
+            schedule; by default the schedule is over the phase itself.
         weights_file: the file of the run directory that the network's weights are written to when
             the phase ends; none if it is empty.
         net_prefix: what stands before the names of the network's tensors in the module's state.
@@ -81,7 +81,7 @@ class Phase(ABC):
 
     def __init__(self, name: str, epochs: int, module: nn.Module) -> None:
         self.name, self.epochs, self.module = name, epochs, module
-        self.schedule: tuple[int, int] | None = None
+        self.schedule_span: tuple[int, int] | None = None
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ class SBP(GatedMethod[SBPRecipe]):
             yield from rising_kl(phase, recipe.kl_free_epochs, recipe.kl_rising_epochs)
             return
         index = self._turns.index(phase.turn)
-        phase.schedule = index * cut_every, self._full_epochs
+        phase.schedule_span = index * cut_every, self._full_epochs
         if index:
             yield phase
         else:

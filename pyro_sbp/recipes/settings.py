@@ -264,9 +264,11 @@ class Recipe:
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
         if self.momentum != 0.9 and self.optimizer != "sgd":
-            raise ValueError(f"momentum is of the optimizer sgd; it is {self.optimizer}")
+            raise ValueError(f"momentum applies to sgd only; optimizer is {self.optimizer}")
         if self.decay != 0.5 and self.schedule != "linear":
-            raise ValueError(f"decay is of the schedule linear; it is {self.schedule}")
+            raise ValueError(
+                f"decay applies to the linear schedule only; schedule is {self.schedule}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -121,7 +121,10 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
 
 
 def _with_weights(net: nn.Module, path: Path) -> nn.Module:
-    """The network with weights of its own from a file, or of a run, whose attention is separate."""
+    """The network with the weights of a file.
+
+    They are those of the network as it is built, or with its attention separated, as in a run.
+    """
     if not has_attention(net):
         load_weights(net, path)
         return net

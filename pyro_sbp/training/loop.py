@@ -238,7 +238,7 @@ class Loop:
     def _optimization(self, phase: Phase) -> Optimization:
         """The optimizers and learning rates of a phase at its first step."""
         steps = len(self._batches(torch.arange(len(self.data.train))))
-        before, epochs = phase.schedule or (0, phase.epochs)
+        before, epochs = phase.schedule_span or (0, phase.epochs)
         optimization = Optimization(phase.groups(), self.recipe, epochs * steps, phase.decays)
         optimization.skip(before * steps)
         return optimization

@@ -45,7 +45,7 @@ def test_the_epochs_are_divided_and_share_one_schedule(settings, epochs, schedul
         phases.append(phase)
         phase.finish()
     assert [phase.epochs for phase in phases] == epochs
-    assert [phase.schedule if phase.decays else None for phase in phases] == schedules
+    assert [phase.schedule_span if phase.decays else None for phase in phases] == schedules
     assert len({phase.name for phase in phases}) == len(phases)
     # Batch norms are recalibrated when the noise is folded in, after the last cut.
     assert [phase.folds for phase in phases if phase.ends][-1]

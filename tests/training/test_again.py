@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from tiny_network import Net, labelled_images
 
-from pyro_sbp.datasets.loading import ImageData
-from pyro_sbp.datasets.splits import Split
 from pyro_sbp.deployment.saving import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.macs import count_macs
@@ -18,21 +17,12 @@ RECIPE = SBPRecipe(
     dense_epochs=20, epochs=6, finetune_epochs=1, batch_size=20, learning_rate=0.01,
     noise_learning_rate=0.1, init_log_scale=-1.0, threshold=1.1,
 )  # fmt: skip
-REQUEST = Request("test_again:Net", "digits", RECIPE)
-
-
-class Net(torch.nn.Sequential):
-    def __init__(self, num_classes):
-        layers = torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, num_classes)
-        super().__init__(torch.nn.Flatten(), *layers)
+REQUEST = Request("tiny_network:Net", "digits", RECIPE)
 
 
 @pytest.fixture(scope="module")
 def data():
-    torch.manual_seed(0)
-    images = torch.randint(256, (100, 1, 4, 4), dtype=torch.uint8)
-    split = Split(images, (images[:, 0, 0, 0] > 127).long())
-    return ImageData(split, split, ("a", "b"))
+    return labelled_images()
 
 
 @pytest.fixture(scope="module")

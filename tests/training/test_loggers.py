@@ -4,11 +4,9 @@ import csv
 import json
 
 import pytest
-import torch
 from lightning_fabric.loggers import CSVLogger, Logger
+from tiny_network import labelled_images
 
-from pyro_sbp.datasets.loading import ImageData
-from pyro_sbp.datasets.splits import Split
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
@@ -21,22 +19,13 @@ RECIPE = SBPRecipe(
     dense_epochs=1, epochs=2, finetune_epochs=1, batch_size=20, holdout=20,
     noise_learning_rate=0.3, init_log_scale=-1.0, kl_scale={"1": 2.0},
 )  # fmt: skip
-REQUEST = Request("test_loggers:Net", "digits", RECIPE)
+REQUEST = Request("tiny_network:Net", "digits", RECIPE)
 EPOCHS = [1, 2, 3, 4]
-
-
-class Net(torch.nn.Sequential):
-    def __init__(self, num_classes):
-        layers = torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, num_classes)
-        super().__init__(torch.nn.Flatten(), *layers)
 
 
 @pytest.fixture(scope="module")
 def data():
-    torch.manual_seed(0)
-    images = torch.randint(256, (100, 1, 4, 4), dtype=torch.uint8)
-    split = Split(images, (images[:, 0, 0, 0] > 127).long())
-    return ImageData(split, split, ("a", "b"))
+    return labelled_images()
 
 
 class Remembered(Logger):

@@ -208,8 +208,11 @@ def test_the_average_of_a_short_phase_is_not_its_first_weights():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"momentum": 0.8}, "momentum is of the optimizer sgd; it is adam"),
-        ({"decay": 0.1, "schedule": "cosine"}, "decay is of the schedule linear; it is cosine"),
+        ({"momentum": 0.8}, "momentum applies to sgd only; optimizer is adam"),
+        (
+            {"decay": 0.1, "schedule": "cosine"},
+            "decay applies to the linear schedule only; schedule is cosine",
+        ),
         ({"epochs": 5, "cut_every": 5}, "cut_every is 5; expected less than the epochs .*, 5, or"),
         ({"warmup": 1.0}, "warmup is 1.0; expected a number < 1"),
     ],

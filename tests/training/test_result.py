@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
+from tiny_network import Net, labelled_images
 
-from pyro_sbp.datasets.loading import ImageData
-from pyro_sbp.datasets.splits import Split
 from pyro_sbp.deployment.saving import load, save
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import RECIPE_CLASSES
@@ -14,23 +13,14 @@ from pyro_sbp.training.result import _file_size
 from pyro_sbp.training.train import train
 
 
-class Net(torch.nn.Sequential):
-    def __init__(self, num_classes):
-        layers = torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, num_classes)
-        super().__init__(torch.nn.Flatten(), *layers)
-
-
 @pytest.mark.parametrize("method", RECIPE_CLASSES)
 def test_the_summary_is_that_of_the_files(method, tmp_path):
-    torch.manual_seed(0)
-    images = torch.randint(256, (100, 1, 4, 4), dtype=torch.uint8)
-    split = Split(images, (images[:, 0, 0, 0] > 127).long())
-    data = ImageData(split, split, ("a", "b"))
+    data = labelled_images()
     recipe = RECIPE_CLASSES[method](
         dense_epochs=1, epochs=2, finetune_epochs=1, batch_size=20, noise_learning_rate=0.3,
         init_log_scale=-1.0, holdout=20, standardize=True,
     )  # fmt: skip
-    request = Request("test_result:Net", "digits", recipe)
+    request = Request("tiny_network:Net", "digits", recipe)
     summary = train(request, data, tmp_path / "run")
 
     saved = tmp_path / "run" / "pruned"
@@ -51,7 +41,7 @@ def test_the_summary_is_that_of_the_files(method, tmp_path):
     ]
     standardize = json.loads((saved / "network.json").read_text())["standardize"]
     assert standardize == summary.standardize
-    x, y = split.batch(slice(None))
+    x, y = data.test.batch(slice(None))
     x = (x - standardize["mean"][0]) / standardize["std"][0]
     error = 100 * float((net(x).argmax(1) != y).float().mean())
     assert summary.error.last == pytest.approx(error, abs=1e-4)
