@@ -11,8 +11,11 @@ with noise and in fine-tuning together. On the way, over the first half of these
 steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
 ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
 the last step, and fall over the recipe's last share of what is left after it; each phase has an
-Adam of its own. It is the recipe's `learning_rate` throughout, and the labels are those of the
-data, without soft ones.
+optimizer of its own. The learning rate is the recipe's `learning_rate`, or after the dense phase
+`--learning-rate`, and the labels are those of the data, without soft ones.
+
+With `--weights` the dense network is read from a file, and there is no dense phase. A record of a
+run that started from weights needs it: the file that the run started from.
 
 Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
 the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
@@ -43,7 +46,14 @@ from pyro_sbp.datasets.loading import ImageData, load_dataset
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.extra import check_installed
-from pyro_sbp.experiments.record import RESULTS, file_name, without_path
+from pyro_sbp.experiments.record import (
+    RESULTS,
+    command,
+    file_name,
+    made_by,
+    short_path,
+    without_path,
+)
 from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.experiments.torch_pruning import IMPORTANCES, prune_to, widths
 from pyro_sbp.gates.probing import find_gates
@@ -51,10 +61,10 @@ from pyro_sbp.methods import Phase
 from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.request import Request
+from pyro_sbp.recipes.request import PRECISIONS, Request
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.job import build_network, machine, prepare_data, versions
+from pyro_sbp.training.job import build_network, machine, prepare_data, versions, with_weights
 from pyro_sbp.training.loop import Loop, Progress
 
 __all__ = ["STEPS", "baseline"]
@@ -85,8 +95,11 @@ class _TorchPruning:
         ratio: float,
         importance: str,
         steps: int,
+        learning_rate: float | None,
     ) -> None:
-        self.small, self.data, self.recipe = net, data, request.recipe
+        self.learning_rate = learning_rate
+        self.net = self.small = net
+        self.data, self.recipe = data, request.recipe
         self.ratio, self.importance, self.steps = ratio, IMPORTANCES[importance](), steps
         self.example, _ = data.test.batch(slice(0, 2))
         self.macs, self.parameters = count_macs(net, self.example[:1]), count_parameters(net)
@@ -99,14 +112,16 @@ class _TorchPruning:
         most = max(1, self.epochs // 2)
         if not 1 <= steps <= most:
             raise RequestError(f"steps is {steps}; expected 1 to {most}, half of the epochs")
-        if not self.recipe.dense_epochs:
+        if not self.recipe.dense_epochs and request.weights is None:
             raise RequestError(
                 f"the recipe {self.recipe.name!r} has no dense epochs, and so no network to prune"
             )
 
     def phases(self) -> Iterator[Phase]:
         """The phases in order; each is made when it begins, from what the earlier ones left."""
-        yield self._plain("dense", self.recipe.dense_epochs)
+        if self.recipe.dense_epochs:
+            rate = self.recipe.learning_rate
+            yield self._plain("dense", self.recipe.dense_epochs).changed(learning_rate=rate)
         begins = [step * (self.epochs // 2) // self.steps for step in range(self.steps)]
         for step, (begin, end) in enumerate(pairwise(begins), 1):
             self._prune(step)
@@ -116,7 +131,8 @@ class _TorchPruning:
         yield self._plain("finetuned", self.epochs - begins[-1])
 
     def _plain(self, name: str, epochs: int) -> Phase:
-        return PlainPhase(name, epochs, self.small, self.recipe, widths(self.small))
+        rate, units = self.learning_rate, widths(self.small)
+        return PlainPhase(name, epochs, self.small, self.recipe, units, learning_rate=rate)
 
     def posteriors(self) -> dict[str, Any]:
         """There is no noise."""
@@ -148,24 +164,26 @@ def baseline(
     importance: str,
     steps: int = STEPS,
     watch: Callable[[Progress], None] = lambda progress: None,
+    learning_rate: float | None = None,
 ) -> dict[str, Any]:
     """Train, prune and fine-tune a network by Torch-Pruning.
 
     Args:
-        request: network, recipe, seed and device; its method does not matter.
+        request: network, recipe, seed, weights and device; its method does not matter.
         data: as `load_dataset` gives it for the network.
         ratio: how many times fewer MACs at least.
         importance: a name of `IMPORTANCES`.
         steps: in how many steps it is pruned.
         watch: told of the progress.
+        learning_rate: after the dense phase; by default the recipe's.
 
     Returns:
         Its record, without the command. Errors are in percent, of the test set; `error.pruned` is
         that of the network as the last step left it, before it was trained any more.
 
     Raises:
-        RequestError: the recipe has no dense epochs, or too few others for the steps, or the
-            network cannot be built.
+        RequestError: there are neither weights nor dense epochs, or too few others for the steps,
+            or the network cannot be built.
         ValueError: the ratio is under 1, or one unit a layer has more MACs.
     """
     if not 1 <= ratio < float("inf"):
@@ -173,7 +191,12 @@ def baseline(
     fabric = launch(request.device, request.devices, request.precision)
     data = prepare_data(request, data, fabric.device)
     net, _ = build_network(request, data)
-    method: Any = _TorchPruning(net.to(fabric.device), data, request, ratio, importance, steps)
+    if request.weights is not None:
+        net = with_weights(net, Path(request.weights))
+    net = net.to(fabric.device)
+    if request.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    method: Any = _TorchPruning(net, data, request, ratio, importance, steps, learning_rate)
     with tempfile.TemporaryDirectory() as directory:  # of checkpoints that nobody goes on from
         loop = Loop(request, method, data, Path(directory), fabric, watch)
         loop.go()
@@ -189,6 +212,7 @@ def baseline(
         "of": recipe.name,
         "settings": asdict(recipe),
         "steps": steps,
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
         "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
         "device": request.device,
         "train_seconds": round(loop.seconds, 1),
@@ -229,17 +253,26 @@ def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]
         given = getattr(options, key)
         if given is not None and given != value:
             raise RequestError(f"--{key} is {given}, but {path} is of {key} {value}; leave it out")
+    if "started_from" in found and options.weights is None:
+        raise RequestError(
+            f"the run of {path} started from weights; give them by --weights. They were made by: "
+            f"{found['started_from']}"
+        )
     return _request(named, options), ratio
 
 
 def _request(named: dict[str, Any], options: argparse.Namespace) -> Request:
-    recipe = named.pop("recipe")
-    if recipe not in RECIPES:
-        raise RequestError(f"unknown recipe {recipe!r}; expected {', '.join(RECIPES)}")
+    name = named.pop("recipe")
+    if name not in RECIPES:
+        raise RequestError(f"unknown recipe {name!r}; expected {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
     return Request(
-        recipe=RECIPES[recipe],
+        recipe=recipe if options.weights is None else recipe.replace(dense_epochs=0),
         device=options.device,
         data_dir=str(options.data_dir),
+        weights=options.weights,
+        precision=options.precision,
+        channels_last=options.channels_last,
         **named,
     )
 
@@ -276,9 +309,22 @@ def _run(target: str, options: argparse.Namespace) -> Path:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"cannot write to {options.output_dir}: {error.strerror}") from error
+    if options.learning_rate is not None:
+        words.insert(1, f"--learning-rate {options.learning_rate:g}")
+    start = {}
+    if request.weights is not None:
+        start["started_from"] = command(made_by(Path(request.weights)))
+        words.insert(1, f"--weights {short_path(request.weights)}")
+    if request.precision != "32-true":
+        words.insert(1, f"--precision {request.precision}")
+    if request.channels_last:
+        words.insert(1, "--channels-last")
     size = find_architecture(request.arch).image_size
     data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
-    entry = baseline(request, data, ratio, options.importance, options.steps, _tell)
+    entry = baseline(
+        request, data, ratio, options.importance, options.steps, _tell, options.learning_rate
+    )
+    entry |= start
     entry["command"] = f"python -m pyro_sbp.experiments.baselines {' '.join(words)}"
     name = file_name(
         *(request.arch, request.dataset, "baseline", options.importance),
@@ -310,7 +356,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dataset")
     parser.add_argument("--recipe")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--weights", help="a file of weights in place of the dense phase")
+    parser.add_argument("--learning-rate", type=float, help="after the dense phase")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

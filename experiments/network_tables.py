@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
 from pyro_sbp.reports.published import published
 
-__all__ = ["baselines", "commands", "dataset_of", "headline", "named", "network"]
+__all__ = [
+    "baselines",
+    "calibration",
+    "commands",
+    "dataset_of",
+    "headline",
+    "named",
+    "network",
+    "speed",
+]
 
 
 #: The data sets of networks that are none of `ARCHITECTURES`.
 _DATASETS = {"pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg"}
+#: Folders that hold the images of a data set without loss: published results are those of the set.
+_LOSSLESS = {"folder:cifar10-png": "cifar10"}
 
 
 def dataset_of(arch: str) -> str:
@@ -38,7 +51,7 @@ def network(records: Sequence[Record], arch: str, dataset: str | None = None) ->
     """The papers' rows of a network and ours, which are bold, by MACs ratio."""
     dataset = dataset or dataset_of(arch)
     lines = []
-    for paper in published(arch, dataset):
+    for paper in published(arch, _LOSSLESS.get(dataset, dataset)):
         source, _, words = paper.source.partition(": ")
         name = f"{paper.method}, {source.partition(', ')[0]}"
         cells = (name, "-", _percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
@@ -113,6 +126,68 @@ def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
             dense = _percent(row.dense)
             cells.append((name, row.seeds, dense, row.error_in_words, row.units, ratio))
     head = ("method", "seeds", "dense error, %", "test error, %", "units", "MACs")
+    return markdown(head, cells)
+
+
+def calibration(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
+    """Error, negative log-likelihood and expected calibration error, before and after pruning.
+
+    Raises:
+        RequestError: no record has them.
+    """
+    dataset = dataset or dataset_of(arch)
+    cells = []
+    for row in of_network(records, arch, dataset):
+        if not all(record.content.get("calibration") for record in row.records):
+            continue
+        last = "finetuned" if row.first.content["error"]["finetuned"] is not None else "pruned"
+        measured = []
+        for name, digits in (("nll", 3), ("ece", 2)):
+            for of in ("dense", last):
+                values = [r.content["calibration"]["test"][of][name] for r in row.records]
+                measured.append(f"{statistics.median(values):.{digits}f}")
+        cells.append((row.name, row.seeds, f"{row.macs_ratio:.2f}x", *measured))
+    if not cells:
+        raise RequestError(f"no record of {arch} on {dataset} has its calibration")
+    head = (
+        "method",
+        "seeds",
+        "MACs",
+        "NLL, dense",
+        "NLL, pruned",
+        "ECE, dense, %",
+        "ECE, pruned, %",
+    )
+    return markdown(head, cells)
+
+
+def speed(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
+    """Measured speed-ups beside MACs ratios, by batch size and runtime, for one thread.
+
+    Raises:
+        RequestError: no record has latencies.
+    """
+    dataset = dataset or dataset_of(arch)
+    cells = []
+    for row in of_network(records, arch, dataset):
+        for record in row.records:
+            by_batch: dict[int, dict[str, Any]] = {}
+            for latency in record.content.get("latencies", ()):
+                if latency["threads"] == 1 and latency["device"].startswith("cpu"):
+                    by_batch.setdefault(latency["batch_size"], {})[latency["runtime"]] = latency
+            for batch, found in by_batch.items():
+                measured = [
+                    f"{found[r]['dense_ms']:.2f} to {found[r]['pruned_ms']:.2f} ms, "
+                    f"{found[r]['speedup']:.2f}x"
+                    if r in found
+                    else "-"
+                    for r in ("eager", "compile", "onnxruntime")
+                ]
+                name = f"{row.name}, seed {record.seed}"
+                cells.append((name, f"{record.macs_ratio:.2f}x", str(batch), *measured))
+    if not cells:
+        raise RequestError(f"no record of {arch} on {dataset} has latencies")
+    head = ("method", "MACs", "batch size", "eager", "compiled", "ONNX Runtime")
     return markdown(head, cells)
 
 

@@ -7,14 +7,23 @@ import json
 import re
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
 
-__all__ = ["RESULTS", "file_name", "phases", "record", "thresholds", "without_path"]
+__all__ = [
+    "RESULTS",
+    "command",
+    "file_name",
+    "made_by",
+    "phases",
+    "record",
+    "short_path",
+    "thresholds",
+    "without_path",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,43 +48,92 @@ def without_path(dataset: str) -> str:
     return f"{kind}:{Path(path).name}" if colon else dataset
 
 
+def short_path(weights: str) -> str:
+    """A file of weights as a record names it: its run directory's name and its own."""
+    return "/".join(Path(weights).parts[-2:])
+
+
 def record(run: Path) -> dict[str, Any]:
     """The record of a run: its summary, and what it takes to repeat it.
 
+    For a run that started from the weights of another run, ``started_from`` is the command of that
+    run. ``latencies`` are those that `pyro-sbp bench` measured, if it did.
+
     Raises:
-        ValueError: the run was made with a recipe that has no name here, or from weights of its
-            own.
+        ValueError: the run was made with a recipe that has no name here, or it started from weights
+            that lie in no run directory.
     """
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     request = Request.from_dict(asked)
-    dataset = without_path(request.dataset)
-    command = f"pyro-sbp train --arch {request.arch} --dataset {dataset}"
-    if request.method != "sbp":
-        command += f" --method {request.method}"
-    named = RECIPES.get(request.recipe.name)
-    if named is None or request != replace(request, recipe=named):
-        raise ValueError(f"{run} used a recipe that is not in pyro_sbp.recipes")
+    start = {}
     if request.weights is not None:
-        raise ValueError(f"{run} began with {request.weights}, which a record cannot tell")
-    command += f" --recipe {named.name}"
-    if request.device != "cpu":
-        command += f" --device {request.device}"
-    if request.devices != 1:
-        command += f" --devices {request.devices}"
-    if request.precision != "32-true":
-        command += f" --precision {request.precision}"
-    command += " --channels-last" * request.channels_last
+        start["started_from"] = command(made_by(Path(request.weights)))
     return {
         **summary,
-        "dataset": dataset,
+        "dataset": without_path(request.dataset),
         "recipe": request.recipe.name,
         "settings": asked["recipe"],
         "phases": phases(run),
-        "command": f"{command} --seed {request.seed}",
+        "command": command(request),
+        **start,
         "versions": asked["versions"],
         "machine": asked["machine"],
+        **_latencies(run),
     }
+
+
+def _latencies(run: Path) -> dict[str, Any]:
+    """What `pyro-sbp bench` wrote into the run directory."""
+    path = run / "bench.json"
+    return {"latencies": json.loads(path.read_text("utf-8"))} if path.exists() else {}
+
+
+def made_by(weights: Path) -> Request:
+    """The request of the run that wrote a file of weights.
+
+    Raises:
+        ValueError: the file does not lie in a run directory.
+    """
+    try:
+        return Request.from_dict(json.loads((weights.parent / "recipe.json").read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the run started from {weights}, which does not lie in a run directory; a record has "
+            "to say how its weights were made"
+        ) from error
+
+
+def command(request: Request) -> str:
+    """The command that repeats a request.
+
+    Raises:
+        ValueError: its recipe has no name here.
+    """
+    named = RECIPES.get(request.recipe.name)
+    if named is not None and request.weights is not None:
+        named = named.replace(dense_epochs=0)  # the weights take the place of the dense phase
+    if request.recipe != named:
+        raise ValueError(f"the recipe {request.recipe.name!r} is not that of pyro_sbp.recipes")
+    words = [
+        "pyro-sbp train",
+        f"--arch {request.arch}",
+        f"--dataset {without_path(request.dataset)}",
+    ]
+    if request.method != "sbp":
+        words.append(f"--method {request.method}")
+    words.append(f"--recipe {named.name}")
+    if request.weights is not None:
+        words.append(f"--weights {short_path(request.weights)}")
+    if request.device != "cpu":
+        words.append(f"--device {request.device}")
+    if request.devices != 1:
+        words.append(f"--devices {request.devices}")
+    if request.precision != "32-true":
+        words.append(f"--precision {request.precision}")
+    if request.channels_last:
+        words.append("--channels-last")
+    return " ".join([*words, f"--seed {request.seed}"])
 
 
 def thresholds(run: Path) -> list[dict[str, Any]]:

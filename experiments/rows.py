@@ -34,6 +34,8 @@ TITLES = {
     "lenet5": "LeNet-5",
     "lenet-300-100": "LeNet-300-100",
     "vgg-like": "VGG-like",
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
     "pyro_sbp.experiments.narrow:vgg_like": "VGG-like, a quarter as wide",
     "pyro_sbp.experiments.dropout:lenet_300_100": "LeNet-300-100 with dropout",
     "pyro_sbp.experiments.dropout:lenet5_32": "LeNet-5 for 32x32 images",
@@ -41,7 +43,12 @@ TITLES = {
 }
 #: The seed in a command, or in the name of a record that a command has.
 _SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
-_DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "folder:cifar10-jpeg": "CIFAR-10 (JPEG)"}
+_DATASETS = {
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "folder:cifar10-png": "CIFAR-10",
+    "folder:cifar10-jpeg": "CIFAR-10 (JPEG)",
+}
 #: The methods' names in words.
 METHODS = {"sbp": "SBP", "rbp": "RBP", "sparse-vd": "SparseVD"}
 
@@ -142,6 +149,8 @@ def read_records(directory: Path) -> list[Record]:
         now = RECIPES.get(record.recipe)
         method = record.method if now is None else now.method
         made = present_recipe(record.settings, method)
+        if now is not None and "started_from" in record.content:
+            made["dense_epochs"] = now.dense_epochs
         if now is None or type(now).from_dict(made, str(path)) != now:
             raise RequestError(
                 f"{path} was made by a recipe {record.recipe!r} of other settings than it has "

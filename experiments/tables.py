@@ -31,6 +31,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "network": network_tables.network,
     "headline": network_tables.headline,
     "baselines": network_tables.baselines,
+    "calibration": network_tables.calibration,
+    "speed": network_tables.speed,
     "commands": network_tables.commands,
     "compare": method_tables.compare,
     "recursion": method_tables.recursion,

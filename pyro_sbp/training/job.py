@@ -28,7 +28,7 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.devices import dtype_of
 
-__all__ = ["build_network", "machine", "prepare_data", "versions"]
+__all__ = ["build_network", "machine", "prepare_data", "versions", "with_weights"]
 
 
 def versions() -> dict[str, str]:
@@ -99,7 +99,7 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
     example, _ = data.test.batch(slice(0, 8))
     # A checkpoint has taken over what it was started from.
     if request.weights is not None and not (directory / "checkpoint.pt").exists():
-        dense = _with_weights(dense, Path(request.weights))
+        dense = with_weights(dense, Path(request.weights))
     if has_attention(dense):
         dense = separate_attention(dense)
     dtype = dtype_of(request.precision)
@@ -120,10 +120,13 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
     return Job(request, data, example, kwargs, method, macs, parameters)
 
 
-def _with_weights(net: nn.Module, path: Path) -> nn.Module:
+def with_weights(net: nn.Module, path: Path) -> nn.Module:
     """The network with the weights of a file.
 
     They are those of the network as it is built, or with its attention separated, as in a run.
+
+    Raises:
+        RequestError: the file cannot be read, or is of another network.
     """
     if not has_attention(net):
         load_weights(net, path)

@@ -1,5 +1,6 @@
 """Baselines of Torch-Pruning: the MACs asked for, the same training, and a record."""
 
+import dataclasses
 import json
 
 import pytest
@@ -116,7 +117,7 @@ def test_the_record_of_a_baseline(done):
 def test_it_is_pruned_in_equal_shares_and_learning_rates_fall_after_the_last(data):
     asked = request(dense_epochs=1, epochs=9, finetune_epochs=2)
     net = LeNet300_100()
-    method = baselines._TorchPruning(net, data, asked, 8.0, "magnitude", 3)
+    method = baselines._TorchPruning(net, data, asked, 8.0, "magnitude", 3, None)
     ratios, phases = [], []
     for phase in method.phases():
         ratios.append(method.macs / count_macs(method.small, method.example[:1]))
@@ -135,6 +136,22 @@ def test_a_baseline_is_of_its_seed_and_begins_as_the_run_does(done, data, tmp_pa
     assert timeless[0] == timeless[1]
     run = train(request(epochs=1, finetune_epochs=0), data, tmp_path / "run").to_dict()
     assert run["error"]["dense"] == entry["error"]["dense"]
+
+
+def test_a_baseline_starts_from_the_weights_of_a_run(data, tmp_path, capsys):
+    run = tmp_path / "dense-run"
+    ours = train(request(epochs=1, finetune_epochs=0), data, run).to_dict()
+    asked = dataclasses.replace(request(dense_epochs=0), weights=str(run / "dense.pt"))
+    entry = baseline(asked, data, 4.0, "magnitude", 1, learning_rate=1e-3)
+    assert entry["error"]["dense"] == ours["error"]["dense"]
+    assert entry["learning_rate"] == 1e-3 and entry["epochs"] == {"dense": 0, "finetuned": 4}
+    record = tmp_path / "ours.json"
+    named = {"arch": "lenet-300-100", "dataset": "digits", "method": "sbp", "seed": 1}
+    content = {**named, "recipe": "digits", "macs": {"ratio": 5.0}, "started_from": "a command"}
+    record.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main([str(record), "--importance", "random", "--steps", "1"])
+    assert "give them by --weights. They were made by: a command" in capsys.readouterr().err
 
 
 def test_what_cannot_be_done_is_refused(data):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments import network_tables
 from pyro_sbp.experiments.rows import Record, read_records, rows
 from pyro_sbp.experiments.tables import main, rebuilt
 from pyro_sbp.recipes.named import RECIPES
@@ -324,3 +325,33 @@ def test_the_picture_has_papers_medians_spreads_and_baselines():
     assert shown == {"published", "pyro-sbp", "before pruning", "baselines"}
     assert {"taylor", "lenet5", "BC-GHS"} <= {text.get_text() for text in second.texts}
     assert first.get_xlim()[1] > 30.6
+
+
+def test_calibration_and_speed_stand_beside_macs():
+    def measured(nll, ece):
+        return {"nll": nll, "ece": ece}
+
+    calibration = {"test": {"dense": measured(0.2, 1.5), "pruned": measured(0.25, 2.5)}}
+    latency = {"device": "cpu: a machine", "threads": 1, "dense_ms": 8.0, "pruned_ms": 4.0}
+    latency |= {"speedup": 2.0}
+    latencies = [
+        {**latency, "batch_size": 1, "runtime": "eager"},
+        {**latency, "batch_size": 1, "runtime": "compile", "speedup": 3.0},
+        {**latency, "batch_size": 128, "runtime": "eager"},
+        {**latency, "batch_size": 128, "runtime": "eager", "threads": 2},
+    ]
+    found = [
+        Record.of(made_up(0, 0.7, calibration=calibration, latencies=latencies)),
+        Record.of(made_up(0, 0.7, "lenet5-small")),
+    ]
+    lines = network_tables.calibration(found, "lenet5").split("\n")
+    assert lines[2:] == ["| SBP, `lenet5` | 0 | 10.00x | 0.200 | 0.250 | 1.50 | 2.50 |"]
+    lines = network_tables.speed(found, "lenet5").split("\n")
+    assert lines[2:] == [
+        "| SBP, `lenet5`, seed 0 | 10.00x | 1 | 8.00 to 4.00 ms, 2.00x "
+        "| 8.00 to 4.00 ms, 3.00x | - |",
+        "| SBP, `lenet5`, seed 0 | 10.00x | 128 | 8.00 to 4.00 ms, 2.00x | - | - |",
+    ]
+    for table in (network_tables.calibration, network_tables.speed):
+        with pytest.raises(RequestError, match="no record of lenet5 on mnist has"):
+            table(found[1:], "lenet5")
