@@ -343,7 +343,8 @@ def _title(request: Request, resumed: bool) -> str:
     """One line that says what is trained."""
     return (
         f"{'resuming' if resumed else 'training'} {request.arch} on {request.dataset}: "
-        f"method {request.method}, recipe {request.recipe.name}, seed {request.seed}"
+        f"method {request.method}, recipe {request.recipe.name}, seed {request.seed}, "
+        f"precision {request.precision}"
     )
 
 

@@ -251,7 +251,7 @@ def test_a_run_of_few_steps_says_so(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     # 1,400 images in batches of 64.
     assert "Each gate had noise for 44 steps, but noise needs a few thousand" in result.stdout
-    title = "training lenet-300-100 on digits: method sbp, recipe short, seed 0"
+    title = "training lenet-300-100 on digits: method sbp, recipe short, seed 0, precision 32-true"
     assert result.stderr.splitlines()[0] == title
     assert "had noise" not in common.little_removed(5000)
 
