@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyro_sbp.models.sparse_model import SparseModel
     from pyro_sbp.pruning.costs import UnitCosts
     from pyro_sbp.pruning.macs import count_macs
+    from pyro_sbp.pruning.pruner import Pruner
     from pyro_sbp.pruning.pruning import prune
     from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
     from pyro_sbp.pruning.sparsity import prune_weights
@@ -34,6 +35,7 @@ __all__ = [
     "Gate",
     "GatedModel",
     "GatedNetwork",
+    "Pruner",
     "SparseModel",
     "TruncatedLogNormalGuide",
     "UnitCosts",
@@ -72,6 +74,7 @@ _find, _names, _ = lazy_loader.attach(
         "models.sparse_model": ["SparseModel"],
         "pruning.costs": ["UnitCosts"],
         "pruning.macs": ["count_macs"],
+        "pruning.pruner": ["Pruner"],
         "pruning.pruning": ["prune"],
         "pruning.recalibration": ["recalibrate_batch_norm"],
         "pruning.sparsity": ["prune_weights"],

@@ -29,6 +29,7 @@ __all__ = [
     "evaluating",
     "factors",
     "fold",
+    "gating",
     "repeatable",
     "tensors_of",
 ]
@@ -222,6 +223,16 @@ class _Gating(TorchFunctionMode):
         return func(x, **given) if args else func(**{**given, "input": x})
 
 
+def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> TorchFunctionMode:
+    """A context in which the units of a network are multiplied by theta whenever it is called.
+
+    Args:
+        net, gates: as for `GatedNetwork`.
+        theta: from gate name to ``[units]`` or ``[batch, units]``.
+    """
+    return _Gating(net, _column_scales(gates, theta))
+
+
 def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
     dim = channel_dim(layer, x)
     shape = [1] * x.ndim
@@ -269,7 +280,7 @@ class GatedNetwork(nn.Module):
         draws = {value.shape[:-2] for value in theta.values()}
         if any(draws):
             return self._each(x, theta, draws)
-        with _Gating(self.net, _column_scales(self.gates, theta)):
+        with gating(self.net, self.gates, theta):
             return call(self.net, x)
 
     def _each(self, x: Any, theta: Mapping[str, Tensor], draws: set[torch.Size]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Structured Bayesian pruning inside the training loops of other libraries."""

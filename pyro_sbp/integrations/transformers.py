@@ -1,0 +1,95 @@
+"""Structured Bayesian pruning in the `Trainer` of Hugging Face transformers.
+
+Needs the package ``transformers``: ``pip install 'pyro-sbp[transformers]'``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from pyro_sbp.pruning.pruner import Pruner
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+__all__ = ["PruneMixin"]
+
+#: The file of a checkpoint that holds the posterior.
+POSTERIOR = "posterior.pt"
+
+
+class PruneMixin(_Base):
+    """Adds noise and the KL divergence to a `Trainer`: ``class PruneTrainer(PruneMixin, Trainer)``.
+
+    `train` has noise on the units of the model; `evaluate` shows what the pruned model would
+    compute. Afterwards ``trainer.pruner.prune()`` returns the smaller model. The posterior is part
+    of the checkpoints.
+
+    Args:
+        args, kwargs: for the `Trainer`.
+        pruner: a `pyro_sbp.Pruner` of its model.
+
+    Raises:
+        ValueError: the pruner is of another model, or one process uses several GPUs.
+    """
+
+    def __init__(self, *args: Any, pruner: Pruner, **kwargs: Any) -> None:
+        self.pruner = pruner
+        super().__init__(*args, **kwargs)
+        if pruner.net is not self.model:
+            raise ValueError("the pruner is of another model than the trainer")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process uses {self.args.n_gpu} GPUs; start one for each of them, by torchrun"
+            )
+        pruner.to(self.args.device)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train with noise, which is removed from the model at the end."""
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(str(self.args.output_dir))
+        if found:
+            state = torch.load(
+                Path(found) / POSTERIOR, weights_only=True, map_location=self.args.device
+            )
+            self.pruner.load_state_dict(state)
+        self.pruner.attach()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.pruner.detach()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of the `Trainer`, which trains the posterior too."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        group = self.pruner.noise_group()
+        known = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        if not known.issuperset(map(id, group["params"])):
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the `Trainer`, and the gradients of the KL divergence.
+
+        The divergence depends on the posterior alone, so its gradients are added on their own. The
+        returned loss contains its value.
+        """
+        loss = super().training_step(*args, **kwargs)
+        kl = self.pruner.kl_loss() / self.current_gradient_accumulation_steps
+        self.accelerator.backward(kl)
+        self.pruner.average_gradients()
+        return loss + kl.detach().to(loss)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, and beside it the posterior."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            target = Path(output_dir or str(self.args.output_dir))
+            torch.save(self.pruner.state_dict(), target / POSTERIOR)

@@ -1,0 +1,255 @@
+"""Noise on the units of a network inside any training loop, and pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_sbp.gates.folding import gating
+from pyro_sbp.gates.nested import map_tensors
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.models.elbo import ClosedFormELBO
+from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.models.gated_model import GatedModel
+from pyro_sbp.models.sites import scales_of
+from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.pruning import prune
+
+__all__ = ["Pruner"]
+
+
+class Pruner:
+    """Structured Bayesian pruning of a network inside a training loop of your own.
+
+    After `attach`, the network has noise on its units whenever it is called in training mode, so a
+    training loop only has to add `kl_loss` to its loss and to optimize `parameters`. In evaluation
+    mode the network computes what the pruned network would compute. `prune` returns the smaller
+    network.
+
+    The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
+    2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
+    them.
+
+    Args:
+        net: the network, which should be trained; its parameters are shared, not copied.
+        example_input: an input of the network, as for `find_gates`.
+        num_data: the number of training examples.
+        input_features, ignore: as for `find_gates`.
+        kl_scale: the weight of the KL divergence of every gate, or of each by name. A larger one
+            removes more units.
+        macs_weight: the weight of the MACs of a unit in its KL divergence, as in
+            `pyro_sbp.pruning.costs.scales_by_cost`.
+        noise_per: "batch" draws the noise once for a minibatch, "example" for every example.
+        noise_learning_rate: the learning rate of the posterior in `parameters`.
+        threshold: the signal-to-noise ratio under which a unit counts as removed in `units` and in
+            evaluation mode.
+        init_log_scale: the initial log scale of the posterior; -5 is a signal-to-noise ratio of
+            247.
+
+    Attributes:
+        net: the network.
+        gates: its gates, with ``gates.left_alone`` for the layers that are not prunable.
+        model, guide: the Pyro model and its posterior, for Pyro's own tools.
+
+    Raises:
+        ValueError: no layer is prunable, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example_input: Any,
+        num_data: int,
+        *,
+        input_features: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+        kl_scale: float | Mapping[str, float] = 1.0,
+        macs_weight: float = 0.0,
+        noise_per: Literal["batch", "example"] = "batch",
+        noise_learning_rate: float = 1e-2,
+        threshold: float = 1.0,
+        init_log_scale: float = -5.0,
+    ) -> None:
+        self.net, self.example_input = net, example_input
+        self.noise_learning_rate, self.threshold = noise_learning_rate, threshold
+        self.gates = find_gates(net, example_input, input_features, ignore=ignore)
+        if not self.gates:
+            reasons = "; ".join(f"{name} {why}" for name, why in self.gates.left_alone.items())
+            raise ValueError(f"no layer of {type(net).__name__} is prunable: {reasons}")
+        scales = scales_of([gate.name for gate in self.gates], kl_scale)
+        if macs_weight:
+            scales = scales_by_cost(scales, UnitCosts(net, self.gates, example_input), macs_weight)
+        self.model = GatedModel(net, self.gates, num_data, noise_per=noise_per, kl_scale=scales)
+        self.guide = TruncatedLogNormalGuide(self.model, init_log_scale=init_log_scale)
+        self.guide.to(next(net.parameters()).device)
+        self._elbo = ClosedFormELBO()
+        self._hooks: list[Any] = []
+        self._contexts: list[AbstractContextManager[None]] = []
+        #: How often the network was called with noise.
+        self.noisy_calls = 0
+
+    def parameters(self, **of_weights: Any) -> list[dict[str, Any]]:
+        """The parameter groups for an optimizer of `torch.optim`: the weights, then the posterior.
+
+        Args:
+            of_weights: options of the group of the weights, such as ``lr`` and ``weight_decay``.
+        """
+        return [{"params": list(self.net.parameters()), **of_weights}, self.noise_group()]
+
+    def noise_group(self) -> dict[str, Any]:
+        """The parameter group of the posterior, which has no weight decay."""
+        return {
+            "params": list(self.guide.parameters()),
+            "lr": self.noise_learning_rate,
+            "weight_decay": 0.0,
+        }
+
+    def loss(self, x: Any, y: Tensor) -> Tensor:
+        """The negative ELBO of a minibatch for classification, in nats per example.
+
+        It is the cross-entropy under noise plus `kl_loss`. Use it in place of your own loss,
+        without `attach`.
+
+        Args:
+            x: the input of the network, with the batch in dimension 0.
+            y: labels ``[batch]``.
+        """
+        with self._frozen():
+            parts = self._elbo.parts(self.model, self.guide, x, y)
+        return parts.loss / self.model.num_data
+
+    def kl_loss(self) -> Tensor:
+        """The weighted KL divergence over the number of training examples: what to add to a mean
+        loss per example. A scalar in nats, with gradients for the posterior only."""
+        model = self.model
+
+        def sites(x: Any) -> None:
+            model.sample_sites(model.prior, x)
+
+        # With noise for every example the divergence is a mean over any examples.
+        return self._elbo.parts(sites, self.guide, self.example_input).kl / model.num_data
+
+    def attach(self) -> Pruner:
+        """Put noise on the units whenever the network is called; returns the pruner itself.
+
+        Raises:
+            RuntimeError: it is attached already, or the network recomputes activations in the
+                backward pass (gradient checkpointing), where the noise would be missing.
+        """
+        if self._hooks:
+            raise RuntimeError("the pruner is attached already")
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.net.modules()):
+            raise RuntimeError(
+                "the network recomputes activations in the backward pass, where the noise is "
+                "missing; turn gradient checkpointing off"
+            )
+        self._hooks = [
+            self.net.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.net.register_forward_hook(self._end, always_call=True),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Remove the noise from the network. Does nothing if the pruner is not attached."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def average_gradients(self) -> None:
+        """Average the gradients of the posterior over the processes of `torch.distributed`.
+
+        Call it before every step of the optimizer in distributed training, where
+        `DistributedDataParallel` averages those of the network alone. Without a process group it
+        does nothing.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for parameter in self.guide.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+    def to(self, device: str | torch.device) -> Pruner:
+        """Move posterior and example input to the device of the network; returns the pruner."""
+        self.guide.to(device)
+        self.example_input = map_tensors(lambda x: x.to(device), self.example_input)
+        return self
+
+    def units(self) -> dict[str, int]:
+        """By gate, the number of units whose signal-to-noise ratio reaches the threshold."""
+        return {name: int((snr >= self.threshold).sum()) for name, snr in self.guide.snr().items()}
+
+    def prune(self, **what: Any) -> nn.Module:
+        """Detach the noise, and return the smaller network; the original is not changed.
+
+        Args:
+            what: what to keep, as for `pyro_sbp.prune`, such as ``macs_ratio=2``; by default the
+                units that reach the threshold.
+
+        Raises:
+            ValueError, EquivalenceError: as `pyro_sbp.prune`.
+        """
+        self.detach()
+        if not {"threshold", "macs_ratio"} & what.keys():
+            what["threshold"] = self.threshold
+        return prune(self.model, self.guide, self.example_input, **what)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the posterior; that of the network is its own."""
+        state: dict[str, Tensor] = self.guide.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned."""
+        self.guide.load_state_dict(state)
+
+    def _theta(self, x: Any) -> dict[str, Tensor]:
+        """The factors of the units: a draw in training mode, else those of the pruned network."""
+        if self.net.training:
+            self.noisy_calls += 1
+            theta: dict[str, Tensor] = self.guide(x)
+            return theta
+        mean, snr = self.guide.mean(), self.guide.snr()
+        # The best unit of every gate stays, as in `prune`.
+        return {
+            name: value * (snr[name] >= snr[name].max().clamp(max=self.threshold))
+            for name, value in mean.items()
+        }
+
+    def _begin(self, net: nn.Module, args: Any, kwargs: Any) -> None:
+        frozen = self._frozen()
+        frozen.__enter__()
+        noise = gating(net, self.gates, self._theta(args or kwargs))
+        noise.__enter__()
+        self._contexts += [frozen, noise]
+
+    def _end(self, net: nn.Module, args: Any, output: Any) -> None:
+        # A call that failed before the noise was drawn has nothing to end.
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
+        self._contexts.clear()
+
+    def _frozen(self) -> AbstractContextManager[None]:
+        """Inside, batch norms use their running statistics.
+
+        With batch statistics, a factor that all units of a layer share would cost no likelihood.
+        """
+        return _in_evaluation(self.net) if self.net.training else nullcontext()
+
+
+@contextmanager
+def _in_evaluation(net: nn.Module) -> Iterator[None]:
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training]
+    for module in norms:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.training = True

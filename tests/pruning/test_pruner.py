@@ -1,0 +1,151 @@
+"""Noise inside a training loop of one's own."""
+
+import copy
+
+import pyro
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pyro_sbp as sbp
+from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.gates.surgery import relative_difference
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6 * 13 * 13, 40), nn.ReLU(), nn.Linear(40, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_dataset("digits", image_size=28)
+    x, y = data.train.batch(slice(0, 512))
+    return x, y
+
+
+def trained(digits, pruner, step, epochs=12):
+    """The mean loss of the first and of the last epoch."""
+    x, y = digits
+    optimizer = torch.optim.Adam(pruner.parameters(lr=3e-3))
+    means = []
+    pruner.net.train()
+    for _ in range(epochs):
+        losses = []
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            loss = step(x[batch], y[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        means.append(sum(losses) / len(losses))
+    return means[0], means[-1]
+
+
+@pytest.mark.parametrize("noise_per", ["batch", "example"])
+def test_both_ways_of_training_have_one_loss(digits, noise_per):
+    x, y = digits[0][:32], digits[1][:32]
+    pruner = sbp.Pruner(network(), x[:4], 512, noise_per=noise_per, init_log_scale=-2.0)
+    pruner.net.train()
+    pyro.set_rng_seed(3)
+    whole = pruner.loss(x, y)
+    pruner.attach()
+    pyro.set_rng_seed(3)
+    parts = F.cross_entropy(pruner.net(x), y) + pruner.kl_loss()
+    assert float(parts.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    for loss in (whole, parts):
+        pruner.guide.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in pruner.guide.parameters()]
+        assert all(g is not None and bool(g.any()) for g in gradients)
+
+
+def test_the_divergence_is_that_of_the_guide_and_its_weights():
+    pruner = sbp.Pruner(network(), torch.rand(4, 1, 28, 28), 512, kl_scale={"0": 3.0})
+    kl = {name: float(value.sum()) for name, value in pruner.guide.kl().items()}
+    weights = {"0": 3.0}
+    expected = sum(weights.get(name, 1.0) * value for name, value in kl.items()) / 512
+    assert float(pruner.kl_loss().detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loop_of_ones_own_prunes_and_evaluation_shows_the_pruned_network(digits):
+    x, y = digits
+    pruner = sbp.Pruner(
+        network(), x[:4], len(x), kl_scale=4.0, noise_learning_rate=8e-2, init_log_scale=-2.0
+    ).attach()
+    statistics = copy.deepcopy(pruner.net[1].state_dict())
+    first, last = trained(
+        digits, pruner, lambda x, y: F.cross_entropy(pruner.net(x), y) + pruner.kl_loss()
+    )
+    assert last < first and pruner.noisy_calls == 12 * 8
+    assert pruner.net[1].training  # as it was
+    for name, value in pruner.net[1].state_dict().items():
+        if "running" in name or "num" in name:
+            assert torch.equal(value, statistics[name])
+    kept, total = pruner.units(), {gate.name: gate.size for gate in pruner.gates}
+    assert 0 < sum(kept.values()) < sum(total.values())
+    pruner.net.eval()
+    with torch.no_grad():
+        shown = pruner.net(x)
+        small = pruner.prune()
+        plain = pruner.net(x)
+    assert relative_difference(small(x), shown) < 1e-4
+    assert not torch.allclose(plain, shown)  # the noise is gone from the original
+    assert sbp.count_macs(small, x[:1]) < sbp.count_macs(pruner.net, x[:1])
+    assert float((small(x).argmax(1) == y).float().mean()) > 0.8
+
+
+def test_a_budget_is_passed_on(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), macs_weight=1.0)
+    with torch.no_grad():
+        for parameter in pruner.guide.log_scales.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    small = pruner.prune(macs_ratio=2.0)
+    assert sbp.count_macs(small, x[:1]) <= sbp.count_macs(pruner.net, x[:1]) / 2
+
+
+def test_a_failed_call_leaves_no_noise_behind(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=0.0).attach()
+    pruner.net.train()
+    with pytest.raises(RuntimeError):
+        pruner.net(torch.rand(2, 3, 28, 28))
+    weight, inputs = pruner.net[4].weight, torch.rand(2, 6 * 13 * 13)
+    assert torch.equal(F.linear(inputs, weight), F.linear(inputs, weight.clone()))
+    assert pruner.net[1].training
+    assert pruner.net(x[:2]).shape == (2, 10)
+
+
+def test_the_posterior_is_saved_and_loaded(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x))
+    with torch.no_grad():
+        for parameter in pruner.guide.parameters():
+            parameter.add_(0.5)
+    other = sbp.Pruner(network(), x[:4], len(x))
+    other.load_state_dict(pruner.state_dict())
+    for name, snr in pruner.guide.snr().items():
+        assert torch.equal(snr, other.guide.snr()[name])
+
+
+def test_what_cannot_work_is_refused(digits):
+    x, _ = digits
+    with pytest.raises(ValueError, match="no layer of Linear is prunable"):
+        sbp.Pruner(nn.Linear(3, 2), torch.rand(4, 3), 10)
+    pruner = sbp.Pruner(network(), x[:4], len(x)).attach()
+    with pytest.raises(RuntimeError, match="attached already"):
+        pruner.attach()
+    pruner.detach()
+    pruner.net.gradient_checkpointing = True
+    with pytest.raises(RuntimeError, match="turn gradient checkpointing off"):
+        pruner.attach()
