@@ -123,6 +123,32 @@ def test_the_reasons_are_those_of_the_code():
             assert reason in code, reason
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("library", ["torch", "lightning", "transformers"])
+def test_the_training_loops(library, monkeypatch):
+    plain, *others = fenced("training_loops.md", "python")
+    if library == "torch":
+        found = executed("training_loops.md", [plain])
+        correct = found["small"](found["test_x"]).argmax(1) == found["test_y"]
+        assert float(correct.float().mean()) == pytest.approx(float(found["shown"]), abs=0.005)
+        assert found["shown"] > 0.85
+        assert sum(found["pruner"].units().values()) < 0.8 * (128 + 64)
+        return
+    pytest.importorskip(library)
+    (block,) = [block for block in others if f"pyro_sbp.integrations.{library}" in block]
+    before = plain[: plain.index("net = nn.Sequential")]
+    if library == "transformers":
+        pytest.importorskip("accelerate")
+        # It takes tests/datasets, which is on the path, for the package `datasets`.
+        monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
+    found = executed("training_loops.md", [before, block])
+    if library == "lightning":
+        assert found["module"].net[1].out_features < 128
+    else:
+        example = found["example_input"]
+        assert count_macs(found["small"], example) < count_macs(found["model"], example)
+
+
 def test_what_a_unit_of_lenet_5_costs():
     net, x = LeNet5(), torch.rand(1, 1, 28, 28)
     gates = find_gates(net, x, ["fc1"])
@@ -160,6 +186,7 @@ def test_every_block_and_link_is_checked(name):
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
     tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
+    tested |= {"training_loops.md": 3}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 
