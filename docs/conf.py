@@ -1,0 +1,42 @@
+"""The configuration of Sphinx, which builds the documentation: `make docs`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "pyro-sbp"
+author = "the pyro-sbp developers"
+version = release = version_of("pyro-sbp")
+
+extensions = [
+    "mathml",
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_click",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+# Formulas are $...$ and ```math, as GitHub has them.
+myst_enable_extensions = ["attrs_block", "dollarmath"]
+myst_heading_anchors = 4
+# The tests run the notebooks.
+nb_execution_mode = "off"
+html_math_renderer = "mathml"
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Docstrings put code and names of Python between single backticks.
+default_role = "code"
+
+html_theme = "furo"
+html_title = f"pyro-sbp {version}"
+html_static_path: list[str] = []
