@@ -1,4 +1,4 @@
-"""A run, or several, on one page that needs no other file and no network."""
+"""A self-contained HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -50,17 +50,19 @@ def write_report(
     sweep: bool = True,
     watch: Callable[[str], None] = lambda words: None,
 ) -> Path:
-    """Write `report.html` into the directory of the first run, and its pictures into `report/`.
+    """Write `report.html` into the directory of the first run, and its figures into `report/`.
+
+    Nothing is downloaded.
 
     Args:
-        runs: one or several, finished or not.
-        data_dir: where the data sets lie; by default where each run was trained from. Nothing is
-            downloaded.
-        sweep: whether to measure finished runs at other thresholds, which takes the longest.
+        runs: one or several runs, finished or not.
+        data_dir: the directory of the data sets; by default the one with which each run was
+            trained.
+        sweep: whether to measure finished runs at other thresholds, which takes most of the time.
         watch: called with a line about the current step.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         RequestError: Matplotlib is missing, or the directory cannot be written.
@@ -74,7 +76,7 @@ def write_report(
         watch(f"{run.directory}: looking at it")
         found = find(run, data_dir, sweep)
         watch(f"{run.directory}: drawing")
-        # Directories may have the same name in different places.
+        # The directories of two runs may have the same name.
         number = f"{index}-" if names.count(run.name) > 1 else ""
         pictures.prefix = f"{number}{run.name}-" if len(runs) > 1 else ""
         body += _of_run(found, pictures, 2 if len(runs) > 1 else 1)
@@ -93,7 +95,7 @@ def write_report(
 
 
 class _Pictures:
-    """Draws pictures for the page, and as PNG files into a directory."""
+    """Draws figures for the page, and writes them as PNG files into a directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.prefix = directory, ""
@@ -105,7 +107,7 @@ class _Pictures:
             raise RequestError(f"cannot write {directory}: {error.strerror}") from error
 
     def __call__(self, name: str, draw: Callable[..., Figure], words: str, *args: Any) -> str:
-        """A picture by a function of `plots`, or a line that says why there is none."""
+        """A figure from a function of `plots`, or a line that says why there is none."""
         try:
             light, dark = draw(*args), draw(*args, dark=True)
         except RequestError as error:
@@ -186,7 +188,7 @@ def _result(summary: Summary) -> str:
 
 
 def _weights(summary: Summary) -> str:
-    """The single weights that are kept, for a method that removes weights."""
+    """The weights that are kept, for a method that removes weights."""
     weights, files = summary.weights, summary.files
     if weights is None:
         return ""
@@ -207,7 +209,7 @@ def _compression(ratio: float | None) -> str:
 
 
 def _log_alpha(threshold: float) -> str:
-    """A threshold on the signal-to-noise ratio of weights as the paper's bound on log alpha."""
+    """A threshold on the signal-to-noise ratio of weights, as a bound on log alpha."""
     if threshold == 0:
         return "so every weight is kept, whatever its log alpha"
     return f"which is a log alpha of {-2 * math.log(threshold):.3g} or less"
@@ -247,7 +249,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             threshold,
         )
     ]
-    # Not every network has such gates: no words about those that it lacks.
+    # Not every network has such gates. The page does not mention missing ones.
     if plots.pixel_snr(run, found.posterior) is not None:
         drawn.append(
             pictures(
@@ -334,7 +336,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
-    # A network of many gates has its sums alone.
+    # For a network with many gates, the table has only the sums.
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
@@ -431,7 +433,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         return [
             pages.paragraph(f"Not measured: pyro-sbp bench {run.directory} measures it.", "soft")
         ]
-    # Not a column of one word.
+    # The column is omitted if all rows have the same runtime.
     several = any(row["runtime"] != "eager" for row in run.bench)
     rows = [
         (
