@@ -191,7 +191,7 @@ def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
     ]
     if not found:
         told = f" with the recipe {' or '.join(recipes)}" if recipes else ""
-        raise RequestError(f"no record of {arch} on {dataset} by rbp{told} tells its phases")
+        raise RequestError(f"no record of {arch} on {dataset} by rbp{told} has its phases")
     return "\n\n".join(_turns(row) for row in found)
 
 

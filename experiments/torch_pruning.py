@@ -121,5 +121,5 @@ def prune_to(
     index = bisect_left(counts, True, key=lambda n: count_macs(without(n), example[:1]) <= macs)
     if index == len(counts):
         least = count_macs(without(counts[-1]), example[:1])
-        raise ValueError(f"{macs:.0f} MACs cannot be had: one unit a layer has {least}")
+        raise ValueError(f"{macs:.0f} MACs are not possible: one unit per layer has {least}")
     return without(counts[index])

@@ -64,7 +64,7 @@ def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Fin
     except RequestError as error:
         found.missing["costs"] = str(error)
     if not thresholds:
-        found.missing["sweep"] = "it was left out by --no-sweep"
+        found.missing["sweep"] = "it was disabled by --no-sweep"
         return found
     try:
         found.sweep = _sweep(run, data_dir)
@@ -99,7 +99,7 @@ def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
         dense = constructor(**run.network["kwargs"]).eval()
         example = torch.rand(1, *(run.network["input_shape"] or ()))
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{run.directory} has no whole pruned network: {error}") from error
+        raise RequestError(f"{run.directory} has no complete pruned network: {error}") from error
     if has_attention(dense):
         dense = separate_attention(dense)
     before, after = costs_by_layer(dense, example), costs_by_layer(pruned, example)

@@ -30,7 +30,7 @@ NOISY = 0.3
 HELD_OUT_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
-    "may be chosen by them. Its error is then measured on the test images."
+    "can be chosen with them. The error of the choice is then measured on the test images."
 )
 ZERO_WORDS = (
     "Zeros alone do not make the network faster, because a dense layer multiplies by them too. "
@@ -39,8 +39,8 @@ ZERO_WORDS = (
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold does, because no training images "
-    "were reserved for validation. Do not choose a threshold by them: its error would have to be "
-    "measured on other images."
+    "were reserved for validation. Do not use them to choose a threshold: the error of the choice "
+    "would have to be measured on other images."
 )
 
 
@@ -73,7 +73,7 @@ def write_report(
     body = []
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
-        watch(f"{run.directory}: looking at it")
+        watch(f"{run.directory}: reading it")
         found = find(run, data_dir, sweep)
         watch(f"{run.directory}: drawing")
         # The directories of two runs may have the same name.
@@ -133,7 +133,7 @@ def _of_run(found: Findings, pictures: _Pictures, level: int) -> list[str]:
         ("Other thresholds", _thresholds),
         ("Layers", _layers),
         ("Latency", _latency),
-        ("What was asked for", _asked),
+        ("Settings and machine", _asked),
     )
     for title, section in sections:
         content = section(found, pictures)
@@ -223,11 +223,12 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     elements = description["elements"]
     head, rows = gate_table(description)
     meanings = {
-        "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
-        "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
-        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
-        f"more, {_log_alpha(threshold)}. Quantiles of the SNR, the mean of the weights' absolute "
-        "values, and the KL of the layer in nats:",
+        "units": f"Units with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are kept. "
+        "The table shows quantiles of the SNR, the mean of E[theta] over the units, and the KL of "
+        "the gate in nats:",
+        "weights": f"Weights with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are "
+        f"kept, {_log_alpha(threshold)}. The table shows quantiles of the SNR, the mean of the "
+        "absolute values of the weights, and the KL of the layer in nats:",
     }
     parts = [
         pages.paragraph(meanings[elements]),
@@ -255,7 +256,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             pictures(
                 "pixels",
                 plots.kept_pixels,
-                "The image's pixels with their signal-to-noise ratios, and those that are kept.",
+                "The signal-to-noise ratios of the pixels of the image, and which pixels are kept.",
                 run,
             )
         )
@@ -264,7 +265,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             pictures(
                 "filters",
                 plots.first_filters,
-                "The filters of the first convolution that are kept, best first.",
+                "The kept filters of the first convolution, best first.",
                 run,
             )
         )
@@ -317,7 +318,7 @@ def _training(found: Findings, pictures: _Pictures) -> list[str]:
     ]
     head = ("phase", "epochs", "loss", "NLL", "KL", "test error", "units", "time")
     parts = [
-        pages.table(head, rows, "Every phase at its end; nats per example, KL without its weights"),
+        pages.table(head, rows, "The end of every phase; nats per example, KL without weights"),
         pictures(
             "training",
             plots.training_curves,
@@ -340,8 +341,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
-            f"{row['threshold']:.3g}"
-            + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            f"{row['threshold']:.3g}" + (" (recipe)" if row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['nll']:.4f}",
             _percent(row["ece"]),
@@ -362,7 +362,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         "ratio",
         *(["weights"] if "compression" in found.sweep[0] else []),
         *(shown or ["units"]),
-        "held at one unit",
+        "only the best unit kept",
     )
     words = "; ".join(
         f"{row['threshold']:.3g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
@@ -461,7 +461,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
     )
     parts = [
         pages.table(
-            head, rows, "Milliseconds a call, median; spread: half the interquartile range"
+            head, rows, "Milliseconds per call, median; spread: half the interquartile range"
         ),
         pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
     ]
@@ -501,7 +501,9 @@ def _overview(runs: Sequence[Run]) -> str:
             )
         )
     head = ("run", "arch", "data set", "recipe", "seed", "test error", "MACs", "parameters")
-    return pages.table(head, rows, "The runs; how many times fewer MACs and parameters")
+    return pages.table(
+        head, rows, "The runs, and how many times fewer MACs and parameters they have"
+    )
 
 
 def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
@@ -519,8 +521,8 @@ def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
     parts = [
         pages.heading(2, "Error against MACs"),
         pages.paragraph(
-            "The runs at their last epoch beside what papers report. Most papers report the best "
-            "test error they saw, so a small difference says little. MACs are counted from the "
+            "The runs after their last epoch, and published results. Most papers report the best "
+            "test error of all epochs, so small differences mean little. MACs are counted from the "
             "published units."
         ),
         pictures(

@@ -71,7 +71,7 @@ def _sweep_line(
     ax.plot([row[quantity] for row in rows], [row["error"] for row in rows], marker="o")
     mine = [row for row in rows if row["threshold"] == threshold]
     if mine:
-        label = f"the recipe's threshold, {threshold:g}"
+        label = f"threshold of the recipe, {threshold:g}"
         ax.plot(
             mine[0][quantity],
             mine[0]["error"],
@@ -116,7 +116,7 @@ def latency(source: Run | str | Path) -> Figure:
     run = run_of(source)
     if not run.bench:
         raise RequestError(
-            f"{run.directory} has no bench.json; make it by pyro-sbp bench {run.directory}"
+            f"{run.directory} has no bench.json; create it with pyro-sbp bench {run.directory}"
         )
     rows = run.bench
     several = any(row["runtime"] != "eager" for row in rows)
@@ -132,7 +132,7 @@ def latency(source: Run | str | Path) -> Figure:
     }
     floors = [row.get("floor_ms") or 0.0 for row in rows]
     if all(floors):
-        bars["one unit a gate"] = [floor / 1e3 for floor in floors]
+        bars["one unit per gate"] = [floor / 1e3 for floor in floors]
     figure, axes = new_figure(1.1 + 0.7 * len(rows))
     draw_bars(axes[0, 0], names, bars, unit="s")
     axes[0, 0].set_xlabel("time of a call, median")

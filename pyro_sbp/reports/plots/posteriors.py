@@ -217,7 +217,9 @@ def _rows_left(run: Run, gate: str, size: int, rows: int) -> dict[int, int]:
         return {unit: unit for unit in range(size)}
     left = sorted(run.units[gate]["kept"] + run.units[gate]["zeroed"]) if run.units else []
     if len(left) != rows:
-        raise RequestError(f"which filters of {gate} are left is told when the run has finished")
+        raise RequestError(
+            f"the filters of {gate} that are kept are known only after the run has finished"
+        )
     return {unit: row for row, unit in enumerate(left)}
 
 
@@ -240,7 +242,9 @@ def first_filters(source: Run | str | Path) -> Figure:
         raise RequestError(f"{run.directory} has no noise on a first convolution")
     name, weight = found[0]
     if shape[0] not in (1, 3) or weight.shape[-1] == 1:
-        raise RequestError(f"the filters of {name} are no pictures of one or three channels")
+        raise RequestError(
+            f"the filters of {name} cannot be shown: they do not have one or three channels"
+        )
     row = _rows_left(run, name, len(snr[name]), len(weight))
     left = torch.tensor(list(row))
     over = left[snr[name][left] >= threshold]

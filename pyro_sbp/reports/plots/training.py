@@ -41,7 +41,7 @@ def training_curves(source: Run | str | Path) -> Figure:
     for label, values, style in (
         ("loss", [line["loss"] for line in lines], "-"),
         ("NLL", [line["nll"] for line in lines], "--"),
-        ("KL, as the loss weighs it", kl, ":"),
+        ("weighted KL", kl, ":"),
     ):
         positive = [value if value > 0 else math.nan for value in values]
         if not all(map(math.isnan, positive)):
