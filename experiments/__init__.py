@@ -1,1 +1,1 @@
-"""The recorded results, the tables made of them, and the programs that measure."""
+"""The recorded results, the tables made from them, and the programs that measure."""

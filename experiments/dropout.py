@@ -1,6 +1,6 @@
-"""Networks with binary dropout, which memorise random labels where SBP removes all units.
+"""Networks with binary dropout, which memorise random labels, unlike networks with SBP.
 
-For `--arch pyro_sbp.experiments.dropout:lenet_300_100` and the like.
+They are used as `--arch pyro_sbp.experiments.dropout:lenet_300_100`, for example.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pyro_sbp.networks import LeNet5, LeNet300_100
 
 __all__ = ["lenet5_32", "lenet5_32_dropout", "lenet_300_100"]
 
-#: The share of hidden units that a training step leaves out.
+#: The share of hidden units that dropout sets to zero.
 RATE = 0.5
 
 
@@ -47,7 +47,7 @@ def lenet_300_100(num_classes: int = 10) -> nn.Module:
 
 
 def lenet5_32(num_classes: int = 10) -> nn.Module:
-    """LeNet-5 for 32x32 colour images, without dropout: what SBP is put on."""
+    """LeNet-5 for 32x32 colour images, without dropout, for training with SBP."""
     return _LeNet5(num_classes, 0.0)
 
 

@@ -10,13 +10,13 @@ __all__ = ["check_installed"]
 
 
 def check_installed(name: str) -> None:
-    """See that a package can be imported.
+    """Check that a package can be imported.
 
     Args:
-        name: the name that it is imported by.
+        name: the name with which it is imported.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: the package is not installed.
     """
     if find_spec(name) is None:
         raise RequestError(f"this needs {name}: pip install 'pyro-sbp[experiments]'")

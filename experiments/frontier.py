@@ -1,4 +1,4 @@
-"""The picture of test error against MACs: the papers' points, ours, and the baselines'."""
+"""The figure of test error against MACs: published results, our results, and baselines."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pyro_sbp.training.files import write_whole
 
 __all__ = ["FILES", "draw", "out_of_date", "panels"]
 
-#: The files, and whether each is for a dark page.
+#: The files of the figure, and whether each is for a dark page.
 FILES = {"docs/frontier.svg": False, "docs/frontier-dark.svg": True}
 
 
 def panels(records: Sequence[Record]) -> dict[str, list[Point]]:
-    """The points of every network and data set that has records, medians over the seeds.
+    """The points of every network and data set with records, as medians over the seeds.
 
-    Left out are recipes that another one beats in MACs and error, such as ablations.
+    A recipe is omitted if another one has fewer MACs and less error; this omits ablations.
     """
     pairs = {(record.arch, record.dataset) for record in records if not record.random_labels}
     order = list(TITLES)
@@ -48,20 +48,21 @@ def panels(records: Sequence[Record]) -> dict[str, list[Point]]:
 
 
 def _beats(other: Row, row: Row) -> bool:
-    """Whether another row of ours has fewer MACs and less error than one of ours."""
+    """Whether `other` has fewer MACs and less error than `row`, where neither is a baseline."""
     ours = not (other.first.baseline or row.first.baseline)
     return ours and other.macs_ratio > row.macs_ratio and other.error < row.error
 
 
 def _description(drawn: Mapping[str, Sequence[Point]]) -> str:
-    """What the files say of themselves: a hash of what is drawn, whatever draws it."""
+    """The description in the metadata of the files: a hash of the points, independent of the style
+    and of Matplotlib."""
     points = {title: [astuple(point) for point in points] for title, points in drawn.items()}
     text = json.dumps(points, sort_keys=True)
     return f"test error against times fewer MACs; data {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def out_of_date(root: Path, records: Sequence[Record]) -> list[str]:
-    """The files that are missing, or drawn from other numbers."""
+    """The files that are missing or were drawn from other numbers."""
     description = _description(panels(records))
     paths = {name: root / name for name in FILES}
     return [
@@ -72,10 +73,11 @@ def out_of_date(root: Path, records: Sequence[Record]) -> list[str]:
 
 
 def draw(root: Path, records: Sequence[Record], names: Sequence[str]) -> None:
-    """Draw some of the files.
+    """Draw the named files.
 
     Raises:
-        RequestError: Matplotlib is missing, there is nothing to draw, or a file cannot be written.
+        RequestError: Matplotlib is not installed, there are no records, or a file cannot be
+            written.
     """
     drawn = panels(records)
     if not drawn:

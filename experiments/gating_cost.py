@@ -1,8 +1,8 @@
-"""What it costs to gate and cut a network: `python -m pyro_sbp.experiments.gating_cost [NAME ...]`.
+"""The cost of gating and cutting networks: `python -m pyro_sbp.experiments.gating_cost [NAME ...]`.
 
-Seconds of `find_gates` with its proof, of `shrink` and of the checked cut of `prune`, and the most
-memory above that of the process with the network, as a multiple of the network's own size. Each in
-a process of its own; memory is that of the operating system's view (Linux).
+It measures `find_gates` with its proof, `shrink`, and the checked cut of `prune`, each in its own
+process. It prints seconds, and the peak memory in addition to the process with the network, as a
+multiple of the size of the network. Memory is the resident memory that Linux reports.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TASKS = ("find_gates", "shrink", "checked")
 
 
 def _resident() -> int:
-    """Bytes of memory that the process holds."""
+    """The resident memory of the process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _watched(function: Callable[[], object]) -> tuple[float, int]:
-    """Seconds and the most bytes above the start."""
+    """The duration of a call in seconds, and its peak memory in bytes above that at the start."""
     base, most, done = _resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -61,7 +61,7 @@ def _measure(name: str, size: int, task: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net: nn.Module = get_model(name).eval()
     x = torch.randn(2, 3, size, size)
-    find_gates(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3))  # warm
+    find_gates(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3))  # warm-up
     with torch.no_grad():
         net(x)
     own = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -76,7 +76,7 @@ def _measure(name: str, size: int, task: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line a network."""
+    """Print one line per network."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("networks", nargs="*", default=["resnet50"], help="of torchvision")
     parser.add_argument("--size", type=int, default=64, help="height and width of the two images")

@@ -1,4 +1,4 @@
-"""Tables of one method each, of methods side by side, and of the recipes."""
+"""Tables about single methods, comparisons of methods, and tables of the recipes."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ __all__ = [
     "sparse_vd_units",
 ]
 
-#: Compression of the weights, and test error in percent, of SparseVD in its own paper:
-#: Molchanov et al. 2017, arXiv 1701.05369.
+#: Compression of the weights, and test error in percent, from the paper of SparseVD: Molchanov et
+#: al. 2017, arXiv 1701.05369.
 _PAPER = {"lenet-300-100": (68, 1.92), "lenet5": (280, 0.75)}
 
 
 def _default_row(records: Sequence[Record], arch: str, method: str) -> Row:
-    """The row of a network's default recipe on its own data set.
+    """The row of the default recipe for a network on its usual data set.
 
     Raises:
-        RequestError: it has no record.
+        RequestError: this recipe has no record.
     """
     dataset = dataset_of(arch)
     name = default_recipe(arch, dataset, method).name
@@ -59,7 +59,7 @@ def _papers(arch: str) -> str:
 
 
 def sparse_vd(records: Sequence[Record]) -> str:
-    """What SparseVD keeps of the networks of its paper."""
+    """The table of what SparseVD keeps of the networks of its paper."""
     cells = []
     for arch in _PAPER:
         row = _default_row(records, arch, "sparse-vd")
@@ -91,7 +91,7 @@ def sparse_vd(records: Sequence[Record]) -> str:
 
 
 def sparse_vd_seeds(records: Sequence[Record]) -> str:
-    """SparseVD seed by seed."""
+    """The table of the results of SparseVD, with one row per seed."""
     cells = []
     for arch in _PAPER:
         for index, record in enumerate(_default_row(records, arch, "sparse-vd").records):
@@ -107,10 +107,10 @@ def sparse_vd_seeds(records: Sequence[Record]) -> str:
 
 
 def sparse_vd_thresholds(records: Sequence[Record]) -> str:
-    """Compression against error of the first seed, at the thresholds of all networks.
+    """The table of compression and error of the first seed at other thresholds.
 
     Raises:
-        RequestError: a record was made without its thresholds.
+        RequestError: a record was made without other thresholds.
     """
     by_arch = []
     for arch in _PAPER:
@@ -134,10 +134,10 @@ def sparse_vd_thresholds(records: Sequence[Record]) -> str:
 
 
 def _weights_left(record: Record) -> float:
-    """How many times fewer weights are left, without biases."""
+    """The number of all weights divided by that of the kept weights, without biases."""
     if "weights" in record.content:
         return record.content["weights"]["compression"]
-    # Every unit but those of an input has a bias, and so has every class.
+    # Every class, and every unit that is not an input feature, has a bias.
     parameters, classes = record.content["parameters"], 10
     before, after = (
         sum(unit[key] for unit in record.content["units"] if not unit["gate"].endswith("_input"))
@@ -147,10 +147,16 @@ def _weights_left(record: Record) -> float:
 
 
 def sparse_vd_units(records: Sequence[Record], *beside: str) -> str:
-    """SparseVD's networks as units, beside a recipe of SBP's each; the first seed of each.
+    """The table that compares the units of networks by SparseVD with those by a recipe of SBP.
+
+    Rows are those of the first seed.
+
+    Args:
+        records: all records.
+        beside: the recipe of SBP for each network of SparseVD.
 
     Raises:
-        RequestError: there are not as many recipes as networks, or one has no record.
+        RequestError: the numbers of recipes and networks differ, or a recipe has no record.
     """
     if len(beside) != len(_PAPER):
         raise RequestError(f"sparse-vd-units names {len(beside)} recipes, for {', '.join(_PAPER)}")
@@ -171,10 +177,10 @@ def sparse_vd_units(records: Sequence[Record], *beside: str) -> str:
 
 
 def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
-    """What recursive pruning did, turn by turn: a table for each recipe, or for those named.
+    """The results of RBP turn by turn: a table for each recipe, or for the named recipes.
 
     Raises:
-        RequestError: no record is of RBP and tells its phases.
+        RequestError: there is no record of RBP with its phases.
     """
     dataset = dataset_of(arch)
     found = [
@@ -185,12 +191,12 @@ def recursion(records: Sequence[Record], arch: str, *recipes: str) -> str:
     ]
     if not found:
         told = f" with the recipe {' or '.join(recipes)}" if recipes else ""
-        raise RequestError(f"no record of {arch} on {dataset} by rbp{told} tells its phases")
+        raise RequestError(f"no record of {arch} on {dataset} by rbp{told} has its phases")
     return "\n\n".join(_turns(row) for row in found)
 
 
 def _turns(row: Row) -> str:
-    """Medians over the seeds at the end of every phase."""
+    """The table of a recipe: medians over the seeds at the end of every phase."""
     first = row.first
     cells = []
     for seeds in zip(*(record.content["phases"] for record in row.records), strict=True):
@@ -212,10 +218,10 @@ def _turns(row: Row) -> str:
 
 
 def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
-    """Recipes beside each other, with their epochs in all phases, and of RBP the order.
+    """The table that compares recipes, with the order of RBP and the epochs of all phases.
 
     Raises:
-        RequestError: no recipe is named, or one has no record or is none of ours any more.
+        RequestError: no recipe is named, or one has no record or does not exist any more.
     """
     cells = []
     for row in named(records, arch, recipes, "compare"):
@@ -239,14 +245,14 @@ def compare(records: Sequence[Record], arch: str, *recipes: str) -> str:
 
 
 def random_labels(records: Sequence[Record]) -> str:
-    """What memorised labels drawn at random: dense training, or the network a method handed over.
+    """The table of runs with random labels, which shows whether a network memorised them.
 
-    A recipe with dense epochs tells of dense training, in which all units are there. Of the others
-    the units are those that reach the threshold after the last epoch with noise; the network
-    handed over keeps one of a layer at least.
+    For a recipe with dense epochs, the row is that of the dense network with all units. For another
+    recipe, the units are those that reach the threshold after the last epoch with noise. The
+    returned network keeps at least one unit per layer.
 
     Raises:
-        RequestError: there is no such record.
+        RequestError: there is no record with random labels.
     """
     found = rows([record for record in records if record.random_labels])
     if not found:
@@ -280,7 +286,7 @@ def _last_noise(record: Record) -> Mapping[str, Any]:
 
 
 def recipes(records: Sequence[Record]) -> str:
-    """The recipes with a name: their settings, and what each is the default for."""
+    """The table of the recipes with a name, with their settings and where they are the default."""
     columns = ("dense_epochs", "epochs", "finetune_epochs", "batch_size", "kl_scale")
     cells = []
     for recipe in RECIPES.values():
@@ -298,7 +304,7 @@ def recipes(records: Sequence[Record]) -> str:
 
 
 def settings(records: Sequence[Record]) -> str:
-    """The settings of recipes: the methods that have them, their defaults and descriptions."""
+    """The table of the settings of recipes, with their methods, defaults and descriptions."""
     found: dict[str, dict[str, Any]] = {}
     for method, cls in RECIPE_CLASSES.items():
         for field in dataclasses.fields(cls):
@@ -319,7 +325,7 @@ def settings(records: Sequence[Record]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting in short."""
+    """The value of a setting as short text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -328,7 +334,7 @@ def _value(value: Any) -> str:
 
 
 def _default_for(name: str) -> str:
-    """What gets this recipe where none is named, in words; empty where nothing does."""
+    """The networks and data sets for which a recipe is the default, as text; may be empty."""
     words = []
     for method in METHODS:
         found = []
@@ -336,7 +342,8 @@ def _default_for(name: str) -> str:
             for arch in ("", *TITLES):
                 if default_recipe(arch, dataset, method).name != name:
                     continue
-                # What all networks of the data set, or all data of the network, get is said there.
+                # Omitted if all networks of the data set, or all data sets of the network, have
+                # the same default, because these are listed already.
                 wider = [("", dataset)] * bool(arch) + [(arch, "")] * bool(dataset)
                 if all(default_recipe(*pair, method).name != name for pair in wider):
                     on = f" on {dataset}" if arch and dataset else dataset

@@ -1,4 +1,4 @@
-"""Narrow forms of the papers' networks, for machines without a GPU."""
+"""Narrow versions of the networks of the papers, for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["vgg_like"]
 
 
 def vgg_like(num_classes: int = 10) -> VGGLike:
-    """VGG-like with a quarter of its channels: a sixteenth of its MACs."""
+    """VGG-like with a quarter of its channels, which has a sixteenth of its MACs."""
     return VGGLike(num_classes=num_classes, width=16)

@@ -1,9 +1,10 @@
-"""How fast networks train on this machine: `python -m pyro_sbp.experiments.step_times`.
+"""Training speed of networks on this machine: `python -m pyro_sbp.experiments.step_times`.
 
-Milliseconds of a training step (forward, backward, SGD with momentum) by precision, memory format,
-eager or compiled, and number of threads. All settings of a network and a number of threads are
-measured in turn, several times, so that a busy moment of the machine hits all. The ratio is to
-float32, contiguous, eager, with the same number of threads.
+It prints the milliseconds of a training step (forward, backward, SGD with momentum) by precision,
+memory format, eager or compiled mode, and number of threads. All settings of a network with the
+same number of threads are measured in turn, several times, so that other load on the machine
+affects all of them. The ratio is relative to float32, contiguous, eager, with the same number of
+threads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg-like": networks.VGGLike,
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-#: Precision, memory format, and whether it is compiled.
+#: Precision, memory format, and whether the network is compiled.
 Setting = tuple[str, str, bool]
 
 
@@ -60,8 +61,8 @@ def step_times(
     Args:
         make: builds the network, for images ``[3, 32, 32]``.
         settings: precision, memory format, and whether the network is compiled.
-        batch: the number of images of a step.
-        repeats: how often each is measured, after one step that does not count.
+        batch: the number of images in a step.
+        repeats: how often each setting is measured, after one step of warm-up.
     """
     steps = [_step(make, setting, batch) for setting in settings]
     for step in steps:
@@ -76,7 +77,7 @@ def step_times(
 
 
 def main() -> None:
-    """Print a table for every network and number of threads."""
+    """Print one table for every network and number of threads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=NETWORKS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, action="append", help="default: 1 and 2")

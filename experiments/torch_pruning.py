@@ -1,4 +1,4 @@
-"""Networks pruned by Torch-Pruning to a number of MACs, for `pyro_sbp.experiments.baselines`.
+"""Prune networks with Torch-Pruning to a number of MACs, for `pyro_sbp.experiments.baselines`.
 
 The package is an extra: ``pip install 'pyro-sbp[experiments]'``.
 """
@@ -45,9 +45,10 @@ def _random() -> Score:
     return tp.importance.RandomImportance()
 
 
-#: What a unit is judged by. Magnitude: the sum of its own weights' sizes. Group-norm: the mean of
-#: the squared norms of its weights, those that read it, and its batch norm's gain. Taylor: the
-#: same of weights times gradients, the first order of what the loss would lose. Random: a draw.
+#: The importance of a unit. Magnitude: the sum of the absolute values of its weights. Group-norm:
+#: the mean of the squared norms of its weights, of the weights that read it, and of its gain in
+#: batch norm. Taylor: the same for weights times gradients, which is the first-order change of the
+#: loss. Random: a random number.
 IMPORTANCES: dict[str, Callable[[], Score]] = {
     "magnitude": _magnitude,
     "taylor": _taylor,
@@ -57,7 +58,7 @@ IMPORTANCES: dict[str, Callable[[], Score]] = {
 
 
 def widths(net: nn.Module) -> dict[str, int]:
-    """The units of every dense layer and convolution, in the order of their registration."""
+    """The number of units of every dense layer and convolution, in order of registration."""
     return {
         name: layer.weight.shape[0]
         for name, layer in net.named_modules()
@@ -73,18 +74,19 @@ def prune_to(
     ignore: Sequence[str],
     seed: int,
 ) -> nn.Module:
-    """A copy of a network, pruned by Torch-Pruning of the fewest units that leave at most `macs`.
+    """Prune a copy of a network with Torch-Pruning to at most `macs`, with as few units removed as
+    possible.
 
     Args:
-        net: the network; gradients that it has are used, and not those of the copy.
+        net: the network; its gradients are used for the importance.
         macs: multiply-accumulates of one example.
         example: a batch of inputs.
         importance: from a group of the library to scores ``[units]``.
-        ignore: the layers whose units all stay.
-        seed: of random importance.
+        ignore: the layers whose units are all kept.
+        seed: the seed of random importance.
 
     Raises:
-        ValueError: one unit a layer has more MACs.
+        ValueError: the network with one unit per layer has more MACs.
     """
     import torch_pruning as tp
 
@@ -99,7 +101,7 @@ def prune_to(
         small = copy.deepcopy(net)
         for new, old in zip(small.parameters(), net.parameters(), strict=True):
             new.grad = None if old.grad is None else old.grad.clone()
-        # Half a unit keeps the library's rounding off whole numbers.
+        # Half a unit less, so that rounding errors in the share do not change the number of units.
         share = (count - 0.5) / max(1, sum(free))
         ignored = [small.get_submodule(name) for name in ignore]
         with torch.random.fork_rng(devices=[]):
@@ -119,5 +121,5 @@ def prune_to(
     index = bisect_left(counts, True, key=lambda n: count_macs(without(n), example[:1]) <= macs)
     if index == len(counts):
         least = count_macs(without(counts[-1]), example[:1])
-        raise ValueError(f"{macs:.0f} MACs cannot be had: one unit a layer has {least}")
+        raise ValueError(f"{macs:.0f} MACs are not possible: one unit per layer has {least}")
     return without(counts[index])

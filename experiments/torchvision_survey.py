@@ -1,9 +1,9 @@
-"""All of torchvision's classifiers gated, cut by random masks and compared with the masked network.
+"""Gate the classifiers of torchvision, cut them with random masks, and compare the outputs.
 
-`python -m pyro_sbp.experiments.torchvision_survey [NAME ...]` prints a table, one line a network;
-with `--against torch-pruning` what Torch-Pruning makes of the same masks instead. Each network runs
-in a process of its own with a time limit, at a small image size, with random weights of which the
-zero ones (heads, layer scales) get an ordinary size.
+`python -m pyro_sbp.experiments.torchvision_survey [NAME ...]` prints a table with one line per
+network. With `--against torch-pruning`, Torch-Pruning cuts the networks with the same masks
+instead. Each network runs in a separate process with a time limit, on small images and with random
+weights. Weights that are initialized to zero (heads, layer scales) get ordinary random values.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pyro_sbp.pruning.macs import count_macs
 
 __all__ = ["main", "survey"]
 
-#: Image sizes of families that do not take 64 x 64.
+#: Image sizes of families that do not accept 64 x 64.
 SIZES = {"inception": 299, "maxvit": 224}
-#: What the table calls the reasons for which layers are not prunable.
+#: Short texts in the table for the reasons why layers are not prunable.
 REASONS = {
     "several": "its units are mixed",
     "output of the network": "is an output",
@@ -50,7 +50,7 @@ def _build(name: str) -> tuple[str, nn.Module, Tensor]:
     size = SIZES.get(family, 64)
     options: dict[str, Any] = {}
     if family == "vision_transformer":
-        size = options["image_size"] = 4 * int(name.rpartition("_")[2])  # of four patches a side
+        size = options["image_size"] = 4 * int(name.rpartition("_")[2])  # 4 x 4 patches
     if family == "maxvit":
         options["input_size"] = (size, size)
     if family in ("inception", "googlenet"):
@@ -65,7 +65,7 @@ def _build(name: str) -> tuple[str, nn.Module, Tensor]:
 
 
 def _masks(gates: Gates) -> dict[str, Tensor]:
-    """Random theta that is zero on about a third of the units."""
+    """Random theta, which is zero for about a third of the units."""
     generator = torch.Generator().manual_seed(1)
     theta = {}
     for gate in gates:
@@ -80,7 +80,7 @@ def _masked(net: nn.Module, gates: Gates, theta: dict[str, Tensor], x: Tensor) -
 
 
 def survey(name: str) -> dict[str, Any]:
-    """Gate and cut one network."""
+    """Gate and cut one network, and return its row of the table."""
     family, net, x = _build(name)
     start = time.perf_counter()
     gates = find_gates(net, x)
@@ -110,7 +110,7 @@ def survey(name: str) -> dict[str, Any]:
 
 
 def torch_pruning(name: str) -> dict[str, Any]:
-    """What Torch-Pruning makes of the same masks, units removed or kept as they are."""
+    """Cut one network with Torch-Pruning and the same masks, and return its row of the table."""
     import torch_pruning as tp
 
     family, net, x = _build(name)
@@ -162,7 +162,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def by_family(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A table with a line for each family, from rows of `survey`."""
+    """A table with one line per family, from rows of `survey`."""
     yield "| family | networks | gates | MACs left | largest difference | layers not prunable |"
     yield "|---|---|---|---|---|---|"
     for family in sorted({row["family"] for row in rows if "family" in row}):
@@ -188,7 +188,7 @@ def by_family(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and one line of JSON a network into a file if it is asked for."""
+    """Print the table, and optionally write one line of JSON per network to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("networks", nargs="*", help="of torchvision; all if none is named")
     parser.add_argument("--against", choices=("torch-pruning",))
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         function = torch_pruning if options.against else survey
         try:
             row = function(options.networks[0])
-        except Exception as error:  # the other library may raise anything
+        except Exception as error:  # Torch-Pruning may raise anything
             row = {"network": options.networks[0], "failed": first_line(error)[:200]}
         print(json.dumps(row))
         return

@@ -1,8 +1,8 @@
-"""The truncated normal and log-normal in 110 digits, by the textbook formulas.
+"""The truncated normal and log-normal distributions in 110 digits, with the textbook formulas.
 
-At this precision their cancellation costs nothing: it takes up to 60 digits here. One `Truth` is
-one setting of the parameters; everything is an `mpmath.mpf`, exact for the binary value of the
-parameters that it was given.
+The cancellation in these formulas loses up to 60 digits here, so enough digits remain. A `Truth` is
+one setting of the parameters. All values are `mpmath.mpf`, and are computed for the exact binary
+values of the parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DIGITS = 110
 class Truth:
     """x from Normal(loc, scale) on [low, high], and theta = exp(x). Sets the precision of mpmath.
 
-    Derivatives in scale are given in log scale. `z` is (x - loc) / scale throughout.
+    Derivatives are with respect to loc and log scale. `z` is (x - loc) / scale.
     """
 
     def __init__(self, loc: float, scale: float, low: float, high: float) -> None:
@@ -36,7 +36,7 @@ class Truth:
 
     @staticmethod
     def _density(z: mpf, power: int = 0) -> mpf:
-        """``z^power phi(z)``, which is 0 at infinity."""
+        """``z^power phi(z)``, with the limit 0 at infinity."""
         if mp.isinf(z):
             return mpf(0)
         return z**power * mp.exp(-z * z / 2) / mp.sqrt(2 * mp.pi)
@@ -126,7 +126,7 @@ class Truth:
 
     @cached_property
     def exp_mean_d_log_scale_size(self) -> mpf:
-        """sd[theta] sd[z^2], which bounds that derivative."""
+        """sd[theta] sd[z^2], which bounds the derivative above."""
         return mp.sqrt(self.exp_variance * (self._z[4] - self._z[2] ** 2))
 
     def log_density(self, x: float | mpf) -> mpf:
@@ -149,13 +149,13 @@ class Truth:
         return mp.nan
 
     def sample_d_loc(self, u: float, x: mpf) -> mpf:
-        """Derivative of the quantile `x` of `u` in loc."""
+        """Derivative of the quantile `x` of `u` with respect to loc."""
         z = (x - self.loc) / self.scale
         phi_a, phi_b, phi_z = (self._density(t) for t in (self.alpha, self.beta, z))
         return ((phi_z - phi_a) - mpf(u) * (phi_b - phi_a)) / phi_z
 
     def sample_d_log_scale(self, u: float, x: mpf) -> mpf:
-        """Derivative of the quantile `x` of `u` in log scale."""
+        """Derivative of the quantile `x` of `u` with respect to log scale."""
         z = (x - self.loc) / self.scale
         slope_a, slope_b, slope_z = (self._density(t, 1) for t in (self.alpha, self.beta, z))
         rise = (slope_z - slope_a) - mpf(u) * (slope_b - slope_a)

@@ -1,4 +1,4 @@
-"""The methods: each gives the training loop a list of phases and makes a smaller network."""
+"""The methods: each defines the phases of training and makes a smaller network."""
 
 from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.method import Method

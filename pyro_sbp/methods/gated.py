@@ -1,8 +1,8 @@
 """Noise on units: the mechanism of SBP and RBP.
 
-Training with noise proceeds in turns. In a turn some gates have noise; at its end their units are
-chosen, the network is cut, and the next turn goes on with what is left. SBP is one turn over all
-gates, RBP one turn for each gate.
+Training with noise consists of turns. In a turn, some gates have noise. At the end of the turn, the
+units to keep are chosen, the others are removed, and the next turn trains the smaller network. SBP
+is one turn for all gates, RBP one turn for each gate.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
 
-#: Between two turns of the same noise, units are removed whose signal-to-noise ratio is
-#: under this share of the threshold. Under the log-uniform prior itself the ratio is 0.33.
+#: Between two turns that train the same noise, units are removed if their signal-to-noise ratio is
+#: under this share of the threshold. A unit with the log-uniform prior has a ratio of 0.33.
 CUT_SHARE = 0.5
 
 
 class Turn(NamedTuple):
-    """A stretch of training with noise on some gates.
+    """A part of training in which some gates have noise.
 
     Attributes:
         name: the name of its phase.
         gates: the names of the gates that have noise.
-        epochs: how many epochs it takes.
-        continues: the next turn continues training the same noise, and only units far under the
-            threshold are removed between the two.
+        epochs: the number of epochs.
+        continues: whether the next turn continues to train the same noise. Between the two turns,
+            only units far under the threshold are removed.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Turn(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """The noise that the next turn continues training, for the units that are left.
+    """The noise of the remaining units, which the next turn continues to train.
 
     Attributes:
-        posteriors: location and log scale of log theta, ``[units]`` each, by gate.
-        kl_scale: the weights of the KL divergences, by gate.
+        posteriors: by gate, the location and the log scale of log theta, ``[units]`` each.
+        kl_scale: by gate, the weight of the KL divergence.
     """
 
     posteriors: Mapping[str, tuple[Tensor, Tensor]]
@@ -70,11 +70,11 @@ class Carried(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a turn keeps of all gates.
+    """The units that a turn keeps.
 
     Attributes:
-        choice: the units to keep.
-        snr: by gate, the signal-to-noise ratios that the units of the network stay with.
+        choice: the units to keep, of all gates.
+        snr: by gate, the signal-to-noise ratios to record for the units of the network.
     """
 
     choice: Choice
@@ -83,17 +83,17 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """The network as the cuts so far have left it.
+    """The network after the cuts so far.
 
     Attributes:
         net: the network.
         gates: its gates, with the units that remain.
-        units: what became of the units of every gate of the dense network.
-        snr: by gate, the signal-to-noise ratio that the remaining units stayed with: infinite
+        units: which units of every gate of the dense network remain.
+        snr: by gate, the signal-to-noise ratio of the remaining units when they were kept: infinite
             before the turn of their gate, 0 for a unit that remains as a column of zeros.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: the largest differences of all cuts.
-        carried: the noise that the next turn continues training, if it does.
+        carried: the noise that the next turn continues to train; None if it starts with new noise.
     """
 
     net: nn.Module
@@ -113,13 +113,14 @@ class Stage:
         return cls(net, gates, units, snr, (), Equivalence(0.0, 0.0))
 
     def theta(self) -> dict[str, Tensor]:
-        """The theta of the gates without noise: 1, as the mean is folded into the weights, and 0
-        where a column of zeros remains."""
+        """The theta of the gates without noise: 1, because the mean is folded into the weights, or
+        0 for a unit that remains as a column of zeros."""
         like = next(self.net.parameters())
         return {name: (snr > 0).to(like) for name, snr in self.snr.items()}
 
     def beyond_multiples(self, round_to: int, snr: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weakest units of every gate that has lost units, beyond a multiple of `round_to`."""
+        """The units with the lowest SNR that exceed a multiple of `round_to`, for every gate that
+        has lost units."""
         return {
             gate.name: snr[gate.name].argsort()[: gate.size % round_to]
             for gate in self.gates
@@ -141,7 +142,7 @@ class Stage:
             snr: by gate, the signal-to-noise ratios of the units before the cut.
             net: the network that remains.
             equivalence: how exact the cut was.
-            carried: the noise before the cut, if the next turn continues training it.
+            carried: the noise before the cut, if the next turn continues to train it.
         """
         left = {
             name: torch.where(unit.kept, snr[name].detach().cpu(), 0.0)[unit.physical]
@@ -175,17 +176,18 @@ G = TypeVar("G", bound=GatedRecipe)
 
 
 class GatedMethod(Method[G]):
-    """Dense training; turns of noise on gates, each of which ends with a cut; fine-tuning."""
+    """Dense training, then turns with noise on gates, each of which ends with a cut, then
+    fine-tuning."""
 
     #: Whether `prune` may keep units that the last turn has removed.
     reopens: ClassVar[bool]
 
     @abstractmethod
     def turns(self) -> list[Turn]:
-        """The turns in order.
+        """The turns, in order.
 
         Raises:
-            ValueError: the recipe has too few epochs for them.
+            ValueError: the recipe has too few epochs for the turns.
         """
 
     def begin(self) -> None:
@@ -197,7 +199,7 @@ class GatedMethod(Method[G]):
             )
         check_prior(recipe.prior_scale, recipe.threshold)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
-        # Refuse here what a later turn would refuse after hours of training.
+        # Raise here what a later turn would raise after hours of training.
         scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
         self._turns = self.turns()
         self._stage = Stage.dense(self.net, gates)
@@ -219,10 +221,10 @@ class GatedMethod(Method[G]):
         return UnitCosts(net, gates, self.example_input[:1])
 
     def end(self, phase: TurnPhase, stage: Stage) -> None:
-        """Take over what a turn has left."""
+        """Store the result of a turn that has ended."""
         self._ended.update(phase.posteriors())
         self._current, self._stage = None, stage
-        # Other methods do not need the network before the cut any more.
+        # Other methods no longer need the network before the cut.
         self._open = phase if self.reopens else None
         self._return(stage)
 
@@ -242,10 +244,11 @@ class GatedMethod(Method[G]):
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
-        """Make a smaller network by the posterior of the last turn.
+        """Make a smaller network from the posterior of the last turn.
 
-        Units that earlier turns removed cannot be kept; nor can those of the last turn, unless
-        the method `reopens` it. `round_to` rounds a gate down that has lost units.
+        Units that earlier turns have removed cannot be restored. Units that the last turn has
+        removed can be restored only if the method `reopens` it. In a gate that has lost units,
+        `round_to` rounds down.
         """
         check_settings(threshold, macs_ratio, round_to, min_units)
         if self._open is not None:
@@ -282,7 +285,7 @@ class GatedMethod(Method[G]):
 
 
 class TurnPhase(NoisePhase):
-    """Training with noise on some gates of the network that is left, and their pruning.
+    """Training of the current network with noise on some of its gates, and their pruning.
 
     Args:
         method: the method.
@@ -326,7 +329,7 @@ class TurnPhase(NoisePhase):
         return noise_groups(self.stage.net, self.guide, self.recipe)
 
     def decide(self) -> Decision:
-        """The units that the turn keeps if it ends now."""
+        """The units that the turn would keep if it ended now."""
         recipe, stage = self.recipe, self.stage
         mean, own = self.guide.mean(), self.snr()
         snr = {**stage.snr, **own}
@@ -339,19 +342,20 @@ class TurnPhase(NoisePhase):
             threshold=recipe.threshold,
         )
         held = held_gates(own, recipe.threshold)
-        # Units that are kept though they are under the threshold stay kept when `prune` is called.
+        # A unit that is kept although it is under the threshold is recorded as at the threshold, so
+        # that `prune` keeps it too.
         stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
         return Decision(dataclasses.replace(choice, held=held), {**snr, **stayed})
 
     def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratios of the turn's gates, 0 where a column of zeros remains."""
+        """The signal-to-noise ratios of the gates of the turn; 0 for columns of zeros."""
         return {
             name: snr.where(self.stage.snr[name].to(snr.device) > 0, 0.0)
             for name, snr in self.guide.snr().items()
         }
 
     def _decide_cut(self) -> Decision:
-        """What stays in the network while its noise is trained further."""
+        """The units to keep if the next turn continues to train their noise."""
         stage, own = self.stage, self.snr()
         choice = choose_units(
             stage.net,
@@ -377,13 +381,13 @@ class TurnPhase(NoisePhase):
             name: int(unit.then(choice.units[name]).kept.sum())
             for name, unit in self.stage.units.items()
         }
-        # The expected MACs are those of the network that is left, whose other gates have had
-        # their turn or are still to have it.
+        # The expected MACs are those of the current network. Its other gates had their turn before,
+        # or will have it later.
         expected = self.costs.expected_under(self.snr())
         return Standing(units, choice.held, self.kl(), expected)
 
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Location and scale of log theta for all units that the turn's gates had at first.
+        """Location and scale of log theta for all units of the turn's gates in the dense network.
 
         Units that were removed before the turn have the prior.
         """
@@ -409,7 +413,7 @@ class TurnPhase(NoisePhase):
         return {"mean": self.method.mean, "pruned": small}
 
     def _closed(self) -> Decision:
-        """The decision, after removing the hooks of the turn and its parameters in Pyro."""
+        """Remove the hooks of the turn and its parameters in Pyro, and return the decision."""
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
@@ -425,8 +429,8 @@ class TurnPhase(NoisePhase):
         return Carried(posteriors, self.kl_scale)
 
     def record(self) -> dict[str, Any]:
-        # The weights of the last turn are what `prune` goes on from; those of an earlier turn are
-        # in the next one.
+        # `prune` starts from the weights of the last turn. The weights of an earlier turn are part
+        # of the next one.
         if self.last or not self.ends:
             return super().record()
         guide, equivalence = self.guide.state_dict(), dataclasses.asdict(self._equivalence)
@@ -438,11 +442,11 @@ class TurnPhase(NoisePhase):
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
         choice, snr = self._closed()
-        if "units" in record:  # another machine may decide otherwise on a unit at the threshold
+        if "units" in record:  # another machine may decide differently at the threshold
             units = {name: Units(*masks) for name, masks in record["units"].items()}
             choice = dataclasses.replace(choice, units=units)
         self._units = choice.units
-        small = copy.deepcopy(self.stage.net)  # its weights come with the phase under way
+        small = copy.deepcopy(self.stage.net)  # the current phase loads its weights
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
         after = self.stage.after(choice, snr, small, self._equivalence, self._carried())
@@ -453,13 +457,16 @@ class TurnPhase(NoisePhase):
 def over_all_units(
     loc: Tensor, scale: Tensor, there: Tensor, prior_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Location and scale of log theta over all units that a gate had at first.
+    """Location and scale of log theta for all units of a gate in the dense network.
 
     Args:
-        loc, scale: of the units that are left, ``[left]``.
-        there: which these are, bool ``[units]``.
-        prior_scale: as for `GatedModel`. The other units have this prior, or for the log-uniform
-            prior the distribution of the posterior's family that is nearest to it.
+        loc, scale: of the remaining units, ``[left]``.
+        there: which units remain, bool ``[units]``.
+        prior_scale: as for `GatedModel`. The other units get this prior. The log-uniform prior is
+            replaced by the closest distribution in the family of the posterior.
+
+    Returns:
+        Location and scale, ``[units]`` each.
     """
     there = there.to(loc.device)
     prior = theta_prior(prior_scale, len(there), loc)
@@ -473,7 +480,7 @@ def over_all_units(
 
 
 def _hold_zeros(stage: Stage) -> list[Any]:
-    """Hooks by which columns that stand for removed units stay zero."""
+    """Hooks that keep the columns of removed units at zero."""
     gone = {name: theta for name, theta in stage.theta().items() if not bool(theta.all())}
     return [
         weight.register_hook(lambda gradient, factor=factor: gradient * factor)
@@ -483,7 +490,7 @@ def _hold_zeros(stage: Stage) -> list[Any]:
 
 
 def _forget(model: GatedModel, guide: TruncatedLogNormalGuide) -> None:
-    """Remove a turn's parameters from Pyro's store, which would keep every network alive."""
+    """Remove the parameters of a turn from Pyro's store, so that its network can be freed."""
     store = pyro.get_param_store()
     roots = (f"{model._pyro_name}.", f"{guide._pyro_name}.")
     for name in [name for name in store.keys() if name.startswith(roots)]:  # noqa: SIM118

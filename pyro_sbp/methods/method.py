@@ -22,23 +22,23 @@ R = TypeVar("R", bound=Recipe)
 
 
 class Method(ABC, Generic[R]):
-    """A way to make a network smaller: a list of phases, and what they leave.
+    """A way to make a network smaller: the phases of training, and their result.
 
     Args:
         net: the network; it is trained in place.
         example_input: a batch of its inputs, a tensor.
         recipe: the settings, of the class of this method.
-        num_data: the size of the training data.
-        input_features: dense layers whose inputs are gated one by one.
+        num_data: the number of training examples.
+        input_features: dense layers whose input features each become a unit.
 
     Attributes:
         gates: the gates of the network.
         left_alone: the layers that are not prunable, and why.
         mean: the network before its last cut, with all noise at its mean.
         small: the smaller network, once the phases have ended.
-        units: what became of the units of every gate.
+        units: which units of every gate remain.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
-        equivalence: how far the smaller network was from the masked one when it was cut.
+        equivalence: the differences between the smaller and the masked network when it was cut.
     """
 
     mean: Predict
@@ -57,7 +57,7 @@ class Method(ABC, Generic[R]):
     ) -> None:
         self.net, self.example_input, self.num_data = net, example_input, num_data
         self.recipe = recipe
-        # Two examples find what eight do, in less memory.
+        # Two examples give the same gates as eight, with less memory.
         self.gates = find_gates(net, example_input[:2], input_features)
         self.left_alone = dict(self.gates.left_alone)
         self.begin()
@@ -72,10 +72,10 @@ class Method(ABC, Generic[R]):
 
     @abstractmethod
     def noise(self) -> Iterator[Phase]:
-        """The phases with noise, of which the last leaves `mean`, `small` and `units`."""
+        """The phases with noise. The last one sets `mean`, `small` and `units`."""
 
     def phases(self) -> Iterator[Phase]:
-        """The phases in order; each is made when it begins, from what the earlier ones left."""
+        """The phases, in order. Each is made when it begins, from the results of those before."""
         recipe = self.recipe
         if recipe.dense_epochs:
             sizes = {gate.name: gate.size for gate in self.gates}
@@ -105,26 +105,26 @@ class Method(ABC, Generic[R]):
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
-        """Set `small`, `units`, `held` and `equivalence` by the posterior.
+        """Set `small`, `units`, `held` and `equivalence` from the posterior.
 
         Args:
             threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
 
         Raises:
-            ValueError: what `choose_units` refuses.
+            ValueError: `choose_units` raises it for these arguments.
         """
 
     @abstractmethod
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Location and scale of the posterior of every site that has had noise, over all of its
-        elements: of log theta of the units, or of the weights. They may share memory with what is
-        trained."""
+        """Location and scale of the posterior of every site that has had noise, for all of its
+        elements: of log theta of the units, or of the weights. The tensors may share memory with
+        the trained parameters."""
 
     @staticmethod
     @abstractmethod
     def distributions(loc: Tensor, scale: Tensor, recipe: Any) -> tuple[Any, Any]:
-        """The posterior of a site from its location and scale, and its prior."""
+        """The posterior of a site, from its location and scale, and the prior of the site."""
 
     def kept_weights(self) -> KeptWeights | None:
-        """The single weights that are kept, for a method that removes weights."""
+        """The number of weights that are kept; None if the method does not remove weights."""
         return None

@@ -1,4 +1,4 @@
-"""Phases: what a method hands to the training loop, which knows no method by name."""
+"""Phases of training: the interface between a method and the training loop."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a phase stands after an epoch.
+    """The state of a phase after an epoch.
 
     Attributes:
-        units: the units left of every gate.
+        units: the number of units that remain in every gate.
         held: the gates in which no unit reaches the threshold, so that only the best is kept.
         kl: the KL divergence of all sites in nats, without weights.
         macs: the expected MACs of one example under the posterior; None without noise on units.
@@ -46,28 +46,28 @@ class Standing:
 
 
 class Phase(ABC):
-    """One stretch of training.
+    """A phase of training.
 
     Args:
         name: its name in the metrics.
-        epochs: how many epochs it takes.
-        module: what is trained. Its state is part of a checkpoint.
+        epochs: the number of epochs.
+        module: the module to train. Its state is part of a checkpoint.
 
     Attributes:
-        freeze_batch_norm: batch norms use their running statistics and do not update them.
-        noisy: there is noise.
-        ends: it ends the work on its module, and with noise the network is pruned then. Otherwise
-            the next phase goes on with the module.
-        folds: with noise, the mean of the noise is folded into the network when the phase ends, and
-            batch norms of the network may then be recalibrated.
-        decays: learning rates follow the recipe's schedule; otherwise they are constant.
-        schedule_span: the epochs of the schedule before the phase, and the epochs of the whole
-            schedule; by default the schedule is over the phase itself.
-        weights_file: the file of the run directory that the network's weights are written to when
-            the phase ends; none if it is empty.
-        net_prefix: what stands before the names of the network's tensors in the module's state.
-        kl_weight: the weight of the KL divergence at the first step and after the last, and
-            linearly between.
+        freeze_batch_norm: whether batch norms use their running statistics without updating them.
+        noisy: whether there is noise.
+        ends: whether training of the module ends with this phase; with noise, the network is then
+            pruned. Otherwise the next phase continues to train the module.
+        folds: whether, with noise, the mean of the noise is folded into the network when the phase
+            ends; batch norms of the network may then be recalibrated.
+        decays: whether learning rates follow the recipe's schedule; otherwise they are constant.
+        schedule_span: the number of epochs of the schedule before this phase, and of the whole
+            schedule; by default the schedule covers this phase only.
+        weights_file: the file in the run directory to which the weights of the network are written
+            when the phase ends; no file if it is empty.
+        net_prefix: the prefix of the names of the network's tensors in the state of the module.
+        kl_weight: the weight of the KL divergence at the first step and after the last step; it is
+            linear in between.
     """
 
     freeze_batch_norm = False
@@ -86,7 +86,7 @@ class Phase(ABC):
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups for `torch.optim`, each with its learning rate: first the weights,
-        then the noise if there is any."""
+        then the parameters of the noise, if any."""
 
     @abstractmethod
     def loss(self, x: Tensor, y: Tensor) -> Parts:
@@ -94,37 +94,38 @@ class Phase(ABC):
 
     @abstractmethod
     def predictor(self) -> Predict:
-        """The network as it would be returned now, from images to logits, deterministic.
+        """The deterministic network that would be returned now, as a function from images to
+        logits.
 
         It is valid until the parameters change.
         """
 
     @abstractmethod
     def standing(self) -> Standing:
-        """Where the phase stands after an epoch."""
+        """The state of the phase after an epoch."""
 
     def finish(self) -> dict[str, Predict]:
         """End the phase after its last epoch.
 
         Returns:
-            The networks to measure the errors of, by name.
+            By name, the networks whose errors are to be measured.
         """
         return {}
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the phase once it has ended."""
-        if not self.ends:  # the next phase goes on with the module
+        """The values that a checkpoint stores for the phase after it has ended."""
+        if not self.ends:  # the next phase continues to train the module
             return {}
         return {"module": copied(self.module.state_dict()), "network": self.net_prefix}
 
     def restore(self, record: Mapping[str, Any]) -> bool:
-        """Bring the method to where the ended phase left it.
+        """Restore the state of the method at the end of the phase.
 
         Args:
-            record: what `record` gave.
+            record: the values that `record` returned.
 
         Returns:
-            Whether the network has its weights. Otherwise the state of a later phase has them.
+            Whether the weights of the network were restored. Otherwise a later phase restores them.
         """
         if not self.ends:
             return False
@@ -133,7 +134,7 @@ class Phase(ABC):
         return True
 
     def changed(self, **changes: Any) -> Self:
-        """A phase of the same module with other attributes."""
+        """A phase for the same module, with some attributes changed."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)
@@ -154,10 +155,10 @@ class NoisePhase(Phase):
     Args:
         name, epochs, module: as for `Phase`.
         model, guide: the Pyro model and its guide.
-        num_data: the size of the training data.
+        num_data: the number of training examples.
     """
 
-    # With batch statistics a factor that all units share would cost no likelihood.
+    # With batch statistics, a factor common to all units would not change the likelihood.
     freeze_batch_norm = True
     noisy = True
     net_prefix = "net."
@@ -179,17 +180,17 @@ class NoisePhase(Phase):
 
 
 def rising_kl(phase: Phase, free: int, rising: int) -> Iterator[Phase]:
-    """A phase with noise, preceded by epochs in which its KL divergence does not count in full.
+    """Split a phase with noise, so that the weight of its KL divergence rises at the beginning.
 
     Args:
-        phase: the phase, of all epochs together.
-        free: the first epochs, in which the weight of the KL divergence is 0.
-        rising: the next epochs, in which it rises linearly to 1.
+        phase: the phase, with the total number of epochs.
+        free: the number of first epochs, in which the weight of the KL divergence is 0.
+        rising: the number of next epochs, in which the weight rises linearly to 1.
     """
     before = phase.changed(ends=False, decays=False)
     if free:
-        # Noise that costs nothing does not distort batch statistics, and the network may be
-        # untrained.
+        # Without a KL divergence, batch statistics do no harm (see `NoisePhase`), and an untrained
+        # network needs them.
         yield before.changed(
             name="kl-free", epochs=free, kl_weight=(0.0, 0.0), freeze_batch_norm=False
         )
@@ -199,13 +200,13 @@ def rising_kl(phase: Phase, free: int, rising: int) -> Iterator[Phase]:
 
 
 def weights_group(net: nn.Module, recipe: Recipe, learning_rate: float) -> dict[str, Any]:
-    """The parameter group of the weights of a network."""
+    """The parameter group for the weights of a network."""
     parameters = list(net.parameters())
     return {"params": parameters, "lr": learning_rate, "weight_decay": recipe.weight_decay}
 
 
 def noise_groups(net: nn.Module, noise: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The parameter groups of a network with noise: its weights, and the posterior."""
+    """The parameter groups for a network with noise: its weights, and the posterior."""
     rate = recipe.gated_learning_rate or recipe.learning_rate
     return [
         weights_group(net, recipe, rate),
@@ -218,5 +219,5 @@ def noise_groups(net: nn.Module, noise: nn.Module, recipe: Recipe) -> list[dict[
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a state dict, whose tensors are not updated any more."""
+    """A copy of a state dict with detached tensors, which training does not change."""
     return {name: value.detach().clone() for name, value in state.items()}

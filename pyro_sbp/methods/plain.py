@@ -1,4 +1,4 @@
-"""Ordinary training of a network, by the labels of the data or by a teacher's soft labels."""
+"""Ordinary training of a network, with the labels of the data or the soft labels of a teacher."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class PlainPhase(Phase):
         name, epochs: as for `Phase`.
         net: the network.
         recipe: the settings.
-        units: the units of every gate.
-        learning_rate: the learning rate; by default the recipe's.
-        frozen: leave the statistics of batch norms as they are.
-        hold_zeros: weights that are zero at the start stay zero: single weights, and columns that
-            stand for a removed unit.
-        teacher: the network whose soft labels are learned at the temperature `recipe.distill`
-            (Hinton et al. 2015, arXiv 1503.02531). None learns the labels of the data.
+        units: the number of units of every gate.
+        learning_rate: the learning rate; by default that of the recipe.
+        frozen: whether batch norms use their running statistics without updating them.
+        hold_zeros: whether weights that are zero at the start remain zero: removed weights, and the
+            columns of removed units.
+        teacher: the network whose soft labels are learned, at the temperature `recipe.distill`
+            (Hinton et al. 2015, arXiv 1503.02531). With None, the labels of the data are learned.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class PlainPhase(Phase):
 
 
 def _hold_zeros(net: nn.Module) -> list[Any]:
-    """Hooks by which the zeros of matrices get no gradient.
+    """Hooks that set the gradient of the zeros of weight tensors to zero.
 
-    Vectors are left out: many start as zeros, such as biases and the gains of residual branches.
+    Vectors are excluded, because many of them start at zero, such as biases and the gains of
+    residual branches.
     """
     matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
     return [
@@ -93,12 +94,12 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 times the KL divergence from the teacher's to the student's probabilities, per example.
 
     Args:
-        logits: of the student, ``[batch, classes]``.
-        teacher: the teacher's logits, of the same shape.
-        temperature: T, by which both are divided. The factor T^2 keeps the size of the gradients
-            (Hinton et al. 2015, arXiv 1503.02531, section 2).
+        logits: the logits of the student, ``[batch, classes]``.
+        teacher: the logits of the teacher, of the same shape.
+        temperature: T, by which both are divided. With the factor T^2 the size of the gradients
+            does not depend on T (Hinton et al. 2015, arXiv 1503.02531, section 2).
     """
-    # Two networks that nearly agree differ by less than bfloat16 resolves.
+    # The difference of two networks that nearly agree is below the resolution of bfloat16.
     wide = torch.promote_types(logits.dtype, torch.float32)
     student, soft = ((x.to(wide) / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(student, soft, log_target=True, reduction="batchmean")

@@ -1,8 +1,9 @@
-"""Recursive Bayesian Pruning (Zhou et al. 2018, arXiv 1812.00353), by a derivation of our own.
+"""Recursive Bayesian Pruning (Zhou et al. 2018, arXiv 1812.00353), with our own derivation.
 
-The noise of a network is a Markov chain over its gates. Each gate is judged given those before it,
-which are point masses by then: pruned, folded into the weights, and the network smaller.
-`docs/rbp.md` has the derivation, and what of it the paper's abstracts state.
+The noise of a network is a Markov chain over its gates. Each gate is judged given the gates before
+it, whose noise is a point mass by then: their units were pruned, their means were folded into the
+weights, and the network was made smaller. `docs/rbp.md` has the derivation, and says which parts
+of it the abstracts of the paper state.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ __all__ = ["RBP", "in_order"]
 def in_order(gates: Gates) -> list[Gate]:
     """Gates in the order in which their noise enters the network.
 
-    A gate stands at the inputs of its readers, so its place is that of the reader that is called
-    first, whatever wrote the units: a residual stream comes where its first block reads it. Of two
-    gates at the same layer the one on whole channels comes before that on their single features.
+    The noise of a gate is applied at the inputs of its readers. So the place of a gate is that of
+    the reader that is called first, whichever layer wrote the units: a residual stream has its
+    place where its first block reads it. If two gates are at the same layer, the gate on channels
+    comes before the gate on their flattened features.
     """
     place = {layer: index for index, layer in enumerate(gates.called)}
 
@@ -31,8 +33,8 @@ def in_order(gates: Gates) -> list[Gate]:
 
 
 class RBP(GatedMethod[RBPRecipe]):
-    """Dense training; then for one gate after the other training with noise on it alone and
-    pruning, each on the network that the one before left; fine-tuning."""
+    """Dense training; then, for one gate after the other, training with noise on this gate only and
+    pruning, each on the network that the turn before has made; then fine-tuning."""
 
     reopens = False
 

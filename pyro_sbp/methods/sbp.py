@@ -32,7 +32,7 @@ class SBP(GatedMethod[SBPRecipe]):
 
     @property
     def _full_epochs(self) -> int:
-        """The epochs in which the KL divergence counts in full."""
+        """The number of epochs in which the KL divergence has its full weight."""
         return self.recipe.epochs - self.recipe.kl_free_epochs - self.recipe.kl_rising_epochs
 
     def parts_of(self, phase: TurnPhase) -> Iterator[Phase]:

@@ -60,9 +60,9 @@ class SparseVD(Method[SparseVDRecipe]):
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
-        """Make the smaller network of the weights of a signal-to-noise ratio of `threshold` or
-        more, or of the lowest threshold that gives `macs_ratio` times fewer MACs; the rest as for
-        `choose_units`."""
+        """Make a smaller network from the weights with a signal-to-noise ratio of `threshold` or
+        more, or of the lowest threshold that gives `macs_ratio` times fewer MACs. The other
+        arguments are those of `choose_units`."""
         check_settings(threshold, macs_ratio, round_to, min_units)
         snr = self.guide.snr()
         if macs_ratio is None:
@@ -79,7 +79,8 @@ class SparseVD(Method[SparseVDRecipe]):
         self.cut(level, round_to, min_units)
 
     def cut(self, level: float, round_to: int = 1, min_units: int = 1) -> None:
-        """Set weights under a signal-to-noise ratio to zero, and remove what nothing reads."""
+        """Set weights under a signal-to-noise ratio to zero, and remove units that no weight
+        reads."""
         snr, x = self.guide.snr(), self.example_input
         found = shrink_sparse(self.net, self.gates, snr, x, level, round_to, min_units)
         self.small, self.equivalence, self.units, self._kept = found
@@ -88,7 +89,7 @@ class SparseVD(Method[SparseVDRecipe]):
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
         if not self._begun:
             return {}
-        # Not copied, so that a checkpoint holds weights once: they are the locations.
+        # Not copied, because the locations are the weights: a checkpoint then stores them once.
         posteriors = self.guide.posteriors().items()
         return {name: (q.loc.detach(), q.scale.detach()) for name, q in posteriors}
 
@@ -121,7 +122,7 @@ class _SparsePhase(NoisePhase):
         return {name: snr >= threshold for name, snr in self.guide.snr().items()}
 
     def _at_means(self, threshold: float) -> Predict:
-        """The network at the means of its weights, without those under a threshold."""
+        """The network with the means of its weights, without the weights under a threshold."""
         masks, means = self._masks(threshold), self.method.model.noisy.means()
         with torch.no_grad():
             masked = {name: mean * masks[name] for name, mean in means.items()}

@@ -1,1 +1,1 @@
-"""What a run found, as values, tables, pictures and a page."""
+"""The results of a run, as values, tables, figures and an HTML page."""

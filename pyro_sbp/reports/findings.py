@@ -1,4 +1,4 @@
-"""All that a report tells of a run, as values, with the reason where something is missing."""
+"""The contents of a report as values, with the reason for each value that is missing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Findings:
 
     Attributes:
         run: the run.
-        posterior: of its last checkpoint.
-        description: of the posterior, from `describe`.
-        sweep: from `sweep`.
-        costs: from `costs_of`.
+        posterior: the posterior of the last checkpoint of the run.
+        description: the description of the posterior, from `describe`.
+        sweep: the results at other thresholds, from `sweep`.
+        costs: the MACs and parameters of the layers, from `costs_of`.
         missing: why one of the above is None, by its name.
     """
 
@@ -44,12 +44,12 @@ class Findings:
 
 
 def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Findings:
-    """Collect the results of a run for its report; nothing is downloaded.
+    """Collect the results of a run for its report. Nothing is downloaded.
 
     Args:
         run: the run, finished or not.
         data_dir: the directory of its data set; by default that of the request.
-        thresholds: whether to sweep over thresholds.
+        thresholds: whether to measure other thresholds.
     """
     found = Findings(run)
     try:
@@ -64,7 +64,7 @@ def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Fin
     except RequestError as error:
         found.missing["costs"] = str(error)
     if not thresholds:
-        found.missing["sweep"] = "it was left out by --no-sweep"
+        found.missing["sweep"] = "it was disabled by --no-sweep"
         return found
     try:
         found.sweep = _sweep(run, data_dir)
@@ -88,7 +88,8 @@ def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
     """MACs and parameters of every layer, from its name to {`dense`, `pruned`}: (MACs, parameters).
 
     Raises:
-        RequestError: the run has not finished, its network is damaged or cannot be built here.
+        RequestError: the run has not finished, or its network is damaged or cannot be built on this
+            machine.
     """
     if run.network is None:
         raise RequestError(f"{run.directory} has no pruned network")
@@ -98,7 +99,7 @@ def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
         dense = constructor(**run.network["kwargs"]).eval()
         example = torch.rand(1, *(run.network["input_shape"] or ()))
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{run.directory} has no whole pruned network: {error}") from error
+        raise RequestError(f"{run.directory} has no complete pruned network: {error}") from error
     if has_attention(dense):
         dense = separate_attention(dense)
     before, after = costs_by_layer(dense, example), costs_by_layer(pruned, example)

@@ -1,4 +1,4 @@
-"""The parts of an HTML page that needs no other file, no script and no network."""
+"""The parts of a self-contained HTML page, without scripts."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ summary { cursor: pointer; color: var(--accent); }
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """A whole page of parts that are HTML already."""
+    """A complete page from parts in HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Nothing is to be fetched: a browser holds the page to it.
+        # Makes the browser enforce that the page loads nothing.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
@@ -62,7 +62,7 @@ def heading(level: int, text: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; its kind is "", "note" or "soft"."""
+    """A paragraph of the kind "", "note" or "soft"."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
@@ -75,7 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
         lines.append(f'<tr><th scope="row">{escape(str(first))}</th>{cells}</tr>')
     words = f"<caption>{escape(caption)}</caption>" if caption else ""
     body = "\n".join(lines)
-    # What scrolls is to be reached by keyboard too.
+    # A table that scrolls must be reachable by keyboard.
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption or "table")}">'
         f"<table>{words}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
@@ -83,12 +83,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
 
 
 def picture(light: bytes, dark: bytes, words: str, caption: str = "") -> str:
-    """A picture as two SVGs, for light and for dark pages.
+    """A figure as two SVGs, for light and for dark pages.
 
     Args:
         light, dark: the SVGs.
-        words: what it shows, for those who do not see it.
-        caption: a line under it.
+        words: the alternative text.
+        caption: the caption under the figure.
     """
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
@@ -102,10 +102,10 @@ def _data(svg: bytes) -> str:
 
 
 def side(parts: Sequence[str]) -> str:
-    """Parts beside one another where the page is wide enough."""
+    """Parts side by side, if the page is wide enough."""
     return f'<div class="side">{"".join(parts)}</div>'
 
 
 def details(title: str, parts: Sequence[str]) -> str:
-    """Parts that are shown when their title is pressed."""
+    """Parts that are hidden until their title is clicked."""
     return f"<details><summary>{escape(title)}</summary>\n" + "\n".join(parts) + "\n</details>"

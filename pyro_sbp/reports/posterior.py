@@ -1,4 +1,4 @@
-"""The posterior of a run, read from its checkpoint: neither the network nor the data is needed."""
+"""The posterior of a run, read from its checkpoint, without the network or the data."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pyro_sbp.training.runs import Run
 
 __all__ = ["Posterior", "describe", "gate_table", "nearest_table", "read_posterior"]
 
-#: How many units are named on either side of the threshold.
+#: The number of units that are listed on either side of the threshold.
 NEAREST = 3
-#: Percent and title of the quantiles of the signal-to-noise ratio.
+#: Percentages and titles of the quantiles of the signal-to-noise ratio.
 QUANTILES = {0: "min", 25: "25 %", 50: "median", 75: "75 %", 100: "max"}
 #: The phases whose epochs have no noise.
 WITHOUT_NOISE = ("dense", "finetuned")
@@ -28,14 +28,15 @@ WITHOUT_NOISE = ("dense", "finetuned")
 
 @dataclass(frozen=True)
 class Posterior:
-    """The posterior of a run's noise; `mean`, `snr` and `kl` are those of the guide.
+    """The posterior of the noise of a run. `mean`, `snr` and `kl` are those of the guide.
 
     Attributes:
-        sites: from the name of a gate, of SparseVD a layer, to the distribution over its elements.
-        priors: of every site.
-        weights: the network's state at that time, from parameter name to tensor.
-        epoch: how many epochs with noise have ended.
-        epochs: how many were asked for.
+        sites: from the name of a gate (for SparseVD, of a layer) to the distribution of its
+            elements.
+        priors: the prior of every site.
+        weights: the state of the network at that time, from parameter name to tensor.
+        epoch: the number of finished epochs with noise.
+        epochs: the requested number of epochs with noise.
         left_alone: the layers that are not prunable, and why; None for runs that do not record it.
         waiting: the gates that RBP has not trained yet.
     """
@@ -50,7 +51,7 @@ class Posterior:
 
     @property
     def elements(self) -> str:
-        """What a site has a distribution over: units, or weights."""
+        """The kind of elements of a site: "units" or "weights"."""
         return "weights" if any(len(q.batch_shape) > 1 for q in self.sites.values()) else "units"
 
     def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ class Posterior:
 
 
 def read_posterior(directory: Path) -> Posterior:
-    """The posterior of the last checkpoint of a run.
+    """Read the posterior of the last checkpoint of a run.
 
     Raises:
         RequestError: there is no checkpoint, it is damaged, or the run has no posterior yet.
@@ -86,10 +87,10 @@ def read_posterior(directory: Path) -> Posterior:
     distributions = pkgutil.resolve_name(METHODS[recipe.method]).distributions
     weights = saved.network()
     gates = saved.gates
-    if gates is None:  # of an earlier version
+    if gates is None:  # a checkpoint of an earlier version
         gates = saved.lines[-1]["units"] if saved.lines else {}
     of_gates = all(loc.ndim == 1 for loc, _ in saved.posteriors.values())
-    # In the order of the network, which that of the turns need not be.
+    # In the order of the network, which may differ from the order of the turns.
     order = gates if of_gates else _layers(weights)
     names = [name for name in order if name in saved.posteriors]
     names += [name for name in saved.posteriors if name not in names]
@@ -111,26 +112,26 @@ def read_posterior(directory: Path) -> Posterior:
 
 
 def _layers(weights: Mapping[str, Tensor]) -> list[str]:
-    """The layers of a network, in its order, which that of a guide's parameters is not."""
+    """The layers in the order of the network. The parameters of a guide have another order."""
     return [name.removesuffix(".weight") for name in weights]
 
 
 def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
-    """What a posterior says about every gate, as plain values for JSON.
+    """Describe a posterior gate by gate, as plain values for JSON.
 
     Args:
-        run: the run; of a finished one, `kept` and `zeroed` are those of the final network.
-        posterior: of that run.
+        run: the run. If it has finished, `kept` and `zeroed` are those of the final network.
+        posterior: the posterior of the run.
 
     Returns:
-        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or "weights" of SparseVD),
+        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or for SparseVD "weights"),
         `left_alone` (the layers that are not prunable, and why; None for old runs that do not
         record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a list of
-        {`gate` (the layer, for weights), `total`, `kept`, `zeroed` (None for weights and until the
-        run has finished), `snr` (quantiles by percent), `mean` (over the elements, of E[theta] or
-        of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
-        `over` (the elements nearest the threshold: {`unit`, `snr`}; for a weight, `unit` is the
-        list of its indices), `held` (no element reaches the threshold)}.
+        {`gate` (for weights, the layer), `total`, `kept`, `zeroed` (None for weights and until the
+        run has finished), `snr` (quantiles by percentage), `mean` (over the elements, of E[theta]
+        or of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
+        `over` (the elements closest to the threshold: {`unit`, `snr`}; for a weight, `unit` is the
+        list of its indices), `held` (whether no element reaches the threshold)}.
     """
     threshold = run.request.recipe.threshold
     mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()
@@ -146,7 +147,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
             {
                 "gate": name,
                 "total": values.numel(),
-                # The best unit stays where none reaches the threshold.
+                # The best unit is kept if no unit reaches the threshold.
                 "kept": done[name].kept if name in done else max(count, int(of_units)),
                 "zeroed": done[name].zeroed if name in done else None,
                 "snr": _quantiles(values),
@@ -171,9 +172,9 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
 
 
 def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The head and the rows of a table of the elements nearest the threshold, by gate.
+    """The head and the rows of a table of the elements closest to the threshold, by gate.
 
-    A unit is named by its index, a weight by its indices in the layer's weight tensor.
+    A unit is identified by its index, and a weight by its indices in the weight tensor.
     """
     of_units, threshold = description["elements"] == "units", f"{description['threshold']:.3g}"
     element = "unit" if of_units else "weight[index]"
@@ -194,7 +195,7 @@ def _in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
-    """Quantiles by percent; torch's own takes no more than 16 million values."""
+    """Quantiles by percentage. `torch.quantile` is limited to 16 million values."""
     ordered = values.double().flatten().sort().values
     found = {}
     for percent in QUANTILES:
@@ -206,7 +207,7 @@ def _quantiles(values: Tensor) -> dict[str, float]:
 
 
 def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The head and the rows of a table of the gates that `describe` gives."""
+    """The head and the rows of a table of the gates that `describe` returns."""
     gates, of_units = description["gates"], description["elements"] == "units"
     first = "gate" if of_units else "layer"
     head = [first, "kept", "of", "zeroed", *(f"SNR {title}" for title in QUANTILES.values())]

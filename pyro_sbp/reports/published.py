@@ -11,16 +11,17 @@ __all__ = ["PUBLISHED", "Published", "published"]
 class Published:
     """A published result.
 
-    Most papers report the best test error seen, not that of the last epoch.
+    Most papers report the best test error of all epochs, not that of the last epoch.
 
     Attributes:
         arch, dataset: as in a request.
-        method: what the source calls it.
-        error: test error in percent.
-        macs_ratio: how many times fewer MACs than the dense network, from the published units.
-        units: units left, layer by layer; empty where the source has none.
-        source: the paper of the method, and of the number, unless the words after it say where
-            the number is from, or that it was not compared with the paper.
+        method: the name of the method in the source.
+        error: the test error in percent.
+        macs_ratio: MACs of the dense network divided by those of the pruned network, from the
+            published units.
+        units: the units that are kept, layer by layer; empty if the source does not report them.
+        source: the paper of the method. The number is from the same paper, unless the text after it
+            names another source or says that it was not compared with the paper.
     """
 
     arch: str
@@ -80,5 +81,5 @@ PUBLISHED = (
 
 
 def published(arch: str, dataset: str) -> list[Published]:
-    """What is published of a network on a data set."""
+    """The published results for a network on a data set."""
     return [paper for paper in PUBLISHED if (paper.arch, paper.dataset) == (arch, dataset)]

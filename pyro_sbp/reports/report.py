@@ -1,4 +1,4 @@
-"""A run, or several, on one page that needs no other file and no network."""
+"""A self-contained HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOISY = 0.3
 HELD_OUT_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
-    "may be chosen by them. Its error is then measured on the test images."
+    "can be chosen with them. The error of the choice is then measured on the test images."
 )
 ZERO_WORDS = (
     "Zeros alone do not make the network faster, because a dense layer multiplies by them too. "
@@ -39,8 +39,8 @@ ZERO_WORDS = (
 SWEEP_WORDS = (
     "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold does, because no training images "
-    "were reserved for validation. Do not choose a threshold by them: its error would have to be "
-    "measured on other images."
+    "were reserved for validation. Do not use them to choose a threshold: the error of the choice "
+    "would have to be measured on other images."
 )
 
 
@@ -50,17 +50,19 @@ def write_report(
     sweep: bool = True,
     watch: Callable[[str], None] = lambda words: None,
 ) -> Path:
-    """Write `report.html` into the directory of the first run, and its pictures into `report/`.
+    """Write `report.html` into the directory of the first run, and its figures into `report/`.
+
+    Nothing is downloaded.
 
     Args:
-        runs: one or several, finished or not.
-        data_dir: where the data sets lie; by default where each run was trained from. Nothing is
-            downloaded.
-        sweep: whether to measure finished runs at other thresholds, which takes the longest.
+        runs: one or several runs, finished or not.
+        data_dir: the directory of the data sets; by default the one with which each run was
+            trained.
+        sweep: whether to measure finished runs at other thresholds, which takes most of the time.
         watch: called with a line about the current step.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         RequestError: Matplotlib is missing, or the directory cannot be written.
@@ -71,10 +73,10 @@ def write_report(
     body = []
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
-        watch(f"{run.directory}: looking at it")
+        watch(f"{run.directory}: reading it")
         found = find(run, data_dir, sweep)
         watch(f"{run.directory}: drawing")
-        # Directories may have the same name in different places.
+        # The directories of two runs may have the same name.
         number = f"{index}-" if names.count(run.name) > 1 else ""
         pictures.prefix = f"{number}{run.name}-" if len(runs) > 1 else ""
         body += _of_run(found, pictures, 2 if len(runs) > 1 else 1)
@@ -93,7 +95,7 @@ def write_report(
 
 
 class _Pictures:
-    """Draws pictures for the page, and as PNG files into a directory."""
+    """Draws figures for the page, and writes them as PNG files into a directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.prefix = directory, ""
@@ -105,7 +107,7 @@ class _Pictures:
             raise RequestError(f"cannot write {directory}: {error.strerror}") from error
 
     def __call__(self, name: str, draw: Callable[..., Figure], words: str, *args: Any) -> str:
-        """A picture by a function of `plots`, or a line that says why there is none."""
+        """A figure from a function of `plots`, or a line that says why there is none."""
         try:
             light, dark = draw(*args), draw(*args, dark=True)
         except RequestError as error:
@@ -131,7 +133,7 @@ def _of_run(found: Findings, pictures: _Pictures, level: int) -> list[str]:
         ("Other thresholds", _thresholds),
         ("Layers", _layers),
         ("Latency", _latency),
-        ("What was asked for", _asked),
+        ("Settings and machine", _asked),
     )
     for title, section in sections:
         content = section(found, pictures)
@@ -186,7 +188,7 @@ def _result(summary: Summary) -> str:
 
 
 def _weights(summary: Summary) -> str:
-    """The single weights that are kept, for a method that removes weights."""
+    """The weights that are kept, for a method that removes weights."""
     weights, files = summary.weights, summary.files
     if weights is None:
         return ""
@@ -207,7 +209,7 @@ def _compression(ratio: float | None) -> str:
 
 
 def _log_alpha(threshold: float) -> str:
-    """A threshold on the signal-to-noise ratio of weights as the paper's bound on log alpha."""
+    """A threshold on the signal-to-noise ratio of weights, as a bound on log alpha."""
     if threshold == 0:
         return "so every weight is kept, whatever its log alpha"
     return f"which is a log alpha of {-2 * math.log(threshold):.3g} or less"
@@ -221,11 +223,12 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     elements = description["elements"]
     head, rows = gate_table(description)
     meanings = {
-        "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
-        "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
-        "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
-        f"more, {_log_alpha(threshold)}. Quantiles of the SNR, the mean of the weights' absolute "
-        "values, and the KL of the layer in nats:",
+        "units": f"Units with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are kept. "
+        "The table shows quantiles of the SNR, the mean of E[theta] over the units, and the KL of "
+        "the gate in nats:",
+        "weights": f"Weights with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are "
+        f"kept, {_log_alpha(threshold)}. The table shows quantiles of the SNR, the mean of the "
+        "absolute values of the weights, and the KL of the layer in nats:",
     }
     parts = [
         pages.paragraph(meanings[elements]),
@@ -247,13 +250,13 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             threshold,
         )
     ]
-    # Not every network has such gates: no words about those that it lacks.
+    # Not every network has such gates. The page does not mention missing ones.
     if plots.pixel_snr(run, found.posterior) is not None:
         drawn.append(
             pictures(
                 "pixels",
                 plots.kept_pixels,
-                "The image's pixels with their signal-to-noise ratios, and those that are kept.",
+                "The signal-to-noise ratios of the pixels of the image, and which pixels are kept.",
                 run,
             )
         )
@@ -262,7 +265,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
             pictures(
                 "filters",
                 plots.first_filters,
-                "The filters of the first convolution that are kept, best first.",
+                "The kept filters of the first convolution, best first.",
                 run,
             )
         )
@@ -315,7 +318,7 @@ def _training(found: Findings, pictures: _Pictures) -> list[str]:
     ]
     head = ("phase", "epochs", "loss", "NLL", "KL", "test error", "units", "time")
     parts = [
-        pages.table(head, rows, "Every phase at its end; nats per example, KL without its weights"),
+        pages.table(head, rows, "The end of every phase; nats per example, KL without weights"),
         pictures(
             "training",
             plots.training_curves,
@@ -334,12 +337,11 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     recipe = found.run.request.recipe
     threshold, kind = recipe.threshold, found.sweep[0]["split"]
     gates = list(found.sweep[0]["units"])
-    # A network of many gates has its sums alone.
+    # For a network with many gates, the table has only the sums.
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
-            f"{row['threshold']:.3g}"
-            + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            f"{row['threshold']:.3g}" + (" (recipe)" if row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['nll']:.4f}",
             _percent(row["ece"]),
@@ -360,7 +362,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         "ratio",
         *(["weights"] if "compression" in found.sweep[0] else []),
         *(shown or ["units"]),
-        "held at one unit",
+        "only the best unit kept",
     )
     words = "; ".join(
         f"{row['threshold']:.3g}: {_percent(row['error'])} at {row['ratio']:.1f} times"
@@ -431,7 +433,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         return [
             pages.paragraph(f"Not measured: pyro-sbp bench {run.directory} measures it.", "soft")
         ]
-    # Not a column of one word.
+    # The column is omitted if all rows have the same runtime.
     several = any(row["runtime"] != "eager" for row in run.bench)
     rows = [
         (
@@ -459,7 +461,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
     )
     parts = [
         pages.table(
-            head, rows, "Milliseconds a call, median; spread: half the interquartile range"
+            head, rows, "Milliseconds per call, median; spread: half the interquartile range"
         ),
         pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
     ]
@@ -499,7 +501,9 @@ def _overview(runs: Sequence[Run]) -> str:
             )
         )
     head = ("run", "arch", "data set", "recipe", "seed", "test error", "MACs", "parameters")
-    return pages.table(head, rows, "The runs; how many times fewer MACs and parameters")
+    return pages.table(
+        head, rows, "The runs, and how many times fewer MACs and parameters they have"
+    )
 
 
 def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
@@ -517,8 +521,8 @@ def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
     parts = [
         pages.heading(2, "Error against MACs"),
         pages.paragraph(
-            "The runs at their last epoch beside what papers report. Most papers report the best "
-            "test error they saw, so a small difference says little. MACs are counted from the "
+            "The runs after their last epoch, and published results. Most papers report the best "
+            "test error of all epochs, so small differences mean little. MACs are counted from the "
             "published units."
         ),
         pictures(

@@ -1,1 +1,1 @@
-"""Runs: a request in, a run directory out."""
+"""Training runs: from a request to a run directory."""

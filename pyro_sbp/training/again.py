@@ -1,4 +1,4 @@
-"""Finished runs pruned again, by other settings."""
+"""Prune finished runs again, with other settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pyro_sbp.training.summary import Summary
 __all__ = ["SWEEP_FACTORS", "prune_again", "sweep"]
 
 
-#: The thresholds of a sweep, as multiples of the method's default, beside the recipe's own: the
-#: same for all runs of a method, so that they can be compared.
+#: The thresholds of a sweep, as multiples of the default of the method. They are the same for all
+#: runs of a method, so that runs can be compared. The threshold of the recipe is added to them.
 SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 
 
@@ -34,18 +34,19 @@ SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
 def prune_again(
     request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
 ) -> Summary:
-    """Prune a finished run again by other settings, without fine-tuning.
+    """Prune a finished run again with other settings, without fine-tuning.
 
     Args:
-        request, data, directory: of the run, as for `train`.
-        target: where the network is saved; it must not exist.
+        request, data, directory: those of the run, as for `train`.
+        target: the directory in which the network is saved; it must not exist.
         settings: what to keep, as for `choose_units`.
 
     Returns:
         The summary that `train` would return for this network.
 
     Raises:
-        RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
+        RequestError: the run has no complete checkpoint, or `choose_units` does not accept the
+            settings.
     """
     with _replayed(request, data, directory) as (job, loop):
         try:
@@ -67,24 +68,25 @@ def sweep(
     directory: Path,
     thresholds: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """What a run's network would be at other thresholds, without fine-tuning; nothing is written.
+    """Measure the pruned network of a run at other thresholds, without fine-tuning.
 
-    Errors are of the images that the recipe held out, to choose a threshold by. Without such they
-    are of the test set, and show how much room there is: whoever chooses by them must measure the
-    error of the choice on other images.
+    Nothing is written. Errors are measured on the images that the recipe reserves for validation,
+    so a threshold can be chosen with them. Without such images, errors are measured on the test
+    set: a threshold that is chosen with them needs other images to measure its error.
 
     Args:
-        request, data, directory: of the run, as for `train`.
-        thresholds: signal-to-noise ratios; by default `SWEEP_FACTORS` and the recipe's own. Where
-            no unit reaches one, every gate keeps its best unit, as in `train`.
+        request, data, directory: those of the run, as for `train`.
+        thresholds: signal-to-noise ratios; by default those of `SWEEP_FACTORS` and that of the
+            recipe. If no unit of a gate reaches a threshold, the best unit is kept, as in `train`.
 
     Returns:
-        By rising threshold: {`threshold`, `error`, `nll` and `ece` as in `Measured`, `split` they
-        are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates of which the
-        best stay though under it), and of SparseVD `compression` (all weights over those kept)}.
+        One row for each threshold, in rising order: {`threshold`, `error`, `nll` and `ece` as in
+        `Measured`, `split` on which they were measured, `macs`, `ratio`, `parameters`, `units`
+        (kept, by gate), `held` (gates whose best unit is kept although it is under the threshold),
+        and for SparseVD `compression` (all weights divided by those kept)}.
 
     Raises:
-        RequestError: the run has no whole checkpoint, or a threshold is negative.
+        RequestError: the run has no complete checkpoint, or a threshold is negative.
     """
     if thresholds is None:
         unit = THRESHOLDS[request.method]
@@ -121,7 +123,7 @@ def sweep(
 
 @contextmanager
 def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
-    """A run with its posterior, as the phases left it."""
+    """A run with its posterior, as it was after its phases with noise."""
     fabric = launch(request.device, precision=request.precision)
     job = prepare_job(request, data, directory, fabric)
     loop = Loop(request, job.method, job.data, directory, fabric)

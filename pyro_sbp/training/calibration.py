@@ -1,4 +1,4 @@
-"""What is measured of a network on labelled images: its error and its calibration.
+"""The error and the calibration of a network on labelled images.
 
 The expected calibration error is that of Guo et al. 2017, "On Calibration of Modern Neural
 Networks" (arXiv 1706.04599), equation 3.
@@ -15,7 +15,7 @@ __all__ = ["BINS", "Measured", "measured", "sums"]
 
 #: Bins of equal width of the expected calibration error.
 BINS = 15
-#: What an infinite logit counts as.
+#: The value that replaces an infinite logit.
 LARGEST = 1e30
 
 
@@ -24,7 +24,7 @@ class Measured:
     """The error and the calibration of a network on labelled images.
 
     Attributes:
-        error: the share of wrong predictions in percent.
+        error: the percentage of wrong predictions.
         nll: the negative log-likelihood in nats per example.
         ece: the expected calibration error in percent.
     """
@@ -45,8 +45,8 @@ def sums(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         float64 ``[2 + BINS]``: the number of wrong predictions, the negative log-likelihood in
-        nats, and for each bin of the largest probability the number of right predictions less the
-        sum of these probabilities.
+        nats, and for each bin of the largest probability the number of correct predictions minus
+        the sum of these probabilities.
     """
     wrong = logits.argmax(1) != labels
     # A logit that overflowed would make the sums NaN.

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to resume, read without running any code of the file."""
+"""Checkpoints: everything a run needs to resume. Reading one runs no code from the file."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ FORMAT = 2
 
 @dataclass
 class Place:
-    """Where a phase stands.
+    """The position of training within a phase.
 
     Attributes:
-        order: the state of the generator of the order of the data, at the start of the epoch.
-        total: the sums of NLL and weighted KL over the examples of the epoch, of all processes.
-        epoch: the epochs that have ended.
-        step: the steps of the epoch that have ended.
-        seen: the examples of these steps.
-        seconds: the time spent on the epoch.
+        order: the state of the generator for the order of the data, at the start of the epoch.
+        total: the sums of NLL and weighted KL over the examples of the epoch and all processes.
+        epoch: the number of finished epochs.
+        step: the number of finished steps in the current epoch.
+        seen: the number of examples in these steps.
+        seconds: the time spent on the current epoch.
     """
 
     order: Tensor
@@ -57,26 +57,26 @@ class Place:
 
 @dataclass
 class Checkpoint:
-    """All that a run needs to resume, and its posterior.
+    """Everything a run needs to resume, and its posterior.
 
     Attributes:
-        request: what the run was asked to do.
-        finished: the records of the phases that have ended, from `Phase.record`.
-        current: the state of the module of the phase under way, and where in it the network is.
+        request: the request of the run.
+        finished: the records of the finished phases, from `Phase.record`.
+        current: the state of the module of the current phase, and the prefix of the network in it.
         optimizer, schedule: the states of the optimizer and of the learning rates.
-        place: where the phase stands.
-        errors: in percent, by split and by the network's name.
-        seconds: the time of the epochs that have ended.
+        place: the position of training within the current phase.
+        errors: in percent, by split and by the name of the network.
+        seconds: the time of the finished epochs.
         lines: the lines of `metrics.jsonl`.
-        order: the state of the generator of the order of the data.
-        random: for every process, the states of the generators by device.
+        order: the state of the generator for the order of the data.
+        random: for every process, the states of the random generators by device.
         left_alone: the layers that are not prunable, and why.
-        posteriors: from the name of a site to location and scale of its posterior, over all
-            elements: of log theta of a gate's units, or of a layer's weights.
+        posteriors: from the name of a site to location and scale of its posterior, for all
+            elements: of log theta of the units of a gate, or of the weights of a layer.
         average: the state of the moving average of the weights, if there is one.
         gates: from the name of a gate to its size, in the order of the network; None in
             checkpoints of earlier versions.
-        calibration: NLL and ECE, by split and by the network's name; None in checkpoints of
+        calibration: NLL and ECE, by split and by the name of the network; None in checkpoints of
             earlier versions.
     """
 
@@ -98,10 +98,10 @@ class Checkpoint:
     calibration: dict[str, dict[str, dict[str, float]]] | None = None
 
     def write(self, path: Path) -> None:
-        """Write the file with a checksum of its values; it appears whole or not at all.
+        """Write the file atomically, with a checksum of its values.
 
         Raises:
-            OSError: it cannot be written; what was at `path` is left as it was.
+            OSError: the file cannot be written; an existing file at `path` is not changed.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["request"] = json.dumps(self.request.to_dict())
@@ -113,19 +113,19 @@ class Checkpoint:
         """Read a `checkpoint.pt`, with tensors on the CPU.
 
         Raises:
-            RequestError: it is damaged, differs from its checksum, or is not the checkpoint of a
-                run. Checkpoints of earlier versions have no checksum.
+            RequestError: the file is damaged, differs from its checksum, or is not the checkpoint
+                of a run. Checkpoints of earlier versions have no checksum.
         """
         try:
-            # One opened file, as a run that is under way may replace the one at `path`.
+            # Open the file once, because a run that has not ended may replace it.
             with open(path, "rb") as file:
-                # torch.load does not compare all records with their checksums.
+                # torch.load does not verify the checksums of all records.
                 with zipfile.ZipFile(file) as archive:
                     if (record := archive.testzip()) is not None:
                         raise ValueError(f"{record!r} differs from its checksum")
                 file.seek(0)
                 saved = torch.load(file, weights_only=True, map_location="cpu")
-            # The zip file's own checksums are those of whoever packed it last.
+            # The checksums of the zip format only show that the file is as it was last packed.
             expected = saved.pop("checksum", None) if isinstance(saved, dict) else None
             if expected is not None:
                 values = {name: value for name, value in saved.items() if name != "format"}
@@ -155,7 +155,7 @@ class Checkpoint:
             raise RequestError(f"{path} is damaged: it is not the checkpoint of a run") from error
 
     def network(self) -> dict[str, Tensor]:
-        """The network's tensors in the last phase with noise, by name; none before such a phase."""
+        """The tensors of the network in the last phase with noise, by name; empty before it."""
         for record in reversed([*self.finished, self.current]):
             if prefix := record.get("network"):
                 state = record["module"]
@@ -165,10 +165,10 @@ class Checkpoint:
 
 
 def write_tensors(path: Path, values: Any) -> None:
-    """Write a file of `torch.save`, which appears whole or not at all.
+    """Write a file with `torch.save`, atomically.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is left as it was.
+        OSError: the file cannot be written; an existing file at `path` is not changed.
     """
     # Serialise in memory first, so that a full disk raises OSError instead of a torch error.
     content = io.BytesIO()
@@ -195,7 +195,8 @@ class _Place(TypedDict):
 
 @with_config(_CONFIG)
 class _Record(TypedDict):
-    """What `Phase.record` returns. A module may keep values that are no tensors in its state."""
+    """The values that `Phase.record` returns. The state of a module may have values that are not
+    tensors."""
 
     module: NotRequired[dict[str, Any]]
     network: NotRequired[str | None]
@@ -206,7 +207,7 @@ class _Record(TypedDict):
 
 @with_config(_CONFIG)
 class _Saved(TypedDict):
-    """The values of the file, with the names of the attributes of `Checkpoint`."""
+    """The values in the file, named like the attributes of `Checkpoint`."""
 
     request: str
     finished: list[_Record]
@@ -237,7 +238,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{list(value.shape)}".encode())
             numbers = value.detach().cpu().contiguous()
-            # One number may have any stride, even one that forbids a view of its bytes.
+            # A tensor of one number may have a stride that does not allow a view of its bytes.
             numbers = numbers.as_strided((numbers.numel(),), (1,))
             found.update(numbers.view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
@@ -256,7 +257,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _finding(error: ValidationError) -> str:
-    """The first finding of a validation in one line, without the value, which may be a tensor."""
+    """The first error of a validation in one line, without the value, which may be a tensor."""
     found = error.errors(include_url=False, include_input=False)[0]
     name = " ".join(" ".join(str(part) for part in found["loc"]).split())
     if found["type"] == "missing":

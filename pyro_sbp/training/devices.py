@@ -1,9 +1,9 @@
-"""The devices and the precision of a run, by Lightning Fabric.
+"""The devices and the precision of a run, with Lightning Fabric.
 
-A run on several devices has one process for each. All take the same steps: each process takes its
+A run on several devices has one process per device. All processes take the same steps: each gets a
 share of every batch and draws its own noise, and gradients are averaged. Only the first process
 writes files. Either Fabric starts the other processes by running the same command again, or
-`torchrun` started all of them.
+`torchrun` starts all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyro_sbp.training.processes import (
 __all__ = ["dtype_of", "fastest_precision", "gather", "in_step", "launch", "leave", "on_first"]
 
 _Precision = Literal["32-true", "64-true", "bf16-mixed"]
-#: Parts of gloo's messages about a process that has ended.
+#: Parts of the messages of gloo about a process that has ended.
 GONE = ("closed by peer", "reset by peer", "Broken pipe")
 
 
@@ -44,19 +44,20 @@ def launch(
 ) -> Fabric:
     """Start the processes of a run, and wait until all have started.
 
-    Stray variables of a process group, see `forget_stray_variables`, are removed from the
-    environment: for one device until the function returns, for several for good, as the run
-    reads its group from them.
+    Stray variables of a process group (see `forget_stray_variables`) are removed from the
+    environment. With one device, they are restored when the function returns. With several
+    devices they are not restored, because the run reads its group from these variables.
 
     Args:
         device: "cpu" or "cuda".
-        devices: the number of devices over all machines, one process each; under `torchrun` the
+        devices: the number of devices on all machines, with one process each; under `torchrun`, the
             number of processes that it started.
         precision: "32-true", "64-true" or "bf16-mixed".
         threads: the number of CPU threads of each process; by default that of torch.
 
     Raises:
-        RequestError: there are fewer devices, or `torchrun` started another number of processes.
+        RequestError: the machine has fewer devices, or `torchrun` started another number of
+            processes.
     """
     external = num_processes()
     if external is not None and external != devices:
@@ -65,11 +66,11 @@ def launch(
     if device == "cuda" and torch.cuda.device_count() < here:
         raise RequestError(f"devices is {here}; this machine has {torch.cuda.device_count()}")
     stray = forget_stray_variables()
-    # Fabric logs every process that joins.
+    # Without this, Fabric logs every process that joins.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
     if devices > 1:
-        # A network may have parameters that a phase does not use: the same ones in every step.
+        # A phase may leave parameters of the network unused, but the same ones in every step.
         strategy = DDPStrategy(static_graph=True)
     fabric = Fabric(
         accelerator=device,
@@ -77,7 +78,7 @@ def launch(
         num_nodes=devices // here,
         strategy=strategy,
         precision=cast(_Precision, precision),
-        # Named, because Fabric would also take the variables of SLURM, LSF or MPI for a group.
+        # Explicit, because Fabric would also read a group from the variables of SLURM, LSF or MPI.
         plugins=LightningEnvironment() if external is None else TorchElasticEnvironment(),
     )
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def launch(
         if external is None:
             stack.enter_context(starting_copies(threads))
         fabric.launch()
-    if threads is not None:  # Fabric sets a number of its own
+    if threads is not None:  # Fabric sets another number
         torch.set_num_threads(threads)
     return fabric
 
@@ -96,7 +97,7 @@ def launch(
 def leave() -> None:
     """End the process group of a run that has finished on all processes.
 
-    Otherwise its threads are still running when the interpreter exits, which may abort the process.
+    Otherwise its threads still run when the interpreter exits, which may abort the process.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -104,7 +105,8 @@ def leave() -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM end the process, as Python handles none while Fabric waits."""
+    """Within the context, SIGINT and SIGTERM end the process. Python handles no signals while
+    Fabric waits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -118,15 +120,16 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of parameters and inputs; with "bf16-mixed", autocast casts single operations."""
+    """The dtype of parameters and inputs. With "bf16-mixed" it is float32, and autocast uses
+    bfloat16 in some operations."""
     return torch.float64 if precision == "64-true" else torch.float32
 
 
 def fastest_precision(device: str) -> str:
-    """The faster one of "32-true" and "bf16-mixed" on a device, "cpu" or "cuda".
+    """The faster of "32-true" and "bf16-mixed" on a device, "cpu" or "cuda".
 
     It is "bf16-mixed" if the device has instructions for products in bfloat16: a GPU that supports
-    it, or a CPU with AVX512-BF16 or AMX. Elsewhere bfloat16 is emulated, and many times slower.
+    it, or a CPU with AVX512-BF16 or AMX. Other devices emulate bfloat16 and are many times slower.
     """
     if device == "cuda":
         return (
@@ -144,7 +147,7 @@ def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
     """Call a function on the first process, while the others wait.
 
     Returns:
-        What the function returns; None on the other processes.
+        The result of the function; None on the other processes.
 
     Raises:
         Elsewhere: the function failed, and this is another process.
@@ -153,7 +156,7 @@ def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
     if fabric.is_global_zero:
         try:
             result = function()
-        except BaseException as error:  # raised below, once the others know of it
+        except BaseException as error:  # raised below, after the other processes were informed
             failure = error
     failed = fabric.broadcast(failure is not None)
     if failure is not None:
@@ -165,7 +168,7 @@ def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
 
 @contextmanager
 def in_step(fabric: Fabric) -> Iterator[None]:
-    """Inside, the end of another process raises `Elsewhere`."""
+    """Within the context, the end of another process raises `Elsewhere`."""
     try:
         yield
     except RuntimeError as error:
@@ -175,7 +178,7 @@ def in_step(fabric: Fabric) -> Iterator[None]:
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:
-    """The values of all processes, ordered by rank, on each of them."""
+    """Gather the values of all processes on each process, ordered by rank."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size

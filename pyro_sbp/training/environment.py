@@ -1,4 +1,4 @@
-"""The facts about this machine and installation that a bug report needs, as one value."""
+"""The facts about the machine and the installation that a bug report needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyro_sbp.training.threads import choose_threads, measure_cores
 
 __all__ = ["CudaDevice", "Devices", "Environment", "Load", "Memory", "Threads", "read_environment"]
 
-#: What decides how many threads torch's libraries start, and how they wait for each other.
+#: The variables that set how many threads the libraries of torch start, and how threads wait.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_THREAD_LIMIT",
@@ -74,7 +74,7 @@ class Threads:
     Attributes:
         torch: torch's own number; None if torch cannot be imported.
         chosen: the number that `train` would use now.
-        source: what that is taken from: a variable, or "free cores".
+        source: the origin of this number: the name of a variable, or "free cores".
         variables: `THREAD_VARIABLES` that are set.
     """
 
@@ -101,7 +101,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory; None where the system does not say.
+    """Bytes of memory; None if the system does not report them.
 
     Attributes:
         total: of the machine.
@@ -119,13 +119,13 @@ class Environment:
     """What `pyro-sbp doctor` reports.
 
     Attributes:
-        versions: of Python, pyro-sbp and the packages that it needs; None for a missing one.
+        versions: of Python, pyro-sbp and the packages that it needs; None for a missing package.
         platform: the system, its release and the architecture.
-        disk: free bytes in the current directory; None if it cannot be read.
-        extras: by name.
+        disk: free bytes on the disk of the current directory; None if they cannot be read.
+        extras: the extras, by name.
         data_dir: the directory of the data sets.
-        datasets: by name.
-        problems: what keeps pyro-sbp from working, one line each.
+        datasets: the status of the data sets, by name.
+        problems: problems that keep pyro-sbp from working, one line each.
     """
 
     versions: dict[str, str | None]
@@ -141,24 +141,24 @@ class Environment:
     problems: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the home directory and the name of the user."""
+        """Plain values for JSON. The home directory and the name of the user are replaced."""
         return _anonymous(asdict(self))
 
 
 def read_environment(
     data_dir: Path = Path("data"), datasets: Sequence[str] = (*SOURCES, "digits")
 ) -> Environment:
-    """Collect the facts; nothing is downloaded, and what is broken is reported.
+    """Collect the facts. Nothing is downloaded, and broken packages are reported.
 
     Args:
         data_dir: the directory of the data sets.
         datasets: names as for `load_dataset`.
 
     Raises:
-        RequestError: there is no data set of such a name.
+        RequestError: there is no data set with one of the names.
     """
     states = {name: dataset_status(name, data_dir) for name in datasets}
-    # Before torch is imported, which keeps cores busy itself.
+    # Measured before torch is imported, because the import keeps cores busy.
     choice = choose_threads()
     cores = choice.cores or measure_cores()
     versions, problems = find_versions()
@@ -184,7 +184,7 @@ def read_environment(
 
 
 def _import_torch(problems: list[str]) -> Any:
-    """The module torch, or None with a problem more."""
+    """The module torch; None if it cannot be imported, which adds a problem to the list."""
     try:
         import torch
     except Exception as error:  # a broken installation may raise anything
@@ -250,7 +250,7 @@ def _load_averages() -> list[float]:
 
 
 def _anonymous(value: Any) -> Any:
-    """The same with ~ for the home directory and USER for the user's name in paths."""
+    """Replace the home directory by ~, and the name of the user in paths by USER."""
     if isinstance(value, dict):
         return {_anonymous(key): _anonymous(inner) for key, inner in value.items()}
     if isinstance(value, list):

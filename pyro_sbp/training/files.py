@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and directories that one process writes at a time."""
+"""Atomic writes of files, and a lock for directories that one process writes at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pyro_sbp.errors import RequestError
 
 __all__ = ["LOCK", "lock", "write_json", "write_text", "write_whole"]
 
-#: The file that a process holds while it writes a directory; it stays behind, empty.
+#: The file that a process locks while it writes a directory. It is empty and is not deleted.
 LOCK = ".lock"
 
 
 @contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Inside, no other process gets the lock of the directory, which must exist.
+    """Hold the lock of a directory, which must exist.
 
     Raises:
-        RequestError: another process has it.
+        RequestError: another process holds the lock.
     """
-    from filelock import FileLock, Timeout  # not for the help of the command line
+    from filelock import FileLock, Timeout  # imported here to keep `pyro-sbp --help` fast
 
     held = FileLock(directory / LOCK, timeout=0)
     try:
@@ -38,10 +38,10 @@ def lock(directory: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file of another name, and give it its own once it is on the disk.
+    """Write a file atomically: under another name, and renamed when it is on the disk.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is left as it was.
+        OSError: the file cannot be written; an existing file at `path` is not changed.
     """
     partial = path.with_name(path.name + ".part")
     try:
@@ -57,10 +57,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically."""
     write_whole(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole."""
+    """Write a value as a JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A request with the network, the data and the method that it names."""
+"""The network, the data and the method of a request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["build_network", "machine", "prepare_data", "versions", "with_weights
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions of the packages on which a result depends."""
     names = ("pyro-sbp", "torchvision", "pyro-ppl")
     return {
         "python": platform.python_version(),
@@ -42,15 +42,15 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> str:
-    """The machine that a result depends on: its processor or graphics card, cores and threads."""
+    """The machine on which a result depends: processor or graphics card, cores and threads."""
     return f"{device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:
-    """The data as the request's recipe wants it, on a device.
+    """Prepare the data on a device as the recipe of the request says.
 
     Raises:
-        RequestError: the recipe crops more than the images have, or holds out too many.
+        RequestError: `crop` is too large for the images, or `holdout` reserves too many of them.
     """
     recipe = request.recipe
     if recipe.crop >= min(data.image_shape[1:]):
@@ -67,10 +67,13 @@ def prepare_data(request: Request, data: ImageData, device: torch.device) -> Ima
 
 
 def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[str, Any]]:
-    """The untrained network of a request, drawn by its seed, and its constructor's arguments.
+    """Build the untrained network of a request from its seed.
+
+    Returns:
+        The network, and the arguments of its constructor.
 
     Raises:
-        RequestError: it cannot be built, or does not take the data's images.
+        RequestError: the network cannot be built, or does not accept the images of the data.
     """
     torch.manual_seed(request.seed)
     architecture = find_architecture(request.arch)
@@ -81,7 +84,7 @@ def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[st
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A request with all that it needs; the sizes are those of the dense network."""
+    """A request with everything that it needs. The sizes are those of the dense network."""
 
     request: Request
     data: ImageData
@@ -93,11 +96,11 @@ class Job:
 
 
 def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> Job:
-    """Build the network and the method that are asked for; nothing is written."""
+    """Build the network and the method of a request. Nothing is written."""
     data = prepare_data(request, data, fabric.device)
     dense, kwargs = build_network(request, data)
     example, _ = data.test.batch(slice(0, 8))
-    # A checkpoint has taken over what it was started from.
+    # A run that resumes does not need the file: its checkpoint has later weights.
     if request.weights is not None and not (directory / "checkpoint.pt").exists():
         dense = with_weights(dense, Path(request.weights))
     if has_attention(dense):
@@ -123,10 +126,10 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
 def with_weights(net: nn.Module, path: Path) -> nn.Module:
     """The network with the weights of a file.
 
-    They are those of the network as it is built, or with its attention separated, as in a run.
+    The file has the weights of the network as it is built, or with separate attention, as in a run.
 
     Raises:
-        RequestError: the file cannot be read, or is of another network.
+        RequestError: the file cannot be read, or belongs to another network.
     """
     if not has_attention(net):
         load_weights(net, path)

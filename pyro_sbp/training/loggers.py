@@ -1,7 +1,7 @@
-"""Loggers of a run: those that ``--logger`` can name, and what all loggers are given.
+"""Loggers of a run: the loggers that ``--logger`` can name, and the values that are logged.
 
-Lightning Fabric has loggers for CSV files and TensorBoard. Those for Weights & Biases and MLflow
-are here. All of them are optional, and their packages are imported when they are used.
+Lightning Fabric has loggers for CSV files and TensorBoard. The loggers for Weights & Biases and
+MLflow are here. All of them are optional, and their packages are imported when they are used.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["Log", "MLflowLogger", "WandbLogger", "check_logger", "make_logger"]
 
 #: The project in Weights & Biases and the experiment in MLflow.
 PROJECT = "pyro-sbp"
-#: What a logger is given of a line of `metrics.jsonl`, besides the units of every gate.
+#: The values of a line of `metrics.jsonl` that are logged, besides the units of every gate.
 OF_AN_EPOCH = ("loss", "nll", "kl", "weighted_kl", "error", "macs", "seconds")
-#: What it is given of a summary, besides the units of every gate.
+#: The values of a summary that are logged, besides the units of every gate.
 OF_A_SUMMARY = (
     "error",
     "validation_error",
@@ -47,9 +47,9 @@ OF_A_SUMMARY = (
 
 
 class Log:
-    """What a run gives its loggers; only the first process calls the methods.
+    """Passes the values of a run to its loggers. Only the first process calls the methods.
 
-    The step is the number of epochs of all phases that have ended.
+    The step is the number of finished epochs over all phases.
 
     Args:
         loggers: one or several loggers of Lightning Fabric.
@@ -63,7 +63,7 @@ class Log:
         """Log the settings of a run as hyperparameters."""
         settings = dict(_flat(request.to_dict()))
         for logger in self.loggers:
-            # Fabric's CSVLogger has no place for them; they are in recipe.json.
+            # Fabric's CSVLogger cannot store hyperparameters; they are in recipe.json.
             if not isinstance(logger, CSVLogger):
                 self._try(logger, partial(logger.log_hyperparams, settings))
 
@@ -78,7 +78,7 @@ class Log:
         self._metrics({**metrics, "units": line["units"]}, step)
 
     def result(self, summary: Summary, step: int) -> None:
-        """Log the numbers of the summary, under names that start with ``final/``."""
+        """Log the numbers of the summary, with the prefix ``final/``."""
         values = summary.to_dict()
         final = {name: values[name] for name in OF_A_SUMMARY if name in values}
         units = {unit.gate: unit.kept for unit in summary.units}
@@ -104,10 +104,10 @@ class Log:
             self._try(logger, partial(logger.finalize, status))
 
     def _try(self, logger: Logger, action: Callable[[], Any]) -> None:
-        """Do something with a logger, whose failure must not end the training; warn once of it."""
+        """Call a logger. If it fails, training continues, with one warning per logger."""
         try:
             action()
-        except Exception as error:  # a server may be away, or a disk full
+        except Exception as error:  # a server may be unreachable, or a disk full
             if logger not in self._failed:
                 self._failed.append(logger)
                 warnings.warn(
@@ -118,7 +118,7 @@ class Log:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, with the keys on the way joined by "/"."""
+    """The leaves of nested mappings, with the keys of each path joined by "/"."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}/")
@@ -127,25 +127,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def check_logger(name: str) -> None:
-    """See that the package of a logger is installed.
+    """Check that the package of a logger is installed.
 
     Args:
         name: "csv", "tensorboard", "wandb" or "mlflow".
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: the package is not installed.
     """
     if name != "csv" and find_spec(name) is None:
         raise RequestError(f"the logger {name} needs more packages: pip install 'pyro-sbp[{name}]'")
 
 
 def make_logger(name: str, run: Path) -> Logger:
-    """A logger that writes into a run directory, where a resumed run continues the same log.
+    """A logger that writes into a run directory. A resumed run continues the same log.
 
     Args:
         name: "csv", "tensorboard", "wandb" or "mlflow".
-        run: the run directory. The files are in ``logs/NAME`` in it; with ``MLFLOW_TRACKING_URI``
-            set, the metrics of MLflow go there.
+        run: the run directory. The logger writes to ``logs/NAME`` in it. If ``MLFLOW_TRACKING_URI``
+            is set, MLflow sends its metrics to that server.
 
     Raises:
         RequestError: the package of the logger is not installed.
@@ -165,12 +165,12 @@ def make_logger(name: str, run: Path) -> Logger:
 
 
 def _csv_logger(logs: Path) -> CSVLogger:
-    """A logger that begins with the rows that its file has."""
+    """A logger that starts with the rows of an existing file."""
     path, before, rows = logs / "csv" / "metrics.csv", logs / "metrics.csv.before", []
     if path.is_file():
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in map(_row, DictReader(file)) if row is not None]
-        path.replace(before)  # Fabric's logger does not continue a file
+        path.replace(before)  # Fabric's logger cannot continue a file
     logger = CSVLogger(logs, "csv", version="")
     for step, metrics in rows:
         logger.log_metrics(dict(metrics), step)
@@ -181,7 +181,7 @@ def _csv_logger(logs: Path) -> CSVLogger:
 
 
 def _row(row: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
-    """The step and the metrics of a row of a file, or None of a row that was cut off."""
+    """The step and the metrics of a row of a file; None for an incomplete row."""
     try:
         return int(row["step"]), {name: float(x) for name, x in row.items() if x and name != "step"}
     except (KeyError, TypeError, ValueError):
@@ -192,7 +192,8 @@ class _RemoteLogger(Logger):
     """A logger of a service that has an id for every run.
 
     Args:
-        directory: for the files of the logger, and the id by which a resumed run continues.
+        directory: the directory for the files of the logger, and for the id that a resumed run
+            needs to continue its log.
         name: the name of the run.
     """
 
@@ -207,7 +208,7 @@ class _RemoteLogger(Logger):
 
     @property
     def version(self) -> str | None:
-        """The id of the run; None before it has begun."""
+        """The id of the run; None before the run has begun."""
         path = self.directory / "run_id"
         return path.read_text("utf-8") if path.is_file() else None
 
@@ -217,7 +218,7 @@ class _RemoteLogger(Logger):
 
 
 class WandbLogger(_RemoteLogger):
-    """Logs to Weights & Biases; with ``WANDB_MODE=offline`` only to files, for ``wandb sync``."""
+    """Logs to Weights & Biases, or with ``WANDB_MODE=offline`` only to files for ``wandb sync``."""
 
     @property
     @rank_zero_experiment
@@ -234,7 +235,7 @@ class WandbLogger(_RemoteLogger):
                 id=self.version,
                 resume="allow",
                 dir=self.directory,
-                settings=wandb.Settings(console="off"),  # progress bars are no log
+                settings=wandb.Settings(console="off"),  # do not record progress bars
             )
         return self._experiment
 
@@ -251,7 +252,7 @@ class WandbLogger(_RemoteLogger):
 
 
 class MLflowLogger(_RemoteLogger):
-    """Logs to the MLflow server of ``MLFLOW_TRACKING_URI``, or else to a local database."""
+    """Logs to the MLflow server in ``MLFLOW_TRACKING_URI``, or to a local database by default."""
 
     @property
     @rank_zero_experiment
@@ -260,7 +261,7 @@ class MLflowLogger(_RemoteLogger):
         if self._experiment is None:
             from mlflow import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs how it makes a database
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it logs database set-up
             self.directory.mkdir(parents=True, exist_ok=True)
             local = self.directory.resolve()
             uri = os.environ.get("MLFLOW_TRACKING_URI")

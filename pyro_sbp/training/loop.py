@@ -1,4 +1,4 @@
-"""The loop over the phases of a method, with checkpoints from which it resumes."""
+"""The training loop over the phases of a method, with checkpoints from which it resumes."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ from pyro_sbp.training.optimization import Optimization, moving_average
 __all__ = ["Interrupted", "Loop", "Progress"]
 
 SPLITS = ("test", "validation", "training")
-#: Numbers in a batch of test images, and the most images: 500 of CIFAR-10, 10 of 224 x 224.
+#: The largest number of values, and of images, in a batch of test images. A batch has 500 images
+#: of CIFAR-10, or 10 images of 224 x 224.
 TEST_NUMBERS, TEST_BATCH = 500 * 3 * 32 * 32, 500
-#: Training examples on which the batch norm statistics of a pruned network are measured.
+#: The number of training examples for measuring the batch norm statistics of a pruned network.
 RECALIBRATE_ON = 10_000
-#: Seconds after which a checkpoint is written within an epoch.
+#: The number of seconds after which a checkpoint is written within an epoch.
 SAVE_EVERY = 120.0
-#: Steps after which several processes agree on whether to stop or to write one.
+#: The number of steps after which several processes agree on whether to stop or to write one.
 AGREE_EVERY = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands; given to the caller of `train` after every epoch and now and then.
+    """The progress of a run, passed to `watch` of `train` after every epoch and every 50 steps.
 
     Attributes:
-        phase, epoch, epochs, step, steps: the phase, and where in it the run stands.
+        phase, epoch, epochs, step, steps: the phase, and the position within it.
         loss, nll, weighted_kl: per example; the loss is the sum of the other two.
-        error: the test error in percent, after an epoch.
-        standing: the units that are left, after an epoch.
+        error: after an epoch, the test error in percent.
+        standing: after an epoch, the units that remain.
     """
 
     phase: str
@@ -69,19 +70,25 @@ class Progress:
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and has left a checkpoint."""
+    """Training was asked to stop, and has written a checkpoint."""
 
 
 class _Step(nn.Module):
-    """The loss of a phase as the call of a module, which Fabric can wrap."""
+    """The loss of a phase as a module, which Fabric can wrap."""
 
     def __init__(self, phase: Phase) -> None:
         super().__init__()
         self.module, self.loss = phase.module, phase.loss
 
     def forward(self, x: Tensor, y: Tensor, share: float, kl_weight: float) -> tuple[Tensor, Parts]:
-        """The loss of which the processes' average counts, by this one's share, and its parts."""
-        # Not outside, where Fabric has made float32 of it.
+        """The loss of this process, whose average over all processes is the loss of the batch, and
+        its parts.
+
+        Args:
+            share: the number of examples of this process, divided by the average over processes.
+            kl_weight: the weight of the KL divergence.
+        """
+        # Computed here, because Fabric converts outputs of the module to float32.
         parts = self.loss(x, y)
         if kl_weight != 1:
             parts = Parts(parts.nll, parts.kl * kl_weight)
@@ -100,17 +107,18 @@ def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
 
 
 class Loop:
-    """The loop over the phases of a method.
+    """The training loop over the phases of a method.
 
     Args:
-        request: what to do.
-        method: how.
-        data: on what, on the device of `fabric`.
-        directory: where the checkpoint and the metrics lie.
+        request: the request of the run.
+        method: the method.
+        data: the data, on the device of `fabric`.
+        directory: the directory of the checkpoint and the metrics.
         fabric: the devices and the precision, from `launch`.
         watch: called with the progress during training.
-        stop: asked after every step whether to leave a checkpoint and raise `Interrupted`.
-        log: given every epoch whose checkpoint is written.
+        stop: called after every step; if it returns true, a checkpoint is written and `Interrupted`
+            is raised.
+        log: called after every epoch, when its checkpoint is written.
     """
 
     def __init__(
@@ -133,9 +141,9 @@ class Loop:
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.augment = Augmentation(self.recipe.crop, self.recipe.flip)
         self.directory = directory
-        #: In percent, by split ("test", "validation", "training") and by the network's name.
+        #: In percent, by split ("test", "validation", "training") and by the name of the network.
         self.errors: dict[str, dict[str, float | None]] = {split: {} for split in SPLITS}
-        #: NLL and ECE, by split and by the network's name.
+        #: NLL and ECE, by split and by the name of the network.
         self.calibration: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         self.seconds = 0.0
         self.order = torch.Generator().manual_seed(request.seed)
@@ -143,7 +151,7 @@ class Loop:
         self.lines: list[dict[str, Any]] = []
 
     def replay(self) -> None:
-        """Load what the phases left, up to the last one with noise.
+        """Restore the results of all phases up to the last one with noise.
 
         Raises:
             RequestError: there is no checkpoint, or no phase with noise has ended or is in its last
@@ -166,18 +174,18 @@ class Loop:
             raise RequestError(f"{self.directory} was stopped before its noise was trained")
 
     def recalibrate(self) -> None:
-        """Measure the batch norm statistics of the smaller network again, if the recipe says so."""
+        """Measure the batch norm statistics of the smaller network if `recalibrate` is set."""
         if not self.recipe.recalibrate:
             return
         size, data = self.recipe.batch_size, self.data.train
-        # At random: a folder's images lie class by class.
+        # Drawn at random, because the images of a folder are ordered by class.
         order = torch.Generator().manual_seed(self.request.seed)
         sample = torch.randperm(len(data), generator=order)[:RECALIBRATE_ON]
         with closing(data.batches(sample.split(size))) as batches:
             recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
 
     def go(self) -> None:
-        """Run all phases, from the checkpoint on where there is one."""
+        """Run all phases, or resume from the checkpoint if there is one."""
         saved = self._load()
         if saved is None and self.request.weights is not None and not self.recipe.dense_epochs:
             self.measure("dense", self.method.net)
@@ -206,13 +214,13 @@ class Loop:
                 self.measure(name, predict)
 
     def _write_weights(self, phase: Phase) -> None:
-        """Write the weights of the network of a phase that has ended, if it is to be kept."""
+        """Write the weights of the network after a phase, if the phase names a file for them."""
         if phase.weights_file:
             path, state = self.directory / phase.weights_file, phase.module.state_dict()
             on_first(self.fabric, lambda: write_tensors(path, state))
 
     def _restore(self, phase: Phase, record: dict[str, Any]) -> None:
-        """Bring the method to where an ended phase left it."""
+        """Restore the state of the method at the end of a phase."""
         phase.module.eval()
         if phase.restore(record) and phase.noisy:
             self.recalibrate()
@@ -228,15 +236,16 @@ class Loop:
         return x.to(self.dtype, memory_format=self.memory_format)
 
     def _batches(self, order: Tensor) -> list[Tensor]:
-        """The examples of each step, of all processes together."""
+        """The indices of the examples of each step, for all processes together."""
         batches = list(order.split(self.recipe.batch_size))
-        # A share of one has no batch statistics: such a last batch joins the one before.
+        # One example has no batch statistics. If a process would get only one in the last batch,
+        # this batch is merged with the one before.
         if len(batches) > 1 and len(batches[-1]) < 2 * self.fabric.world_size:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
     def _optimization(self, phase: Phase) -> Optimization:
-        """The optimizers and learning rates of a phase at its first step."""
+        """The optimizers and the learning rates of a phase at its first step."""
         steps = len(self._batches(torch.arange(len(self.data.train))))
         before, epochs = phase.schedule_span or (0, phase.epochs)
         optimization = Optimization(phase.groups(), self.recipe, epochs * steps, phase.decays)
@@ -244,7 +253,7 @@ class Loop:
         return optimization
 
     def _average(self, phase: Phase) -> AveragedModel | None:
-        """The moving average of a phase's weights, if the recipe asks for it."""
+        """The moving average of the weights of a phase; None if the recipe has no `average`."""
         if phase.noisy or not self.recipe.average:
             return None
         return moving_average(phase.module, self.recipe.average)
@@ -257,11 +266,11 @@ class Loop:
         optimization: Optimization,
         average: AveragedModel | None,
     ) -> None:
-        """Go on to the end of the epoch."""
+        """Train until the end of the current epoch."""
         started = saved = time.perf_counter()
         before = place.seconds
         phase.train_mode()
-        total = place.total.to(self.device) / self.fabric.world_size  # a part of all each
+        total = place.total.to(self.device) / self.fabric.world_size  # the share of this process
         self.order.set_state(place.order)
         order = torch.randperm(len(self.data.train), generator=self.order)
         batches = self._batches(order)
@@ -271,7 +280,7 @@ class Loop:
         # `closing` ends the worker processes immediately, also if the loop raises an error.
         with closing(self.data.train.batches(indices, self.augment)) as shares:
             for batch, (x, y) in zip(left, shares, strict=True):
-                # Gradients are averaged over the processes, whose shares may differ by an example.
+                # Gradients are averaged over processes, whose shares may differ by one example.
                 share = world * len(y) / len(batch)
                 weight = _kl_weight(phase, place, len(batches))
                 loss, parts = step(self._input(x), y, share, weight)
@@ -328,11 +337,15 @@ class Loop:
         on_first(self.fabric, lambda: write_text(self.directory / "metrics.jsonl", text))
         place.next_epoch(self.order.get_state())
         self._save(phase, place, optimization, average)
-        # After the checkpoint, so that no epoch is logged again when the run resumes.
+        # After the checkpoint, so that a resumed run does not log an epoch twice.
         on_first(self.fabric, lambda: self.log.epoch(line, len(self.lines)))
 
     def _agree(self, now: bool, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Whether to stop, and to write a checkpoint: what any process asks for, when they meet."""
+        """Whether to stop, and whether to write a checkpoint.
+
+        With several processes, `now` says whether they exchange their requests in this step. Then
+        each result is true if any process asks for it.
+        """
         if self.fabric.world_size == 1:
             return stop, save
         if not now:
@@ -346,7 +359,10 @@ class Loop:
         return total
 
     def _same_buffers(self, module: nn.Module) -> None:
-        """The running statistics of batch norms differ by the shares: the first one's count."""
+        """Copy the buffers of the first process to the others.
+
+        The running statistics of batch norms differ, because each process has other examples.
+        """
         if self.fabric.world_size > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -365,8 +381,11 @@ class Loop:
         self.watch(Progress(*where, nll + kl, nll, kl, error, standing))
 
     def measure(self, name: str, predict: Predict) -> None:
-        """Measure the error and the calibration of a network: on the test set, on the images that
-        are reserved for validation, and on the training images if their labels are random."""
+        """Measure the error and the calibration of a network.
+
+        They are measured on the test set, on the images reserved for validation, and on the
+        training images if their labels are random.
+        """
         splits: dict[str, LabelledImages] = {"test": self.data.test}
         if self.data.validation is not None:
             splits["validation"] = self.data.validation
@@ -381,8 +400,8 @@ class Loop:
     def evaluate(self, predict: Predict, split: LabelledImages | None = None) -> Measured:
         """The error and the calibration of a network on a split; by default the test set.
 
-        They are computed in the precision of the parameters, as the returned network does not
-        multiply in bfloat16, which training may do.
+        They are computed in the precision of the parameters. Training may use bfloat16, but the
+        returned network does not.
         """
         images = self.data.test if split is None else split
         if isinstance(predict, nn.Module):
@@ -435,7 +454,7 @@ class Loop:
         if saved.request != self.request:
             raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
         self.finished, self.errors = saved.finished, saved.errors
-        # Checkpoints of earlier versions have none.
+        # Checkpoints of earlier versions have no calibration.
         self.calibration = saved.calibration or self.calibration
         self.seconds, self.lines = saved.seconds, saved.lines
         self.order.set_state(saved.order.cpu())
@@ -447,11 +466,11 @@ class Loop:
 
 
 def _test_batch(split: LabelledImages) -> int:
-    """How many images of a split are predicted at a time."""
+    """The batch size for predictions on a split."""
     return min(TEST_BATCH, max(1, TEST_NUMBERS // math.prod(split.image_shape)))
 
 
 def _kl_weight(phase: Phase, place: Place, steps: int) -> float:
-    """The weight of the KL divergence at the step where a phase stands."""
+    """The weight of the KL divergence at the current step of a phase."""
     first, last = phase.kl_weight
     return first + (last - first) * (place.epoch + place.step / steps) / phase.epochs

@@ -1,4 +1,4 @@
-"""Files of runs that earlier versions wrote, as values of the present format.
+"""Convert the files of runs of earlier versions to the current format.
 
 A checkpoint of the first format has no ``format``. The posterior is inside the states of the
 phases' modules, under the names of the guide's parameters, and a recipe has the settings of all
@@ -23,19 +23,19 @@ from pyro_sbp.training import old_recipes
 
 __all__ = ["checkpoint"]
 
-#: The location of a gate's log theta: what stands before the guide's name, and the gate.
+#: The name of the location of log theta: the prefix of the guide, and the gate.
 _LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
-#: Of a turn of RBP: how exact its cut was, and which of a gate's first units it was over.
+#: The names of a turn of RBP: how exact its cut was, and which units of a gate were left.
 _TURN = re.compile(r"(?:1\.)?(?P<what>exactness|there)(?:\.(?P<gate>.+))?")
 _LOG_VARIANCES = "log_variances."
 _State = Mapping[str, Tensor]
 
 
 def checkpoint(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a checkpoint of the first format.
+    """Convert the values of a checkpoint of the first format.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not such a checkpoint.
+        KeyError, TypeError, ValueError: the values are not those of such a checkpoint.
     """
     request = old_recipes.request(json.loads(saved["request"]))
     posteriors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -58,13 +58,13 @@ def checkpoint(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guide_prefix(state: _State) -> str | None:
-    """What stands before the names of a guide's parameters; None where there is no guide."""
+    """The prefix of the names of the parameters of the guide; None if there is no guide."""
     return next((m["guide"] for name in state if (m := _LOC.fullmatch(name))), None)
 
 
 def _record(state: _State) -> dict[str, Any]:
-    """The record of a phase."""
-    if not state:  # the next phase goes on with the same module
+    """The record of a phase, as `Phase.record` returns it."""
+    if not state:  # the next phase continues to train the same module
         return {}
     guide = _guide_prefix(state)
     if guide is None:
@@ -87,12 +87,12 @@ def _record(state: _State) -> dict[str, Any]:
 def _posteriors(
     state: _State, prior_scale: float | None
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Location and scale of every site of a phase, over all elements that it had at first."""
+    """Location and scale of every site of a phase, for all of its elements in the dense network."""
     for name, log_variance in state.items():
         if name.startswith(_LOG_VARIANCES):
             layer = unflat(name.removeprefix(_LOG_VARIANCES))
             mean = state[f"net.{layer}.weight"]
-            # The range in which the model keeps it, whatever the last step did.
+            # The last step may have left the range to which the model clamps it.
             yield layer, (mean, (0.5 * within_range(log_variance.clone(), mean)).exp())
     there = {
         match["gate"]: value
@@ -104,7 +104,7 @@ def _posteriors(
         if match is None:
             continue
         log_scale = state[f"{match['guide']}log_scales.{match['gate']}_unconstrained"]
-        # The box in which the guide keeps them, whatever the last step did.
+        # The last step may have left the box to which the guide clamps them.
         loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
         scale = log_scale.clamp(LOG_SCALE_RANGE[0], widest(prior_scale)).exp()
         units = there.get(match["gate"].replace(".", "/"), torch.ones(len(loc), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Recipes that earlier versions wrote. This module needs no torch."""
+"""Convert the recipes of earlier versions. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pyro_sbp.recipes.settings import RECIPE_CLASSES, method_settings
 
 __all__ = ["recipe", "request"]
 
-#: All settings of the first format, which every recipe had whatever its method.
+#: All settings of the first format. Every recipe had all of them, whatever its method.
 _SETTINGS = frozenset(name for method in RECIPE_CLASSES for name in method_settings(method))
 
 
 def recipe(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings of a recipe that its method has.
+    """Keep only those settings of a recipe that its method has.
 
-    An earlier version refused to set one that the method did not have, so what is left out here
-    had its default. Unknown names stay, for the reader to refuse.
+    Earlier versions did not allow other values than the default for the settings that are removed
+    here. Unknown names are kept: reading the recipe raises an error for them.
     """
     others = _SETTINGS - set(method_settings(method))
     return {name: value for name, value in values.items() if name not in others}
 
 
 def request(values: Any) -> Mapping[str, Any]:
-    """The values of a request, with a recipe of its method. What is not a request stays as it is,
-    for the reader to refuse."""
+    """Convert the recipe in the values of a request. Values that are not a request are returned
+    unchanged: reading them raises an error."""
     if not isinstance(values, Mapping):
         raise ValueError("it holds no object")
     found, method = values.get("recipe"), values.get("method")

@@ -25,7 +25,7 @@ __all__ = ["Optimization", "moving_average"]
 
 
 class Optimization:
-    """The optimizers of a phase, each with its schedule, as the recipe asks for.
+    """The optimizers of a phase, each with its schedule, from the settings of the recipe.
 
     The weights are trained by `Recipe.optimizer`, and the noise always by Adam.
 
@@ -51,7 +51,7 @@ class Optimization:
             if noise:
                 self.optimizers.append(torch.optim.Adam(noise, fused=True))
         else:
-            # Without weight decay, as for the noise, AdamW is Adam.
+            # The noise has no weight decay, so AdamW and Adam are the same for it.
             kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
             self.optimizers = [kind([weights, *noise], fused=True)]
         self.schedules = [
@@ -60,21 +60,21 @@ class Optimization:
         ]
 
     def skip(self, steps: int) -> None:
-        """Bring the learning rates to where they are after some steps."""
+        """Advance the learning rates by some steps."""
         with warnings.catch_warnings():
-            # torch expects a step of the optimizer before.
+            # torch expects a step of the optimizer first.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for _ in range(steps):
                 for schedule in self.schedules:
                     schedule.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set all gradients to None."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Clip the gradients of the weights if the recipe says so, and take a step."""
+        """Take a step, after clipping the gradients of the weights if `clip_gradient` is set."""
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._weights, self._clip)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
@@ -101,8 +101,8 @@ class Optimization:
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the parameters and buffers of a module.
 
-    The first updates have a smaller decay, (1 + n) / (10 + n) after n of them, so that the average
-    of a short phase does not consist of its first weights.
+    The first updates have a smaller decay, (1 + n) / (10 + n) after n updates. Otherwise the
+    average of a short phase would consist mostly of its first weights.
     """
 
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
@@ -111,7 +111,7 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
         for average, value in zip(averages, values, strict=True):
             if average.is_floating_point():
                 average.lerp_(value, share.to(average))
-            else:  # numbers of channels and counts of batches have no average
+            else:  # integers, such as counts of batches, have no average
                 average.copy_(value)
 
     return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
@@ -132,10 +132,10 @@ def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
     """The learning rates over the steps of a phase."""
     warmup = round(recipe.warmup * steps)
     if recipe.schedule == "one-cycle":
-        if steps < 3:  # too few to rise and to fall
+        if steps < 3:  # too few steps to rise and fall
             return LambdaLR(optimizer, _constant)
         rates = [group["lr"] for group in optimizer.param_groups]
-        # torch divides by the steps of the rising part less one, and of the falling part.
+        # torch divides by the steps of the rising part minus one, and by those of the falling part.
         rising_steps = min(max(2, round((recipe.warmup or 0.3) * steps)), steps - 1)
         return OneCycleLR(
             optimizer, rates, steps, pct_start=rising_steps / steps, cycle_momentum=False

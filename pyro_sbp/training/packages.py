@@ -21,11 +21,11 @@ __all__ = ["Extra", "Package", "find_extras", "find_versions"]
 
 @dataclass(frozen=True)
 class Package:
-    """A package that an extra asks for.
+    """A package that an extra requires.
 
     Attributes:
-        version: the one that is installed, or None.
-        problem: why it cannot be used, or None.
+        version: the installed version; None if the package is not installed.
+        problem: why the package cannot be used; None if it can be used.
     """
 
     version: str | None
@@ -37,8 +37,8 @@ class Extra:
     """An extra, such as ``export`` in ``pip install 'pyro-sbp[export]'``.
 
     Attributes:
-        installed: whether all its packages can be used.
-        packages: those packages by name.
+        installed: whether all packages of the extra can be used.
+        packages: these packages, by name.
     """
 
     installed: bool
@@ -51,9 +51,11 @@ def find_versions(name: str = "pyro-sbp") -> tuple[dict[str, str | None], list[s
     Args:
         name: the distribution.
 
+    No package is imported.
+
     Returns:
         The versions by name, None for a package that is not installed; and the problems, such as a
-        package that is too old, one line each. No package is imported.
+        package that is too old, one line each.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions[name] = _version(name)
@@ -69,8 +71,8 @@ def find_versions(name: str = "pyro-sbp") -> tuple[dict[str, str | None], list[s
 def find_extras(name: str = "pyro-sbp") -> dict[str, Extra]:
     """The extras that the metadata of an installed distribution declares.
 
-    Their packages are imported, because a package may be installed and broken. Of those that only
-    the extra "dev" has, which are tools, the version suffices.
+    Their packages are imported, because an installed package may be broken. For the tools that only
+    the extra "dev" has, only the version is checked.
 
     Args:
         name: the distribution.
@@ -93,7 +95,7 @@ def find_extras(name: str = "pyro-sbp") -> dict[str, Extra]:
 
 
 def _requirements(name: str, extra: str = "") -> Iterator[Requirement]:
-    """What a distribution needs at run time, or what an extra adds to that."""
+    """The requirements of a distribution at run time, or those that an extra adds."""
     try:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
@@ -149,7 +151,7 @@ def _import_problem(name: str) -> str | None:
 
 
 def _modules(distribution: metadata.Distribution) -> list[str]:
-    """The top-level modules of a distribution: that of its own name, or else all public ones."""
+    """The top-level modules of a distribution: the module with its name, or all public modules."""
     found = set()
     for file in distribution.files or ():
         top = file.parts[0]

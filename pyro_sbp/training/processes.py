@@ -1,8 +1,8 @@
-"""The place of this process in the group of a run, read from its environment. Needs no torch.
+"""The rank of this process in the group of a run, read from the environment. Needs no torch.
 
 A run has several processes if `torchrun` started the command, or if it was started with
-``--devices N`` and started N - 1 copies of itself. Schedulers, notebooks and other programs leave
-variables such as ``RANK`` behind, so these are read only inside one of the two kinds of group.
+``--devices N`` and started N - 1 copies of itself. Schedulers, notebooks and other programs may
+also set variables such as ``RANK``, so these are read only in one of the two kinds of group.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = [
     "starting_copies",
 ]
 
-#: Set in the environment of the copies that a run with several devices starts of itself.
+#: Set in the environment of the copies of itself that a run with several devices starts.
 OWN_GROUP = "PYRO_SBP_OWN_GROUP"
 #: Set by torchrun in the environment of all processes that it starts.
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-#: What torch and Lightning Fabric read a process group from.
+#: The variables from which torch and Lightning Fabric read a process group.
 VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -47,7 +47,7 @@ def rank() -> int:
     """
     if TORCHRUN in os.environ:
         return _set_by_torchrun("RANK", 0)
-    # All processes of a group of our own are on one machine.
+    # The copies of a run are all on one machine.
     return int(os.environ["LOCAL_RANK"]) if _is_copy() else 0
 
 
@@ -55,15 +55,15 @@ def is_first() -> bool:
     """Whether this is the process that writes files and messages."""
     try:
         return rank() == 0
-    except RequestError:  # the message has to be seen
+    except RequestError:  # let this process print the message
         return True
 
 
 def num_processes() -> int | None:
-    """How many processes `torchrun` started on all machines; None if it did not start this one.
+    """The number of processes that `torchrun` started on all machines; None without `torchrun`.
 
     Raises:
-        RequestError: its variables are missing or not integers.
+        RequestError: the variables of `torchrun` are missing or not integers.
     """
     if TORCHRUN not in os.environ:
         return None
@@ -73,16 +73,16 @@ def num_processes() -> int | None:
 
 
 def processes_here() -> int:
-    """How many of the processes `torchrun` started on this machine.
+    """The number of processes that `torchrun` started on this machine.
 
     Raises:
-        RequestError: its variable is missing or not an integer.
+        RequestError: the variable of `torchrun` is missing or not an integer.
     """
     return _set_by_torchrun("LOCAL_WORLD_SIZE", 1)
 
 
 def forget_stray_variables() -> dict[str, str]:
-    """Remove the variables of a process group from the environment of a process that is in none.
+    """Remove the variables of a process group if this process is not in a group.
 
     Importing Fabric fails if ``RANK`` is not a number, a stray ``LOCAL_RANK`` keeps Fabric from
     starting the other processes, and with a stray ``MASTER_ADDR`` they wait for another machine.
@@ -97,10 +97,11 @@ def forget_stray_variables() -> dict[str, str]:
 
 @contextmanager
 def starting_copies(threads: int | None = None) -> Iterator[None]:
-    """Inside, processes that this one starts join its group.
+    """Within the context, processes that this process starts join its group.
 
     Args:
-        threads: their number of CPU threads, if neither the user nor the command gives one.
+        threads: the number of CPU threads of these processes, if neither the user nor the command
+            sets one.
     """
     changes = {OWN_GROUP: "1"}
     if threads is not None:

@@ -31,13 +31,13 @@ __all__ = ["write_result"]
 
 
 def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) -> Summary:
-    """Save the smaller network of a run, and sum the run up.
+    """Save the smaller network of a run, and make the summary of the run.
 
     Args:
-        job: the run.
-        loop: its loop, which has ended.
-        target: the directory of the saved network.
-        overwrite: replace a saved network that is there; otherwise `target` must not exist.
+        job: the network, the data and the method of the run.
+        loop: the loop of the run, after its end.
+        target: the directory for the network.
+        overwrite: whether to replace an existing network; otherwise `target` must not exist.
     """
     method, request = job.method, job.request
     small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
@@ -113,9 +113,9 @@ def _weights(method: Method) -> WeightsLeft | None:
 
 
 def _file_size(net: nn.Module) -> int:
-    """The bytes of a network as `save` would store it."""
+    """The size in bytes of a network as `save` would store it."""
     tensors = unique_tensors(net)[0].items()
-    # As in `Module.to`: the counters of batch norms stay integers.
+    # As with `Module.to`, the counters of batch norms remain integers.
     return len(serialize({n: v.float() if v.is_floating_point() else v for n, v in tensors}))
 
 

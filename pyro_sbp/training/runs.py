@@ -1,4 +1,4 @@
-"""What lies in a run directory, as validated values. This module needs no torch."""
+"""The contents of a run directory, as validated values. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "read_threads",
 ]
 
-# Keys of later versions are kept.
+# Keys of later versions are not removed.
 _CONFIG = ConfigDict(extra="allow", strict=True)
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,8 +35,11 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @with_config(_CONFIG)
 class Line(TypedDict):
-    """A line of `metrics.jsonl`: an epoch. The loss is `nll` + `weighted_kl`, per example; `kl` has
-    no weights. `error` is that of the test set in percent, `units` are those kept by gate."""
+    """A line of `metrics.jsonl`, for one epoch.
+
+    `loss` is `nll` + `weighted_kl`, per example. `kl` is the KL divergence without weights, per
+    example. `error` is the test error in percent. `units` are the numbers of kept units, by gate.
+    """
 
     phase: str
     epoch: _Count
@@ -68,7 +71,8 @@ class BenchRow(TypedDict):
 
 @with_config(_CONFIG)
 class GateNumbers(TypedDict):
-    """The units of a gate in `units.json`: how many it had, and which remain."""
+    """The units of a gate in `units.json`: their number in the dense network, and the indices of
+    those that remain."""
 
     total: _Count
     kept: list[_Count]
@@ -77,7 +81,7 @@ class GateNumbers(TypedDict):
 
 @with_config(_CONFIG)
 class SavedNetwork(TypedDict):
-    """What `network.json` says for those who build the network or call it."""
+    """The values of `network.json` that are needed to build and call the network."""
 
     kwargs: dict[str, Any]
     input_shape: list[_Count] | None
@@ -101,15 +105,15 @@ def _json(path: Path) -> Any:
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
-    """The validated content of a JSON file; None where there is no such file."""
+    """The validated content of a JSON file; None if the file does not exist."""
     return _validated(path, _json(path), kind) if path.is_file() else None
 
 
 def read_saved_network(directory: Path) -> SavedNetwork:
-    """What the `network.json` of a saved network says.
+    """Read the `network.json` of a saved network.
 
     Raises:
-        RequestError: it is missing or damaged.
+        RequestError: the file is missing or damaged.
     """
     found = _read(directory / "network.json", SavedNetwork)
     if found is None:
@@ -118,10 +122,10 @@ def read_saved_network(directory: Path) -> SavedNetwork:
 
 
 def read_request(directory: Path) -> Request:
-    """What a run was asked to do.
+    """Read the request of a run.
 
     Raises:
-        RequestError: the directory holds no run, or its `recipe.json` is damaged.
+        RequestError: the directory is not a run directory, or its `recipe.json` is damaged.
     """
     path = directory / "recipe.json"
     if not directory.exists():
@@ -136,9 +140,9 @@ def read_request(directory: Path) -> Request:
 
 
 def read_threads(directory: Path) -> int | None:
-    """The CPU threads that a run was started with; None where it does not say.
+    """Read the number of CPU threads with which a run was started; None if it is not recorded.
 
-    With another number a run that resumes may end at other bits.
+    If a run resumes with another number, its results may differ in rounding.
 
     Raises:
         RequestError: the `recipe.json` is damaged.
@@ -153,15 +157,15 @@ class Run:
     """A run directory, finished or not.
 
     Attributes:
-        directory: where it is.
-        request: what the run was asked to do.
-        asked: the whole of `recipe.json`, with versions and the machine.
+        directory: the path of the run directory.
+        request: the request of the run.
+        asked: the content of `recipe.json`, with versions and the machine.
         metrics: the lines of `metrics.jsonl` in order; empty before the first epoch has ended.
         summary: the content of `summary.json`; None until the run has finished.
-        network: the content of `pruned/network.json`; None until then.
-        units: the content of `pruned/units.json`; None until then.
-        bench: the rows of `bench.json`; rows without a runtime are those of "eager". None where
-            `bench` has not measured.
+        network: the content of `pruned/network.json`; None until the run has finished.
+        units: the content of `pruned/units.json`; None until the run has finished.
+        bench: the rows of `bench.json`; rows without a runtime are those of "eager". None if
+            `bench` was not run.
     """
 
     directory: Path
@@ -178,13 +182,13 @@ class Run:
         """Read a run directory.
 
         Raises:
-            RequestError: it holds no run, or a file in it is damaged.
+            RequestError: the directory is not a run directory, or a file in it is damaged.
         """
         path = Path(directory)
         request = read_request(path)
         summary = path / "summary.json"
         finished = summary.is_file()
-        # Before the summary, the network and the measurements of a run are not final.
+        # The network and the measurements of a run are not final before it has a summary.
         pruned = path / "pruned" if finished else path / "none"
         bench = _read(path / "bench.json", list[BenchRow])
         return cls(
@@ -210,7 +214,8 @@ class Run:
 
     @property
     def macs_ratio(self) -> float | None:
-        """How many times fewer MACs that network has; None until the run has finished."""
+        """MACs of the dense network divided by those of the returned network; None until the run
+        has finished."""
         return None if self.summary is None else self.summary.macs.ratio
 
 

@@ -1,4 +1,4 @@
-"""The result of a run as a value: what `summary.json` holds. This module needs no torch."""
+"""The result of a run, as in `summary.json`. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_sbp.recipes.settings import in_one_line
 
 __all__ = ["Calibration", "Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
 
-# Keys of later versions are left out. JSON has lists where values are tuples.
+# Keys of later versions are ignored. JSON has lists for tuples.
 _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 
 _Count = Annotated[int, Field(ge=0, strict=True)]
@@ -25,7 +25,7 @@ _Number = Annotated[float, Field(ge=0, strict=True)]
 _Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 
 
-#: What the networks of a run are called in tables.
+#: The labels of the networks of a run in tables.
 LABELS = {
     "dense": "dense",
     "mean": "noise at its mean",
@@ -39,9 +39,9 @@ class Errors:
     """Errors of the networks of a run in percent, after the last epoch.
 
     Attributes:
-        dense: without noise; None where no dense network was trained.
-        mean: all units, with the noise at its mean.
-        pruned: the units under the threshold removed.
+        dense: the dense network, without noise; None if no dense network was trained.
+        mean: the network with all units, with the noise at its mean.
+        pruned: the network without the units under the threshold.
         finetuned: the pruned network after fine-tuning; None without fine-tuning.
     """
 
@@ -71,7 +71,7 @@ class Calibration:
 
 @dataclass(frozen=True, config=_CONFIG)
 class GateUnits:
-    """The units of a gate: kept, zeroed (columns of zeros that a shape needs), and all."""
+    """The units of a gate: kept, zeroed (columns of zeros that a shape requires), and total."""
 
     gate: str
     kept: _Count
@@ -81,10 +81,10 @@ class GateUnits:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Size:
-    """A size of the dense and of the pruned network, and how many times smaller it became.
+    """A size of the dense and of the pruned network, and their ratio.
 
     Attributes:
-        nonzero: the parameters of the pruned network that are not zero.
+        nonzero: the number of parameters of the pruned network that are not zero.
     """
 
     dense: _Count
@@ -95,7 +95,7 @@ class Size:
 
 @dataclass(frozen=True, config=_CONFIG)
 class LayerWeights:
-    """The weights of a layer that are kept, and all of them."""
+    """The number of weights of a layer that are kept, and of all its weights."""
 
     layer: str
     kept: _Count
@@ -104,12 +104,12 @@ class LayerWeights:
 
 @dataclass(frozen=True, config=_CONFIG)
 class WeightsLeft:
-    """The single weights that are kept, for a method that removes weights.
+    """The number of weights that are kept, for a method that removes weights.
 
     Attributes:
-        layers: by layer.
-        kept, total: of the whole network.
-        compression: all weights over those that are kept; None where none is kept.
+        layers: the numbers for each layer.
+        kept, total: the numbers for the whole network.
+        compression: all weights divided by those that are kept; None if no weight is kept.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -119,7 +119,7 @@ class WeightsLeft:
 
     @property
     def in_words(self) -> str:
-        """How many weights are left."""
+        """The number of kept weights, as text."""
         if self.compression is None:
             return "no weight is left"
         return f"{self.compression:.1f} times fewer weights"
@@ -132,7 +132,7 @@ class WeightsLeft:
 
 @dataclass(frozen=True, config=_CONFIG)
 class FileSizes:
-    """Bytes of the saved networks; `sparse` is the file that leaves out zeros."""
+    """Bytes of the saved networks; `sparse` is the file that stores no zeros."""
 
     dense: _Count
     pruned: _Count
@@ -141,13 +141,13 @@ class FileSizes:
 
 @dataclass(frozen=True, config=_CONFIG)
 class Differences:
-    """How far the pruned network was from the masked one; see `Equivalence`."""
+    """The differences between the pruned and the masked network; see `Equivalence`."""
 
     max_rel_diff_float64: _Number
     max_abs_diff: _Number
 
 
-#: What a summary leaves out where it is None, instead of writing null.
+#: Fields that are omitted if they are None, instead of being written as null.
 _OPTIONAL = (
     "validation_error",
     "training_error",
@@ -164,25 +164,25 @@ class Summary:
     """The result of a run.
 
     Attributes:
-        arch, dataset, method, seed, device: as requested.
-        epochs: the epochs with noise.
-        threads: the CPU threads of torch.
+        arch, dataset, method, seed, device: those of the request.
+        epochs: the number of epochs with noise.
+        threads: the number of CPU threads of torch.
         train_seconds: the time of all epochs.
-        error: on the test set.
-        validation_error: on the images reserved for validation, where there are any.
-        training_error: on the training images, where their labels are random.
-        calibration: of the same networks on the same images, by the name of the images ("test",
-            "validation", "training") and of the network (as in `Errors`); None in summaries of
-            earlier versions.
-        units: by gate.
-        weights: the single weights that are kept, for a method that removes weights.
+        error: the errors on the test set.
+        validation_error: the errors on the images reserved for validation, if there are any.
+        training_error: the errors on the training images, if their labels are random.
+        calibration: the calibration of the same networks on the same images, by the name of the
+            images ("test", "validation", "training") and of the network (as in `Errors`); None in
+            summaries of earlier versions.
+        units: the units of the gates, by gate.
+        weights: the number of weights that are kept, for a method that removes weights.
         files: bytes of the saved networks.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         left_alone: the layers that are not prunable, and why.
         macs: multiply-accumulates of one example.
-        parameters: numbers that the parameters hold.
+        parameters: the number of parameters.
         equivalence: how exact the cut was.
-        standardize: mean and standard deviation by channel, where images are standardized.
+        standardize: mean and standard deviation by channel, if images are standardized.
     """
 
     arch: str
@@ -221,7 +221,7 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: Any) -> Summary:
-        """The summary from what `to_dict` gave.
+        """The summary from the values that `to_dict` returned.
 
         Raises:
             RequestError: a value is missing or has a wrong type.
@@ -245,13 +245,13 @@ class Summary:
 
     @property
     def nothing_left(self) -> bool:
-        """Whether nothing reached the threshold: no unit of any gate, or no weight with noise."""
+        """Whether no unit of any gate, or no weight with noise, reached the threshold."""
         if self.weights is not None and not any(layer.kept for layer in self.weights.layers):
             return True
         return 0 < len(self.units) == len(self.held)
 
     def errors(self) -> dict[str, Errors]:
-        """The errors that were measured, from the name of the images to the errors on them."""
+        """The measured errors, by the name of the images."""
         found = {
             "test": self.error,
             "validation": self.validation_error,
@@ -261,7 +261,7 @@ class Summary:
 
     def error_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Head and rows of a table of the networks: for each of `errors` the error in percent and,
-        where they were measured, NLL in nats per example and ECE in percent."""
+        if measured, NLL in nats per example and ECE in percent."""
         head, rows = ["network"], {name: [label] for name, label in LABELS.items()}
         for split, errors in self.errors().items():
             head.append(f"{split} error, %")
@@ -277,11 +277,11 @@ class Summary:
         return tuple(head), [tuple(row) for row in rows.values()]
 
     def unit_rows(self) -> list[tuple[Any, ...]]:
-        """The rows of a table of units: gate, kept, all, zeroed."""
+        """The rows of a table of units: gate, kept, total, zeroed."""
         return [(unit.gate, unit.kept, unit.total, unit.zeroed) for unit in self.units]
 
     def size_rows(self) -> list[tuple[str, str, str, str]]:
-        """The rows of a table of sizes: what, dense, pruned, ratio."""
+        """The rows of a table of sizes: name, dense, pruned, ratio."""
         return [
             (label, f"{size.dense:,}", f"{size.pruned:,}", f"{size.ratio:.2f}x")
             for label, size in (("MACs", self.macs), ("parameters", self.parameters))
@@ -289,5 +289,5 @@ class Summary:
 
 
 def percent(value: float | None) -> str:
-    """A number in percent as tables show it."""
+    """A number in percent, formatted for tables."""
     return "-" if value is None else f"{value:.2f}"

@@ -1,8 +1,8 @@
-"""How many CPU threads to compute with: one for each core that is free. Needs no torch.
+"""Choose the number of CPU threads: one for each free core. Needs no torch.
 
-Threads of one operation wait for each other, so that one of them on a core that another process
-uses delays all: beside other work, a run with as many threads as cores can be ten times slower than
-with one thread.
+The threads of an operation wait for each other. If one of them shares its core with another
+process, it delays all. While other programs are running, a run with as many threads as cores can be
+ten times slower than a run with one thread.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pyro_sbp.machine import control_groups, read_text
 
 __all__ = ["VARIABLES", "Cores", "ThreadChoice", "choose_threads", "measure_cores"]
 
-#: The variables that torch takes its number of threads from, the strongest first.
+#: The variables from which torch reads its number of threads, in order of precedence.
 VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")
-#: A core counts as free if others use no more than this share of it.
+#: A core counts as free if other processes use no more than this share of it.
 SLACK = 0.2
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -30,11 +30,12 @@ CPUS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Cores:
-    """The physical cores that this process may use, and how many of them others use.
+    """The physical cores that this process may use, and how many of them other processes use.
 
     Attributes:
-        usable: cores by CPU affinity and by the quota of the container, which may be a fraction.
-        busy: how many of these other processes use.
+        usable: the number of cores given by CPU affinity and by the quota of the container. It may
+            be a fraction.
+        busy: the number of these cores that other processes use.
     """
 
     usable: float
@@ -42,7 +43,7 @@ class Cores:
 
     @property
     def free(self) -> float:
-        """How many cores are left for this process."""
+        """The number of cores that are free for this process."""
         return self.usable - self.busy
 
 
@@ -52,10 +53,10 @@ class ThreadChoice:
 
     Attributes:
         threads: the number.
-        source: what it is taken from: "--threads", the name of a variable, "the run", or "free
+        source: the origin of the number: "--threads", the name of a variable, "the run", or "free
             cores".
-        processes: how many processes of the run share the cores.
-        cores: the cores as measured; None where the number was given.
+        processes: the number of processes of the run that share the cores.
+        cores: the measured cores; None if the number was given.
     """
 
     threads: int
@@ -65,7 +66,7 @@ class ThreadChoice:
 
     @property
     def warning(self) -> str | None:
-        """One line that says that the machine is busy, or None."""
+        """A warning in one line if the machine is busy, else None."""
         if self.cores is None:
             return None
         idle = self.processes * _whole(self.cores.usable / self.processes)
@@ -86,19 +87,19 @@ def choose_threads(
 ) -> ThreadChoice:
     """Choose the number of CPU threads for each process of a run.
 
-    It is the given number, or else that of `VARIABLES`, or else that of the run that resumes, at
-    most one for each CPU that the process may use. Otherwise it is the number of cores that are
-    free, at least one.
+    The first of these that is available is used: the given number, the number in `VARIABLES`, the
+    number with which a resumed run was started, and the number of free cores, at least one. The
+    numbers of variables and of a resumed run are limited to the number of usable CPUs.
 
     Args:
         threads: the number that the user gave.
-        processes: how many processes of the run are on this machine.
-        recorded: the number that a run which resumes was started with.
+        processes: the number of processes of the run on this machine.
+        recorded: the number of threads with which a resumed run was started.
     """
     if threads is not None:
         return ThreadChoice(threads, "--threads", processes)
     for name in VARIABLES:
-        # OpenMP takes a list, a number for each level of nested regions.
+        # OpenMP accepts a list, with one number for each level of nested regions.
         number = re.match(r"\s*0*([1-9]\d*)\s*(,|$)", os.environ.get(name, ""))
         if number is not None:
             given = min(int(number[1]), len(_usable_cpus()))
@@ -110,12 +111,12 @@ def choose_threads(
 
 
 def measure_cores(seconds: float = 0.25) -> Cores:
-    """Measure for a moment how many of the usable cores other processes keep busy.
+    """Measure how many of the usable cores other processes keep busy.
 
-    Where the system counts no time for each CPU, the load average of the last minute stands for it.
+    If the system does not report the time of each CPU, the load average of the last minute is used.
 
     Args:
-        seconds: how long to measure.
+        seconds: the duration of the measurement.
     """
     cores = _cores(_usable_cpus())
     groups = list(_limited_groups())
@@ -145,14 +146,14 @@ def _whole(cores: float) -> int:
 
 
 def _usable_cpus() -> set[int]:
-    """The CPUs that this process may run on; two of them may share a core."""
+    """The CPUs on which this process may run. Two of them may share a core."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
 
 
 def _cores(cpus: set[int]) -> list[set[int]]:
-    """CPUs by the physical core that they belong to; with the CPUs of it that may not be used."""
+    """The CPUs of each physical core, including CPUs that this process may not use."""
     cores: dict[frozenset[int], None] = {}
     for cpu in sorted(cpus):
         path = CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list"
@@ -169,7 +170,7 @@ def _cpu_list(text: str) -> set[int]:
 
 
 def _cpu_times() -> dict[int, tuple[int, int]]:
-    """Clock ticks since the start, by CPU: those without work, and all."""
+    """Clock ticks since the start of the system, by CPU: idle ticks and all ticks."""
     lines = re.findall(r"^cpu(\d+) (.+)$", read_text(machine.PROC / "stat"), flags=re.M)
     times = {}
     for cpu, text in lines:
@@ -180,7 +181,7 @@ def _cpu_times() -> dict[int, tuple[int, int]]:
 
 
 def _busy_share(before: tuple[int, int], after: tuple[int, int] | None) -> float | None:
-    """The share of the time in which a CPU worked; None if no time was counted."""
+    """The share of the time in which a CPU was busy; None if no time was counted."""
     if after is None or after[1] <= before[1]:
         return None
     return 1 - (after[0] - before[0]) / (after[1] - before[1])
@@ -198,9 +199,9 @@ class _LimitedGroup:
     """A control group with a quota.
 
     Attributes:
-        cores: how many cores its processes may use together.
+        cores: the number of cores that its processes may use together.
         usage: the file with the CPU time that they have used.
-        unit: the seconds of one unit in that file.
+        unit: one unit of that file, in seconds.
     """
 
     cores: float
@@ -208,7 +209,7 @@ class _LimitedGroup:
     unit: float
 
     def used(self) -> float:
-        """Seconds of CPU time; 0 where they are not counted."""
+        """Seconds of CPU time; 0 if they are not counted."""
         number = re.match(r"(?:usage_usec )?(\d+)", read_text(self.usage))
         return 0.0 if number is None else int(number[1]) * self.unit
 

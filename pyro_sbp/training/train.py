@@ -1,4 +1,4 @@
-"""A training run: a request in, a run directory out."""
+"""A training run: from a request to a run directory."""
 
 from __future__ import annotations
 
@@ -39,30 +39,33 @@ def train(
 ) -> Summary:
     """Train, prune and fine-tune a network as requested, and write a run directory.
 
-    A directory that holds the checkpoint of the same request goes on from there, to the same end.
+    If the directory has a checkpoint of the same request, the run resumes from it, with the same
+    result as without the interruption.
 
     Args:
-        request: what to do.
-        data: what to do it on, as `load_dataset` gives it for the architecture.
+        request: the network, the data set, the recipe and the settings of the machine.
+        data: the data, as `load_dataset` returns it for the architecture.
         directory: the run directory; it is created if it does not exist.
         watch: called with the progress during training.
-        stop: asked after every step whether to leave a checkpoint and stop.
-        fabric: what to compute with, from `launch`; it is launched here if not given.
-        logger: one or several loggers of Lightning Fabric, which the first process uses: for the
-            settings, the metrics of every epoch, and the numbers of the summary. The step is the
+        stop: called after every step; if it returns true, a checkpoint is written and training
+            stops.
+        fabric: the devices and the precision, from `launch`; by default those of the request.
+        logger: one or several loggers of Lightning Fabric, for the settings, the metrics of every
+            epoch, and the numbers of the summary. Only the first process uses them. The step is the
             number of epochs over all phases.
 
     Returns:
         The summary, which is also written to `summary.json`.
 
     Raises:
-        RequestError: the architecture cannot be built or does not take the data's images, the
-            recipe names a gate that the network does not have, or the directory cannot be written.
-        EquivalenceError: the pruned network does not compute what the masked one computes.
-        FloatingPointError: the loss or a parameter is not finite any more; the checkpoint is the
-            last one that was good.
-        WorkerDied: a process that reads images was killed; the checkpoint is the last one.
-        Interrupted: it was asked to stop.
+        RequestError: the architecture cannot be built or does not accept the images of the data,
+            the recipe names a gate that the network does not have, or the directory cannot be
+            written.
+        EquivalenceError: the outputs of the pruned and the masked network differ.
+        FloatingPointError: the loss or a parameter is not finite. The last checkpoint with finite
+            values is kept.
+        WorkerDied: a process that reads images was killed. The last checkpoint is kept.
+        Interrupted: `stop` returned true.
     """
     fabric = fabric or launch(request.device, request.devices, request.precision)
     job = prepare_job(request, data, directory, fabric)
@@ -77,11 +80,11 @@ def train(
 
         on_first(fabric, begin)
         if not fabric.is_global_zero:
-            # The first process goes on with the random numbers of the construction.
+            # The first process continues with the random state after building the network.
             torch.manual_seed(request.seed + fabric.global_rank)
         loop = Loop(request, job.method, job.data, directory, fabric, watch, stop, log)
-        # Pyro's store of parameters, shared by the process, is left as it was. Validation would
-        # refuse a loss that is not finite in its own words, and costs a sixth of a step.
+        # The scope keeps Pyro's global parameter store unchanged. Pyro's validation is disabled: it
+        # costs a sixth of a step, and would hide our own error for a loss that is not finite.
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             loop.go()
         summary = fabric.broadcast(on_first(fabric, lambda: _finish(job, loop, directory)))
@@ -90,8 +93,8 @@ def train(
 
 
 def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
-    # A run that was stopped before it wrote its summary may have left a network, or a part of one
-    # that no other process is writing, as this one holds the directory's lock.
+    # A run that was stopped before it wrote its summary may have left a partly written network. No
+    # other process is writing it, because this process holds the lock of the directory.
     for left in directory.glob("pruned.*.part"):
         shutil.rmtree(left, ignore_errors=True)
     summary = write_result(job, loop, directory / "pruned", overwrite=True)
@@ -102,7 +105,7 @@ def _finish(job: Job, loop: Loop, directory: Path) -> Summary:
 
 @contextmanager
 def _ended(log: Log) -> Iterator[None]:
-    """Tell the loggers how the run ends."""
+    """Close the loggers with the status of the run."""
     status = "failed"
     try:
         yield
@@ -116,7 +119,7 @@ def _ended(log: Log) -> Iterator[None]:
 
 @contextmanager
 def _begun(directory: Path, request: Request) -> Iterator[None]:
-    """Make the run directory, or find it, and keep it for this process."""
+    """Create the run directory if necessary, and hold its lock."""
     asked = {
         **request.to_dict(),
         "versions": versions(),
@@ -128,7 +131,7 @@ def _begun(directory: Path, request: Request) -> Iterator[None]:
     except OSError as error:
         raise RequestError(f"cannot write {directory}: {error.strerror}") from error
     with lock(directory):
-        # Without a checkpoint the run starts at the beginning, with what is asked for now.
+        # Without a checkpoint the run starts at the beginning, with the current request.
         if not (directory / "checkpoint.pt").exists():
             write_json(directory / "recipe.json", asked)
         yield

@@ -211,7 +211,7 @@ def test_an_unfinished_run_tells_what_there_is(stopped):
     assert run("report", stopped).exit_code == 0
     page = Page(stopped / "report.html")
     assert "This run has not finished" in page.words and "--resume" in page.words
-    assert page.headings[1:] == ["Units", "Training", "What was asked for"]
+    assert page.headings[1:] == ["Units", "Training", "Settings and machine"]
     (stopped / "checkpoint.pt").unlink()
     (stopped / "metrics.jsonl").unlink()
     assert run("report", stopped).exit_code == 0

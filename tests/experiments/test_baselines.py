@@ -87,7 +87,7 @@ def test_units_go_by_their_importance_and_the_best_of_every_layer_stays():
     assert torch.equal(small.fc2.weight, net.fc2.weight[7:8, :60])
     least = prune_to(net, 784 + 1 + 10, x, score, ["fc3"], 0)
     assert widths(least) == {"fc1": 1, "fc2": 1, "fc3": 10}
-    with pytest.raises(ValueError, match="794 MACs cannot be had: one unit a layer has 795"):
+    with pytest.raises(ValueError, match="794 MACs are not possible: one unit per layer has 795"):
         prune_to(net, 794, x, score, ["fc3"], 0)
 
 

@@ -244,10 +244,10 @@ def test_recursive_pruning_turn_by_turn_and_beside_sbp():
         (block("recursion"), "wrong words after its name: missing a required argument: 'arch'"),
         (block("recipes lenet5"), "wrong words after its name: too many positional arguments"),
         (block("recursion lenet6"), "unknown network 'lenet6'; expected lenet-500-300, "),
-        (block("recursion lenet5"), "no record of lenet5 on mnist by rbp tells its phases"),
+        (block("recursion lenet5"), "no record of lenet5 on mnist by rbp has its phases"),
         (
             block("recursion lenet5 rbp"),
-            "no record of lenet5 on mnist by rbp with the recipe rbp tells its phases",
+            "no record of lenet5 on mnist by rbp with the recipe rbp has its phases",
         ),
         (block("compare lenet5"), "compare lenet5 names no recipe: compare lenet5 RECIPE ..."),
         (block("sparse-vd"), "no record of lenet-300-100 on mnist is in experiments/results"),

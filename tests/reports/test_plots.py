@@ -206,8 +206,8 @@ def test_the_curves_are_those_of_the_metrics(dense_run):
     lines = {line.get_label(): list(line.get_ydata()) for line in loss.lines}
     assert lines["loss"] == [1, 1 / 2, 1 / 3, 1 / 4]
     # There is no noise in the dense phase, and no zero on a logarithmic axis.
-    assert all(map(math.isnan, lines["KL, as the loss weighs it"][:2]))
-    assert lines["KL, as the loss weighs it"][2:] == lines["NLL"][2:]
+    assert all(map(math.isnan, lines["weighted KL"][:2]))
+    assert lines["weighted KL"][2:] == lines["NLL"][2:]
     assert list(error.lines[0].get_ydata()) == [5, 4, 3, 2]
     shares = {line.get_label(): list(line.get_ydata()) for line in units.lines}
     assert shares["fc1"] == pytest.approx([100, 50, 100 * 166 / 500, 25])
@@ -281,7 +281,7 @@ def test_layers_and_latencies_are_bars(dense_run):
     macs, parameters = plots.layer_costs(dense_run, costs).axes
     assert [text.get_text() for text in macs.texts] == ["1.66M", "9", "20.5k", "0"]
     assert [text.get_text() for text in parameters.texts] == ["8k", "0", "999", "0"]
-    with pytest.raises(RequestError, match=r"has no bench\.json; make it by pyro-sbp bench"):
+    with pytest.raises(RequestError, match=r"has no bench\.json; create it with pyro-sbp bench"):
         plots.latency(dense_run)
     (dense_run / "bench.json").write_text(json.dumps([ROW]))
     (ax,) = plots.latency(dense_run).axes

@@ -1,7 +1,7 @@
-"""Pictures of a run, as Matplotlib figures.
+"""Plots of a run, as Matplotlib figures.
 
-Every function takes `dark=True` for a dark background, and raises `RequestError` where Matplotlib
-is missing or the run has nothing to draw. A notebook shows the figures once it has imported
+Every function accepts `dark=True` for a dark background, and raises `RequestError` if Matplotlib
+is not installed or the run has nothing to draw. A notebook shows the figures after it has imported
 `matplotlib.pyplot`.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of what a network costs: thresholds, MACs, parameters, latency."""
+"""Plots of the costs of a network: thresholds, MACs, parameters, latency."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["error_against_macs", "error_against_threshold", "latency", "layer_co
 
 @drawing
 def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float = 1.0) -> Figure:
-    """Error at other thresholds, of the images that the sweep was measured on.
+    """Plot the error at other thresholds, on the images on which the sweep was measured.
 
     Args:
-        rows: from `sweep`.
-        threshold: that of the recipe, which is marked.
+        rows: the rows from `sweep`.
+        threshold: the threshold of the recipe, which is marked.
     """
     figure, axes = new_figure(3.2)
     ax = axes[0, 0]
-    # A logarithmic axis has no place for zero.
+    # A logarithmic axis cannot show zero.
     rows = [row for row in rows if row["threshold"] > 0]
     _sweep_line(ax, rows, "threshold", threshold)
     ax.set(xscale="log", xlabel="threshold on the signal-to-noise ratio")
@@ -49,7 +49,11 @@ def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float 
 
 @drawing
 def error_against_macs(rows: Sequence[Mapping[str, Any]], threshold: float = 1.0) -> Figure:
-    """Error against how many times fewer MACs, at other thresholds; arguments as above."""
+    """Plot the error against the MACs ratio at other thresholds.
+
+    Args:
+        rows, threshold: as for `error_against_threshold`.
+    """
     figure, axes = new_figure(3.2)
     ax = axes[0, 0]
     _sweep_line(ax, rows, "ratio", threshold)
@@ -67,7 +71,7 @@ def _sweep_line(
     ax.plot([row[quantity] for row in rows], [row["error"] for row in rows], marker="o")
     mine = [row for row in rows if row["threshold"] == threshold]
     if mine:
-        label = f"the recipe's threshold, {threshold:g}"
+        label = f"threshold of the recipe, {threshold:g}"
         ax.plot(
             mine[0][quantity],
             mine[0]["error"],
@@ -83,16 +87,16 @@ def _sweep_line(
 
 @drawing
 def layer_costs(source: Run | str | Path, costs: Mapping[str, Any] | None = None) -> Figure:
-    """MACs and parameters of every layer that multiplies, before and after; logarithmic axes.
+    """Plot MACs and parameters of every layer with MACs, before and after, on logarithmic axes.
 
     Args:
         source: a finished run or its directory.
-        costs: from `costs_of`, where they are at hand.
+        costs: the costs from `costs_of`; computed if not given.
     """
     from pyro_sbp.reports.findings import costs_of
 
     costs = costs_of(run_of(source)) if costs is None else costs
-    # Norms multiply nothing, and have few parameters.
+    # Normalization layers have no MACs and few parameters.
     costs = {name: cost for name, cost in costs.items() if cost["dense"][0]}
     names = sorted(costs, key=lambda name: -costs[name]["dense"][0])[:MOST_LAYERS]
     names = [name for name in costs if name in names]
@@ -108,11 +112,11 @@ def layer_costs(source: Run | str | Path, costs: Mapping[str, Any] | None = None
 
 @drawing
 def latency(source: Run | str | Path) -> Figure:
-    """The time of a call of the dense and of the pruned network, in seconds, from `bench.json`."""
+    """Plot the latency of the dense and of the pruned network in seconds, from `bench.json`."""
     run = run_of(source)
     if not run.bench:
         raise RequestError(
-            f"{run.directory} has no bench.json; make it by pyro-sbp bench {run.directory}"
+            f"{run.directory} has no bench.json; create it with pyro-sbp bench {run.directory}"
         )
     rows = run.bench
     several = any(row["runtime"] != "eager" for row in rows)
@@ -128,7 +132,7 @@ def latency(source: Run | str | Path) -> Figure:
     }
     floors = [row.get("floor_ms") or 0.0 for row in rows]
     if all(floors):
-        bars["one unit a gate"] = [floor / 1e3 for floor in floors]
+        bars["one unit per gate"] = [floor / 1e3 for floor in floors]
     figure, axes = new_figure(1.1 + 0.7 * len(rows))
     draw_bars(axes[0, 0], names, bars, unit="s")
     axes[0, 0].set_xlabel("time of a call, median")

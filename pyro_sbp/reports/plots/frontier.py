@@ -1,4 +1,4 @@
-"""Test error against times fewer MACs, of runs and of published results."""
+"""Plots of test error against the MACs ratio, for runs and published results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Point", "draw_frontier", "frontier", "published_points"]
 
 
-#: The points of a frontier: marker, colour of the cycle, filling and size.
+#: The points of a frontier: marker, index of the colour, fill style and size.
 KINDS = {
     "published": ("s", 1, "full", 6),
     "pyro-sbp": ("o", 0, "full", 8),
@@ -39,14 +39,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Point:
-    """A network of a frontier.
+    """A network in a plot of the frontier.
 
     Attributes:
         kind: a key of `KINDS`.
-        name: what is written beside it; may be empty.
-        macs_ratio: how many times fewer MACs than the dense network.
-        error: test error in percent.
-        spread: the least and the greatest of the errors that `error` is the median of.
+        name: the label of the point; may be empty.
+        macs_ratio: MACs of the dense network divided by those of this network.
+        error: the test error in percent.
+        spread: the smallest and the largest error, if `error` is the median of several seeds.
     """
 
     kind: str
@@ -57,9 +57,9 @@ class Point:
 
 
 def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
-    """Test error against how many times fewer MACs: finished runs, and what papers report.
+    """Plot the test error against the MACs ratio, for finished runs and published results.
 
-    A panel for each pair of network and data set.
+    There is one panel for each pair of network and data set.
 
     Raises:
         RequestError: no run has finished.
@@ -82,7 +82,7 @@ def frontier(sources: Sequence[Run | str | Path], dark: bool = False) -> Figure:
 
 
 def published_points(arch: str, dataset: str) -> list[Point]:
-    """What papers report of a network, as points of its frontier."""
+    """The published results for a network, as points of its frontier."""
     return [
         Point("published", paper.method, paper.macs_ratio, paper.error)
         for paper in published(arch, dataset)
@@ -91,13 +91,13 @@ def published_points(arch: str, dataset: str) -> list[Point]:
 
 @drawing
 def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Figure:
-    """Test error against times fewer MACs, the latter logarithmic.
+    """Plot the test error against the MACs ratio, with a logarithmic axis for the ratio.
 
-    Points without a place on these axes are left out.
+    Points that these axes cannot show are omitted.
 
     Args:
         panels: the points of every panel, by its title.
-        columns: how many panels stand side by side.
+        columns: the number of panels side by side.
 
     Raises:
         RequestError: a panel has no point that can be drawn.
@@ -133,7 +133,7 @@ def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Fi
 
 
 def _placed(title: str, points: Sequence[Point]) -> list[Point]:
-    """The points that have a place on a logarithmic and a linear axis."""
+    """The points that a logarithmic and a linear axis can show."""
     placed = [p for p in points if 0 < p.macs_ratio < math.inf and math.isfinite(p.error)]
     if not placed:
         raise RequestError(f"{title} has no result that can be drawn")
@@ -141,9 +141,9 @@ def _placed(title: str, points: Sequence[Point]) -> list[Point]:
 
 
 def _name_points(ax: Any, points: Sequence[Point]) -> None:
-    """Names beside points, moved up or down where they would lie on another."""
+    """Add labels next to points, moved up or down so that they do not overlap."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    letter, line, marker = 0.0145, 0.045, 0.014  # of the axes, about
+    letter, line, marker = 0.0145, 0.045, 0.014  # approximate shares of the axes
     places = [
         (
             math.log(point.macs_ratio / left) / math.log(right / left),

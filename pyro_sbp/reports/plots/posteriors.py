@@ -1,4 +1,4 @@
-"""Pictures of a posterior: signal-to-noise ratios, kept pixels, kept filters."""
+"""Plots of a posterior: signal-to-noise ratios, kept pixels, kept filters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["first_filters", "image_shape", "kept_pixels", "snr_histograms"]
 
 
 def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
-    """The posterior of a run, or anything that has signal-to-noise ratios, and the threshold."""
+    """The posterior of a run, or another object with signal-to-noise ratios, and the threshold."""
     if isinstance(source, Run | str | Path):
         from pyro_sbp.reports.posterior import read_posterior
 
@@ -45,14 +45,15 @@ def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
 
 @drawing
 def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
-    """A histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
+    """Plot a histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
 
-    Ratios that have no place on a logarithmic axis are drawn in the first or the last bar, except
-    NaN, which is not drawn.
+    Ratios that a logarithmic axis cannot show are counted in the first or the last bar. NaN is not
+    counted.
 
     Args:
         source: a run, its directory, its posterior, or a guide.
-        threshold: the ratio from which units are kept; by default that of the run's recipe, or 1.
+        threshold: the smallest ratio of a unit that is kept; by default that of the recipe of the
+            run, or 1.
 
     Raises:
         RequestError: there is no ratio that can be drawn.
@@ -96,10 +97,10 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
 
 
 def _positive_range(values: Iterable[Tensor], *marks: float) -> tuple[float, float]:
-    """The range of the values and marks that have a place on a logarithmic axis; never empty.
+    """The range of the values and marks that a logarithmic axis can show; never empty.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no such value or mark.
     """
     ends = [mark for mark in marks if mark > 0]
     for value in values:
@@ -112,7 +113,7 @@ def _positive_range(values: Iterable[Tensor], *marks: float) -> tuple[float, flo
 
 
 def _outside_words(values: Iterable[Tensor]) -> str:
-    """Where the ratios are drawn that have no place on a logarithmic axis."""
+    """A text that says in which bars the ratios are that a logarithmic axis cannot show."""
     words = []
     for value in values:
         words += ["0 in the first bar"] if bool((value <= 0).any()) else []
@@ -122,10 +123,10 @@ def _outside_words(values: Iterable[Tensor]) -> str:
 
 
 def _edges(values: Iterable[Tensor], threshold: float, bins: int = 40) -> list[float]:
-    """Edges of equal width on a logarithmic axis, one of which is the threshold.
+    """Edges of bins of equal width on a logarithmic axis; the threshold is one of the edges.
 
     Raises:
-        RequestError: neither a value nor the threshold has a place on it.
+        RequestError: the axis can show neither a value nor the threshold.
     """
     low, high = _positive_range(values, 0.9 * threshold, 1.1 * threshold)
     if threshold <= 0:
@@ -137,7 +138,7 @@ def _edges(values: Iterable[Tensor], threshold: float, bins: int = 40) -> list[f
 
 
 def image_shape(run: Run) -> tuple[int, int, int] | None:
-    """Channels, height and width of the images that a run's network takes, where they are known."""
+    """Channels, height and width of the images of a run; None if they are not known."""
     shape = None if run.network is None else run.network["input_shape"]
     if shape is not None and len(shape) == 3:
         channels, height, width = shape
@@ -149,8 +150,9 @@ def image_shape(run: Run) -> tuple[int, int, int] | None:
 
 
 def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
-    """The site that says what the pixels of the image carry, and their signal-to-noise ratios
-    ``[channels, height, width]``: of noise on weights, the best of those that read a pixel."""
+    """The site with noise on the pixels of the image, and the signal-to-noise ratios of the pixels,
+    ``[channels, height, width]``. With noise on weights, the ratio of a pixel is the largest ratio
+    of the weights that read it."""
     shape = image_shape(run)
     if shape is None:
         return None
@@ -166,7 +168,7 @@ def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
 
 @drawing
 def kept_pixels(source: Run | str | Path) -> Figure:
-    """The signal-to-noise ratio of the pixels of the image, and which pixels are kept.
+    """Plot the signal-to-noise ratios of the pixels of the image, and which pixels are kept.
 
     For an image with several channels, the largest ratio of each pixel is shown.
 
@@ -186,7 +188,7 @@ def kept_pixels(source: Run | str | Path) -> Figure:
     low, high = _positive_range([best])
     figure, axes = new_figure(3.0, 1, 2)
     left, right = axes[0]
-    # 0, infinity and NaN have no place on a logarithmic scale.
+    # A logarithmic scale cannot show 0, infinity and NaN.
     placed = best.nan_to_num(nan=low, posinf=high).clamp(low, high)
     shown = left.imshow(placed.numpy(), cmap="cividis", norm=LogNorm(low, high))
     left.set_title(f"SNR of {name}", fontsize=9)
@@ -210,24 +212,26 @@ def kept_pixels(source: Run | str | Path) -> Figure:
 
 
 def _rows_left(run: Run, gate: str, size: int, rows: int) -> dict[int, int]:
-    """From the units of a gate to the rows of its writer, which RBP has cut before."""
+    """Map the units of a gate to the rows of its writer, from which RBP has removed units."""
     if rows == size:
         return {unit: unit for unit in range(size)}
     left = sorted(run.units[gate]["kept"] + run.units[gate]["zeroed"]) if run.units else []
     if len(left) != rows:
-        raise RequestError(f"which filters of {gate} are left is told when the run has finished")
+        raise RequestError(
+            f"the filters of {gate} that are kept are known only after the run has finished"
+        )
     return {unit: row for row, unit in enumerate(left)}
 
 
 @drawing
 def first_filters(source: Run | str | Path) -> Figure:
-    """The filters of the first convolution that are kept, with their signal-to-noise ratios."""
+    """Plot the kept filters of the first convolution, with their signal-to-noise ratios."""
     import torch
 
     run = run_of(source)
     posterior, threshold = _posterior(run, None)
     shape = image_shape(run)
-    # Of noise on weights, the best of a filter's.
+    # With noise on weights, the ratio of a filter is the largest ratio of its weights.
     snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
     found = [
         (name.removesuffix(".weight"), value)
@@ -238,7 +242,9 @@ def first_filters(source: Run | str | Path) -> Figure:
         raise RequestError(f"{run.directory} has no noise on a first convolution")
     name, weight = found[0]
     if shape[0] not in (1, 3) or weight.shape[-1] == 1:
-        raise RequestError(f"the filters of {name} are no pictures of one or three channels")
+        raise RequestError(
+            f"the filters of {name} cannot be shown: they do not have one or three channels"
+        )
     row = _rows_left(run, name, len(snr[name]), len(weight))
     left = torch.tensor(list(row))
     over = left[snr[name][left] >= threshold]

@@ -1,4 +1,4 @@
-"""The look of the pictures, and what they share."""
+"""The style of the plots, and the functions that they share."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 __all__ = ["check_matplotlib", "svg"]
 
 
-#: Okabe and Ito's colours, which the colour-blind tell apart: first those that stand out most.
+#: The colours of Okabe and Ito, which colour-blind readers can distinguish, most visible first.
 LIGHT_CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 DARK_CYCLE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 
 
-#: The background and the ink of a page, light and dark.
+#: The background and the text colour of a light and of a dark page.
 LIGHT_PAGE, DARK_PAGE = ("#ffffff", "#22262b"), ("#16191d", "#e4e6e9")
 
 
-#: What has been removed, on either page.
+#: The colour of removed units, on both kinds of page.
 REMOVED = "#8a8f98"
 
 
-#: Inches; a picture is as wide as a phone shows it without making its letters much smaller.
+#: Inches. A phone shows a figure of this width with readable text.
 WIDTH = 5.2
 
 
-#: The most gates, layers and filters that one picture shows; those of the most units come first.
+#: The largest number of gates, layers and filters in one figure; those with most units come first.
 MOST_GATES, MOST_LAYERS, MOST_FILTERS = 32, 40, 64
 
 
 def check_matplotlib() -> None:
-    """See that pictures can be drawn.
+    """Check that figures can be drawn.
 
     Raises:
         RequestError: Matplotlib is not installed.
@@ -92,7 +92,7 @@ def new_figure(
     height: float, rows: int = 1, columns: int = 1, width: float = WIDTH, **kwargs: Any
 ) -> tuple[Figure, Any]:
     """A figure, and its axes as an array ``[rows, columns]``."""
-    # Not from pyplot, which keeps every figure until it is closed.
+    # pyplot is not used, because it keeps every figure in memory until it is closed.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -100,10 +100,10 @@ def new_figure(
 
 
 def svg(figure: Figure, description: str | None = None) -> bytes:
-    """A figure as SVG, of the same bytes for the same figure and Matplotlib.
+    """A figure as SVG. The bytes depend only on the figure and the version of Matplotlib.
 
     Args:
-        description: words for the file's metadata.
+        description: a description for the metadata of the file.
     """
     import matplotlib
 
@@ -119,12 +119,12 @@ def run_of(source: Run | str | Path) -> Run:
 
 
 def plain_ticks(axis: Any) -> None:
-    """Write the numbers of an axis as in a text, without powers of ten."""
+    """Label the ticks of an axis with plain numbers, without powers of ten."""
     axis.set_major_formatter("{x:,.10g}")
 
 
 def minor_ticks(axis: Any) -> None:
-    """Name some numbers between the powers of ten, where an axis has few of these."""
+    """Label some numbers between the powers of ten, if an axis has few powers of ten."""
     from matplotlib.ticker import FuncFormatter
 
     low, high = sorted(axis.get_view_interval())
@@ -147,13 +147,14 @@ def color_cycle() -> list[str]:
 def draw_bars(
     ax: Any, names: Sequence[str], bars: Mapping[str, Sequence[float]], unit: str = ""
 ) -> None:
-    """Draw bars side by side on a logarithmic axis, the first name on top.
+    """Draw bars side by side on a logarithmic axis, with the first name at the top.
 
     Args:
-        ax: where to draw.
-        names: of the groups of bars.
-        bars: a value for each name, by the label of the legend.
-        unit: of the values; numbers are written with three digits and a prefix: 20k, 1.6M, 94 µs.
+        ax: the axes.
+        names: the names of the groups of bars.
+        bars: for each label of the legend, one value per name.
+        unit: the unit of the values. Values are written with three digits and a prefix: 20k, 1.6M,
+            94 µs.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -173,7 +174,7 @@ def draw_bars(
     positive = [v for values in bars.values() for v in values if 0 < v < math.inf]
     if positive:
         ax.set_xscale("log")
-        # Leave room for the labels, and a part of the shortest bar.
+        # Leave room for the labels, and show a part of the shortest bar.
         span = max(positive) / min(positive)
         ax.set_xlim(min(positive) / max(span**0.15, 1.5), max(positive) * max(span**0.25, 1.7))
     ax.minorticks_off()
@@ -181,5 +182,5 @@ def draw_bars(
 
 
 def most_shown(shown: int, total: int, what: str) -> str | None:
-    """That a picture leaves some out, where it does."""
+    """A text that says how many elements a figure shows; None if it shows all."""
     return f"the largest {shown} of {total} {what}" if shown < total else None

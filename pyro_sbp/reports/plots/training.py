@@ -1,4 +1,4 @@
-"""Pictures of a run's training."""
+"""Plots of the training of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ __all__ = ["training_curves"]
 
 @drawing
 def training_curves(source: Run | str | Path) -> Figure:
-    """Loss, NLL and KL, test error, and the share of units left, over the epochs of all phases."""
+    """Plot loss, NLL and KL, test error, and the share of kept units over the epochs of all
+    phases."""
     run = run_of(source)
     if not run.metrics:
         raise RequestError(f"{run.directory} has no epoch in metrics.jsonl yet")
@@ -40,7 +41,7 @@ def training_curves(source: Run | str | Path) -> Figure:
     for label, values, style in (
         ("loss", [line["loss"] for line in lines], "-"),
         ("NLL", [line["nll"] for line in lines], "--"),
-        ("KL, as the loss weighs it", kl, ":"),
+        ("weighted KL", kl, ":"),
     ):
         positive = [value if value > 0 else math.nan for value in values]
         if not all(map(math.isnan, positive)):
@@ -65,7 +66,7 @@ def training_curves(source: Run | str | Path) -> Figure:
     units.xaxis.get_major_locator().set_params(integer=True)
     start = 0
     phases = dict.fromkeys(line["phase"] for line in lines)
-    tilt = 30 if len(phases) > 4 else 0  # the turns of RBP are many, and their names long
+    tilt = 30 if len(phases) > 4 else 0  # RBP has many turns with long names
     place: dict[str, Any] = {"transform": loss.get_xaxis_transform(), "fontsize": 9}
     for phase in phases:
         count = sum(line["phase"] == phase for line in lines)
@@ -77,7 +78,7 @@ def training_curves(source: Run | str | Path) -> Figure:
 
 
 def error_axis(ax: Any, errors: Sequence[float]) -> None:
-    """Logarithmic where errors differ much."""
+    """Use a logarithmic axis if errors differ much."""
     if min(errors) > 0 and max(errors) > 5 * min(errors):
         ax.set_yscale("log")
         plain_ticks(ax.yaxis)
@@ -86,10 +87,11 @@ def error_axis(ax: Any, errors: Sequence[float]) -> None:
 
 
 def _totals(run: Run) -> dict[str, int]:
-    """The units of every gate at the start."""
+    """The number of units of every gate at the start."""
     if run.summary is not None:
         return {unit.gate: unit.total for unit in run.summary.units}
-    # The most ever seen: of a run that started with noise, what had gone in its first epoch is not.
+    # The largest number in any epoch. If a run started with noise, this misses the units that were
+    # removed in its first epoch.
     totals: dict[str, int] = {}
     for line in run.metrics:
         for name, count in line["units"].items():
