@@ -22,10 +22,10 @@ from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict, Standing
+from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.training.calibration import BINS, Measured, measured, sums
 from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
