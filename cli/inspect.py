@@ -24,8 +24,8 @@ def inspect(run: Path | None, as_json: bool) -> None:
 
     For each gate (with sparse-vd, for each layer) it prints quantiles of the signal-to-noise ratio
     (SNR) and the units or weights nearest the threshold, and which input features are kept. Units
-    and weights are named by their indices. A gate is named after the first layer that writes its units: attn.query, for example,
-    is the gate of the heads of attn.
+    and weights are named by their indices. A gate is named after the first layer that writes its
+    units: attn.query, for example, is the gate of the heads of attn.
 
     RUN is a run directory of a finished run, or of one that was interrupted after its first epoch
     with noise; by default the newest run. The data and the code of the network are not needed.

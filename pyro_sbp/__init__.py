@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyro_sbp.pruning.pruning import prune
     from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
     from pyro_sbp.pruning.sparsity import prune_weights
+    from pyro_sbp.training.fine_tuning import fine_tune
 
 __all__ = [
     "AdditiveNormalGuide",
@@ -42,6 +43,7 @@ __all__ = [
     "distributions",
     "export",
     "find_gates",
+    "fine_tune",
     "fold",
     "load",
     "networks",
@@ -75,6 +77,7 @@ _find, _names, _ = lazy_loader.attach(
         "pruning.pruning": ["prune"],
         "pruning.recalibration": ["recalibrate_batch_norm"],
         "pruning.sparsity": ["prune_weights"],
+        "training.fine_tuning": ["fine_tune"],
     },
 )
 

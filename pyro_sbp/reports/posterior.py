@@ -134,9 +134,10 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         `left_alone` (the layers that are not prunable, and why; None for old runs that do not
         record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a list of
         {`gate` (the layer, for weights), `total`, `kept`, `kept_units` (the indices of the kept
-        units; None for weights), `zeroed` (None for weights and until the run has finished), `snr` (quantiles by percent), `mean` (over the elements, of E[theta] or
-        of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
-        `over` (the elements nearest the threshold: {`unit`, `snr`}; for a weight, `unit` is the
+        units; None for weights), `zeroed` (None for weights and until the run has finished), `snr`
+        (quantiles by percent), `mean` (over the elements, of E[theta] or of the absolute means of
+        the weights), `kl` (sum over the elements, in nats), `under` and `over` (the elements
+        nearest the threshold: {`unit`, `snr`}; for a weight, `unit` is the
         list of its indices), `held` (no element reaches the threshold)}.
     """
     threshold = run.request.recipe.threshold

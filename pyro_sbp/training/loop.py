@@ -88,17 +88,6 @@ class _Step(nn.Module):
         return parts.nll * share + parts.kl, parts
 
 
-def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
-    where = f"in epoch {epoch + 1} of phase {phase.name!r}"
-    for name, parameter in phase.module.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise FloatingPointError(
-                f"the parameter {name!r} is not finite {where}: a lower learning rate may help"
-            )
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} {where}: a lower learning rate may help")
-
-
 class Loop:
     """The loop over the phases of a method.
 
@@ -304,7 +293,7 @@ class Loop:
         phase.module.eval()
         mean = total / place.seen
         nll, kl = mean.tolist()
-        _check_finite(phase, nll + kl, place.epoch)
+        phase.check_finite(nll + kl, place.epoch)
         error = self.evaluate(phase.predictor() if average is None else average.module).error
         standing = phase.standing()
         seconds = before + time.perf_counter() - started
@@ -402,7 +391,7 @@ class Loop:
         optimization: Optimization,
         average: AveragedModel | None,
     ) -> None:
-        _check_finite(phase, float(place.total.sum()), place.epoch)
+        phase.check_finite(float(place.total.sum()), place.epoch)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
