@@ -37,7 +37,7 @@ def draw_sites(guide: Callable[..., Any], num_samples: int, *args: Any) -> dict[
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    draws = {}
+    draws: dict[str, Tensor] = {}
     for part in parts:
         if isinstance(part, AdditiveNormalGuide) and part.model.noise == "local":
             raise ValueError(
@@ -52,7 +52,7 @@ def draw_sites(guide: Callable[..., Any], num_samples: int, *args: Any) -> dict[
     for _ in range(num_samples):
         trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args))
         for name in trace.stochastic_nodes:
-            site = trace.nodes[name]
+            site: Any = trace.nodes[name]
             if name not in draws and not site["infer"].get("is_auxiliary"):
                 traced.setdefault(name, []).append(site["value"])
     return draws | {name: torch.stack(values) for name, values in traced.items()}

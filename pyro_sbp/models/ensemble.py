@@ -108,7 +108,11 @@ class Ensemble:
         taken = {"ensemble", "deterministic"} & set(networks)
         if taken:
             raise ValueError(f"a network is named {taken.pop()!r}, as one of this method: rename")
-        all_of_them = {"ensemble": self, "deterministic": self.deterministic, **networks}
+        own: dict[str, Callable[..., Tensor]] = {
+            "ensemble": self,
+            "deterministic": self.deterministic,
+        }
+        all_of_them = own | networks
         totals = {name: torch.zeros(2 + BINS, dtype=torch.float64) for name in all_of_them}
         count = 0
         with torch.no_grad(), ExitStack() as stack:
@@ -155,6 +159,7 @@ def _log_probabilities(likelihood: Any) -> Tensor:
 def _means(guide: Any, example_input: Any) -> dict[str, Tensor]:
     """The mean of every site of a guide; the median where it gives no mean."""
     values: dict[str, Tensor] = {}
-    for part in guide if isinstance(guide, AutoGuideList) else [guide]:
+    parts: list[Any] = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    for part in parts:
         values |= part.mean() if hasattr(part, "mean") else part.median(example_input)
     return values
