@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_network, read_request, table
+from pyro_sbp.cli.common import find_network, read_network, read_request
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.files import write_json
@@ -117,27 +117,7 @@ def bench(
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    runtime = ["runtime"] if several else []
-    measured = ("threads", "batch", "dense ms", "pruned ms", "speed-up", "spread", "floor")
-    click.echo(
-        table(
-            ("device", *runtime, *measured),
-            [
-                (
-                    latency.device,
-                    *([latency.runtime] if several else []),
-                    latency.threads,
-                    latency.batch_size,
-                    f"{latency.dense_ms:.3f}",
-                    f"{latency.pruned_ms:.3f}",
-                    f"{latency.speedup:.2f}x",
-                    f"{latency.spread:.0%}",
-                    f"{latency.floor_ms:.3f}",
-                )
-                for latency in result.latencies
-            ],
-        )
-    )
+    click.echo(result.latency_table())
     if any(latency.spread > NOISY for latency in result.latencies):
         click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
     click.echo(

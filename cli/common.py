@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_sbp.errors import RequestError, unknown
+from pyro_sbp.text_tables import table
 from pyro_sbp.training.runs import read_request, read_saved_network
 from pyro_sbp.training.summary import Summary
 
@@ -19,7 +19,6 @@ __all__ = [
     "little_removed",
     "read_network",
     "read_request",
-    "table",
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -114,19 +113,6 @@ def find_run(run: Path | None, finished: bool = True) -> Path:
     if finished and not (run / "summary.json").is_file():
         raise RequestError(f"{run} has not finished; resume with `pyro-sbp train --resume {run}`")
     return run
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A text table with the first column aligned left and the others aligned right."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = []
-    for row in cells:
-        first = row[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def little_removed(steps: int) -> str:

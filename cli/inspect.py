@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pyro_sbp.cli.common import find_run, table
+from pyro_sbp.cli.common import find_run
+from pyro_sbp.text_tables import table
 from pyro_sbp.training.runs import Run
 
 __all__ = ["inspect"]
@@ -21,9 +23,9 @@ def inspect(run: Path | None, as_json: bool) -> None:
     """Show the posterior of a run.
 
     For each gate (with sparse-vd, for each layer) it prints quantiles of the signal-to-noise ratio
-    (SNR) and the units or weights nearest the threshold. Units and weights are named by their
-    indices. A gate is named after the first layer that writes its units: attn.query, for example,
-    is the gate of the heads of attn.
+    (SNR) and the units or weights nearest the threshold, and which input features are kept. Units
+    and weights are named by their indices. A gate is named after the first layer that writes its
+    units: attn.query, for example, is the gate of the heads of attn.
 
     RUN is a run directory of a finished run, or of one that was interrupted after its first epoch
     with noise; by default the newest run. The data and the code of the network are not needed.
@@ -53,7 +55,7 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from pyro_sbp.reports.posterior import gate_table, nearest_table
+    from pyro_sbp.reports.posterior import gate_table, kept_features, nearest_table
 
     gates = description["gates"]
     values = table(*gate_table(description))
@@ -65,9 +67,13 @@ def _text(description: dict[str, Any]) -> str:
         )
     else:
         held = f"all weights under the threshold: {held}" if held else ""
+    features = [
+        textwrap.fill(f"input features kept, {gate}: {indices}", 100, subsequent_indent="  ")
+        for gate, indices in kept_features(description).items()
+    ]
     left = [
         f"not prunable: {name}, {why}" for name, why in (description["left_alone"] or {}).items()
     ]
     if description["waiting"]:
         left.insert(0, f"no noise yet: {', '.join(description['waiting'])}")
-    return "\n\n".join(p for p in (values, nearest, held, "\n".join(left)) if p)
+    return "\n\n".join(p for p in (values, nearest, held, *features, "\n".join(left)) if p)

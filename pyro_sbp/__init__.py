@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from pyro_sbp.gates.folding import Gate, GatedNetwork, fold
     from pyro_sbp.gates.probing import find_gates
     from pyro_sbp.gates.surgery import relative_difference, shrink
+    from pyro_sbp.models.draws import posterior_draws
     from pyro_sbp.models.elbo import ClosedFormELBO
+    from pyro_sbp.models.ensemble import Ensemble
     from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
     from pyro_sbp.models.gated_model import GatedModel
     from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
     from pyro_sbp.pruning.pruning import prune
     from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
     from pyro_sbp.pruning.sparsity import prune_weights
+    from pyro_sbp.training.fine_tuning import fine_tune
 
 __all__ = [
     "AdditiveNormalGuide",
     "ClosedFormELBO",
+    "Ensemble",
     "Gate",
     "GatedModel",
     "GatedNetwork",
@@ -44,9 +48,11 @@ __all__ = [
     "distributions",
     "export",
     "find_gates",
+    "fine_tune",
     "fold",
     "load",
     "networks",
+    "posterior_draws",
     "prune",
     "prune_weights",
     "recalibrate_batch_norm",
@@ -67,7 +73,9 @@ _find, _names, _ = lazy_loader.attach(
         "gates.folding": ["Gate", "GatedNetwork", "fold"],
         "gates.probing": ["find_gates"],
         "gates.surgery": ["relative_difference", "shrink"],
+        "models.draws": ["posterior_draws"],
         "models.elbo": ["ClosedFormELBO"],
+        "models.ensemble": ["Ensemble"],
         "models.gated_guide": ["TruncatedLogNormalGuide"],
         "models.gated_model": ["GatedModel"],
         "models.sparse_guide": ["AdditiveNormalGuide"],
@@ -78,6 +86,7 @@ _find, _names, _ = lazy_loader.attach(
         "pruning.pruning": ["prune"],
         "pruning.recalibration": ["recalibrate_batch_norm"],
         "pruning.sparsity": ["prune_weights"],
+        "training.fine_tuning": ["fine_tune"],
     },
 )
 

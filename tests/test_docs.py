@@ -105,6 +105,22 @@ def test_sparse_variational_dropout():
     assert table("sparse_vd.md", "KL")[0][1] == f"{found:.1e}".replace("e-0", "e-")
 
 
+def test_regression():
+    space = page("regression.md")  # it asserts the formulas itself
+    assert space["kept"][0.1] > space["kept"][3.0]
+    assert 0.3 < space["sigma"] < 0.9  # it has fallen from 1
+    assert space["features"].shape == (10,)
+    # The network that predicts the mean has the variance of the targets.
+    assert space["error"] < 0.9 * float(space["y_test"].var())
+    assert space["losses"][-1] < space["losses"][0]
+    assert space["losses_by_site"][-1] < space["losses_by_site"][0]
+    assert {name: value.shape for name, value in space["draws"].items()} == {
+        "0": (1, 100, 30),
+        "0_input": (1, 100, 10),
+        "sigma": (1, 100),
+    }
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -185,7 +201,7 @@ def test_every_block_and_link_is_checked(name):
     assert languages <= {"python", "toml", "sh", "math"}
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
-    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
+    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2, "regression.md": 7}
     tested |= {"training_loops.md": 3}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 

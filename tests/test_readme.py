@@ -35,6 +35,8 @@ def test_prune_your_own_network():
     assert space["result"].macs_ratio > 3
     assert float((space["small"](x).argmax(1) != y).float().mean()) < 0.1
     assert not space["small"].training  # as `load` gives it
+    *_, fc1 = space["small"].fc1.modules()  # after its Select, if it has one
+    assert space["features"].sum() == fc1.in_features
     assert torch.equal(space["same"](x), space["small"](x))
     assert space["low"].shape == (50,) and set(space["kept"]) == set(space["guide"].snr())
 

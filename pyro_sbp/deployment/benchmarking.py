@@ -21,6 +21,7 @@ from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 from pyro_sbp.machine import processor_name
 from pyro_sbp.pruning.macs import count_parameters
+from pyro_sbp.text_tables import table
 
 __all__ = [
     "Comparison",
@@ -58,6 +59,8 @@ class Latency:
 class Comparison:
     """A dense and a pruned network side by side; MACs at batch size 1.
 
+    `str` and `print` give tables of sizes and latencies, and so does a notebook.
+
     Attributes:
         dense_check, pruned_check: the count of ptflops beside ours.
     """
@@ -78,6 +81,47 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self) | {"macs_ratio": self.macs_ratio}
+
+    def size_table(self) -> str:
+        """MACs and parameters of both networks as a text table."""
+        sizes = {
+            "MACs": (self.dense_macs, self.pruned_macs),
+            "parameters": (self.dense_parameters, self.pruned_parameters),
+        }
+        rows = [
+            (name, f"{dense:,}", f"{pruned:,}", f"{dense / pruned:.2f}x")
+            for name, (dense, pruned) in sizes.items()
+        ]
+        return table(("", "dense", "pruned", "ratio"), rows)
+
+    def latency_table(self) -> str:
+        """Milliseconds per call as a text table, with the runtime and the floor where there are
+        several runtimes and a third network."""
+        runtimes = {latency.runtime for latency in self.latencies} != {"eager"}
+        floors = any(latency.floor_ms is not None for latency in self.latencies)
+        head = ["device", *["runtime"] * runtimes, "threads", "batch", "dense ms", "pruned ms"]
+        rows = [
+            (
+                latency.device,
+                *[latency.runtime] * runtimes,
+                latency.threads,
+                latency.batch_size,
+                f"{latency.dense_ms:.3f}",
+                f"{latency.pruned_ms:.3f}",
+                f"{latency.speedup:.2f}x",
+                f"{latency.spread:.0%}",
+                *["-" if latency.floor_ms is None else f"{latency.floor_ms:.3f}"] * floors,
+            )
+            for latency in self.latencies
+        ]
+        return table([*head, "speed-up", "spread", *["floor"] * floors], rows)
+
+    def __str__(self) -> str:
+        return f"{self.size_table()}\n\n{self.latency_table()}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
 
 def device_name(device: torch.device) -> str:

@@ -34,6 +34,7 @@ from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
+from pyro_sbp.gates.units import units_of
 
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
@@ -57,7 +58,7 @@ def save(
 
     ``model.safetensors`` holds the tensors. ``network.json`` holds the constructor, what differs
     from what it builds, which parameters are frozen, and a SHA-256 checksum of every file.
-    ``units.json`` holds the units if they are given.
+    ``units.json`` holds the units if they are given or `prune` has set them on the network.
 
     A new directory appears only when all of its files are complete. With `overwrite`, the old
     network can be loaded until the new one is complete, and the new one from then on, even if the
@@ -76,7 +77,8 @@ def save(
         directory: where to write; it must not exist or be empty.
         constructor: what built the original network, a callable or its name ``module:callable``.
         kwargs: the constructor's arguments, plain values.
-        units: what is left of every gate: its total, and the kept and zeroed indices.
+        units: what is left of every gate: its total, and the kept and zeroed indices. By default
+            the attribute `units` that `prune` has set on the network.
         input_shape: the shape of one example, for those who load the network.
         overwrite: replace a saved network in the directory.
         standardization: how images in [0, 1] are standardised before the network, for those who
@@ -132,6 +134,9 @@ def save(
     }
     if sparse:
         writers["sparse.safetensors"] = lambda file: write_sparse(tensors, file)
+    kept = units_of(small)
+    if units is None and kept is not None:
+        units = {gate: unit.to_dict() for gate, unit in kept.items()}
     if units is not None:
         text = json.dumps(units) + "\n"
         writers["units.json"] = lambda file: file.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ as deleting column c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,11 +125,11 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def call(net: nn.Module, x: Any) -> Any:
+def call(net: Callable[..., Any], x: Any) -> Any:
     """Call a network on its input.
 
     Args:
-        net: the network.
+        net: the network, or a function in its place.
         x: its input. A tuple, named or not, is passed as positional arguments, and a mapping (a
             dict, or a tokenizer's ``BatchEncoding``) as named arguments. Anything else is one
             argument: a tensor, a list, a dataclass. To pass a tuple or a mapping as one argument,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
-from pyro_sbp.gates.nested import same, tensors_of
+from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
     "Units",
@@ -25,45 +25,6 @@ __all__ = [
     "shrink_in_place",
     "surviving_units",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """What becomes of the units of a gate; both are bool tensors ``[size]``.
-
-    Two are equal if both tensors are.
-
-    Attributes:
-        kept: units that carry signal.
-        physical: units that remain in the network. One that remains without being kept is a column
-            of zeros, left where a layer could not be cut otherwise: nothing would remain of it, or
-            its groups would become uneven.
-    """
-
-    kept: Tensor
-    physical: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        return same(self, other)
-
-    def __hash__(self) -> int:
-        return hash((len(self.kept), int(self.kept.sum()), int(self.physical.sum())))
-
-    @property
-    def removed(self) -> Tensor:
-        """Units that are not there any more, bool ``[size]``."""
-        return ~self.physical
-
-    @property
-    def zeroed(self) -> Tensor:
-        """Units that remain as a column of zeros, bool ``[size]``."""
-        return self.physical & ~self.kept
-
-    def then(self, later: Units) -> Units:
-        """These units after another cut, which knew only those that this one had left."""
-        kept, physical = torch.zeros_like(self.kept), torch.zeros_like(self.physical)
-        kept[self.physical], physical[self.physical] = later.kept, later.physical
-        return Units(self.kept & kept, physical)
 
 
 def _spread(alive: Tensor, span: Span) -> Tensor:
@@ -277,6 +238,7 @@ def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> 
 
 def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
     """Remove rows and columns in place; the weights of those that remain are not touched."""
+    forget_units(net)
     physical = {name: unit.physical for name, unit in units.items()}
     rows = _alive(_rows(gates), physical)
     # Removing rows upstream decides which columns still arrive; of those, some are wanted.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import Units
 from pyro_sbp.methods.phase import Phase, Predict
-from pyro_sbp.methods.plain import PlainPhase
+from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.exactness import Equivalence
 from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.recipes.settings import Recipe
@@ -84,17 +84,9 @@ class Method(ABC, Generic[R]):
             yield dense
         yield from self.noise()
         if recipe.finetune_epochs:
-            yield PlainPhase(
-                "finetuned",
-                recipe.finetune_epochs,
-                self.small,
-                recipe,
-                {name: int(units.kept.sum()) for name, units in self.units.items()},
-                learning_rate=recipe.finetune_learning_rate,
-                frozen=not recipe.recalibrate,
-                hold_zeros=True,
-                teacher=self.mean if recipe.distill else None,
-            )
+            units = {name: int(units.kept.sum()) for name, units in self.units.items()}
+            teacher = self.mean if recipe.distill else None
+            yield fine_tuning(self.small, recipe, units, teacher)
 
     @abstractmethod
     def prune(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -147,6 +148,22 @@ class Phase(ABC):
             for module in self.module.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+
+    def check_finite(self, loss: float, epoch: int) -> None:
+        """Raise FloatingPointError if the loss of an epoch or a parameter is not finite.
+
+        Args:
+            loss: the loss.
+            epoch: the number of epochs before.
+        """
+        where = f"in epoch {epoch + 1} of phase {self.name!r}"
+        for name, parameter in self.module.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise FloatingPointError(
+                    f"the parameter {name!r} is not finite {where}: a lower learning rate may help"
+                )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} {where}: a lower learning rate may help")
 
 
 class NoisePhase(Phase):

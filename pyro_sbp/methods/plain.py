@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_sbp.gates.folding import call
 from pyro_sbp.methods.phase import Phase, Predict, Standing, weights_group
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.recipes.settings import Recipe
 
-__all__ = ["PlainPhase", "distillation"]
+__all__ = ["PlainPhase", "distillation", "fine_tuning"]
 
 
 class PlainPhase(Phase):
@@ -54,13 +55,13 @@ class PlainPhase(Phase):
     def groups(self) -> list[dict[str, Any]]:
         return [weights_group(self.module, self.recipe, self.learning_rate)]
 
-    def loss(self, x: Tensor, y: Tensor) -> Parts:
-        logits = self.module(x)
+    def loss(self, x: Any, y: Tensor) -> Parts:
+        logits = call(self.module, x)
         if self.teacher is None:
             nll = F.cross_entropy(logits, y, label_smoothing=self.recipe.label_smoothing)
         else:
             with torch.no_grad():
-                soft = self.teacher(x)
+                soft = call(self.teacher, x)
             nll = distillation(logits, soft, self.recipe.distill)
         return Parts(nll, nll.new_zeros(()))
 
@@ -74,6 +75,29 @@ class PlainPhase(Phase):
         for hook in self._hooks:
             hook.remove()
         return {self.name: self.module}
+
+
+def fine_tuning(
+    small: nn.Module, recipe: Recipe, units: Mapping[str, int], teacher: Predict | None
+) -> PlainPhase:
+    """The phase that trains a pruned network, in which what is zero stays zero.
+
+    Args:
+        small: the network.
+        recipe, units: as for `PlainPhase`.
+        teacher: the network whose soft labels are learned; None learns the labels of the data.
+    """
+    return PlainPhase(
+        "finetuned",
+        recipe.finetune_epochs,
+        small,
+        recipe,
+        units,
+        learning_rate=recipe.finetune_learning_rate,
+        frozen=not recipe.recalibrate,
+        hold_zeros=True,
+        teacher=teacher,
+    )
 
 
 def _hold_zeros(net: nn.Module) -> list[Any]:

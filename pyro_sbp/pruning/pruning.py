@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
@@ -39,6 +40,9 @@ def prune(
 
     Returns:
         A plain network with E[theta] folded into its weights, in the training mode of the original.
+        Its attribute `units` says what became of the units of every gate of `model`:
+        ``small.units["fc1_input"].kept`` is a bool tensor ``[units]``, here of the input features
+        of ``fc1`` if `find_gates` was given them.
 
     Raises:
         ValueError: what `choose_units` refuses.
@@ -59,4 +63,6 @@ def prune(
     )
     if len(choice.held) == len(gates):
         warnings.warn(nothing_reaches(choice.threshold, "unit", guide.snr()), stacklevel=2)
-    return checked_shrink(net, gates, choice.theta, example_input, choice.units)[0]
+    small, _ = checked_shrink(net, gates, choice.theta, example_input, choice.units)
+    set_units(small, choice.units)
+    return small

@@ -16,6 +16,7 @@ from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.layers import most_of_columns, rows_of
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import Units, surviving_units
+from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
 from pyro_sbp.pruning.choosing import check_threshold, held_gates, nothing_reaches
@@ -201,7 +202,8 @@ def prune_weights(
         input_features: dense layers that may lose single input features, as for `find_gates`.
 
     Returns:
-        A plain network, in the training mode of the original.
+        A plain network, in the training mode of the original. Its attribute `units` says what
+        became of the units of every gate, as of `prune`.
 
     Raises:
         ValueError: the threshold is negative or not finite.
@@ -213,7 +215,9 @@ def prune_weights(
     gates, snr = find_gates(net, example_input, input_features), guide.snr()
     if len(held_gates(snr, threshold)) == len(snr):
         warnings.warn(nothing_reaches(threshold, "weight", snr), stacklevel=2)
-    return shrink_sparse(net, gates, snr, example_input, threshold).small
+    found = shrink_sparse(net, gates, snr, example_input, threshold)
+    set_units(found.small, found.units)
+    return found.small
 
 
 def _unit_scores(

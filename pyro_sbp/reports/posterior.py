@@ -16,7 +16,14 @@ from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.runs import Run
 
-__all__ = ["Posterior", "describe", "gate_table", "nearest_table", "read_posterior"]
+__all__ = [
+    "Posterior",
+    "describe",
+    "gate_table",
+    "kept_features",
+    "nearest_table",
+    "read_posterior",
+]
 
 #: The number of units that are listed on either side of the threshold.
 NEAREST = 3
@@ -127,8 +134,8 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or for SparseVD "weights"),
         `left_alone` (the layers that are not prunable, and why; None for old runs that do not
         record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a list of
-        {`gate` (for weights, the layer), `total`, `kept`, `zeroed` (None for weights and until the
-        run has finished), `snr` (quantiles by percentage), `mean` (over the elements, of E[theta]
+        {`gate` (for weights, the layer), `total`, `kept`, `kept_units` (the indices of the kept
+        units; None for weights), `zeroed` (None for weights and until the run has finished), `snr` (quantiles by percentage), `mean` (over the elements, of E[theta]
         or of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
         `over` (the elements closest to the threshold: {`unit`, `snr`}; for a weight, `unit` is the
         list of its indices), `held` (whether no element reaches the threshold)}.
@@ -149,6 +156,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
                 "total": values.numel(),
                 # The best unit is kept if no unit reaches the threshold.
                 "kept": done[name].kept if name in done else max(count, int(of_units)),
+                "kept_units": _kept_units(run, name, values, over) if of_units else None,
                 "zeroed": done[name].zeroed if name in done else None,
                 "snr": _quantiles(values),
                 "mean": float(mean[name].double().abs().mean()),
@@ -169,6 +177,33 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "left_alone": left_alone if run.summary is None else dict(run.summary.left_alone),
         "waiting": list(posterior.waiting),
     }
+
+
+def _kept_units(run: Run, gate: str, snr: Tensor, over: Tensor) -> list[int]:
+    """The indices of the units of a gate in the final network, or of those to keep until then."""
+    if run.units is not None and gate in run.units:
+        return run.units[gate]["kept"]
+    return torch.nonzero(over).flatten().tolist() or [int(snr.argmax())]
+
+
+def kept_features(description: Mapping[str, Any]) -> dict[str, str]:
+    """The input features that are kept, by their gate: indices, with ranges such as ``3-5``."""
+    return {
+        gate["gate"]: _ranges(gate["kept_units"])
+        for gate in description["gates"]
+        if gate["kept_units"] is not None and gate["gate"].endswith("_input")
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words, with ranges for those that follow each other."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -22,10 +22,10 @@ from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import Method, Phase
 from pyro_sbp.methods.phase import Predict, Standing
+from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.training.calibration import BINS, Measured, measured, sums
 from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
@@ -93,17 +93,6 @@ class _Step(nn.Module):
         if kl_weight != 1:
             parts = Parts(parts.nll, parts.kl * kl_weight)
         return parts.nll * share + parts.kl, parts
-
-
-def _check_finite(phase: Phase, loss: float, epoch: int) -> None:
-    where = f"in epoch {epoch + 1} of phase {phase.name!r}"
-    for name, parameter in phase.module.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise FloatingPointError(
-                f"the parameter {name!r} is not finite {where}: a lower learning rate may help"
-            )
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} {where}: a lower learning rate may help")
 
 
 class Loop:
@@ -313,7 +302,7 @@ class Loop:
         phase.module.eval()
         mean = total / place.seen
         nll, kl = mean.tolist()
-        _check_finite(phase, nll + kl, place.epoch)
+        phase.check_finite(nll + kl, place.epoch)
         error = self.evaluate(phase.predictor() if average is None else average.module).error
         standing = phase.standing()
         seconds = before + time.perf_counter() - started
@@ -421,7 +410,7 @@ class Loop:
         optimization: Optimization,
         average: AveragedModel | None,
     ) -> None:
-        _check_finite(phase, float(place.total.sum()), place.epoch)
+        phase.check_finite(float(place.total.sum()), place.epoch)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.deployment.saving import save, unique_tensors
@@ -14,7 +14,6 @@ from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.training.job import Job
 from pyro_sbp.training.loop import Loop
-from pyro_sbp.training.runs import GateNumbers
 from pyro_sbp.training.summary import (
     Calibration,
     Differences,
@@ -42,10 +41,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
     method, request = job.method, job.request
     small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
     standardization, weights = job.data.train.standardization, _weights(method)
-    units: dict[str, GateNumbers] = {
-        name: {"total": len(u.kept), "kept": _indices(u.kept), "zeroed": _indices(u.zeroed)}
-        for name, u in method.units.items()
-    }
+    units = {name: unit.to_dict() for name, unit in method.units.items()}
     save(
         small,
         target,
@@ -117,7 +113,3 @@ def _file_size(net: nn.Module) -> int:
     tensors = unique_tensors(net)[0].items()
     # As with `Module.to`, the counters of batch norms remain integers.
     return len(serialize({n: v.float() if v.is_floating_point() else v for n, v in tensors}))
-
-
-def _indices(mask: Tensor) -> list[int]:
-    return torch.nonzero(mask).flatten().tolist()

@@ -11,6 +11,7 @@ from helpers import run, stops_after
 from scipy import integrate
 
 from pyro_sbp.cli.stopping import Stopped
+from pyro_sbp.distributions import TruncatedLogNormal
 
 QUICK = """
 dense_epochs = 1
@@ -57,6 +58,30 @@ def test_a_finished_run_has_the_units_that_were_handed_over(runs):
         assert len(under) == len(over) == 3 and max(under) < 1 <= min(over)
         assert under == sorted(under, reverse=True) and over == sorted(over)
         assert gate["held"] is False
+
+
+def indices(text):
+    """The numbers that indices with ranges stand for."""
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def test_the_input_features_that_are_kept(runs):
+    for directory, finished in (("finished", True), ("gated", False)):
+        found = json.loads(run("inspect", runs / directory, "--json").stdout)["gates"]
+        (gate,) = [gate for gate in found if gate["gate"] == "fc1_input"]
+        assert len(gate["kept_units"]) == gate["kept"]
+        if finished:
+            path = runs / directory / "pruned" / "units.json"
+            assert gate["kept_units"] == json.loads(path.read_text())["fc1_input"]["kept"]
+        else:
+            saved = torch.load(runs / directory / "checkpoint.pt", weights_only=True)
+            q = TruncatedLogNormal(*saved["posteriors"]["fc1_input"], -20.0, 0.0)
+            assert gate["kept_units"] == torch.nonzero(q.snr >= 1).flatten().tolist()
+        text = run("inspect", runs / directory).stdout
+        (words,) = re.findall(r"input features kept, fc1_input: ([\d,\- \n]+?)\n\n", text)
+        assert list(indices(words)) == gate["kept_units"]
 
 
 def test_the_ratio_is_that_of_the_moments_of_theta(runs):

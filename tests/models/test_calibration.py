@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from pyro_sbp.training.calibration import BINS, Measured, measured, sums
+from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 
 
 def logits_of(*probabilities):

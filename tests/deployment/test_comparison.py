@@ -1,0 +1,40 @@
+"""What a comparison of two networks prints."""
+
+from pyro_sbp.deployment.benchmarking import Comparison, Latency
+
+
+def latency(**changes):
+    values = {"device": "cpu: x", "threads": 1, "batch_size": 128, "dense_ms": 4.0, "speedup": 4.0}
+    return Latency(**{**values, "pruned_ms": 1.0, "spread": 0.02, **changes})
+
+
+def test_it_prints_sizes_and_latencies_as_tables():
+    result = Comparison(2_293_000, 186_810, 431_080, 20_576, (latency(),))
+    assert str(result).splitlines() == [
+        "                dense   pruned   ratio",
+        "----------  ---------  -------  ------",
+        "MACs        2,293,000  186,810  12.27x",
+        "parameters    431,080   20,576  20.95x",
+        "",
+        "device  threads  batch  dense ms  pruned ms  speed-up  spread",
+        "------  -------  -----  --------  ---------  --------  ------",
+        "cpu: x        1    128     4.000      1.000     4.00x      2%",
+    ]
+
+
+def test_runtimes_and_the_floor_have_columns_where_they_were_measured():
+    rows = (latency(floor_ms=0.5), latency(runtime="compile", floor_ms=0.25))
+    head, _, first, second = Comparison(2, 1, 2, 1, rows).latency_table().splitlines()
+    assert head.split()[:2] == ["device", "runtime"] and head.endswith("floor")
+    assert "eager" in first and first.endswith("0.500")
+    assert "compile" in second and second.endswith("0.250")
+
+
+def test_a_notebook_shows_the_tables():
+    class Printer:
+        def text(self, words):
+            self.words = words
+
+    result, printer = Comparison(2, 1, 2, 1, (latency(),)), Printer()
+    result._repr_pretty_(printer, False)
+    assert printer.words == str(result)
