@@ -13,9 +13,10 @@ from torch.distributions import kl_divergence
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.distributions.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.models.gated_model import check_prior, theta_prior
+from pyro_sbp.models.gated_model import theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
+from pyro_sbp.pruning.criteria import check_prior
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.settings import read_recipe
 

@@ -84,22 +84,28 @@ class Method(ABC, Generic[R]):
             yield dense
         yield from self.noise()
         if recipe.finetune_epochs:
-            yield PlainPhase(
-                "finetuned",
-                recipe.finetune_epochs,
-                self.small,
-                recipe,
-                {name: int(units.kept.sum()) for name, units in self.units.items()},
-                learning_rate=recipe.finetune_learning_rate,
-                frozen=not recipe.recalibrate,
-                hold_zeros=True,
-                teacher=self.mean if recipe.distill else None,
-            )
+            yield self.finetuning()
+
+    def finetuning(self) -> Phase:
+        """The phase of ordinary training of the smaller network."""
+        recipe = self.recipe
+        return PlainPhase(
+            "finetuned",
+            recipe.finetune_epochs,
+            self.small,
+            recipe,
+            {name: int(units.kept.sum()) for name, units in self.units.items()},
+            learning_rate=recipe.finetune_learning_rate,
+            frozen=not recipe.recalibrate,
+            hold_zeros=True,
+            teacher=self.mean if recipe.distill else None,
+        )
 
     @abstractmethod
     def prune(
         self,
         *,
+        criterion: str | None = None,
         threshold: float | None = None,
         macs_ratio: float | None = None,
         round_to: int = 1,
@@ -108,10 +114,12 @@ class Method(ABC, Generic[R]):
         """Set `small`, `units`, `held` and `equivalence` by the posterior.
 
         Args:
-            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+            criterion: what decides; by default the recipe's criterion.
+            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`. Without
+                the first two, the threshold is that of `Recipe.rule`.
 
         Raises:
-            ValueError: what `choose_units` refuses.
+            ValueError: the criterion is not for this method, or what `choose_units` refuses.
         """
 
     @abstractmethod

@@ -28,7 +28,7 @@ DPI = 150
 #: Rows of latencies with a larger spread are unreliable.
 NOISY = 0.3
 HELD_OUT_WORDS = (
-    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
     "may be chosen by them. Its error is then measured on the test images."
 )
@@ -37,7 +37,7 @@ ZERO_WORDS = (
     "Units that no weight reads are removed, which reduces the MACs."
 )
 SWEEP_WORDS = (
-    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold does, because no training images "
     "were reserved for validation. Do not choose a threshold by them: its error would have to be "
     "measured on other images."
@@ -49,6 +49,7 @@ def write_report(
     data_dir: Path | None = None,
     sweep: bool = True,
     watch: Callable[[str], None] = lambda words: None,
+    criterion: str | None = None,
 ) -> Path:
     """Write `report.html` into the directory of the first run, and its pictures into `report/`.
 
@@ -58,6 +59,7 @@ def write_report(
             downloaded.
         sweep: whether to measure finished runs at other thresholds, which takes the longest.
         watch: called with a line about the current step.
+        criterion: what decides on units; by default the criterion of each run's recipe.
 
     Returns:
         The page.
@@ -72,7 +74,7 @@ def write_report(
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
         watch(f"{run.directory}: looking at it")
-        found = find(run, data_dir, sweep)
+        found = find(run, data_dir, sweep, criterion)
         watch(f"{run.directory}: drawing")
         # Directories may have the same name in different places.
         number = f"{index}-" if names.count(run.name) > 1 else ""
@@ -218,10 +220,11 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
     description, run = found.description, found.run
     gates, threshold = description["gates"], description["threshold"]
-    elements = description["elements"]
+    elements, criterion = description["elements"], found.rule.criterion
     head, rows = gate_table(description)
     meanings = {
-        "units": f"A unit is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or more. "
+        "units": f"A unit is kept whose {criterion.title} ({criterion.short}) is {threshold:.3g} "
+        "or more. "
         "Quantiles of it, the mean of E[theta] over the units, and the KL of the gate in nats:",
         "weights": f"A weight is kept whose signal-to-noise ratio (SNR) is {threshold:.3g} or "
         f"more, {_log_alpha(threshold)}. Quantiles of the SNR, the mean of the weights' absolute "
@@ -241,20 +244,22 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "snr",
             plots.snr_histograms,
-            f"Histograms of the signal-to-noise ratio of every {head[0]}, with the threshold "
-            f"{threshold:.3g}. {counts}.",
+            f"Histograms of the signal-to-noise ratio of every {head[0]}; the threshold on the "
+            f"{criterion.title} is {threshold:.3g}. {counts}.",
             found.posterior,
             threshold,
+            criterion.name,
         )
     ]
     # Not every network has such gates: no words about those that it lacks.
-    if plots.pixel_snr(run, found.posterior) is not None:
+    if plots.pixel_scores(run, found.posterior) is not None:
         drawn.append(
             pictures(
                 "pixels",
                 plots.kept_pixels,
                 "The image's pixels with their signal-to-noise ratios, and those that are kept.",
                 run,
+                criterion.name,
             )
         )
     if any(value.ndim == 4 for value in found.posterior.weights.values()):
@@ -264,6 +269,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
                 plots.first_filters,
                 "The filters of the first convolution that are kept, best first.",
                 run,
+                criterion.name,
             )
         )
     parts.append(pages.side(drawn))
@@ -331,15 +337,15 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
-    recipe = found.run.request.recipe
-    threshold, kind = recipe.threshold, found.sweep[0]["split"]
+    recipe, (criterion, threshold) = found.run.request.recipe, found.rule
+    kind, own = found.sweep[0]["split"], recipe.rule() == found.rule
     gates = list(found.sweep[0]["units"])
     # A network of many gates has its sums alone.
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
             f"{row['threshold']:.3g}"
-            + (" (the recipe's)" if row["threshold"] == threshold else ""),
+            + (" (the recipe's)" if own and row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['nll']:.4f}",
             _percent(row["ece"]),
@@ -384,7 +390,9 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     ]
     return [
         pages.paragraph(
-            HELD_OUT_WORDS.format(count=recipe.holdout) if recipe.holdout else SWEEP_WORDS
+            (HELD_OUT_WORDS if recipe.holdout else SWEEP_WORDS).format(
+                count=recipe.holdout, title=criterion.title
+            )
         ),
         pages.table(head, rows, "Thresholds, errors and units kept"),
         pages.side(drawn),

@@ -15,19 +15,13 @@ from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import THRESHOLDS
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import Job, prepare_job
 from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 
-__all__ = ["SWEEP_FACTORS", "prune_again", "sweep"]
-
-
-#: The thresholds of a sweep, as multiples of the method's default, beside the recipe's own: the
-#: same for all runs of a method, so that they can be compared.
-SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
+__all__ = ["prune_again", "replayed", "sweep"]
 
 
 @workers_watched()
@@ -39,7 +33,7 @@ def prune_again(
     Args:
         request, data, directory: of the run, as for `train`.
         target: where the network is saved; it must not exist.
-        settings: what to keep, as for `choose_units`.
+        settings: what to keep, as for `Method.prune`.
 
     Returns:
         The summary that `train` would return for this network.
@@ -47,7 +41,7 @@ def prune_again(
     Raises:
         RequestError: the run has no whole checkpoint, or `choose_units` refuses the settings.
     """
-    with _replayed(request, data, directory) as (job, loop):
+    with replayed(request, data, directory) as (job, loop):
         try:
             job.method.prune(**settings)
         except ValueError as error:
@@ -66,6 +60,7 @@ def sweep(
     data: ImageData,
     directory: Path,
     thresholds: Sequence[float] | None = None,
+    criterion: str | None = None,
 ) -> list[dict[str, Any]]:
     """What a run's network would be at other thresholds, without fine-tuning; nothing is written.
 
@@ -75,26 +70,32 @@ def sweep(
 
     Args:
         request, data, directory: of the run, as for `train`.
-        thresholds: signal-to-noise ratios; by default `SWEEP_FACTORS` and the recipe's own. Where
-            no unit reaches one, every gate keeps its best unit, as in `train`.
+        thresholds: on the scores of the criterion; by default the multiples `Criterion.sweep` of
+            the method's default, the same for all of its runs so that they can be compared, and
+            that of `Recipe.rule`. Where no unit reaches one, every gate keeps its best unit, as in
+            `train`.
+        criterion: what decides; by default the recipe's criterion.
 
     Returns:
-        By rising threshold: {`threshold`, `error`, `nll` and `ece` as in `Measured`, `split` they
-        are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates of which the
-        best stay though under it), and of SparseVD `compression` (all weights over those kept)}.
+        By rising threshold: {`criterion`, `threshold`, `error`, `nll` and `ece` as in `Measured`,
+        `split` they are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates
+        of which the best stay though under it), and of SparseVD `compression` (all weights over those kept)}.
 
     Raises:
-        RequestError: the run has no whole checkpoint, or a threshold is negative.
+        RequestError: the run has no whole checkpoint, or a threshold is not one of the criterion,
+            which has to be one for the method.
     """
+    rule = request.recipe.rule(criterion)
+    name = rule.criterion.name
     if thresholds is None:
-        unit = THRESHOLDS[request.method]
-        thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
+        unit = type(request.recipe)().rule(name).threshold
+        thresholds = (*(unit * times for times in rule.criterion.sweep), rule.threshold)
     rows = []
-    with _replayed(request, data, directory) as (job, loop):
+    with replayed(request, data, directory) as (job, loop):
         method = job.method
         for threshold in sorted(set(thresholds)):
             try:
-                method.prune(threshold=threshold)
+                method.prune(criterion=name, threshold=threshold)
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
@@ -103,6 +104,7 @@ def sweep(
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
                 {
+                    "criterion": name,
                     "threshold": threshold,
                     "error": found.error,
                     "nll": found.nll,
@@ -120,8 +122,15 @@ def sweep(
 
 
 @contextmanager
-def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
-    """A run with its posterior, as the phases left it."""
+def replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
+    """A run with its posterior, as the phases left it.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+
+    Raises:
+        RequestError: the run has no whole checkpoint.
+    """
     fabric = launch(request.device, precision=request.precision)
     job = prepare_job(request, data, directory, fabric)
     loop = Loop(request, job.method, job.data, directory, fabric)
