@@ -18,6 +18,7 @@ from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.criteria import check_prior
 from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.settings import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,20 @@ def test_sparse_variational_dropout():
     assert table("sparse_vd.md", "KL")[0][1] == f"{found:.1e}".replace("e-0", "e-")
 
 
+def test_the_criteria():
+    found = page("criteria.md")["found"]
+    for index, (_, *cells) in enumerate(table("criteria.md", "posterior")):
+        for cell, (name, scores) in zip(cells, found.items(), strict=True):
+            *number, word = cell.split(", ")
+            score = float(scores[index])
+            assert word == ("kept" if score >= CRITERIA[name].threshold else "removed")
+            assert not number or float(number[0]) == pytest.approx(score, abs=0.01)
+    rows = table("criteria.md", "criterion")
+    assert [(name.strip("`"), float(value), ranks == "yes") for name, _, value, ranks in rows] == [
+        (c.name, c.threshold, c.ranks) for c in CRITERIA.values()
+    ]
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -160,7 +175,7 @@ def test_every_block_and_link_is_checked(name):
     assert languages <= {"python", "toml", "sh", "math"}
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
-    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
+    tested = {"criteria.md": 1, "method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 

@@ -135,9 +135,9 @@ def describe(run: Run, posterior: Posterior, criterion: str | None = None) -> di
         `finished`, `epoch`, `epochs`, `criterion`, `threshold`, `elements` ("units", or "weights"
         of SparseVD), `left_alone` (the layers that are not prunable, and why; None for old runs
         that do not record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a
-        list of {`gate` (the layer, for weights), `total`, `kept`, `zeroed` (None for weights and until the
-        run has finished), `snr` and `score` (quantiles by percent, of the signal-to-noise ratio and
-        of the criterion's score), `mean` (over the elements, of E[theta] or
+        list of {`gate` (the layer, for weights), `total`, `kept`, `zeroed` (None for weights and
+        until the run has finished), `snr` and `score` (quantiles by percent, of the signal-to-noise
+        ratio and of the criterion's score), `mean` (over the elements, of E[theta] or
         of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
         `over` (the elements nearest the threshold: {`unit`, `snr`, `score`}; for a weight, `unit`
         is the list of its indices), `held` (no element reaches the threshold)}.

@@ -79,7 +79,8 @@ def sweep(
     Returns:
         By rising threshold: {`criterion`, `threshold`, `error`, `nll` and `ece` as in `Measured`,
         `split` they are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates
-        of which the best stay though under it), and of SparseVD `compression` (all weights over those kept)}.
+        of which the best stay though under it), and of SparseVD `compression` (all weights over
+        those kept)}.
 
     Raises:
         RequestError: the run has no whole checkpoint, or a threshold is not one of the criterion,
