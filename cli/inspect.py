@@ -23,9 +23,8 @@ def inspect(run: Path | None, criterion: str | None, as_json: bool) -> None:
 
     For each gate (with sparse-vd, for each layer) it prints quantiles of the score by which units
     are kept, such as the signal-to-noise ratio (SNR), and the units or weights nearest the
-    threshold. Units and weights are named by their
-    indices. A gate is named after the first layer that writes its units: attn.query, for example,
-    is the gate of the heads of attn.
+    threshold. Units and weights are named by their indices. A gate is named after the first layer
+    that writes its units: attn.query, for example, is the gate of the heads of attn.
 
     RUN is a run directory of a finished run, or of one that was interrupted after its first epoch
     with noise; by default the newest run. The data and the code of the network are not needed.
