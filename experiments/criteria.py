@@ -1,6 +1,6 @@
 """The criteria compared on finished runs: units, MACs and errors, pruned and fine-tuned.
 
-    python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR]
+    python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR] [--no-fine-tuning]
 
 Each run is pruned by every criterion at its default threshold (that of the recipe for the recipe's
 own criterion), from the same posterior, and then fine-tuned as its recipe says: the same epochs,
@@ -41,15 +41,18 @@ DIRECTORY = RESULTS / "criteria"
 
 
 @workers_watched()
-def compared(request: Request, data: ImageData, directory: Path) -> list[dict[str, Any]]:
+def compared(
+    request: Request, data: ImageData, directory: Path, fine_tuning: bool = True
+) -> list[dict[str, Any]]:
     """A run's network by every criterion, pruned and fine-tuned.
 
     Args:
         request, data, directory: of the run, as for `train`.
+        fine_tuning: whether to fine-tune too, which takes the longest.
 
     Returns:
         For each criterion {`criterion`, `threshold`, `units` (kept, by gate), `macs`, `ratio`,
-        `error` (of the test set in percent: {`pruned`, `finetuned`, or None without epochs})}.
+        `error` (of the test set in percent: {`pruned`, `finetuned`, or None without}}.
 
     Raises:
         RequestError: the run has no whole checkpoint, or is of a method without these criteria.
@@ -65,7 +68,7 @@ def compared(request: Request, data: ImageData, directory: Path) -> list[dict[st
             errors = loop.errors["test"]
             errors["finetuned"] = None
             kept = {name: int(units.kept.sum()) for name, units in job.method.units.items()}
-            if request.recipe.finetune_epochs:
+            if fine_tuning and request.recipe.finetune_epochs:
                 torch.manual_seed(request.seed)
                 loop.order.manual_seed(request.seed)
                 loop.train(job.method.finetuning())
@@ -85,7 +88,7 @@ def compared(request: Request, data: ImageData, directory: Path) -> list[dict[st
     return rows
 
 
-def _run(run: Path, data_dir: Path | None) -> Path:
+def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
     """Compare the criteria on a run, and write the record."""
     request = read_request(run)
     size = find_architecture(request.arch).image_size
@@ -94,7 +97,7 @@ def _run(run: Path, data_dir: Path | None) -> Path:
     trained = record(run)
     entry = {
         **{key: trained[key] for key in ("arch", "dataset", "method", "recipe", "seed", "command")},
-        "criteria": compared(request, data, run),
+        "criteria": compared(request, data, run, fine_tuning),
         "versions": versions(),
         "machine": machine(torch.device(request.device)),
     }
@@ -143,10 +146,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run")
     parser.add_argument("--data-dir", type=Path, help="by default that of each run")
+    parser.add_argument("--no-fine-tuning", action="store_true", help="measure as pruned only")
     options = parser.parse_args(arguments)
     try:
         for run in options.runs:
-            print(_run(run, options.data_dir))
+            print(_run(run, options.data_dir, not options.no_fine_tuning))
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
