@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
+
 from pyro_sbp.errors import RequestError, unknown
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.text_tables import table
 from pyro_sbp.training.runs import read_request, read_saved_network
 from pyro_sbp.training.summary import Summary
@@ -14,6 +17,7 @@ from pyro_sbp.training.summary import Summary
 __all__ = [
     "check_device",
     "closing_table",
+    "criterion_option",
     "find_network",
     "find_run",
     "little_removed",
@@ -32,6 +36,13 @@ Nothing reaches the threshold, so almost nothing is left of the network. To keep
 smaller threshold, or a smaller kl_scale or fewer epochs in the recipe."""
 #: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
+
+
+#: The option of commands that show or prune a run by a criterion.
+criterion_option = click.option(
+    "--criterion",
+    help=f"What decides on units: {', '.join(CRITERIA)}.  [default: that of the run]",
+)
 
 
 def check_device(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pyro_sbp.cli.common import find_run
+from pyro_sbp.cli.common import criterion_option, find_run
 from pyro_sbp.text_tables import table
 from pyro_sbp.training.runs import Run
 
@@ -18,27 +18,31 @@ __all__ = ["inspect"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
+@criterion_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def inspect(run: Path | None, as_json: bool) -> None:
+def inspect(run: Path | None, criterion: str | None, as_json: bool) -> None:
     """Show the posterior of a run.
 
-    For each gate (with sparse-vd, for each layer) it prints quantiles of the signal-to-noise ratio
-    (SNR) and the units or weights nearest the threshold, and which input features are kept. Units
-    and weights are named by their indices. A gate is named after the first layer that writes its
-    units: attn.query, for example, is the gate of the heads of attn.
+    For each gate (with sparse-vd, for each layer) it prints quantiles of the score that decides
+    which units are kept, such as the signal-to-noise ratio (SNR), the units or weights closest to
+    the threshold, and which input features are kept. Units and weights are named by their indices.
+    A gate is named after the first layer that writes its units: attn.query, for example, is the
+    gate of the heads of attn.
 
     RUN is a run directory of a finished run, or of one that was interrupted after its first epoch
     with noise; by default the newest run. The data and the code of the network are not needed.
     """
     found = Run.read(find_run(run, finished=False))
+    rule = found.request.recipe.rule(criterion)
 
     from pyro_sbp.reports.posterior import describe, read_posterior
 
-    description = describe(found, read_posterior(found.directory))
+    description = describe(found, read_posterior(found.directory), criterion)
     if as_json:
         click.echo(json.dumps({"run": str(found.directory), **description}, indent=2))
     else:
-        click.echo(f"{found.directory}: {state(description)}\n")
+        other = "" if rule == found.request.recipe.rule() else f"; by {rule.criterion.name}"
+        click.echo(f"{found.directory}: {state(description)}{other}\n")
         click.echo(_text(description))
 
 

@@ -1,4 +1,4 @@
-"""pyro-sbp prune: prune a finished run again, with another threshold or to a budget of MACs."""
+"""pyro-sbp prune: prune a finished run again, by another threshold or criterion or to a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import check_device, closing_table, find_run, read_request
+from pyro_sbp.cli.common import (
+    check_device,
+    closing_table,
+    criterion_option,
+    find_run,
+    read_request,
+)
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
@@ -19,10 +25,12 @@ __all__ = ["prune"]
 
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
+@criterion_option
 @click.option(
     "--threshold",
     type=float,
-    help="Keep units (with sparse-vd, weights) with at least this signal-to-noise ratio.",
+    help="Keep units (with sparse-vd, weights) with at least this score: their signal-to-noise "
+    "ratio, or that of another --criterion.",
 )
 @click.option("--macs-ratio", type=float, help="Reduce the MACs by at least this factor.")
 @click.option(
@@ -37,6 +45,7 @@ __all__ = ["prune"]
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(
     run: Path | None,
+    criterion: str | None,
     threshold: float | None,
     macs_ratio: float | None,
     round_to: int,
@@ -51,22 +60,23 @@ def prune(
     run = find_run(run)
     if threshold is not None and macs_ratio is not None:
         raise RequestError("give --threshold or --macs-ratio, not both")
-    if threshold is None and macs_ratio is None and round_to == min_units == 1:
-        raise RequestError("give --threshold, --macs-ratio, --round-to or --min-units")
+    if (criterion, threshold, macs_ratio, round_to, min_units) == (None, None, None, 1, 1):
+        raise RequestError("give --criterion, --threshold, --macs-ratio, --round-to or --min-units")
     request = read_request(run)
-    settings: dict[str, Any] = {"round_to": round_to, "min_units": min_units}
-    name = "pruned"
+    rule = request.recipe.rule(criterion)
+    settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to}
+    settings["min_units"] = min_units
+    name = "pruned" if criterion is None else f"pruned-{criterion}"
     if threshold is not None:
         settings["threshold"], name = threshold, f"{name}-threshold-{threshold:g}"
     if macs_ratio is not None:
+        rule.criterion.check_budget()
         settings["macs_ratio"], name = macs_ratio, f"{name}-macs-{macs_ratio:g}"
     name += f"-round-{round_to}" if round_to != 1 else ""
     name += f"-min-{min_units}" if min_units != 1 else ""
     target = run / name
     if target.exists():
         raise RequestError(f"{target} already exists; delete it to prune again with these settings")
-    if macs_ratio is None and threshold is None:
-        settings["threshold"] = request.recipe.threshold
     architecture = find_architecture(request.arch)
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir)

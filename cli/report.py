@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pyro_sbp.cli.common import find_run
+from pyro_sbp.cli.common import criterion_option, find_run
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.training.runs import Run
 
@@ -20,8 +20,11 @@ __all__ = ["report"]
     type=click.Path(path_type=Path),
     help="Directory of the data sets.  [default: that of each run]",
 )
+@criterion_option
 @click.option("--no-sweep", is_flag=True, help="Do not measure the errors at other thresholds.")
-def report(runs: tuple[Path, ...], data_dir: Path | None, no_sweep: bool) -> None:
+def report(
+    runs: tuple[Path, ...], data_dir: Path | None, criterion: str | None, no_sweep: bool
+) -> None:
     """Write an HTML page about one or several runs.
 
     RUN is a run directory, finished or not; by default the newest run. The page is written to
@@ -29,6 +32,8 @@ def report(runs: tuple[Path, ...], data_dir: Path | None, no_sweep: bool) -> Non
     written to the first one. Nothing is downloaded.
     """
     found = [Run.read(find_run(run, finished=False)) for run in runs or (None,)]
+    for run in found:
+        run.request.recipe.rule(criterion)  # refuses it before anything is measured
 
     threads = threads_to_use()
 
@@ -37,5 +42,7 @@ def report(runs: tuple[Path, ...], data_dir: Path | None, no_sweep: bool) -> Non
     from pyro_sbp.reports.report import write_report
 
     torch.set_num_threads(threads)
-    page = write_report(found, data_dir, not no_sweep, lambda words: click.echo(words, err=True))
+    page = write_report(
+        found, data_dir, not no_sweep, lambda words: click.echo(words, err=True), criterion
+    )
     click.echo(f"report: {page}")

@@ -17,6 +17,7 @@ from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import Elsewhere, RequestError, first_line, unknown
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
 from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
@@ -74,6 +75,10 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     "--macs-weight",
     type=float,
     help="Weight of the MACs of units in the KL divergence.  [default: by the recipe]",
+)
+@click.option(
+    "--criterion",
+    help=f"What decides on units: {', '.join(CRITERIA)}.  [default: by the recipe]",
 )
 @click.option(
     "--set",

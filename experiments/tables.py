@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pyro_sbp.errors import RequestError, did_you_mean
-from pyro_sbp.experiments import frontier, method_tables, network_tables
+from pyro_sbp.experiments import criteria, frontier, method_tables, network_tables
 from pyro_sbp.experiments.rows import Record, read_records
 from pyro_sbp.training.files import write_text
 
@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "sparse-vd-units": method_tables.sparse_vd_units,
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
+    "criteria": criteria.table,
 }
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")

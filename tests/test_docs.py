@@ -13,10 +13,12 @@ from torch.distributions import kl_divergence
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.distributions.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.models.gated_model import check_prior, theta_prior
+from pyro_sbp.models.gated_model import theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
+from pyro_sbp.pruning.criteria import check_prior
 from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.settings import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +123,20 @@ def test_regression():
     }
 
 
+def test_the_criteria():
+    found = page("criteria.md")["found"]
+    for index, (_, *cells) in enumerate(table("criteria.md", "posterior")):
+        for cell, (name, scores) in zip(cells, found.items(), strict=True):
+            *number, word = cell.split(", ")
+            score = float(scores[index])
+            assert word == ("kept" if score >= CRITERIA[name].threshold else "removed")
+            assert not number or float(number[0]) == pytest.approx(score, abs=0.01)
+    rows = table("criteria.md", "criterion")
+    assert [(name.strip("`"), float(value), ranks == "yes") for name, _, value, ranks in rows] == [
+        (c.name, c.threshold, c.ranks) for c in CRITERIA.values()
+    ]
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -202,7 +218,7 @@ def test_every_block_and_link_is_checked(name):
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
     tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2, "regression.md": 7}
-    tested |= {"training_loops.md": 3}
+    tested |= {"criteria.md": 1, "training_loops.md": 3}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 

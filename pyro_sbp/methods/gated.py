@@ -26,17 +26,18 @@ from pyro_sbp.gates.surgery import Units, cut, remaining_gates
 from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, copied, noise_groups
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide
-from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, check_prior, theta_prior
+from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_prior
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.criteria import check_prior, scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
 
-#: Between two turns that train the same noise, units are removed if their signal-to-noise ratio is
-#: under this share of the threshold. A unit with the log-uniform prior has a ratio of 0.33.
+#: Between two turns of the same noise, units are removed whose score is under this share of the
+#: threshold. The log-uniform prior itself has a signal-to-noise ratio of 0.33, and of others 0.
 CUT_SHARE = 0.5
 
 
@@ -73,12 +74,12 @@ class Decision(NamedTuple):
     """The units that a turn keeps.
 
     Attributes:
-        choice: the units to keep, of all gates.
-        snr: by gate, the signal-to-noise ratios to record for the units of the network.
+        choice: the units to keep.
+        score: by gate, the scores that the units of the network stay with.
     """
 
     choice: Choice
-    snr: dict[str, Tensor]
+    score: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Stage:
     Attributes:
         net: the network.
         gates: its gates, with the units that remain.
-        units: which units of every gate of the dense network remain.
-        snr: by gate, the signal-to-noise ratio of the remaining units when they were kept: infinite
-            before the turn of their gate, 0 for a unit that remains as a column of zeros.
+        units: what became of the units of every gate of the dense network.
+        score: by gate, the score that the remaining units stayed with: infinite before the turn of
+            their gate, minus infinity for a unit that remains as a column of zeros.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: the largest differences of all cuts.
         carried: the noise that the next turn continues to train; None if it starts with new noise.
@@ -99,7 +100,7 @@ class Stage:
     net: nn.Module
     gates: Sequence[Gate]
     units: dict[str, Units]
-    snr: dict[str, Tensor]
+    score: dict[str, Tensor]
     held: tuple[str, ...]
     equivalence: Equivalence
     carried: Carried | None = None
@@ -108,21 +109,24 @@ class Stage:
     def dense(cls, net: nn.Module, gates: Sequence[Gate]) -> Stage:
         """The stage before the first cut."""
         whole = {gate.name: torch.ones(gate.size, dtype=torch.bool) for gate in gates}
-        snr = {gate.name: torch.full((gate.size,), torch.inf) for gate in gates}
+        score = {gate.name: torch.full((gate.size,), torch.inf) for gate in gates}
         units = {name: Units(every, every) for name, every in whole.items()}
-        return cls(net, gates, units, snr, (), Equivalence(0.0, 0.0))
+        return cls(net, gates, units, score, (), Equivalence(0.0, 0.0))
+
+    def there(self, gate: str) -> Tensor:
+        """The units of a gate that do not remain as a column of zeros, bool ``[units]``."""
+        return self.score[gate] > -torch.inf
 
     def theta(self) -> dict[str, Tensor]:
         """The theta of the gates without noise: 1, because the mean is folded into the weights, or
         0 for a unit that remains as a column of zeros."""
         like = next(self.net.parameters())
-        return {name: (snr > 0).to(like) for name, snr in self.snr.items()}
+        return {name: self.there(name).to(like) for name in self.score}
 
-    def beyond_multiples(self, round_to: int, snr: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The units with the lowest SNR that exceed a multiple of `round_to`, for every gate that
-        has lost units."""
+    def beyond_multiples(self, round_to: int, score: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weakest units of every gate that has lost units, beyond a multiple of `round_to`."""
         return {
-            gate.name: snr[gate.name].argsort()[: gate.size % round_to]
+            gate.name: score[gate.name].argsort()[: gate.size % round_to]
             for gate in self.gates
             if 1 < round_to <= gate.size < len(self.units[gate.name].kept)
         }
@@ -130,7 +134,7 @@ class Stage:
     def after(
         self,
         choice: Choice,
-        snr: Mapping[str, Tensor],
+        score: Mapping[str, Tensor],
         net: nn.Module,
         equivalence: Equivalence,
         carried: Carried | None = None,
@@ -139,13 +143,13 @@ class Stage:
 
         Args:
             choice: the units that were kept.
-            snr: by gate, the signal-to-noise ratios of the units before the cut.
+            score: by gate, the scores of the units before the cut.
             net: the network that remains.
             equivalence: how exact the cut was.
             carried: the noise before the cut, if the next turn continues to train it.
         """
         left = {
-            name: torch.where(unit.kept, snr[name].detach().cpu(), 0.0)[unit.physical]
+            name: torch.where(unit.kept, score[name].detach().cpu(), -torch.inf)[unit.physical]
             for name, unit in choice.units.items()
         }
         return Stage(
@@ -197,7 +201,7 @@ class GatedMethod(Method[G]):
             raise ValueError(
                 f"no layer of {type(self.net).__name__} is prunable: {layers or 'it has none'}"
             )
-        check_prior(recipe.prior_scale, recipe.threshold)
+        check_prior(recipe.prior_scale, recipe.threshold, recipe.criterion)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         # Raise here what a later turn would raise after hours of training.
         scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
@@ -239,6 +243,7 @@ class GatedMethod(Method[G]):
     def prune(
         self,
         *,
+        criterion: str | None = None,
         threshold: float | None = None,
         macs_ratio: float | None = None,
         round_to: int = 1,
@@ -250,21 +255,27 @@ class GatedMethod(Method[G]):
         removed can be restored only if the method `reopens` it. In a gate that has lost units,
         `round_to` rounds down.
         """
-        check_settings(threshold, macs_ratio, round_to, min_units)
+        rule = self.recipe.rule(criterion)
+        criterion = rule.criterion.name
+        check_settings(criterion, threshold, macs_ratio, round_to, min_units)
+        if threshold is None and macs_ratio is None:
+            threshold = rule.threshold
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
-            theta, snr = {**stage.theta(), **guide.mean()}, {**stage.snr, **self._open.snr()}
+            theta = {**stage.theta(), **guide.mean()}
+            score = {**stage.score, **self._open.scores(criterion)}
         else:
             stage = self._stage
-            theta, snr = stage.theta(), {name: value.clone() for name, value in stage.snr.items()}
-        for name, beyond in stage.beyond_multiples(round_to, snr).items():
-            theta[name][beyond] = snr[name][beyond] = 0
+            theta, score = stage.theta(), self._scores(criterion)
+        for name, beyond in stage.beyond_multiples(round_to, score).items():
+            theta[name][beyond], score[name][beyond] = 0, -torch.inf
         choice = choose_units(
             stage.net,
             stage.gates,
             theta,
-            snr,
+            score,
             self.example_input,
+            criterion=criterion,
             threshold=threshold,
             macs_ratio=macs_ratio,
             round_to=round_to,
@@ -274,7 +285,20 @@ class GatedMethod(Method[G]):
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.example_input, choice.units
         )
-        self._return(stage.after(choice, snr, small, equivalence))
+        self._return(stage.after(choice, score, small, equivalence))
+
+    def _scores(self, criterion: str) -> dict[str, Tensor]:
+        """The scores of the units of the last stage, by gate: by the recipe's criterion those that
+        they were kept with, by another one those of their posteriors."""
+        stage = self._stage
+        if criterion == self.recipe.criterion:
+            return {name: value.clone() for name, value in stage.score.items()}
+        found = {n: self.distributions(*values, self.recipe) for n, values in self._ended.items()}
+        posteriors, priors = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
+        return {
+            name: value.cpu()[stage.units[name].physical].where(stage.there(name), -torch.inf)
+            for name, value in scores(posteriors, priors, criterion).items()
+        }
 
     @staticmethod
     def distributions(
@@ -331,41 +355,46 @@ class TurnPhase(NoisePhase):
     def decide(self) -> Decision:
         """The units that the turn would keep if it ended now."""
         recipe, stage = self.recipe, self.stage
-        mean, own = self.guide.mean(), self.snr()
-        snr = {**stage.snr, **own}
+        mean, own = self.guide.mean(), self.scores(recipe.criterion)
+        score = {**stage.score, **own}
         choice = choose_units(
             stage.net,
             stage.gates,
             {**stage.theta(), **mean},
-            snr,
+            score,
             self.method.example_input,
+            criterion=recipe.criterion,
             threshold=recipe.threshold,
         )
         held = held_gates(own, recipe.threshold)
         # A unit that is kept although it is under the threshold is recorded as at the threshold, so
         # that `prune` keeps it too.
         stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
-        return Decision(dataclasses.replace(choice, held=held), {**snr, **stayed})
+        return Decision(dataclasses.replace(choice, held=held), {**score, **stayed})
 
-    def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratios of the gates of the turn; 0 for columns of zeros."""
-        return {
-            name: snr.where(self.stage.snr[name].to(snr.device) > 0, 0.0)
-            for name, snr in self.guide.snr().items()
-        }
+    def scores(self, criterion: str) -> dict[str, Tensor]:
+        """The scores of the turn's gates, minus infinity where a column of zeros remains."""
+        found = scores(self.guide.posteriors(), self.guide.priors(), criterion)
+        return {name: value.where(self._there(name), -torch.inf) for name, value in found.items()}
+
+    def _there(self, gate: str) -> Tensor:
+        return self.stage.there(gate).to(next(self.stage.net.parameters()).device)
 
     def _decide_cut(self) -> Decision:
-        """The units to keep if the next turn continues to train their noise."""
-        stage, own = self.stage, self.snr()
+        """What stays in the network while its noise is trained further."""
+        stage, recipe = self.stage, self.recipe
+        score = {**stage.score, **self.scores(recipe.criterion)}
         choice = choose_units(
             stage.net,
             stage.gates,
             stage.theta(),
-            {**stage.snr, **own},
+            score,
             self.method.example_input,
-            threshold=CUT_SHARE * self.recipe.threshold,
+            criterion=recipe.criterion,
+            # A share of a negative threshold would be over it.
+            threshold=min(CUT_SHARE * recipe.threshold, recipe.threshold),
         )
-        return Decision(dataclasses.replace(choice, held=()), {**stage.snr, **own})
+        return Decision(dataclasses.replace(choice, held=()), score)
 
     def predictor(self) -> Predict:
         theta = self.decide().choice.theta
@@ -381,9 +410,10 @@ class TurnPhase(NoisePhase):
             name: int(unit.then(choice.units[name]).kept.sum())
             for name, unit in self.stage.units.items()
         }
-        # The expected MACs are those of the current network. Its other gates had their turn before,
-        # or will have it later.
-        expected = self.costs.expected_under(self.snr())
+        # The expected MACs are those of the network that is left, whose other gates have had
+        # their turn or are still to have it.
+        snr = {name: x.where(self._there(name), 0.0) for name, x in self.guide.snr().items()}
+        expected = self.costs.expected_under(snr)
         return Standing(units, choice.held, self.kl(), expected)
 
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -401,12 +431,12 @@ class TurnPhase(NoisePhase):
         if not self.ends:
             return {}
         stage = self.stage
-        choice, snr = self._closed()
+        choice, score = self._closed()
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.method.example_input, choice.units
         )
         self._equivalence, self._units = equivalence, choice.units
-        self.method.end(self, stage.after(choice, snr, small, equivalence, self._carried()))
+        self.method.end(self, stage.after(choice, score, small, equivalence, self._carried()))
         if not self.last:
             return {}
         self.method.mean = partial(self._gated, theta=self.guide.mean())
@@ -441,15 +471,15 @@ class TurnPhase(NoisePhase):
         if self.last or not self.ends:
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
-        choice, snr = self._closed()
-        if "units" in record:  # another machine may decide differently at the threshold
+        choice, score = self._closed()
+        if "units" in record:  # another machine may decide otherwise on a unit at the threshold
             units = {name: Units(*masks) for name, masks in record["units"].items()}
             choice = dataclasses.replace(choice, units=units)
         self._units = choice.units
         small = copy.deepcopy(self.stage.net)  # the current phase loads its weights
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
-        after = self.stage.after(choice, snr, small, self._equivalence, self._carried())
+        after = self.stage.after(choice, score, small, self._equivalence, self._carried())
         self.method.end(self, after)
         return False
 

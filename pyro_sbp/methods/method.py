@@ -84,14 +84,19 @@ class Method(ABC, Generic[R]):
             yield dense
         yield from self.noise()
         if recipe.finetune_epochs:
-            units = {name: int(units.kept.sum()) for name, units in self.units.items()}
-            teacher = self.mean if recipe.distill else None
-            yield fine_tuning(self.small, recipe, units, teacher)
+            yield self.finetuning()
+
+    def finetuning(self) -> Phase:
+        """The phase of ordinary training of the smaller network."""
+        units = {name: int(units.kept.sum()) for name, units in self.units.items()}
+        teacher = self.mean if self.recipe.distill else None
+        return fine_tuning(self.small, self.recipe, units, teacher)
 
     @abstractmethod
     def prune(
         self,
         *,
+        criterion: str | None = None,
         threshold: float | None = None,
         macs_ratio: float | None = None,
         round_to: int = 1,
@@ -100,10 +105,13 @@ class Method(ABC, Generic[R]):
         """Set `small`, `units`, `held` and `equivalence` from the posterior.
 
         Args:
-            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+            criterion: what decides; by default the recipe's criterion.
+            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`. Without
+                the first two, the threshold is that of `Recipe.rule`.
 
         Raises:
-            ValueError: `choose_units` raises it for these arguments.
+            ValueError: the criterion is not for this method, or `choose_units` raises it for these
+                arguments.
         """
 
     @abstractmethod

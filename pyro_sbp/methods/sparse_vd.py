@@ -17,7 +17,6 @@ from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
 from pyro_sbp.pruning.choosing import check_settings, least_level
 from pyro_sbp.pruning.sparsity import (
-    THRESHOLD,
     KeptWeights,
     needed_units,
     remaining_units,
@@ -55,6 +54,7 @@ class SparseVD(Method[SparseVDRecipe]):
     def prune(
         self,
         *,
+        criterion: str | None = None,
         threshold: float | None = None,
         macs_ratio: float | None = None,
         round_to: int = 1,
@@ -63,10 +63,11 @@ class SparseVD(Method[SparseVDRecipe]):
         """Make a smaller network from the weights with a signal-to-noise ratio of `threshold` or
         more, or of the lowest threshold that gives `macs_ratio` times fewer MACs. The other
         arguments are those of `choose_units`."""
-        check_settings(threshold, macs_ratio, round_to, min_units)
+        rule = self.recipe.rule(criterion)
+        check_settings(rule.criterion.name, threshold, macs_ratio, round_to, min_units)
         snr = self.guide.snr()
         if macs_ratio is None:
-            level = THRESHOLD if threshold is None else threshold
+            level = rule.threshold if threshold is None else threshold
         else:
             levels = torch.cat([value.flatten() for value in snr.values()]).unique()
 

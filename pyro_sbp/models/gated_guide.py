@@ -187,10 +187,18 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         The prior is the one that the site had when the guide was made.
         """
         with torch.no_grad():
+            priors = self.priors()
             return {
-                name: torch.distributions.kl_divergence(q, self._prior(name, q))
+                name: torch.distributions.kl_divergence(q, priors[name])
                 for name, q in self.posteriors().items()
             }
+
+    def priors(self) -> dict[str, TruncatedLogUniform | TruncatedLogNormal]:
+        """The prior of every site, from site name to a distribution over its elements.
+
+        It is the one that the site had when the guide was made.
+        """
+        return {name: self._prior(name, q) for name, q in self.posteriors().items()}
 
     def _prior(self, name: str, q: TruncatedLogNormal) -> TruncatedLogUniform | TruncatedLogNormal:
         if name not in self._priors:

@@ -25,7 +25,7 @@ from pyro_sbp.models.sites import (
     weighted,
 )
 
-__all__ = ["GatedModel", "check_prior", "theta_prior", "widest"]
+__all__ = ["GatedModel", "theta_prior", "widest"]
 
 
 #: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
@@ -149,15 +149,3 @@ def theta_prior(
 def widest(prior_scale: float | None) -> float:
     """The largest log scale that a posterior needs: it is no wider than its prior."""
     return 5.0 if prior_scale is None else min(5.0, math.log(prior_scale))
-
-
-def check_prior(scale: float | None, threshold: float) -> None:
-    """Raise ValueError where a unit that falls to its prior would not be under a threshold."""
-    if scale is None:
-        return
-    snr = float(theta_prior(scale, 1, torch.zeros(())).snr)
-    if 0 < threshold <= snr:
-        raise ValueError(
-            f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit that "
-            f"falls to this prior has a signal-to-noise ratio of {snr:.3g} and would stay"
-        )

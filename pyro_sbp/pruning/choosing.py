@@ -20,7 +20,9 @@ from pyro_sbp.gates.surgery import (
     surviving_units,
 )
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.pruning.criteria import scores
 from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.criteria import CRITERIA, Criterion, find_criterion
 
 __all__ = [
     "Choice",
@@ -34,26 +36,31 @@ __all__ = [
 ]
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise ValueError unless this can be a threshold on signal-to-noise ratios."""
+def check_threshold(threshold: float, criterion: str = "snr") -> None:
+    """Raise ValueError unless this can be a threshold on the scores of a criterion."""
     _check_number("threshold", threshold)
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold is {threshold}; expected a signal-to-noise ratio >= 0")
+    find_criterion(criterion).check(float(threshold))
 
 
 def check_settings(
-    threshold: float | None, macs_ratio: float | None, round_to: int, min_units: int
+    criterion: str,
+    threshold: float | None,
+    macs_ratio: float | None,
+    round_to: int,
+    min_units: int,
 ) -> None:
     """Raise ValueError unless these can be settings of `choose_units`."""
+    found = find_criterion(criterion)
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
     if threshold is not None and macs_ratio is not None:
         raise ValueError("give a threshold or a macs_ratio, not both")
     if threshold is not None:
-        check_threshold(threshold)
+        check_threshold(threshold, criterion)
     if macs_ratio is not None:
         _check_number("macs_ratio", macs_ratio)
+        found.check_budget()
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -63,17 +70,21 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected a number")
 
 
-def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[str, Tensor]:
-    """E[theta] of units with SNR >= threshold and 0 of the others, by site.
+def masked_mean(
+    guide: TruncatedLogNormalGuide, threshold: float | None = None, criterion: str = "snr"
+) -> dict[str, Tensor]:
+    """E[theta] of units with a score >= threshold and 0 of the others, by site.
 
-    This is the paper's deterministic test-time network (arXiv 1705.07283, section 4).
+    By the signal-to-noise ratio this is the paper's deterministic test-time network (arXiv
+    1705.07283, section 4).
 
     Raises:
-        ValueError: the threshold is negative or not finite.
+        ValueError: there is no such criterion, or the threshold is not one of it.
     """
-    check_threshold(threshold)
-    snr = guide.snr()
-    return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
+    threshold = find_criterion(criterion).threshold if threshold is None else threshold
+    check_threshold(threshold, criterion)
+    score = scores(guide.posteriors(), guide.priors(), criterion)
+    return {name: mean * (score[name] >= threshold) for name, mean in guide.mean().items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +94,7 @@ class Choice:
     Attributes:
         theta: from gate name to ``[units]``, 0 where a unit is removed.
         units: the kept units, by gate.
-        threshold: the signal-to-noise ratio that decided.
+        threshold: the score that decided.
         held: the gates in which no unit reaches it, and which keep the smallest allowed number.
     """
 
@@ -100,23 +111,26 @@ def choose_units(
     net: nn.Module,
     gates: Sequence[Gate],
     mean: Mapping[str, Tensor],
-    snr: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
     example_input: Any,
     *,
+    criterion: str = "snr",
     threshold: float | None = None,
     macs_ratio: float | None = None,
     round_to: int = 1,
     min_units: int = 1,
     dense: nn.Module | None = None,
 ) -> Choice:
-    """Choose the units to keep, by a threshold on their signal-to-noise ratio or by a budget.
+    """Choose the units to keep, by a threshold on their scores or by a budget.
 
     Args:
         net: the network.
         gates: its gates.
-        mean, snr: from gate name to a tensor ``[units]``.
+        mean, score: from gate name to a tensor ``[units]``.
         example_input: an input of the network, at whose size MACs are counted.
-        threshold: units with SNR >= threshold are kept; 1 if neither this nor a budget is given.
+        criterion: what the scores are, "snr", "bmrs-n" or "bmrs-u" (`pyro_sbp.pruning.criteria`).
+        threshold: units with score >= threshold are kept; by default, without a budget, 1 for "snr"
+            and 0.919 for the others.
         macs_ratio: instead of the threshold, keep as much as leaves the network with at least this
             many times fewer MACs.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
@@ -129,49 +143,55 @@ def choose_units(
         dense: the network whose MACs a budget counts from, where `net` was cut before.
 
     Raises:
-        ValueError: a setting is out of range, the threshold removes every unit of every gate and
-            `min_units` is 0, or the budget cannot be met; the message says what can.
+        ValueError: there is no such criterion, a setting is out of range, the threshold removes
+            every unit of every gate and `min_units` is 0, the criterion does not rank units and
+            there is a budget, or the budget cannot be met; the message says what can.
     """
-    check_settings(threshold, macs_ratio, round_to, min_units)
-    threshold = 1.0 if threshold is None else threshold
+    check_settings(criterion, threshold, macs_ratio, round_to, min_units)
+    scale = find_criterion(criterion)
+    threshold = scale.threshold if threshold is None else threshold
     if not gates:
         raise ValueError("there is no gate to choose units of")
-    snr = {gate.name: snr[gate.name].detach().cpu() for gate in gates}
+    score = {gate.name: score[gate.name].detach().cpu() for gate in gates}
     usable = {gate.name: mean[gate.name].detach().cpu() != 0 for gate in gates}
-    levels = torch.cat([snr[gate.name] for gate in gates]).unique()
+    levels = torch.cat([score[gate.name] for gate in gates]).unique()
 
     def chosen(level: float) -> Choice:
-        mask = {gate.name: snr[gate.name] >= level for gate in gates}
-        held = held_gates(snr, level) if min_units else ()
-        _bring_back(gates, mask, snr, round_to, min_units)
-        if _bring_back_jointly(gates, mask, snr, usable, round_to, min_units):
-            _bring_back(gates, mask, snr, round_to, min_units)
+        mask = {gate.name: score[gate.name] >= level for gate in gates}
+        held = held_gates(score, level) if min_units else ()
+        _bring_back(gates, mask, score, round_to, min_units)
+        if _bring_back_jointly(gates, mask, score, usable, round_to, min_units):
+            _bring_back(gates, mask, score, round_to, min_units)
         theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
-        units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=snr)
+        units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=score)
         return Choice(theta, units, level, held)
 
     if macs_ratio is None:
         if threshold > float(levels[-1]) and not min_units:
             raise ValueError(
                 f"threshold {threshold:g} with min_units 0 removes every unit of every gate; "
-                f"the largest signal-to-noise ratio is {float(levels[-1]):.4g}"
+                f"the largest {scale.title} is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
     units_at = lambda level: chosen(level).units  # noqa: E731
-    return chosen(least_level(net, gates, example_input, levels, macs_ratio, units_at, dense))
+    return chosen(
+        least_level(net, gates, example_input, levels, macs_ratio, units_at, dense, scale)
+    )
 
 
-def held_gates(snr: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
-    """The gates of which no unit reaches a signal-to-noise ratio; `snr` is by name, ``[units]``."""
-    return tuple(name for name, values in snr.items() if not (values >= threshold).any())
+def held_gates(score: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
+    """The gates of which no unit reaches a threshold; `score` is by name, ``[units]``."""
+    return tuple(name for name, values in score.items() if not (values >= threshold).any())
 
 
-def nothing_reaches(threshold: float, element: str, snr: Mapping[str, Tensor]) -> str:
+def nothing_reaches(
+    threshold: float, element: str, score: Mapping[str, Tensor], criterion: str = "snr"
+) -> str:
     """The warning that no element ("unit" or "weight") of any site reaches a threshold."""
-    largest = max(float(values.max()) for values in snr.values())
+    largest = max(float(values.max()) for values in score.values())
     return (
         f"no {element} reaches the threshold {threshold:g}, so next to nothing is left of the "
-        f"network; the largest signal-to-noise ratio is {largest:.4g}"
+        f"network; the largest {find_criterion(criterion).title} is {largest:.4g}"
     )
 
 
@@ -183,6 +203,7 @@ def least_level(
     macs_ratio: float,
     units_at: Callable[[float], Mapping[str, Units]],
     dense: nn.Module | None = None,
+    criterion: Criterion = CRITERIA["snr"],
 ) -> float:
     """The lowest threshold at which a network has so many times fewer MACs.
 
@@ -192,6 +213,7 @@ def least_level(
         macs_ratio: how many times fewer.
         units_at: from a threshold to what remains of the units.
         dense: the network whose MACs count, where `net` was cut before.
+        criterion: what the thresholds are on.
 
     Raises:
         ValueError: the ratio is under 1 or not met by the highest threshold.
@@ -203,7 +225,7 @@ def least_level(
     if most < macs_ratio:
         raise ValueError(
             f"macs_ratio {macs_ratio:g} cannot be met: with a threshold at the largest "
-            f"signal-to-noise ratio, {float(levels[-1]):.4g}, the network has {most:.2f} times "
+            f"{criterion.title}, {float(levels[-1]):.4g}, the network has {most:.2f} times "
             "fewer MACs"
         )
     low, high = 0, len(levels) - 1  # the answer is at most at high
@@ -219,7 +241,7 @@ def least_level(
 def _bring_back(
     gates: Sequence[Gate],
     mask: dict[str, Tensor],
-    snr: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
     round_to: int,
     min_units: int,
 ) -> None:
@@ -229,8 +251,8 @@ def _bring_back(
         wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)
         possible = readable(gate, gates, mask) & ~mask[gate.name]
         if wanted > kept and bool(possible.any()):
-            score = torch.where(possible, snr[gate.name].double(), -torch.inf)
-            best = score.argsort(descending=True, stable=True)[: wanted - kept]
+            candidates = torch.where(possible, score[gate.name].double(), -torch.inf)
+            best = candidates.argsort(descending=True, stable=True)[: wanted - kept]
             mask[gate.name] = mask[gate.name].clone()
             mask[gate.name][best[possible[best]]] = True
 
@@ -238,7 +260,7 @@ def _bring_back(
 def _bring_back_jointly(
     gates: Sequence[Gate],
     mask: dict[str, Tensor],
-    snr: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
     usable: Mapping[str, Tensor],
     round_to: int,
     min_units: int,
@@ -250,7 +272,7 @@ def _bring_back_jointly(
     back the best units of the other gates that it needs.
 
     Args:
-        gates, snr, round_to, min_units: as for `choose_units`.
+        gates, score, round_to, min_units: as for `choose_units`.
         mask: from gate name to the units to keep, bool ``[units]``; it is extended.
         usable: from gate name to the units whose theta is not 0, bool ``[units]``.
 
@@ -266,7 +288,7 @@ def _bring_back_jointly(
 
     def best_first(name: str, among: Tensor) -> list[int]:
         units = torch.nonzero(among).flatten()
-        order = snr[name][units].argsort(descending=True, stable=True)
+        order = score[name][units].argsort(descending=True, stable=True)
         return [int(unit) for unit in units[order]]
 
     def with_units(name: str, *units: int) -> Tensor:

@@ -11,6 +11,7 @@ from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
+from pyro_sbp.pruning.criteria import scores
 from pyro_sbp.pruning.exactness import checked_shrink
 
 __all__ = ["prune"]
@@ -22,6 +23,7 @@ def prune(
     example_input: Any,
     threshold: float | None = None,
     *,
+    criterion: str = "snr",
     macs_ratio: float | None = None,
     round_to: int = 1,
     min_units: int = 1,
@@ -36,7 +38,7 @@ def prune(
         guide: its posterior.
         example_input: an input of the network, on which the result is compared with the masked
             network.
-        threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+        threshold, criterion, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
 
     Returns:
         A plain network with E[theta] folded into its weights, in the training mode of the original.
@@ -50,19 +52,21 @@ def prune(
             than 1e-10 in float64.
     """
     net, gates = model.gated.net, model.gates
+    score = scores(guide.posteriors(), guide.priors(), criterion)
     choice = choose_units(
         net,
         gates,
         guide.mean(),
-        guide.snr(),
+        score,
         example_input,
+        criterion=criterion,
         threshold=threshold,
         macs_ratio=macs_ratio,
         round_to=round_to,
         min_units=min_units,
     )
     if len(choice.held) == len(gates):
-        warnings.warn(nothing_reaches(choice.threshold, "unit", guide.snr()), stacklevel=2)
+        warnings.warn(nothing_reaches(choice.threshold, "unit", score, criterion), stacklevel=2)
     small, _ = checked_shrink(net, gates, choice.theta, example_input, choice.units)
     set_units(small, choice.units)
     return small

@@ -3,12 +3,12 @@
 This package needs no torch.
 """
 
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
 from pyro_sbp.recipes.settings import (
     METHODS,
     ORDERS,
-    THRESHOLDS,
     RBPRecipe,
     Recipe,
     SBPRecipe,
@@ -17,11 +17,11 @@ from pyro_sbp.recipes.settings import (
 )
 
 __all__ = [
+    "CRITERIA",
     "METHODS",
     "ORDERS",
     "PRECISIONS",
     "RECIPES",
-    "THRESHOLDS",
     "RBPRecipe",
     "Recipe",
     "Request",

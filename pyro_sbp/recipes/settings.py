@@ -12,15 +12,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import pydantic
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from pyro_sbp.errors import RequestError, did_you_mean
+from pyro_sbp.recipes.criteria import CRITERIA, CriterionName, Rule, find_criterion
 
 __all__ = [
     "METHODS",
     "ORDERS",
     "RECIPE_CLASSES",
     "STRICT",
-    "THRESHOLDS",
     "GatedRecipe",
     "RBPRecipe",
     "Recipe",
@@ -45,9 +46,8 @@ _Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
-#: The largest signal-to-noise ratios that posteriors reach: of a unit at a log scale of -10, and
-#: of a weight at a log alpha of -8.
-_MAX_UNIT_SNR, _MAX_WEIGHT_SNR = math.exp(10), math.exp(4)
+#: The largest signal-to-noise ratio that the posterior of a weight reaches, at a log alpha of -8.
+_MAX_WEIGHT_SNR = math.exp(4)
 
 
 #: How pydantic says what it expects, and how this package says it.
@@ -208,10 +208,11 @@ class Recipe:
         "Initial log scale of the posterior: of log theta (-5 is an SNR of 247), for SparseVD of "
         "every weight.",
     )
-    threshold: Annotated[float, Field(ge=0, le=_MAX_UNIT_SNR)] = _setting(
-        1.0,
-        "Units (for SparseVD, weights) with a smaller signal-to-noise ratio are removed. `pyro-sbp "
-        "prune` can use another threshold later.",
+    threshold: float = _setting(
+        CRITERIA["snr"].threshold,
+        "Units (for SparseVD, weights) with a smaller score by `criterion`, the signal-to-noise "
+        "ratio unless it is set, are removed; the default of `bmrs-n` and `bmrs-u` is 0.919. "
+        "`pyro-sbp prune` can use another threshold later.",
     )
     recalibrate: bool = _setting(
         False,
@@ -290,6 +291,23 @@ class Recipe:
                 raise RequestError(_no_such_setting(name, type(self)))
         return type(self)(**{**self.to_dict(), **changes})
 
+    def rule(self, criterion: str | None = None) -> Rule:
+        """What is kept.
+
+        Args:
+            criterion: the name of the criterion that decides; by default the recipe's own, with its
+                threshold. Another criterion has its default threshold.
+
+        Raises:
+            RequestError: there is no such criterion, or it is not for this method.
+        """
+        if criterion is not None and find_criterion(criterion).name != "snr":
+            raise RequestError(
+                f"the criterion {criterion} is for noise on units; {self.method} has noise on "
+                "weights, and removes those of a small signal-to-noise ratio"
+            )
+        return Rule(CRITERIA["snr"], self.threshold)
+
     def with_epochs(self, epochs: int) -> Self:
         """A copy with another number of epochs with noise."""
         return self.replace(epochs=epochs)
@@ -346,6 +364,50 @@ class GatedRecipe(Recipe):
     init_loc: Annotated[float, Field(ge=-25, le=5)] = _setting(
         0.0, "Initial location of the posterior of log theta."
     )
+    criterion: CriterionName = _setting(
+        "snr",
+        "What decides on units: their signal-to-noise ratio (`snr`), or the evidence for them by "
+        "Bayesian model reduction (`bmrs-n`, `bmrs-u`).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_threshold(cls, values: ArgsKwargs) -> ArgsKwargs:
+        given = values.kwargs or {}
+        criterion = given.get("criterion", "snr")
+        if "threshold" in given or not isinstance(criterion, str) or criterion not in CRITERIA:
+            return values
+        return ArgsKwargs(values.args, {**given, "threshold": CRITERIA[criterion].threshold})
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> Self:
+        criterion = CRITERIA[self.criterion]
+        criterion.check(self.threshold)
+        if self.threshold > criterion.most:
+            raise ValueError(
+                f"threshold is {self.threshold}; expected a number <= {criterion.most:g}, the "
+                f"largest {criterion.title} that a posterior can reach"
+            )
+        return self
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values; with another criterion the threshold is its default, unless it
+        is given.
+
+        Raises:
+            RequestError: there is no such setting, or a value is out of its bounds.
+        """
+        criterion = changes.get("criterion", self.criterion)
+        if criterion != self.criterion:
+            changes = {"threshold": find_criterion(criterion).threshold, **changes}
+        return super().replace(**changes)
+
+    def rule(self, criterion: str | None = None) -> Rule:
+        """As `Recipe.rule`."""
+        if criterion in (None, self.criterion):
+            return Rule(CRITERIA[self.criterion], self.threshold)
+        found = find_criterion(criterion)
+        return Rule(found, found.threshold)
 
 
 @refusing
@@ -460,9 +522,6 @@ RECIPE_CLASSES: dict[str, type[Recipe]] = {
 }
 #: The module and the class of every method, by the name of the method.
 METHODS = {method: cls.implementation for method, cls in RECIPE_CLASSES.items()}
-
-#: The default thresholds on the signal-to-noise ratio, by method.
-THRESHOLDS = {method: cls().threshold for method, cls in RECIPE_CLASSES.items()}
 
 
 def method_settings(method: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from pyro_sbp.deployment.saving import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.pruning.macs import costs_by_layer
+from pyro_sbp.recipes.criteria import Rule
 from pyro_sbp.reports.posterior import Posterior, describe, read_posterior
 from pyro_sbp.training.again import sweep
 from pyro_sbp.training.runs import Run
@@ -28,6 +29,7 @@ class Findings:
 
     Attributes:
         run: the run.
+        rule: the criterion and the threshold that decide.
         posterior: the posterior of the last checkpoint of the run.
         description: the description of the posterior, from `describe`.
         sweep: the results at other thresholds, from `sweep`.
@@ -36,6 +38,7 @@ class Findings:
     """
 
     run: Run
+    rule: Rule
     posterior: Posterior | None = None
     description: dict[str, Any] | None = None
     sweep: list[dict[str, Any]] | None = None
@@ -43,18 +46,27 @@ class Findings:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Findings:
-    """Collect the results of a run for its report. Nothing is downloaded.
+def find(
+    run: Run,
+    data_dir: Path | None = None,
+    thresholds: bool = True,
+    criterion: str | None = None,
+) -> Findings:
+    """Collect the results of a run for its report; nothing is downloaded.
 
     Args:
         run: the run, finished or not.
         data_dir: the directory of its data set; by default that of the request.
         thresholds: whether to measure other thresholds.
+        criterion: the criterion that decides; by default that of the run's recipe.
+
+    Raises:
+        RequestError: there is no such criterion, or it is not for the run's method.
     """
-    found = Findings(run)
+    found = Findings(run, run.request.recipe.rule(criterion))
     try:
         found.posterior = read_posterior(run.directory)
-        found.description = describe(run, found.posterior)
+        found.description = describe(run, found.posterior, criterion)
     except RequestError as error:
         found.missing["posterior"] = str(error)
     if run.summary is None:
@@ -67,13 +79,13 @@ def find(run: Run, data_dir: Path | None = None, thresholds: bool = True) -> Fin
         found.missing["sweep"] = "it was disabled by --no-sweep"
         return found
     try:
-        found.sweep = _sweep(run, data_dir)
+        found.sweep = _sweep(run, data_dir, criterion)
     except RequestError as error:
         found.missing["sweep"] = str(error)
     return found
 
 
-def _sweep(run: Run, data_dir: Path | None) -> list[dict[str, Any]]:
+def _sweep(run: Run, data_dir: Path | None, criterion: str | None) -> list[dict[str, Any]]:
     request = run.request
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("the run was made on a CUDA device, and there is none on this machine")
@@ -81,7 +93,7 @@ def _sweep(run: Run, data_dir: Path | None) -> list[dict[str, Any]]:
     data_dir = Path(request.data_dir) if data_dir is None else data_dir
     check_dataset(request.dataset, data_dir, download=False)
     data = load_dataset(request.dataset, data_dir, size, device=request.device)
-    return sweep(request, data, run.directory)
+    return sweep(request, data, run.directory, criterion=criterion)
 
 
 def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.pruning.criteria import scores
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.runs import Run
@@ -27,7 +29,7 @@ __all__ = [
 
 #: The number of units that are listed on either side of the threshold.
 NEAREST = 3
-#: Percentages and titles of the quantiles of the signal-to-noise ratio.
+#: Percent and title of the quantiles of scores.
 QUANTILES = {0: "min", 25: "25 %", 50: "median", 75: "75 %", 100: "max"}
 #: The phases whose epochs have no noise.
 WITHOUT_NOISE = ("dense", "finetuned")
@@ -71,6 +73,10 @@ class Posterior:
     def snr(self) -> dict[str, Tensor]:
         """The signal-to-noise ratio of every element, by site."""
         return self._statistic(lambda q: q.snr)
+
+    def scores(self, criterion: str) -> dict[str, Tensor]:
+        """The score of every element by a criterion, by site; BMRS is for units only."""
+        return scores(self.sites, self.priors, criterion)
 
     def kl(self) -> dict[str, Tensor]:
         """KL(posterior || prior) of every element in nats, by site."""
@@ -123,31 +129,43 @@ def _layers(weights: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix(".weight") for name in weights]
 
 
-def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
+def describe(run: Run, posterior: Posterior, criterion: str | None = None) -> dict[str, Any]:
     """Describe a posterior gate by gate, as plain values for JSON.
 
     Args:
-        run: the run. If it has finished, `kept` and `zeroed` are those of the final network.
+        run: the run. If it has finished, `kept` and `zeroed` are those of the final network, unless
+            another criterion is asked for.
         posterior: the posterior of the run.
+        criterion: the criterion that decides; by default that of the run's recipe. The threshold is
+            that of `Recipe.rule`.
 
     Returns:
-        `finished`, `epoch`, `epochs`, `threshold`, `elements` ("units", or for SparseVD "weights"),
-        `left_alone` (the layers that are not prunable, and why; None for old runs that do not
-        record it), `waiting` (the gates that RBP has not trained yet) and `gates`, a list of
-        {`gate` (for weights, the layer), `total`, `kept`, `kept_units` (the indices of the kept
-        units; None for weights), `zeroed` (None for weights and until the run has finished), `snr` (quantiles by percentage), `mean` (over the elements, of E[theta]
-        or of the absolute means of the weights), `kl` (sum over the elements, in nats), `under` and
-        `over` (the elements closest to the threshold: {`unit`, `snr`}; for a weight, `unit` is the
-        list of its indices), `held` (whether no element reaches the threshold)}.
+        `finished`, `epoch`, `epochs`, `criterion`, `threshold`, `elements` ("units", or for
+        SparseVD "weights"), `left_alone` (the layers that are not prunable, and why; None for old
+        runs that do not record it), `waiting` (the gates that RBP has not trained yet) and `gates`,
+        a list of {`gate` (for weights, the layer), `total`, `kept`, `kept_units` (the indices of
+        the kept units; None for weights), `zeroed` (None for weights and until the run has
+        finished), `snr` and `score` (quantiles by percentage, of the signal-to-noise ratio and of
+        the score of the criterion), `mean` (over the elements, of E[theta] or of the absolute means
+        of the weights), `kl` (sum over the elements, in nats), `under` and `over` (the elements
+        closest to the threshold: {`unit`, `snr`, `score`}; for a weight, `unit` is the list of its
+        indices), `held` (whether no element reaches the threshold)}.
+
+    Raises:
+        RequestError: there is no such criterion, or it is not for the run's method.
     """
-    threshold = run.request.recipe.threshold
+    recipe = run.request.recipe
+    rule = recipe.rule(criterion)
+    threshold = rule.threshold
     mean, snr, kl = posterior.mean(), posterior.snr(), posterior.kl()
+    score = posterior.scores(rule.criterion.name)
     of_units = posterior.elements == "units"
-    done = {}
-    if run.summary is not None and of_units:
+    done, stored = {}, {}
+    if run.summary is not None and of_units and rule == recipe.rule():
         done = {unit.gate: unit for unit in run.summary.units}
+        stored = run.units or {}
     gates = []
-    for name, values in snr.items():
+    for name, values in score.items():
         over = values >= threshold
         count = int(over.sum())
         gates.append(
@@ -156,13 +174,14 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
                 "total": values.numel(),
                 # The best unit is kept if no unit reaches the threshold.
                 "kept": done[name].kept if name in done else max(count, int(of_units)),
-                "kept_units": _kept_units(run, name, values, over) if of_units else None,
+                "kept_units": _kept_units(stored.get(name), values, over) if of_units else None,
                 "zeroed": done[name].zeroed if name in done else None,
-                "snr": _quantiles(values),
+                "snr": _quantiles(snr[name]),
+                "score": _quantiles(values),
                 "mean": float(mean[name].double().abs().mean()),
                 "kl": float(kl[name].double().sum()),
-                "under": _nearest(values, ~over, descending=True),
-                "over": _nearest(values, over, descending=False),
+                "under": _nearest(values, snr[name], ~over, descending=True),
+                "over": _nearest(values, snr[name], over, descending=False),
                 "held": not count,
             }
         )
@@ -171,6 +190,7 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
         "finished": run.summary is not None,
         "epoch": posterior.epoch,
         "epochs": posterior.epochs,
+        "criterion": rule.criterion.name,
         "threshold": threshold,
         "elements": posterior.elements,
         "gates": gates,
@@ -179,11 +199,11 @@ def describe(run: Run, posterior: Posterior) -> dict[str, Any]:
     }
 
 
-def _kept_units(run: Run, gate: str, snr: Tensor, over: Tensor) -> list[int]:
+def _kept_units(stored: Mapping[str, Any] | None, score: Tensor, over: Tensor) -> list[int]:
     """The indices of the units of a gate in the final network, or of those to keep until then."""
-    if run.units is not None and gate in run.units:
-        return run.units[gate]["kept"]
-    return torch.nonzero(over).flatten().tolist() or [int(snr.argmax())]
+    if stored is not None:
+        return list(stored["kept"])
+    return torch.nonzero(over).flatten().tolist() or [int(score.argmax())]
 
 
 def kept_features(description: Mapping[str, Any]) -> dict[str, str]:
@@ -213,10 +233,11 @@ def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple
     """
     of_units, threshold = description["elements"] == "units", f"{description['threshold']:.3g}"
     element = "unit" if of_units else "weight[index]"
+    short = CRITERIA[description["criterion"]].short
     head = [
         "gate" if of_units else "layer",
-        f"{element} (SNR) below {threshold}",
-        f"{element} (SNR) from {threshold} up",
+        f"{element} ({short}) below {threshold}",
+        f"{element} ({short}) from {threshold} up",
     ]
     rows = [
         (gate["gate"], _in_words(gate["under"]), _in_words(gate["over"]))
@@ -226,7 +247,7 @@ def nearest_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple
 
 
 def _in_words(nearest: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{n['unit']} ({n['snr']:.3g})" for n in nearest) or "-"
+    return ", ".join(f"{n['unit']} ({n['score']:.3g})" for n in nearest) or "-"
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
@@ -245,14 +266,15 @@ def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[An
     """The head and the rows of a table of the gates that `describe` returns."""
     gates, of_units = description["gates"], description["elements"] == "units"
     first = "gate" if of_units else "layer"
-    head = [first, "kept", "of", "zeroed", *(f"SNR {title}" for title in QUANTILES.values())]
+    short = CRITERIA[description["criterion"]].short
+    head = [first, "kept", "of", "zeroed", *(f"{short} {title}" for title in QUANTILES.values())]
     rows = [
         (
             gate["gate"],
             gate["kept"],
             gate["total"],
             "-" if gate["zeroed"] is None else gate["zeroed"],
-            *(f"{value:.3g}" for value in gate["snr"].values()),
+            *(f"{value:.3g}" for value in gate["score"].values()),
             f"{gate['mean']:.3f}",
             f"{gate['kl']:.1f}",
         )
@@ -261,12 +283,18 @@ def gate_table(description: Mapping[str, Any]) -> tuple[list[str], list[tuple[An
     return [*head, "E[theta]" if of_units else "|mean|", "KL, nats"], rows
 
 
-def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:
+def _nearest(score: Tensor, snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any]]:
     places = torch.nonzero(which.flatten()).flatten()
-    values = snr.flatten()
+    values, ratios = score.flatten(), snr.flatten()
     best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
     found = []
     for place in places[best].tolist():
-        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), snr.shape)]
-        found.append({"unit": unit if len(unit) > 1 else unit[0], "snr": float(values[place])})
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), score.shape)]
+        found.append(
+            {
+                "unit": unit if len(unit) > 1 else unit[0],
+                "snr": float(ratios[place]),
+                "score": float(values[place]),
+            }
+        )
     return found

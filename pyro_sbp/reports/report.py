@@ -28,7 +28,7 @@ DPI = 150
 #: Rows of latencies with a larger spread are unreliable.
 NOISY = 0.3
 HELD_OUT_WORDS = (
-    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
     "can be chosen with them. The error of the choice is then measured on the test images."
 )
@@ -37,7 +37,7 @@ ZERO_WORDS = (
     "Units that no weight reads are removed, which reduces the MACs."
 )
 SWEEP_WORDS = (
-    "The network at other thresholds on the signal-to-noise ratio, without fine-tuning. Errors are "
+    "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the test images, as pyro-sbp prune --threshold does, because no training images "
     "were reserved for validation. Do not use them to choose a threshold: the error of the choice "
     "would have to be measured on other images."
@@ -49,6 +49,7 @@ def write_report(
     data_dir: Path | None = None,
     sweep: bool = True,
     watch: Callable[[str], None] = lambda words: None,
+    criterion: str | None = None,
 ) -> Path:
     """Write `report.html` into the directory of the first run, and its figures into `report/`.
 
@@ -60,6 +61,7 @@ def write_report(
             trained.
         sweep: whether to measure finished runs at other thresholds, which takes most of the time.
         watch: called with a line about the current step.
+        criterion: what decides on units; by default the criterion of each run's recipe.
 
     Returns:
         The path of the page.
@@ -74,7 +76,7 @@ def write_report(
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
         watch(f"{run.directory}: reading it")
-        found = find(run, data_dir, sweep)
+        found = find(run, data_dir, sweep, criterion)
         watch(f"{run.directory}: drawing")
         # The directories of two runs may have the same name.
         number = f"{index}-" if names.count(run.name) > 1 else ""
@@ -220,12 +222,12 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
     description, run = found.description, found.run
     gates, threshold = description["gates"], description["threshold"]
-    elements = description["elements"]
+    elements, criterion = description["elements"], found.rule.criterion
     head, rows = gate_table(description)
     meanings = {
-        "units": f"Units with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are kept. "
-        "The table shows quantiles of the SNR, the mean of E[theta] over the units, and the KL of "
-        "the gate in nats:",
+        "units": f"Units with a {criterion.title} ({criterion.short}) of {threshold:.3g} or more "
+        "are kept. The table shows quantiles of it, the mean of E[theta] over the units, and the "
+        "KL of the gate in nats:",
         "weights": f"Weights with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are "
         f"kept, {_log_alpha(threshold)}. The table shows quantiles of the SNR, the mean of the "
         "absolute values of the weights, and the KL of the layer in nats:",
@@ -244,20 +246,22 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "snr",
             plots.snr_histograms,
-            f"Histograms of the signal-to-noise ratio of every {head[0]}, with the threshold "
-            f"{threshold:.3g}. {counts}.",
+            f"Histograms of the signal-to-noise ratio of every {head[0]}; the threshold on the "
+            f"{criterion.title} is {threshold:.3g}. {counts}.",
             found.posterior,
             threshold,
+            criterion.name,
         )
     ]
     # Not every network has such gates. The page does not mention missing ones.
-    if plots.pixel_snr(run, found.posterior) is not None:
+    if plots.pixel_scores(run, found.posterior) is not None:
         drawn.append(
             pictures(
                 "pixels",
                 plots.kept_pixels,
                 "The signal-to-noise ratios of the pixels of the image, and which pixels are kept.",
                 run,
+                criterion.name,
             )
         )
     if any(value.ndim == 4 for value in found.posterior.weights.values()):
@@ -267,6 +271,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
                 plots.first_filters,
                 "The kept filters of the first convolution, best first.",
                 run,
+                criterion.name,
             )
         )
     parts.append(pages.side(drawn))
@@ -334,14 +339,15 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         return []
     if found.sweep is None:
         return [pages.paragraph(f"Not measured: {found.missing['sweep']}.", "soft")]
-    recipe = found.run.request.recipe
-    threshold, kind = recipe.threshold, found.sweep[0]["split"]
+    recipe, (criterion, threshold) = found.run.request.recipe, found.rule
+    kind, own = found.sweep[0]["split"], recipe.rule() == found.rule
     gates = list(found.sweep[0]["units"])
     # For a network with many gates, the table has only the sums.
     shown = gates if len(gates) <= 6 else []
     rows = [
         (
-            f"{row['threshold']:.3g}" + (" (recipe)" if row["threshold"] == threshold else ""),
+            f"{row['threshold']:.3g}"
+            + (" (recipe)" if own and row["threshold"] == threshold else ""),
             _percent(row["error"]),
             f"{row['nll']:.4f}",
             _percent(row["ece"]),
@@ -386,7 +392,9 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
     ]
     return [
         pages.paragraph(
-            HELD_OUT_WORDS.format(count=recipe.holdout) if recipe.holdout else SWEEP_WORDS
+            (HELD_OUT_WORDS if recipe.holdout else SWEEP_WORDS).format(
+                count=recipe.holdout, title=criterion.title
+            )
         ),
         pages.table(head, rows, "Thresholds, errors and units kept"),
         pages.side(drawn),

@@ -15,19 +15,13 @@ from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import THRESHOLDS
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import Job, prepare_job
 from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 
-__all__ = ["SWEEP_FACTORS", "prune_again", "sweep"]
-
-
-#: The thresholds of a sweep, as multiples of the default of the method. They are the same for all
-#: runs of a method, so that runs can be compared. The threshold of the recipe is added to them.
-SWEEP_FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0)
+__all__ = ["prune_again", "replayed", "sweep"]
 
 
 @workers_watched()
@@ -37,9 +31,9 @@ def prune_again(
     """Prune a finished run again with other settings, without fine-tuning.
 
     Args:
-        request, data, directory: those of the run, as for `train`.
-        target: the directory in which the network is saved; it must not exist.
-        settings: what to keep, as for `choose_units`.
+        request, data, directory: of the run, as for `train`.
+        target: where the network is saved; it must not exist.
+        settings: what to keep, as for `Method.prune`.
 
     Returns:
         The summary that `train` would return for this network.
@@ -48,7 +42,7 @@ def prune_again(
         RequestError: the run has no complete checkpoint, or `choose_units` does not accept the
             settings.
     """
-    with _replayed(request, data, directory) as (job, loop):
+    with replayed(request, data, directory) as (job, loop):
         try:
             job.method.prune(**settings)
         except ValueError as error:
@@ -67,6 +61,7 @@ def sweep(
     data: ImageData,
     directory: Path,
     thresholds: Sequence[float] | None = None,
+    criterion: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the pruned network of a run at other thresholds, without fine-tuning.
 
@@ -75,28 +70,34 @@ def sweep(
     set: a threshold that is chosen with them needs other images to measure its error.
 
     Args:
-        request, data, directory: those of the run, as for `train`.
-        thresholds: signal-to-noise ratios; by default those of `SWEEP_FACTORS` and that of the
-            recipe. If no unit of a gate reaches a threshold, the best unit is kept, as in `train`.
+        request, data, directory: of the run, as for `train`.
+        thresholds: on the scores of the criterion; by default the multiples `Criterion.sweep` of
+            the method's default, the same for all of its runs so that they can be compared, and
+            that of `Recipe.rule`. Where no unit reaches one, every gate keeps its best unit, as in
+            `train`.
+        criterion: what decides; by default the recipe's criterion.
 
     Returns:
-        One row for each threshold, in rising order: {`threshold`, `error`, `nll` and `ece` as in
-        `Measured`, `split` on which they were measured, `macs`, `ratio`, `parameters`, `units`
-        (kept, by gate), `held` (gates whose best unit is kept although it is under the threshold),
-        and for SparseVD `compression` (all weights divided by those kept)}.
+        By rising threshold: {`criterion`, `threshold`, `error`, `nll` and `ece` as in `Measured`,
+        `split` they are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates
+        of which the best stay though under it), and of SparseVD `compression` (all weights over
+        those kept)}.
 
     Raises:
-        RequestError: the run has no complete checkpoint, or a threshold is negative.
+        RequestError: the run has no whole checkpoint, or a threshold is not one of the criterion,
+            which has to be one for the method.
     """
+    rule = request.recipe.rule(criterion)
+    name = rule.criterion.name
     if thresholds is None:
-        unit = THRESHOLDS[request.method]
-        thresholds = (*(unit * times for times in SWEEP_FACTORS), request.recipe.threshold)
+        unit = type(request.recipe)().rule(name).threshold
+        thresholds = (*(unit * times for times in rule.criterion.sweep), rule.threshold)
     rows = []
-    with _replayed(request, data, directory) as (job, loop):
+    with replayed(request, data, directory) as (job, loop):
         method = job.method
         for threshold in sorted(set(thresholds)):
             try:
-                method.prune(threshold=threshold)
+                method.prune(criterion=name, threshold=threshold)
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
@@ -105,6 +106,7 @@ def sweep(
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
                 {
+                    "criterion": name,
                     "threshold": threshold,
                     "error": found.error,
                     "nll": found.nll,
@@ -122,8 +124,15 @@ def sweep(
 
 
 @contextmanager
-def _replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
-    """A run with its posterior, as it was after its phases with noise."""
+def replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
+    """A run with its posterior, as the phases left it.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+
+    Raises:
+        RequestError: the run has no whole checkpoint.
+    """
     fabric = launch(request.device, precision=request.precision)
     job = prepare_job(request, data, directory, fabric)
     loop = Loop(request, job.method, job.data, directory, fabric)

@@ -182,25 +182,31 @@ class Loop:
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
                 continue
-            optimization = self._optimization(phase)
-            average = self._average(phase)
-            place = Place(self.order.get_state(), torch.zeros(2))
-            if saved is not None:
-                phase.module.load_state_dict(saved.current["module"])
-                optimization.load(saved.optimizer, saved.schedule)
-                if average is not None and saved.average is not None:
-                    average.load_state_dict(saved.average)
-                place, saved = saved.place, None
-            step = self.fabric.setup_module(_Step(phase))
-            while place.epoch < phase.epochs:
-                self._epoch(phase, step, place, optimization, average)
-            if average is not None:
-                phase.module.load_state_dict(average.module.state_dict())
-            predictors = self._finish(phase)
-            self.finished.append(phase.record())
-            self._write_weights(phase)
-            for name, predict in predictors.items():
-                self.measure(name, predict)
+            self.train(phase, saved)
+            saved = None
+
+    def train(self, phase: Phase, saved: Checkpoint | None = None) -> None:
+        """Train a phase to its end, from the checkpoint on where one is given, and measure what it
+        leaves."""
+        optimization = self._optimization(phase)
+        average = self._average(phase)
+        place = Place(self.order.get_state(), torch.zeros(2))
+        if saved is not None:
+            phase.module.load_state_dict(saved.current["module"])
+            optimization.load(saved.optimizer, saved.schedule)
+            if average is not None and saved.average is not None:
+                average.load_state_dict(saved.average)
+            place = saved.place
+        step = self.fabric.setup_module(_Step(phase))
+        while place.epoch < phase.epochs:
+            self._epoch(phase, step, place, optimization, average)
+        if average is not None:
+            phase.module.load_state_dict(average.module.state_dict())
+        predictors = self._finish(phase)
+        self.finished.append(phase.record())
+        self._write_weights(phase)
+        for name, predict in predictors.items():
+            self.measure(name, predict)
 
     def _write_weights(self, phase: Phase) -> None:
         """Write the weights of the network after a phase, if the phase names a file for them."""

@@ -133,3 +133,19 @@ def test_an_ended_turn_is_restored_with_the_units_that_it_kept():
                        for name, value in record["guide"].items()}  # fmt: skip
     assert again.restore(record) is False
     assert other.units == units
+
+
+@pytest.mark.parametrize(("threshold", "left"), [(None, 15), (-1.0, 20)])
+def test_no_unit_over_the_threshold_leaves_on_the_way_by_any_criterion(threshold, left):
+    settings = {} if threshold is None else {"threshold": threshold}
+    phases = method(epochs=4, cut_every=2, criterion="bmrs-n", **settings).noise()
+    first = next(phases)
+    assert isinstance(first, TurnPhase)
+    with torch.no_grad():
+        # A half-normal at the lower bound: a score of -0.77, under half of both thresholds.
+        first.guide.get_parameter("log_scales.conv1_unconstrained")[:5] = 2.0
+        first.guide.get_parameter("locs.conv1_unconstrained")[:5] = -20.0
+    assert first.scores("bmrs-n")["conv1"][:5].tolist() == pytest.approx([-0.77] * 5, abs=0.02)
+    first.finish()
+    second = next(phases)
+    assert {gate.name: gate.size for gate in second.stage.gates}["conv1"] == left

@@ -42,14 +42,14 @@ def test_units_have_the_numbers_of_the_dense_network_after_two_cuts(dense):
     assert torch.nonzero(stage.units["fc2"].removed).flatten().tolist() == [1]
     assert [gate.size for gate in stage.gates] == [296, 99]
     assert (stage.net.fc1.out_features, stage.net.fc2.out_features) == (296, 99)
-    assert len(stage.snr["fc1"]) == 296 and float(stage.snr["fc1"].min()) == 5.0
+    assert len(stage.score["fc1"]) == 296 and float(stage.score["fc1"].min()) == 5.0
 
 
 def test_differences_and_gates_without_a_good_unit_add_up(dense):
     stage, x = dense
     stage = cut(stage, x, {"fc1": [0]}, held=("fc2",))
     worst = Equivalence(1.0, 0.0)
-    stage = Stage(stage.net, stage.gates, stage.units, stage.snr, stage.held, worst)
+    stage = Stage(stage.net, stage.gates, stage.units, stage.score, stage.held, worst)
     after = cut(stage, x, {"fc1": [0]}, held=("fc1",))
     assert after.held == ("fc1", "fc2")
     assert after.equivalence.max_rel_diff_float64 == 1.0
@@ -57,11 +57,11 @@ def test_differences_and_gates_without_a_good_unit_add_up(dense):
 
 def test_rounding_takes_the_weakest_units_of_gates_that_have_lost_some(dense):
     stage, x = dense
-    assert stage.beyond_multiples(7, stage.snr) == {}
+    assert stage.beyond_multiples(7, stage.score) == {}
     stage = cut(stage, x, {"fc1": [0]})
-    stage.snr["fc1"][[3, 200]] = torch.tensor([1.0, 2.0])
-    assert stage.beyond_multiples(1, stage.snr) == {}
-    (found,) = stage.beyond_multiples(3, stage.snr).values()  # 299 is 2 more than a multiple of 3
+    stage.score["fc1"][[3, 200]] = torch.tensor([1.0, 2.0])
+    assert stage.beyond_multiples(1, stage.score) == {}
+    (found,) = stage.beyond_multiples(3, stage.score).values()  # 299 is 2 more than a multiple of 3
     assert found.tolist() == [3, 200]
 
 

@@ -7,9 +7,10 @@ from tiny_network import Net, labelled_images
 from pyro_sbp.deployment.saving import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import SBPRecipe
-from pyro_sbp.training.again import SWEEP_FACTORS, prune_again, sweep
+from pyro_sbp.training.again import prune_again, sweep
 from pyro_sbp.training.train import train
 
 # Enough training that some units are far above the threshold, and the others at the prior.
@@ -54,7 +55,7 @@ def test_other_settings_give_other_networks_beside_the_run(data, finished, tmp_p
 def test_a_sweep_has_the_thresholds_of_the_method_and_of_the_recipe(data, finished):
     rows = sweep(REQUEST, data, finished[0])
     thresholds = [row["threshold"] for row in rows]
-    assert thresholds == sorted({*SWEEP_FACTORS, 1.1})[: len(rows)] and 1.1 in thresholds
+    assert thresholds == sorted({*CRITERIA["snr"].sweep, 1.1})[: len(rows)] and 1.1 in thresholds
     macs = [row["macs"] for row in rows]
     assert macs == sorted(macs, reverse=True) and macs[0] == 16 * 12 + 12 * 2
     (own,) = (row for row in rows if row["threshold"] == 1.1)

@@ -16,7 +16,7 @@ from pyro_sbp.reports.plots.posteriors import (
     first_filters,
     image_shape,
     kept_pixels,
-    pixel_snr,
+    pixel_scores,
     snr_histograms,
 )
 from pyro_sbp.reports.plots.style import check_matplotlib, svg
@@ -34,7 +34,7 @@ __all__ = [
     "kept_pixels",
     "latency",
     "layer_costs",
-    "pixel_snr",
+    "pixel_scores",
     "published_points",
     "snr_histograms",
     "svg",

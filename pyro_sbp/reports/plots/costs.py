@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.criteria import CRITERIA, find_criterion
 from pyro_sbp.reports.plots.style import (
     MOST_LAYERS,
     color_cycle,
@@ -33,17 +34,20 @@ def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float 
     """Plot the error at other thresholds, on the images on which the sweep was measured.
 
     Args:
-        rows: the rows from `sweep`.
-        threshold: the threshold of the recipe, which is marked.
+        rows: from `sweep`.
+        threshold: that which decides, which is marked.
     """
     figure, axes = new_figure(3.2)
     ax = axes[0, 0]
-    # A logarithmic axis cannot show zero.
-    rows = [row for row in rows if row["threshold"] > 0]
+    criterion = find_criterion(rows[0].get("criterion", "snr")) if rows else CRITERIA["snr"]
+    positive = criterion.least >= 0
+    if positive:  # a logarithmic axis has no place for zero
+        rows = [row for row in rows if row["threshold"] > 0]
     _sweep_line(ax, rows, "threshold", threshold)
-    ax.set(xscale="log", xlabel="threshold on the signal-to-noise ratio")
-    plain_ticks(ax.xaxis)
-    minor_ticks(ax.xaxis)
+    ax.set(xscale="log" if positive else "symlog", xlabel=f"threshold on the {criterion.title}")
+    if positive:
+        plain_ticks(ax.xaxis)
+        minor_ticks(ax.xaxis)
     return figure
 
 
@@ -71,7 +75,7 @@ def _sweep_line(
     ax.plot([row[quantity] for row in rows], [row["error"] for row in rows], marker="o")
     mine = [row for row in rows if row["threshold"] == threshold]
     if mine:
-        label = f"threshold of the recipe, {threshold:g}"
+        label = f"threshold {threshold:g}"
         ax.plot(
             mine[0][quantity],
             mine[0]["error"],

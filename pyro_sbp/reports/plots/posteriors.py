@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.criteria import Rule, find_criterion
 from pyro_sbp.reports.plots.style import (
     MOST_FILTERS,
     MOST_GATES,
@@ -32,38 +33,58 @@ if TYPE_CHECKING:
 __all__ = ["first_filters", "image_shape", "kept_pixels", "snr_histograms"]
 
 
-def _posterior(source: Any, threshold: float | None) -> tuple[Any, float]:
-    """The posterior of a run, or another object with signal-to-noise ratios, and the threshold."""
+def _posterior(source: Any, threshold: float | None, criterion: str | None) -> tuple[Any, Rule]:
+    """The posterior of a run, or anything that has signal-to-noise ratios, and what is kept."""
     if isinstance(source, Run | str | Path):
         from pyro_sbp.reports.posterior import read_posterior
 
         run = run_of(source)
-        threshold = run.request.recipe.threshold if threshold is None else threshold
-        source = read_posterior(run.directory)
-    return source, 1.0 if threshold is None else threshold
+        rule, source = run.request.recipe.rule(criterion), read_posterior(run.directory)
+    else:
+        found = find_criterion(criterion or "snr")
+        rule = Rule(found, found.threshold)
+    return source, rule if threshold is None else rule._replace(threshold=threshold)
+
+
+def _by_snr(rule: Rule) -> bool:
+    """Whether the threshold is on the signal-to-noise ratio, and has a place on its axis."""
+    return rule.criterion.name == "snr"
+
+
+def _kept(source: Any, rule: Rule) -> dict[str, Tensor]:
+    """Which elements of every site reach the threshold."""
+    scores = source.snr() if _by_snr(rule) else source.scores(rule.criterion.name)
+    return {name: value.detach().cpu() >= rule.threshold for name, value in scores.items()}
 
 
 @drawing
-def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
-    """Plot a histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
+def snr_histograms(
+    source: Any, threshold: float | None = None, criterion: str | None = None
+) -> Figure:
+    """A histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
 
-    Ratios that a logarithmic axis cannot show are counted in the first or the last bar. NaN is not
-    counted.
+    The units that the criterion keeps are coloured; a threshold on another score than the ratio has
+    no place on the axis. Ratios that have no place on a logarithmic axis are drawn in the first or
+    the last bar, except NaN, which is not drawn.
 
     Args:
         source: a run, its directory, its posterior, or a guide.
-        threshold: the smallest ratio of a unit that is kept; by default that of the recipe of the
-            run, or 1.
+        threshold: the score from which units are kept; by default that of the run's recipe, or of
+            the criterion.
+        criterion: what decides; by default that of the run's recipe, or the ratio. Another one is
+            for runs and their posteriors.
 
     Raises:
         RequestError: there is no ratio that can be drawn.
     """
-    source, threshold = _posterior(source, threshold)
+    source, rule = _posterior(source, threshold, criterion)
+    over = {name: value.flatten() for name, value in _kept(source, rule).items()}
+    marked = rule.threshold if _by_snr(rule) else 0.0
     snr = {name: value.detach().flatten().cpu().double() for name, value in source.snr().items()}
     snr = {name: value for name, value in snr.items() if not value.isnan().all()}
     if not snr:
         raise RequestError("there is no signal-to-noise ratio to draw")
-    edges = _edges(snr.values(), threshold)
+    edges = _edges(snr.values(), marked)
     names = sorted(snr, key=lambda name: -len(snr[name]))[:MOST_GATES]
     names = [name for name in snr if name in names]
     columns = 1 if len(names) <= 8 else 2
@@ -72,15 +93,16 @@ def snr_histograms(source: Any, threshold: float | None = None) -> Figure:
     colors = color_cycle()
     for ax, name in zip(axes.flat, names, strict=False):
         values = snr[name]
-        kept, removed = values[values >= threshold], values[values < threshold]
-        for color, part in ((REMOVED, removed), (colors[0], kept)):
-            ax.hist(part.clamp(edges[0], edges[-1]).numpy(), bins=edges, color=color)
-        if threshold > 0:
-            ax.axvline(threshold, color=colors[1], linestyle="--")
+        kept, removed = values[over[name]], values[~over[name] & ~values.isnan()]
+        parts = [part.clamp(edges[0], edges[-1]).numpy() for part in (removed, kept)]
+        ax.hist(parts, bins=edges, color=[REMOVED, colors[0]], stacked=True)
+        if marked > 0:
+            ax.axvline(marked, color=colors[1], linestyle="--")
         ax.set(xscale="log", yscale="log")
         ax.set_ylim(0.5, None)
         words = f"{name}: {len(kept)} of {len(values)}"
-        words += f" at or over {threshold:.3g}" if columns == 1 else ""
+        score = "" if _by_snr(rule) else f"{rule.criterion.short} "
+        words += f" {score}at or over {rule.threshold:.3g}" if columns == 1 else ""
         ax.set_title(words, fontsize=9 if columns == 1 else 8)
         plain_ticks(ax.xaxis)
         plain_ticks(ax.yaxis)
@@ -149,14 +171,15 @@ def image_shape(run: Run) -> tuple[int, int, int] | None:
     return (3 if known.dataset == "cifar10" else 1), known.image_size, known.image_size
 
 
-def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
-    """The site with noise on the pixels of the image, and the signal-to-noise ratios of the pixels,
-    ``[channels, height, width]``. With noise on weights, the ratio of a pixel is the largest ratio
-    of the weights that read it."""
+def pixel_scores(
+    run: Run, posterior: Posterior, criterion: str = "snr"
+) -> tuple[str, Tensor] | None:
+    """The site that says what the pixels of the image carry, and their scores ``[channels, height,
+    width]``: of noise on weights, the best of those that read a pixel."""
     shape = image_shape(run)
     if shape is None:
         return None
-    for name, value in posterior.snr().items():
+    for name, value in posterior.scores(criterion).items():
         if posterior.elements == "weights" and value.ndim == 2:
             value = value.amax(0)
         elif not name.endswith("_input"):
@@ -167,10 +190,14 @@ def pixel_snr(run: Run, posterior: Posterior) -> tuple[str, Tensor] | None:
 
 
 @drawing
-def kept_pixels(source: Run | str | Path) -> Figure:
-    """Plot the signal-to-noise ratios of the pixels of the image, and which pixels are kept.
+def kept_pixels(source: Run | str | Path, criterion: str | None = None) -> Figure:
+    """The signal-to-noise ratio of the pixels of the image, and which pixels are kept.
 
     For an image with several channels, the largest ratio of each pixel is shown.
+
+    Args:
+        source: a run or its directory.
+        criterion: what decides; by default the criterion of the run's recipe.
 
     Raises:
         RequestError: the run has no noise on the pixels, or no ratio can be drawn.
@@ -179,11 +206,12 @@ def kept_pixels(source: Run | str | Path) -> Figure:
     from matplotlib.patches import Patch
 
     run = run_of(source)
-    posterior, threshold = _posterior(run, None)
-    found = pixel_snr(run, posterior)
-    if found is None:
+    posterior, rule = _posterior(run, None, criterion)
+    found = pixel_scores(run, posterior)
+    decides = pixel_scores(run, posterior, rule.criterion.name)
+    if found is None or decides is None:
         raise RequestError(f"{run.directory} has no noise on the pixels of its images")
-    name, snr = found
+    (name, snr), over = found, decides[1] >= rule.threshold
     best = snr.amax(0)
     low, high = _positive_range([best])
     figure, axes = new_figure(3.0, 1, 2)
@@ -197,8 +225,8 @@ def kept_pixels(source: Run | str | Path) -> Figure:
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
     colors = (REMOVED, color_cycle()[0])
-    right.imshow((best >= threshold).numpy(), cmap=ListedColormap(colors), vmin=0, vmax=1)
-    kept = int((snr >= threshold).sum())
+    right.imshow(over.any(0).numpy(), cmap=ListedColormap(colors), vmin=0, vmax=1)
+    kept = int(over.sum())
     right.set_title(f"{kept} of {snr.numel()} kept", fontsize=9)
     handles = [
         Patch(color=color, label=word)
@@ -224,15 +252,17 @@ def _rows_left(run: Run, gate: str, size: int, rows: int) -> dict[int, int]:
 
 
 @drawing
-def first_filters(source: Run | str | Path) -> Figure:
-    """Plot the kept filters of the first convolution, with their signal-to-noise ratios."""
+def first_filters(source: Run | str | Path, criterion: str | None = None) -> Figure:
+    """The filters of the first convolution that are kept, with their signal-to-noise ratios; the
+    arguments are those of `kept_pixels`."""
     import torch
 
     run = run_of(source)
-    posterior, threshold = _posterior(run, None)
+    posterior, rule = _posterior(run, None, criterion)
     shape = image_shape(run)
     # With noise on weights, the ratio of a filter is the largest ratio of its weights.
     snr = {n: v.flatten(1).amax(1) if v.ndim > 1 else v for n, v in posterior.snr().items()}
+    kept = {n: v.flatten(1).any(1) if v.ndim > 1 else v for n, v in _kept(posterior, rule).items()}
     found = [
         (name.removesuffix(".weight"), value)
         for name, value in posterior.weights.items()
@@ -247,10 +277,10 @@ def first_filters(source: Run | str | Path) -> Figure:
         )
     row = _rows_left(run, name, len(snr[name]), len(weight))
     left = torch.tensor(list(row))
-    over = left[snr[name][left] >= threshold]
+    over = left[kept[name][left]]
     order = over[snr[name][over].argsort(descending=True)][:MOST_FILTERS].tolist()
     if not order:
-        raise RequestError(f"no filter of {name} reaches the threshold {threshold:g}")
+        raise RequestError(f"no filter of {name} reaches the threshold {rule.threshold:g}")
     columns = min(8, len(order))
     rows = math.ceil(len(order) / columns)
     figure, axes = new_figure(0.6 + 0.85 * rows, rows, columns)

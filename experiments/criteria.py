@@ -1,0 +1,161 @@
+"""The criteria compared on finished runs: units, MACs and errors, pruned and fine-tuned.
+
+    python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR] [--no-fine-tuning]
+
+Each run is pruned by every criterion at its default threshold (that of the recipe for the recipe's
+own criterion), from the same posterior, and then fine-tuned as its recipe says: the same epochs,
+learning rate, teacher and order of the data. The run directory is only read. A record for each run
+is written to `results/criteria/`, from which `python -m pyro_sbp.experiments.tables` makes the
+table of docs/criteria.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.streaming import workers_watched
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.record import RESULTS, file_name, record
+from pyro_sbp.experiments.rows import METHODS, Record, markdown, title, unreadable
+from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.criteria import CRITERIA
+from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.again import replayed
+from pyro_sbp.training.files import write_json
+from pyro_sbp.training.job import machine, versions
+from pyro_sbp.training.runs import read_request
+
+__all__ = ["compared", "table"]
+
+DIRECTORY = RESULTS / "criteria"
+
+
+@workers_watched()
+def compared(
+    request: Request, data: ImageData, directory: Path, fine_tuning: bool = True
+) -> list[dict[str, Any]]:
+    """A run's network by every criterion, pruned and fine-tuned.
+
+    Args:
+        request, data, directory: of the run, as for `train`.
+        fine_tuning: whether to fine-tune too, which takes the longest.
+
+    Returns:
+        For each criterion {`criterion`, `threshold`, `units` (kept, by gate), `macs`, `ratio`,
+        `error` (of the test set in percent: {`pruned`, `finetuned`, or None without}}.
+
+    Raises:
+        RequestError: the run has no whole checkpoint, or is of a method without these criteria.
+    """
+    rules = [request.recipe.rule(name) for name in CRITERIA]
+    rows = []
+    with replayed(request, data, directory) as (job, loop), tempfile.TemporaryDirectory() as other:
+        loop.directory = Path(other)  # of metrics and checkpoints that nobody goes on from
+        for criterion, threshold in rules:
+            job.method.prune(criterion=criterion.name, threshold=threshold)
+            loop.recalibrate()
+            loop.measure("pruned", job.method.small)
+            errors = loop.errors["test"]
+            errors["finetuned"] = None
+            kept = {name: int(units.kept.sum()) for name, units in job.method.units.items()}
+            if fine_tuning and request.recipe.finetune_epochs:
+                torch.manual_seed(request.seed)
+                loop.order.manual_seed(request.seed)
+                loop.train(job.method.finetuning())
+                loop.measure("finetuned", job.method.small)
+            small = job.method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
+            macs = count_macs(small, job.example[:1].float())
+            rows.append(
+                {
+                    "criterion": criterion.name,
+                    "threshold": threshold,
+                    "units": kept,
+                    "macs": macs,
+                    "ratio": job.macs / macs,
+                    "error": {name: errors[name] for name in ("pruned", "finetuned")},
+                }
+            )
+    return rows
+
+
+def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
+    """Compare the criteria on a run, and write the record."""
+    request = read_request(run)
+    size = find_architecture(request.arch).image_size
+    data_dir = Path(request.data_dir) if data_dir is None else data_dir
+    data = load_dataset(request.dataset, data_dir, size, device=request.device)
+    trained = record(run)
+    entry = {
+        **{key: trained[key] for key in ("arch", "dataset", "method", "recipe", "seed", "command")},
+        "criteria": compared(request, data, run, fine_tuning),
+        "versions": versions(),
+        "machine": machine(torch.device(request.device)),
+    }
+    path = DIRECTORY / file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, entry)
+    return path
+
+
+def table(records: Sequence[Record]) -> str:
+    """The criteria on every recorded run, with the commands below the table."""
+    del records  # of runs; those of comparisons lie in a directory of their own
+    cells, notes = [], []
+    for path in sorted(DIRECTORY.glob("*.json")):
+        try:
+            entry = json.loads(path.read_text("utf-8"))
+            cells += [_cells(entry, row, index) for index, row in enumerate(entry["criteria"])]
+            used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
+            notes.append(f"- `{entry['command']}`; {used}; {entry['machine']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(path, "record of criteria", error) from error
+    if not cells:
+        raise RequestError(f"there is no record in {DIRECTORY}")
+    head = ("run", "criterion", "threshold", "units", "MACs", "fewer", "pruned, %", "fine-tuned, %")
+    return f"{markdown(head, cells)}\n\n" + "\n".join(notes)
+
+
+def _cells(entry: dict[str, Any], row: dict[str, Any], index: int) -> tuple[str, ...]:
+    """A line of the table; the first one of a run names it."""
+    name = f"{title(entry['arch'], entry['dataset'])}, {METHODS[entry['method']]}"
+    last = row["error"]["finetuned"]
+    return (
+        "" if index else f"{name}, `{entry['recipe']}`, seed {entry['seed']}",
+        row["criterion"],
+        f"{row['threshold']:g}",
+        "-".join(map(str, row["units"].values())),
+        f"{row['macs']:,}",
+        f"{row['ratio']:.2f}x",
+        f"{row['error']['pruned']:.2f}",
+        "-" if last is None else f"{last:.2f}",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Write the records of comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run")
+    parser.add_argument("--data-dir", type=Path, help="by default that of each run")
+    parser.add_argument("--no-fine-tuning", action="store_true", help="measure as pruned only")
+    options = parser.parse_args(arguments)
+    try:
+        for run in options.runs:
+            print(_run(run, options.data_dir, not options.no_fine_tuning))
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{run} is no finished run: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

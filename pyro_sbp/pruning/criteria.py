@@ -1,0 +1,114 @@
+"""The scores of units, one function for each criterion.
+
+References:
+    [1] Neklyudov et al. 2017, arXiv 1705.07283, section 4: the signal-to-noise ratio.
+    [2] Wright et al. 2024, arXiv 2406.01345: Bayesian model reduction for structured pruning.
+
+Model reduction [2] compares the prior p of a unit's theta with a reduced prior p~ under which the
+unit is gone. By Bayes' rule dF = log E_q[p~ / p] is the log evidence of the reduced model minus
+that of the full one, from the posterior q alone. The score is -dF: the log evidence of the unit. A
+posterior that is the prior has a score of 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_sbp import special
+from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
+from pyro_sbp.models.gated_model import theta_prior
+from pyro_sbp.recipes.criteria import find_criterion
+
+__all__ = ["LOG_GONE", "SCORES", "check_prior", "scores"]
+
+Prior = TruncatedLogUniform | TruncatedLogNormal
+#: BMRS_U counts a unit as gone where theta < 2^-8, the resolution of 8 bits [2].
+LOG_GONE = -8 * math.log(2)
+
+
+def _snr(posterior: Any, prior: Any) -> Tensor:
+    """E[theta] / sd[theta] [1]."""
+    snr: Tensor = posterior.snr
+    return snr
+
+
+def _bmrs_n(posterior: TruncatedLogNormal, prior: Prior) -> Tensor:
+    """-dF of BMRS_N [2], whose reduced prior is a spike at the lower bound of theta.
+
+    In the limit of a narrow spike dF is the log density of q over that of p at the bound, the
+    Savage-Dickey ratio. Densities of log theta have the same ratio as those of theta.
+    """
+    return _log_density_at_low(prior) - _log_density_at_low(posterior)
+
+
+def _log_density_at_low(theta: Prior) -> Tensor:
+    return theta.base_dist.log_prob(theta.log_low)
+
+
+def _bmrs_u(posterior: TruncatedLogNormal, prior: Prior) -> Tensor:
+    """-dF of BMRS_U [2], whose reduced prior is p where theta < 2^-8 and zero elsewhere.
+
+    So dF = log q(theta < 2^-8) - log p(theta < 2^-8). Unlike in [2], the region begins at the lower
+    bound: a unit between that and 2^-23 is gone too.
+    """
+    below = torch.tensor(LOG_GONE, dtype=torch.float64, device=posterior.loc.device)
+    return (_log_below(prior, below) - _log_below(posterior, below)).to(posterior.loc)
+
+
+def _log_below(theta: Prior, value: Tensor) -> Tensor:
+    """The log probability that log theta is below a value, in float64 and without underflow."""
+    if isinstance(theta, TruncatedLogUniform):
+        width = theta.log_high.double() - theta.log_low.double()
+        return ((value - theta.log_low.double()) / width).log()
+    parameters = theta.loc, theta.scale, theta.log_low
+    part = special.log_normalizer(*parameters, value.expand(theta.loc.shape))
+    return part - special.log_normalizer(*parameters, theta.log_high)
+
+
+#: From the posterior and the prior of the units of a gate to their scores, ``[units]``.
+SCORES: dict[str, Callable[[Any, Any], Tensor]] = {
+    "snr": _snr,
+    "bmrs-n": _bmrs_n,
+    "bmrs-u": _bmrs_u,
+}
+
+
+def scores(
+    posteriors: Mapping[str, Any], priors: Mapping[str, Any], criterion: str = "snr"
+) -> dict[str, Tensor]:
+    """The score of every element by a criterion, from site name to a tensor of the site's shape.
+
+    Args:
+        posteriors, priors: by site. BMRS is for `TruncatedLogNormal` posteriors.
+        criterion: a name of `pyro_sbp.recipes.criteria.CRITERIA`.
+
+    Raises:
+        ValueError: there is no such criterion.
+    """
+    score = SCORES[find_criterion(criterion).name]
+    with torch.no_grad():
+        return {name: score(q, priors[name]).detach() for name, q in posteriors.items()}
+
+
+def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -> None:
+    """Raise ValueError where a unit that falls to its prior would not be under a threshold.
+
+    Args:
+        scale: the `prior_scale` of `GatedModel`.
+        threshold, criterion: by which units are kept.
+    """
+    if scale is None:
+        return
+    prior = {"": theta_prior(scale, 1, torch.zeros(()))}
+    score = float(scores(prior, prior, criterion)[""])
+    if 0 < threshold <= score:
+        raise ValueError(
+            f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit that "
+            f"falls to this prior has a {find_criterion(criterion).title} of {score:.3g} and would "
+            "stay"
+        )
