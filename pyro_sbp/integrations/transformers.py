@@ -50,7 +50,7 @@ class PruneMixin(_Base):
             )
         pruner.to(self.args.device)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train with noise, which is removed from the model at the end."""
         found = resume_from_checkpoint
         if found is True:
@@ -62,7 +62,7 @@ class PruneMixin(_Base):
             self.pruner.load_state_dict(state)
         self.pruner.attach()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.pruner.detach()
 
