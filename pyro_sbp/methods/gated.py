@@ -107,8 +107,8 @@ class Stage:
     @classmethod
     def dense(cls, net: nn.Module, gates: Sequence[Gate]) -> Stage:
         """The stage before the first cut."""
-        whole = {gate.name: torch.ones(gate.size, dtype=torch.bool) for gate in gates}
-        snr = {gate.name: torch.full((gate.size,), torch.inf) for gate in gates}
+        whole = {gate.name: torch.ones(gate.size, dtype=torch.bool, device="cpu") for gate in gates}
+        snr = {gate.name: torch.full((gate.size,), torch.inf, device="cpu") for gate in gates}
         units = {name: Units(every, every) for name, every in whole.items()}
         return cls(net, gates, units, snr, (), Equivalence(0.0, 0.0))
 

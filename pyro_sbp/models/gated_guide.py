@@ -145,9 +145,9 @@ class TruncatedLogNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         """Location and log scale of a site, put back into the box."""
         loc, log_scale = _get(self.locs, name), _get(self.log_scales, name)
         low, high = self._bounds[name]
-        with torch.no_grad():
-            loc.clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
-            log_scale.clamp_(LOG_SCALE_RANGE[0], self._most[name])
+        # `detach`, which `torch.jit.trace` records, as it does not `no_grad`.
+        loc.detach().clamp_(low - LOC_MARGIN, high + LOC_MARGIN)
+        log_scale.detach().clamp_(LOG_SCALE_RANGE[0], self._most[name])
         return loc, log_scale
 
     def _posterior(self, name: str) -> TruncatedLogNormal:
@@ -213,12 +213,13 @@ def _check_names(given: Initial, sites: Mapping[str, Any]) -> None:
 def _initial(given: Initial, default: float, name: str, like: Tensor, shape: list[int]) -> Tensor:
     """The initial values of a site as a new tensor of its shape; the default if it is not named."""
     value = given.get(name, default) if isinstance(given, Mapping) else given
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     try:
-        return torch.as_tensor(value).to(like).expand(shape).clone()
+        return value.expand(shape).clone()
     except RuntimeError as error:
         raise ValueError(
-            f"the initial value of site {name!r} has shape {list(torch.as_tensor(value).shape)}; "
-            f"expected one that broadcasts to {shape}"
+            f"the initial value of site {name!r} has shape {list(value.shape)}; expected one that "
+            f"broadcasts to {shape}"
         ) from error
 
 

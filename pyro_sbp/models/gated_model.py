@@ -155,7 +155,7 @@ def check_prior(scale: float | None, threshold: float) -> None:
     """Raise ValueError where a unit that falls to its prior would not be under a threshold."""
     if scale is None:
         return
-    snr = float(theta_prior(scale, 1, torch.zeros(())).snr)
+    snr = float(theta_prior(scale, 1, torch.zeros((), device="cpu")).snr)
     if 0 < threshold <= snr:
         raise ValueError(
             f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit that "

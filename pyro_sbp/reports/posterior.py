@@ -231,6 +231,6 @@ def _nearest(snr: Tensor, which: Tensor, descending: bool) -> list[dict[str, Any
     best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
     found = []
     for place in places[best].tolist():
-        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), snr.shape)]
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place, device="cpu"), snr.shape)]
         found.append({"unit": unit if len(unit) > 1 else unit[0], "snr": float(values[place])})
     return found

@@ -240,7 +240,7 @@ def first_filters(source: Run | str | Path) -> Figure:
     if shape[0] not in (1, 3) or weight.shape[-1] == 1:
         raise RequestError(f"the filters of {name} are no pictures of one or three channels")
     row = _rows_left(run, name, len(snr[name]), len(weight))
-    left = torch.tensor(list(row))
+    left = torch.tensor(list(row), device="cpu")
     over = left[snr[name][left] >= threshold]
     order = over[snr[name][over].argsort(descending=True)][:MOST_FILTERS].tolist()
     if not order:
