@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyro_sbp.models.gated_model import GatedModel
     from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
     from pyro_sbp.models.sparse_model import SparseModel
+    from pyro_sbp.models.truncated_normal_guide import TruncatedNormalGuide
     from pyro_sbp.pruning.costs import UnitCosts
     from pyro_sbp.pruning.macs import count_macs
     from pyro_sbp.pruning.pruning import prune
@@ -36,6 +37,7 @@ __all__ = [
     "GatedNetwork",
     "SparseModel",
     "TruncatedLogNormalGuide",
+    "TruncatedNormalGuide",
     "UnitCosts",
     "benchmark",
     "count_macs",
@@ -70,6 +72,7 @@ _find, _names, _ = lazy_loader.attach(
         "models.gated_model": ["GatedModel"],
         "models.sparse_guide": ["AdditiveNormalGuide"],
         "models.sparse_model": ["SparseModel"],
+        "models.truncated_normal_guide": ["TruncatedNormalGuide"],
         "pruning.costs": ["UnitCosts"],
         "pruning.macs": ["count_macs"],
         "pruning.pruning": ["prune"],

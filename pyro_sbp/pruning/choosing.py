@@ -20,6 +20,7 @@ from pyro_sbp.gates.surgery import (
     surviving_units,
 )
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
+from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.macs import count_macs
 
 __all__ = [
@@ -69,9 +70,10 @@ def masked_mean(guide: TruncatedLogNormalGuide, threshold: float = 1.0) -> dict[
     This is the paper's deterministic test-time network (arXiv 1705.07283, section 4).
 
     Raises:
-        ValueError: the threshold is negative or not finite.
+        ValueError: the threshold is negative or not finite, or the guide has no `mean` and `snr`.
     """
     check_threshold(threshold)
+    check_statistics(guide)
     snr = guide.snr()
     return {name: mean * (snr[name] >= threshold) for name, mean in guide.mean().items()}
 

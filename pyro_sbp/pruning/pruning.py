@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
+from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
 from pyro_sbp.pruning.exactness import checked_shrink
 
@@ -41,10 +42,11 @@ def prune(
         A plain network with E[theta] folded into its weights, in the training mode of the original.
 
     Raises:
-        ValueError: what `choose_units` refuses.
+        ValueError: what `choose_units` refuses, or the guide has no `mean` and `snr`.
         EquivalenceError: the `relative_difference` of the result from the masked network is more
             than 1e-10 in float64.
     """
+    check_statistics(guide)
     net, gates = model.gated.net, model.gates
     choice = choose_units(
         net,
