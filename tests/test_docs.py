@@ -105,6 +105,11 @@ def test_sparse_variational_dropout():
     assert table("sparse_vd.md", "KL")[0][1] == f"{found:.1e}".replace("e-0", "e-")
 
 
+def test_a_checkpoint_of_network_and_guide():
+    space = page("from_pyro.md")
+    assert torch.equal(space["model"].gated.net[0].weight, space["saved"]["network"]["0.weight"])
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -159,7 +164,7 @@ def test_every_block_and_link_is_checked(name):
     assert languages <= {"python", "toml", "sh", "math"}
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
-    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2}
+    tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2, "from_pyro.md": 1}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 
