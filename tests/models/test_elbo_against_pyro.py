@@ -234,18 +234,13 @@ def agree(model, guide, **settings):
         torch.testing.assert_close(grad, their_grads[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["local", "scaled", "truncated"])
-def test_vectorized_particles(name):
-    agree(*PAIRS[name], num_particles=3, vectorize_particles=True, max_plate_nesting=1)
-
-
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("particles", [1, 3])
 def test_the_loss_and_its_gradients_are_those_of_pyro(name, particles):
     agree(*PAIRS[name], num_particles=particles)
 
 
-@pytest.mark.parametrize("name", ["local", "nested", "auxiliary", "truncated"])
+@pytest.mark.parametrize("name", ["local", "scaled", "nested", "auxiliary", "truncated"])
 def test_particles_are_vectorized_as_in_pyro(name):
     agree(*PAIRS[name], num_particles=4, vectorize_particles=True, max_plate_nesting=2)
 
