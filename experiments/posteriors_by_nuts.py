@@ -40,7 +40,7 @@ def _model(x: Tensor, y: Tensor) -> None:
 
 
 def rows(
-    seed: int, *, steps: int = 600, samples: int = 600, warmup: int = 300, size: int = 300
+    seed: int, *, steps: int = 600, samples: int = 400, warmup: int = 200, size: int = 300
 ) -> Iterator[Row]:
     """The coefficients of the data set of a seed, in order."""
     pyro.set_rng_seed(seed)
@@ -57,7 +57,7 @@ def rows(
     torch.set_default_dtype(torch.float64)
     try:
         mcmc = MCMC(
-            NUTS(_model, init_strategy=start),
+            NUTS(_model, init_strategy=start, jit_compile=True, ignore_jit_warnings=True),
             num_samples=samples,
             warmup_steps=warmup,
             disable_progbar=True,
