@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_value
+from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_sbp as sbp
@@ -48,7 +49,7 @@ def rows(
     x = torch.randn(size, len(TRUTH))
     y = x @ torch.tensor(TRUTH) + 0.5 * torch.randn(size)
     guide = sbp.TruncatedLogNormalGuide(_model, x, y, init_loc=-6.0, init_log_scale=0.0)
-    svi = SVI(_model, guide, pyro.optim.Adam({"lr": 0.05}), TraceMeanField_ELBO())
+    svi = SVI(_model, guide, Adam({"lr": 0.05}), TraceMeanField_ELBO())
     for _ in range(steps):
         svi.step(x, y)
     q = guide.posteriors()["theta"]
