@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_value
-from pyro.optim import Adam
+from pyro.optim import Adam  # type: ignore[attr-defined]  # made when Pyro is imported
 from torch import Tensor
 
 import pyro_sbp as sbp
