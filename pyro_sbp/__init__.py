@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyro_sbp.models.gated_model import GatedModel
     from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
     from pyro_sbp.models.sparse_model import SparseModel
+    from pyro_sbp.models.truncated_normal_guide import TruncatedNormalGuide
     from pyro_sbp.pruning.costs import UnitCosts
     from pyro_sbp.pruning.macs import count_macs
     from pyro_sbp.pruning.pruner import Pruner
@@ -42,6 +43,7 @@ __all__ = [
     "Pruner",
     "SparseModel",
     "TruncatedLogNormalGuide",
+    "TruncatedNormalGuide",
     "UnitCosts",
     "benchmark",
     "count_macs",
@@ -80,6 +82,7 @@ _find, _names, _ = lazy_loader.attach(
         "models.gated_model": ["GatedModel"],
         "models.sparse_guide": ["AdditiveNormalGuide"],
         "models.sparse_model": ["SparseModel"],
+        "models.truncated_normal_guide": ["TruncatedNormalGuide"],
         "pruning.costs": ["UnitCosts"],
         "pruning.macs": ["count_macs"],
         "pruning.pruner": ["Pruner"],

@@ -137,6 +137,11 @@ def test_the_criteria():
     ]
 
 
+def test_a_checkpoint_of_network_and_guide():
+    space = page("from_pyro.md")
+    assert torch.equal(space["model"].gated.net[0].weight, space["saved"]["network"]["0.weight"])
+
+
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
@@ -218,7 +223,7 @@ def test_every_block_and_link_is_checked(name):
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
     tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2, "regression.md": 7}
-    tested |= {"criteria.md": 1, "training_loops.md": 3}
+    tested |= {"criteria.md": 1, "from_pyro.md": 1, "training_loops.md": 3}
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 

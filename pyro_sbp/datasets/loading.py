@@ -76,7 +76,8 @@ class ImageData:
                 f"holdout is {count}; expected at most {len(self.train) - 2}, as two of the "
                 f"{len(self.train)} training images have to be left"
             )
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1))
+        drawn = torch.Generator().manual_seed(1)
+        order = torch.randperm(len(self.train), generator=drawn, device="cpu")
         train, validation = order[count:].sort().values, order[:count].sort().values
         return ImageData(
             self.train.part(train), self.test, self.classes, self.train.part(validation)
@@ -86,7 +87,7 @@ class ImageData:
         """The same with labels of training images drawn at random: there is nothing to learn, only
         to memorise (arXiv 1611.03530)."""
         drawn = torch.Generator().manual_seed(seed)
-        labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn)
+        labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn, device="cpu")
         labels = labels.to(self.train.labels)
         return dataclasses.replace(self, train=self.train.with_labels(labels))
 
@@ -96,7 +97,8 @@ class ImageData:
         Of more than `STANDARDIZE_ON` training images, a sample is measured: the same one whether
         they are streamed or not.
         """
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        drawn = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self.train), generator=drawn, device="cpu")
         sample = order[:STANDARDIZE_ON].sort().values
         measured = Standardization.measure(self.train.pixels(sample.split(100)))
         return self._each(lambda split: split.standardized_by(measured))
@@ -162,7 +164,7 @@ def _digits() -> tuple[Split, Split, tuple[str, ...]]:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).long()
-    test = torch.arange(len(labels)) % 5 == 4
+    test = torch.arange(len(labels), device="cpu") % 5 == 4
     return (
         Split(images[~test], labels[~test]),
         Split(images[test], labels[test]),
@@ -178,7 +180,9 @@ def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ..
     folder = data_dir / source.folder
     try:
         parts = [getattr(datasets, source.class_name)(data_dir, train=t) for t in (True, False)]
-        splits = [Split(_images(part.data), torch.as_tensor(part.targets)) for part in parts]
+        splits = [
+            Split(_images(part.data), torch.as_tensor(part.targets, device="cpu")) for part in parts
+        ]
     except OSError as error:
         raise RequestError(
             f"{name} in {folder} cannot be read ({first_line(error)}): give another --data-dir"
@@ -198,7 +202,7 @@ def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ..
 
 
 def _images(data: Any) -> Tensor:
-    images = torch.as_tensor(data)
+    images = torch.as_tensor(data, device="cpu")
     return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous()
 
 
@@ -211,7 +215,7 @@ def _folder(
     # The first image decides, where the network does not.
     size = image_size_of(samples[0][0][0]) if image_size is None else (image_size, image_size)
     files = [ImageFiles([path for path, _ in part], size) for part in samples]
-    labels = [torch.tensor([label for _, label in part]) for part in samples]
+    labels = [torch.tensor([label for _, label in part], device="cpu") for part in samples]
     if workers is None:
         workers = default_workers() if _too_large(files, device) else 0
     train, test = (

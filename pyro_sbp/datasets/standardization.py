@@ -49,7 +49,7 @@ class Standardization:
             spread = count * int(square) - int(total) ** 2
             means.append(total / count / 255)
             stds.append(math.sqrt(spread) / count / 255 if spread else 1.0)
-        return cls(*(torch.tensor(x)[:, None, None].to(sums.device) for x in (means, stds)))
+        return cls(*(torch.tensor(x, device=sums.device)[:, None, None] for x in (means, stds)))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Images ``[batch, channels, height, width]`` in [0, 1], standardised."""

@@ -66,7 +66,7 @@ class ImageFiles(Dataset):
         Raises:
             DamagedImage: a file is no image; the message names it.
         """
-        images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8, device="cpu")
         for image, i in zip(images, index, strict=True):
             image.copy_(_read(self.paths[i], self.size))
         return images
@@ -156,7 +156,9 @@ class StreamedSplit(LabelledImages):
         Raises:
             DamagedImage: a file is no image.
         """
-        numbers = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+        numbers = torch.arange(len(self), device="cpu")[
+            index.cpu() if isinstance(index, Tensor) else index
+        ]
         pixels = self.images.read(numbers.tolist()).to(self.labels.device)
         return self._values(pixels, None), self.labels[numbers.to(self.labels.device)]
 

@@ -133,7 +133,7 @@ def device_name(device: torch.device) -> str:
 
 def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) -> nn.Module:
     """The network with one unit left in every gate: its latency is the floor for any pruning."""
-    theta = {gate.name: torch.zeros(gate.size) for gate in gates}
+    theta = {gate.name: torch.zeros(gate.size, device="cpu") for gate in gates}
     device = next(net.parameters()).device
     return shrink(net, gates, {k: v.to(device) for k, v in theta.items()}, example_input)
 
@@ -256,8 +256,8 @@ def _latency(
                 times[name] += timer.blocked_autorange(min_run_time=seconds / rounds).times
     median, spread = {}, {}
     for name, values in times.items():
-        low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
-            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        low, middle, high = torch.tensor(values, dtype=torch.float64, device="cpu").quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
         )
         median[name] = 1e3 * float(middle)
         spread[name] = float((high - low) / (2 * middle))

@@ -145,7 +145,7 @@ def _by_ptflops(
             (1,),
             print_per_layer_stat=False,
             as_strings=False,
-            input_constructor=lambda _: torch.zeros(1),
+            input_constructor=lambda _: torch.zeros(1, device="cpu"),
             ost=printed,
             custom_modules_hooks={op: recording(f) for op, f in ATEN_OPS_MAPPING.items()},
             backend="aten",

@@ -72,7 +72,10 @@ def export(
     dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
     try:
-        inputs = [torch.rand(size, *input_shape, generator=generator).to(dtype) for size in BATCHES]
+        inputs = [
+            torch.rand(size, *input_shape, generator=generator, device="cpu").to(dtype)
+            for size in BATCHES
+        ]
         with torch.no_grad():
             output = net(inputs[0])
     except Exception as error:  # a network may raise anything for an input of a wrong shape

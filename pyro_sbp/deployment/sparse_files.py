@@ -43,12 +43,12 @@ def write_sparse(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor]:
     flat = tensor.detach().cpu().flatten()
     places = torch.nonzero(flat).flatten()
-    steps = torch.diff(places, prepend=torch.tensor([-1]))
+    steps = torch.diff(places, prepend=torch.tensor([-1], device="cpu"))
     # A step of 600 becomes 255, 255 and 90.
     bridges = (steps - 1) // _LONGEST
     rest = steps - bridges * _LONGEST
     ends = (bridges + 1).cumsum(0) - 1
-    stored = torch.full((int((bridges + 1).sum()),), _LONGEST, dtype=torch.int64)
+    stored = torch.full((int((bridges + 1).sum()),), _LONGEST, dtype=torch.int64, device="cpu")
     stored[ends] = rest
     values = flat[stored.cumsum(0) - 1] if len(stored) else flat[:0]
     return values, stored.to(torch.uint8)

@@ -61,7 +61,7 @@ class Span:
         """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
         if values.device not in self._on:
             units = self.units.to(values.device)
-            whole = torch.equal(self.units, torch.arange(len(self.units)))
+            whole = torch.equal(self.units, torch.arange(len(self.units), device="cpu"))
             self._on[values.device] = (units, whole)
         units, whole = self._on[values.device]
         if whole and len(units) == values.shape[-1]:

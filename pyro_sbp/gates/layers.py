@@ -250,8 +250,8 @@ def _resize_places(module: PlaceChannels, rows: Tensor | None, columns: Tensor |
 
 def _resize_groups(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
     groups, weight = groups_of(module), module.get_parameter("weight").detach()
-    rows = torch.arange(num_rows(module)) if rows is None else rows
-    columns = torch.arange(num_columns(module)) if columns is None else columns
+    rows = torch.arange(num_rows(module), device="cpu") if rows is None else rows
+    columns = torch.arange(num_columns(module), device="cpu") if columns is None else columns
     width = weight.shape[1]
     row_group = rows // (num_rows(module) // groups)
     kept = row_group.unique()

@@ -204,14 +204,14 @@ class _Reach:
 def _codes(size: int) -> Tensor:
     """Patterns ``[2 * bits, size]``: which units a pass sets, each bit and then its opposite."""
     bits = max(1, (size - 1).bit_length())
-    numbers = torch.arange(size)
+    numbers = torch.arange(size, device="cpu")
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits)]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 
 def _blocks(net: nn.Module, writer: str) -> Tensor:
     parent, _, name = writer.rpartition(".")
-    rows = torch.arange(num_rows(net.get_submodule(writer)))
+    rows = torch.arange(num_rows(net.get_submodule(writer)), device="cpu")
     return rows // getattr(net.get_submodule(parent), "row_blocks", {}).get(name, 1)
 
 
@@ -247,7 +247,8 @@ def _measure(net: nn.Module, probe: _Probe, x: Any, writers: Sequence[str]) -> l
         reach = _Reach(writer, _blocks(net, writer))
         reaches.append(reach)
         try:
-            if _pass(net, probe, x, {writer: torch.ones(len(reach.blocks), dtype=torch.bool)}):
+            every = torch.ones(len(reach.blocks), dtype=torch.bool, device="cpu")
+            if _pass(net, probe, x, {writer: every}):
                 reach.problem = "reaches an output of the network"
                 continue
         except _Astray as error:
@@ -282,8 +283,12 @@ def _apart(reaches: Sequence[_Reach]) -> list[list[_Reach]]:
 def _decode(net: nn.Module, probe: _Probe, x: Any, reaches: Sequence[_Reach]) -> None:
     """Find the unit of every column that writers which do not meet reach."""
     codes = {reach.writer: _codes(reach.size) for reach in reaches}
-    numbers = {r.writer: {name: torch.zeros(len(h)).long() for name, h in r.seen.items()}
-               for r in reaches}  # fmt: skip
+    numbers = {
+        r.writer: {
+            n: torch.zeros(len(h), dtype=torch.long, device="cpu") for n, h in r.seen.items()
+        }
+        for r in reaches
+    }
     for bit in range(max(map(len, codes.values())) // 2):
         active = [r for r in reaches if r.problem is None and 2 * bit < len(codes[r.writer])]
         if not active:
@@ -340,12 +345,11 @@ def _gate(net: nn.Module, group: Sequence[_Reach]) -> Gate:
                     unit = (reach.writer, own_number)
                     same.merge(owner.setdefault((name, column), unit), unit)
     number: dict[Any, int] = {}
-    own = {
-        reach.writer: torch.tensor(
-            [number.setdefault(same[reach.writer, unit], len(number)) for unit in range(reach.size)]
-        )
-        for reach in group
-    }
+    own = {}
+    for reach in group:
+        roots = [same[reach.writer, unit] for unit in range(reach.size)]
+        numbers = [number.setdefault(root, len(number)) for root in roots]
+        own[reach.writer] = torch.tensor(numbers, device="cpu")
     spans: dict[str, Tensor] = {}
     for reach in group:
         for name, units in reach.columns.items():
@@ -379,7 +383,7 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
             f"those are {', '.join(dense) or 'none'}"
         )
     size = num_columns(modules[layer])
-    return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size)),))
+    return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size, device="cpu")),))
 
 
 def find_gates(

@@ -21,15 +21,15 @@ TOLERANCE = 1e-10
 
 
 def _a_third(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(size, generator=generator)[: -(-size // 3)]
+    return torch.randperm(size, generator=generator, device="cpu")[: -(-size // 3)]
 
 
 def _first_half(size: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(size // 2)
+    return torch.arange(size // 2, device="cpu")
 
 
 def _all_but_one(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(size, generator=generator)[1:]
+    return torch.randperm(size, generator=generator, device="cpu")[1:]
 
 
 class Proof:
@@ -53,7 +53,9 @@ class Proof:
         generator = torch.Generator().manual_seed(0)
         theta = {}
         for gate in gates:
-            values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64)
+            values = 0.5 + torch.rand(
+                gate.size, generator=generator, dtype=torch.float64, device="cpu"
+            )
             values[gone(gate.size, generator)] = 0
             theta[gate.name] = values
         net = copy_for_measurement(self.net, torch.float64, self.training_paths)
@@ -108,5 +110,7 @@ def enliven(net: nn.Module, generator: torch.Generator) -> None:
             if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
             if float(parameter.abs().max()) < 1e-3:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                noise = torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float64, device="cpu"
+                )
                 parameter.add_(noise, alpha=0.1)

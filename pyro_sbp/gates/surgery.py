@@ -58,7 +58,7 @@ def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor])
 
     In a layer with groups a column lives only where a row of its group does.
     """
-    read = torch.zeros(gate.size, dtype=torch.bool)
+    read = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
     for span in gate.readers:
         living = columns.get(span.layer, torch.ones_like(span.units, dtype=torch.bool))
         if span.groups > 1 and span.layer in rows:
@@ -92,7 +92,7 @@ def surviving_units(
     alive = {
         gate.name: theta[gate.name].detach().cpu() != 0
         if gate.name in theta
-        else torch.ones(gate.size, dtype=torch.bool)
+        else torch.ones(gate.size, dtype=torch.bool, device="cpu")
         for gate in gates
     }
     columns_of, rows_of = _columns(gates), _rows(gates)
@@ -116,7 +116,8 @@ def _physical(
     """The least units that have to remain, with those alive, for every layer to have a shape."""
     physical = {name: units.clone() for name, units in alive.items()}
     order = {
-        gate.name: score.get(gate.name, -torch.arange(gate.size)).detach().cpu() for gate in gates
+        gate.name: score.get(gate.name, -torch.arange(gate.size, device="cpu")).detach().cpu()
+        for gate in gates
     }
 
     def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
@@ -137,7 +138,7 @@ def _physical(
                 # Units that are still joined to what remains of the other gates come first.
                 bring_back(gate, readable(gate, gates, physical), missing)
                 missing -= int(physical[gate.name].sum()) - count
-                bring_back(gate, torch.ones(gate.size, dtype=torch.bool), missing)
+                bring_back(gate, torch.ones(gate.size, dtype=torch.bool, device="cpu"), missing)
                 changed = True
         changed |= _even_groups(gates, physical, bring_back)
     return physical
@@ -156,13 +157,15 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
         # A side without a gate keeps all of its rows or columns, and with them every group.
         present = [spans for spans in both if spans]
         counts = [_group_counts(spans, physical) for spans in present]
-        kept = torch.tensor(True) if len(counts) < 2 else (counts[0] > 0) | (counts[1] > 0)
+        kept = torch.tensor(True, device="cpu")
+        if len(counts) > 1:
+            kept = (counts[0] > 0) | (counts[1] > 0)
         for spans, count in zip(present, counts, strict=True):
             most = max(1, int(count.max()))
             for group in torch.nonzero(kept & (count < most)).flatten().tolist():
                 missing = most - int(count[group])
                 for gate, span in spans:
-                    among = torch.zeros(gate.size, dtype=torch.bool)
+                    among = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
                     units = span.units.view(span.groups, -1)[group]
                     among[units[units >= 0]] = True
                     changed |= bring_back(gate, among, missing)

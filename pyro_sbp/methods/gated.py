@@ -30,7 +30,7 @@ from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_pri
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
-from pyro_sbp.pruning.criteria import check_prior, scores
+from pyro_sbp.pruning.criteria import check_prior, guide_scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.recipes.settings import GatedRecipe
 
@@ -108,8 +108,8 @@ class Stage:
     @classmethod
     def dense(cls, net: nn.Module, gates: Sequence[Gate]) -> Stage:
         """The stage before the first cut."""
-        whole = {gate.name: torch.ones(gate.size, dtype=torch.bool) for gate in gates}
-        score = {gate.name: torch.full((gate.size,), torch.inf) for gate in gates}
+        whole = {gate.name: torch.ones(gate.size, dtype=torch.bool, device="cpu") for gate in gates}
+        score = {gate.name: torch.full((gate.size,), torch.inf, device="cpu") for gate in gates}
         units = {name: Units(every, every) for name, every in whole.items()}
         return cls(net, gates, units, score, (), Equivalence(0.0, 0.0))
 
@@ -374,7 +374,7 @@ class TurnPhase(NoisePhase):
 
     def scores(self, criterion: str) -> dict[str, Tensor]:
         """The scores of the turn's gates, minus infinity where a column of zeros remains."""
-        found = scores(self.guide.posteriors(), self.guide.priors(), criterion)
+        found = guide_scores(self.guide, criterion)
         return {name: value.where(self._there(name), -torch.inf) for name, value in found.items()}
 
     def _there(self, gate: str) -> Tensor:

@@ -76,10 +76,10 @@ class ClosedFormELBO(ELBO):
         parts = [
             self._of_traces(*traces) for traces in self._get_traces(model, guide, args, kwargs)
         ]
-        nll, kl = (
-            torch.stack([torch.as_tensor(x) for x in of]).sum() for of in zip(*parts, strict=True)
-        )
-        return Parts(nll / self.num_particles, kl / self.num_particles)
+        nll, kl = (sum(of) / self.num_particles for of in zip(*parts, strict=True))
+        # Without sites of a kind it is the number 0.
+        values = (x if isinstance(x, Tensor) else torch.tensor(x, device="cpu") for x in (nll, kl))
+        return Parts(*values)
 
     def _of_traces(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         """Negative log-likelihood and KL of one pair of traces."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SiteStatistics"]
+__all__ = ["SiteStatistics", "check_statistics"]
 
 
 class SiteStatistics:
@@ -46,3 +46,12 @@ class SiteStatistics:
             return q.icdf(p.reshape(-1, *[1] * q.loc.ndim))
 
         return self._statistic(of)
+
+
+def check_statistics(guide: Any) -> None:
+    """Raise ValueError unless a guide has the mean and the signal-to-noise ratio of its sites."""
+    if not all(callable(getattr(guide, name, None)) for name in ("mean", "snr")):
+        raise ValueError(
+            f"{type(guide).__name__} has no mean() and snr() by site, which decide what is kept: "
+            "use TruncatedLogNormalGuide, or choose theta yourself and call shrink"
+        )

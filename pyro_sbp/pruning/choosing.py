@@ -20,7 +20,8 @@ from pyro_sbp.gates.surgery import (
     surviving_units,
 )
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
-from pyro_sbp.pruning.criteria import scores
+from pyro_sbp.models.site_statistics import check_statistics
+from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA, Criterion, find_criterion
 
@@ -79,11 +80,13 @@ def masked_mean(
     1705.07283, section 4).
 
     Raises:
-        ValueError: there is no such criterion, or the threshold is not one of it.
+        ValueError: there is no such criterion, the threshold is not one of it, or the
+            guide has no `mean` and `snr`.
     """
     threshold = find_criterion(criterion).threshold if threshold is None else threshold
     check_threshold(threshold, criterion)
-    score = scores(guide.posteriors(), guide.priors(), criterion)
+    check_statistics(guide)
+    score = guide_scores(guide, criterion)
     return {name: mean * (score[name] >= threshold) for name, mean in guide.mean().items()}
 
 

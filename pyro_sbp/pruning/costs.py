@@ -71,7 +71,7 @@ class _Layer:
 
     def _by_unit(self, span: Span, values: Tensor, p: Tensor) -> Tensor:
         """Sums ``[groups, units]`` over the rows, or columns, of each group and unit."""
-        group = torch.arange(len(values)) // (len(values) // self.groups)
+        group = torch.arange(len(values), device="cpu") // (len(values) // self.groups)
         carries = span.units >= 0
         place = (group * len(p) + span.units)[carries]
         return (
@@ -81,7 +81,7 @@ class _Layer:
 
 def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
     """With what probability each row or column is there: all of its units have to be."""
-    there = torch.ones(size, dtype=torch.float64)
+    there = torch.ones(size, dtype=torch.float64, device="cpu")
     for gate, span in spans:
         there = there * span.expand(keep[gate])
     return there
@@ -183,10 +183,13 @@ class UnitCosts:
         return {name: cost / mean for name, cost in costs.items()}
 
     def _all(self) -> dict[str, Tensor]:
-        return {name: torch.ones(size, dtype=torch.float64) for name, size in self.sizes.items()}
+        return {
+            name: torch.ones(size, dtype=torch.float64, device="cpu")
+            for name, size in self.sizes.items()
+        }
 
     def _expected(self, keep: Mapping[str, Tensor]) -> Tensor:
-        whole = torch.tensor(self._rest, dtype=torch.float64)
+        whole = torch.tensor(self._rest, dtype=torch.float64, device="cpu")
         for layer in self._layers:
             whole = whole + layer.expected(keep)
         return whole

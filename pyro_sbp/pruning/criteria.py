@@ -24,7 +24,7 @@ from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.models.gated_model import theta_prior
 from pyro_sbp.recipes.criteria import find_criterion
 
-__all__ = ["LOG_GONE", "SCORES", "check_prior", "scores"]
+__all__ = ["LOG_GONE", "SCORES", "check_prior", "guide_scores", "scores"]
 
 Prior = TruncatedLogUniform | TruncatedLogNormal
 #: BMRS_U counts a unit as gone where theta < 2^-8, the resolution of 8 bits [2].
@@ -95,6 +95,22 @@ def scores(
         return {name: score(q, priors[name]).detach() for name, q in posteriors.items()}
 
 
+def guide_scores(guide: Any, criterion: str = "snr") -> dict[str, Tensor]:
+    """The score of every element of a guide by a criterion, from site name to a tensor.
+
+    Args:
+        guide: has `snr` for the signal-to-noise ratio, and `posteriors` and `priors` for BMRS.
+        criterion: as for `scores`.
+
+    Raises:
+        ValueError: there is no such criterion.
+    """
+    if find_criterion(criterion).name == "snr":
+        ratios: dict[str, Tensor] = guide.snr()
+        return ratios
+    return scores(guide.posteriors(), guide.priors(), criterion)
+
+
 def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -> None:
     """Raise ValueError where a unit that falls to its prior would not be under a threshold.
 
@@ -104,7 +120,7 @@ def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -
     """
     if scale is None:
         return
-    prior = {"": theta_prior(scale, 1, torch.zeros(()))}
+    prior = {"": theta_prior(scale, 1, torch.zeros((), device="cpu"))}
     score = float(scores(prior, prior, criterion)[""])
     if 0 < threshold <= score:
         raise ValueError(

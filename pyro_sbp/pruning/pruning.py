@@ -10,8 +10,9 @@ from torch import nn
 from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
+from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
-from pyro_sbp.pruning.criteria import scores
+from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.exactness import checked_shrink
 
 __all__ = ["prune"]
@@ -47,12 +48,13 @@ def prune(
         of ``fc1`` if `find_gates` was given them.
 
     Raises:
-        ValueError: what `choose_units` refuses.
+        ValueError: what `choose_units` refuses, or the guide has no `mean` and `snr`.
         EquivalenceError: the `relative_difference` of the result from the masked network is more
             than 1e-10 in float64.
     """
+    check_statistics(guide)
     net, gates = model.gated.net, model.gates
-    score = scores(guide.posteriors(), guide.priors(), criterion)
+    score = guide_scores(guide, criterion)
     choice = choose_units(
         net,
         gates,

@@ -81,11 +81,11 @@ def needed_units(
         needed, 0 for another.
     """
     masks = {name: mask.cpu() for name, mask in masks.items()}
-    theta = {gate.name: torch.ones(gate.size) for gate in gates}
+    theta = {gate.name: torch.ones(gate.size, device="cpu") for gate in gates}
     while True:
         new = {}
         for gate in gates:
-            read = torch.zeros(gate.size, dtype=torch.bool)
+            read = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
             for span in gate.readers:
                 columns = torch.ones_like(span.units, dtype=torch.bool)
                 if span.layer in masks:
@@ -226,7 +226,7 @@ def _unit_scores(
     """The best score of the weights that read a unit, by gate ``[units]``."""
     found = {}
     for gate in gates:
-        best = torch.zeros(gate.size)
+        best = torch.zeros(gate.size, device="cpu")
         for span in gate.readers:
             if span.layer in scores:
                 columns = most_of_columns(net.get_submodule(span.layer), scores[span.layer]).cpu()

@@ -109,7 +109,7 @@ def costs_of(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
     try:
         pruned = load(run.directory / "pruned", constructor)
         dense = constructor(**run.network["kwargs"]).eval()
-        example = torch.rand(1, *(run.network["input_shape"] or ()))
+        example = torch.rand(1, *(run.network["input_shape"] or ()), device="cpu")
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{run.directory} has no complete pruned network: {error}") from error
     if has_attention(dense):

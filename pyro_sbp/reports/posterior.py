@@ -289,7 +289,7 @@ def _nearest(score: Tensor, snr: Tensor, which: Tensor, descending: bool) -> lis
     best = values[places].argsort(descending=descending, stable=True)[:NEAREST]
     found = []
     for place in places[best].tolist():
-        unit = [int(i) for i in torch.unravel_index(torch.tensor(place), score.shape)]
+        unit = [int(i) for i in torch.unravel_index(torch.tensor(place, device="cpu"), score.shape)]
         found.append(
             {
                 "unit": unit if len(unit) > 1 else unit[0],

@@ -51,7 +51,7 @@ class Place:
 
     def next_epoch(self, order: Tensor) -> None:
         """Begin the next epoch."""
-        self.order, self.total = order, torch.zeros(2)
+        self.order, self.total = order, torch.zeros(2, device="cpu")
         self.epoch, self.step, self.seen, self.seconds = self.epoch + 1, 0, 0, 0.0
 
 

@@ -169,7 +169,7 @@ class Loop:
         size, data = self.recipe.batch_size, self.data.train
         # Drawn at random, because the images of a folder are ordered by class.
         order = torch.Generator().manual_seed(self.request.seed)
-        sample = torch.randperm(len(data), generator=order)[:RECALIBRATE_ON]
+        sample = torch.randperm(len(data), generator=order, device="cpu")[:RECALIBRATE_ON]
         with closing(data.batches(sample.split(size))) as batches:
             recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
 
@@ -190,7 +190,7 @@ class Loop:
         leaves."""
         optimization = self._optimization(phase)
         average = self._average(phase)
-        place = Place(self.order.get_state(), torch.zeros(2))
+        place = Place(self.order.get_state(), torch.zeros(2, device="cpu"))
         if saved is not None:
             phase.module.load_state_dict(saved.current["module"])
             optimization.load(saved.optimizer, saved.schedule)
@@ -241,7 +241,7 @@ class Loop:
 
     def _optimization(self, phase: Phase) -> Optimization:
         """The optimizers and the learning rates of a phase at its first step."""
-        steps = len(self._batches(torch.arange(len(self.data.train))))
+        steps = len(self._batches(torch.arange(len(self.data.train), device="cpu")))
         before, epochs = phase.schedule_span or (0, phase.epochs)
         optimization = Optimization(phase.groups(), self.recipe, epochs * steps, phase.decays)
         optimization.skip(before * steps)
@@ -267,7 +267,7 @@ class Loop:
         phase.train_mode()
         total = place.total.to(self.device) / self.fabric.world_size  # the share of this process
         self.order.set_state(place.order)
-        order = torch.randperm(len(self.data.train), generator=self.order)
+        order = torch.randperm(len(self.data.train), generator=self.order, device="cpu")
         batches = self._batches(order)
         left = batches[place.step :]
         rank, world = self.fabric.global_rank, self.fabric.world_size
@@ -403,7 +403,7 @@ class Loop:
             predict.eval()
         total = torch.zeros(2 + BINS, dtype=torch.float64, device=self.device)
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        batches = torch.arange(len(images)).split(_test_batch(images))[rank::world]
+        batches = torch.arange(len(images), device="cpu").split(_test_batch(images))[rank::world]
         with closing(images.batches(batches)) as shares:
             for x, y in shares:
                 total += sums(predict(self._input(x)), y)

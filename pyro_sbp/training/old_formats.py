@@ -107,5 +107,7 @@ def _posteriors(
         # The last step may have left the box to which the guide clamps them.
         loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
         scale = log_scale.clamp(LOG_SCALE_RANGE[0], widest(prior_scale)).exp()
-        units = there.get(match["gate"].replace(".", "/"), torch.ones(len(loc), dtype=torch.bool))
+        units = there.get(
+            match["gate"].replace(".", "/"), torch.ones(len(loc), dtype=torch.bool, device="cpu")
+        )
         yield match["gate"], over_all_units(loc, scale, units, prior_scale)

@@ -248,6 +248,16 @@ def test_expand_keeps_validation_and_refuses_what_does_not_fit(fixture):
 
 
 @EACH_CLASS
+def test_values_that_do_not_broadcast_are_refused(fixture):
+    d = fixture.cls(**batch(fixture)).expand([2, 3])
+    value = d.sample()
+    for wrong in (value[:, :2], value.expand(3, 2, 3).transpose(0, 1)[..., :2]):
+        with pytest.raises((ValueError, RuntimeError)):
+            d.log_prob(wrong)
+    assert d.log_prob(value[:1]).shape == d.log_prob(value[:, :1]).shape == (2, 3)
+
+
+@EACH_CLASS
 def test_infer_shapes(fixture):
     arguments = batch(fixture)
     first = next(iter(arguments))

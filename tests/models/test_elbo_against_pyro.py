@@ -112,7 +112,85 @@ def truncated_guide():
         pyro.sample("theta", sbp.distributions.TruncatedLogNormal(loc, 0.5))
 
 
+def sequential_model():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("data", len(DATA), subsample_size=3):
+        w = pyro.sample(f"w_{i}", dist.Normal(z, 1.0))
+        pyro.sample(f"x_{i}", dist.Normal(w, 1.0), obs=DATA[i])
+
+
+def sequential_guide():
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 0.5))
+    locs = pyro.param("locs", torch.zeros(5))
+    for i in pyro.plate("data", len(DATA), subsample_size=3):
+        pyro.sample(f"w_{i}", dist.Normal(locs[i], 0.7))
+
+
+def conjugate_model():
+    rate = pyro.sample("rate", dist.Gamma(2.0, 3.0))
+    p = pyro.sample("p", dist.Beta(1.5, 2.5))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    with pyro.plate("data", 4):
+        pyro.sample("count", dist.Poisson(rate), obs=torch.tensor([0.0, 1.0, 2.0, 1.0]))
+        pyro.sample("wait", dist.Exponential(rate), obs=torch.tensor([0.3, 1.0, 0.2, 2.0]))
+        pyro.sample("coin", dist.Bernoulli(p), obs=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+        pyro.sample("kind", dist.Categorical(weights), obs=torch.tensor([0, 2, 2, 1]))
+
+
+def conjugate_guide():
+    positive = {"constraint": constraints.positive}
+    a = pyro.param("a", torch.tensor(3.0), **positive)
+    pyro.sample("rate", dist.Gamma(a, 2.5))
+    pyro.sample("p", dist.Beta(pyro.param("b", torch.tensor(2.0), **positive), 2.0))
+    c = pyro.param("c", torch.ones(3), **positive)
+    pyro.sample("weights", dist.Dirichlet(c))
+
+
+def correlated_model():
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 2.0]])
+    z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+    with pyro.plate("data", len(DATA)):
+        pyro.sample("x", dist.Normal(z[0] + z[1], 1.0), obs=DATA)
+
+
+def correlated_guide():
+    loc = pyro.param("loc", torch.tensor([0.2, -0.1]))
+    tril = pyro.param("tril", torch.eye(2), constraint=constraints.lower_cholesky)
+    pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
+
+
+def conditioned_model():
+    """A latent site of it is observed, and a deterministic site is left out."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        u = pyro.sample("u", dist.Normal(z, 1.0))
+        pyro.deterministic("square", u.square())
+        pyro.sample("x", dist.Normal(u, 1.0), obs=DATA[0])
+
+    poutine.condition(model, data={"u": torch.tensor(0.7)})()
+
+
+def conditioned_guide():
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.2)), 0.5))
+
+
+def scaled_model():
+    with poutine.scale(scale=0.3):
+        local_model()
+
+
+def scaled_guide():
+    with poutine.scale(scale=0.3):
+        local_guide()
+
+
 PAIRS = {
+    "sequential": (sequential_model, sequential_guide),
+    "conjugate": (conjugate_model, conjugate_guide),
+    "correlated": (correlated_model, correlated_guide),
+    "conditioned": (conditioned_model, conditioned_guide),
+    "scaled": (scaled_model, scaled_guide),
     "local": (local_model, local_guide),
     "subsampled": (subsampled_model, subsampled_guide),
     "masked": (masked_model, masked_guide),
@@ -162,7 +240,7 @@ def test_the_loss_and_its_gradients_are_those_of_pyro(name, particles):
     agree(*PAIRS[name], num_particles=particles)
 
 
-@pytest.mark.parametrize("name", ["local", "nested", "auxiliary", "truncated"])
+@pytest.mark.parametrize("name", ["local", "scaled", "nested", "auxiliary", "truncated"])
 def test_particles_are_vectorized_as_in_pyro(name):
     agree(*PAIRS[name], num_particles=4, vectorize_particles=True, max_plate_nesting=2)
 

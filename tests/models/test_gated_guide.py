@@ -165,7 +165,7 @@ def test_it_composes_with_other_guides(data):
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ theta, scale), obs=y)
 
-    with pytest.raises(ValueError, match=r"'scale' has the prior Normal"):
+    with pytest.raises(ValueError, match=r"'scale' has the prior LogNormal"):
         sbp.TruncatedLogNormalGuide(model, x, y)
     guide = AutoGuideList(model)
     guide.append(AutoDelta(poutine.block(model, expose=["scale"])))

@@ -276,7 +276,7 @@ def first_filters(source: Run | str | Path, criterion: str | None = None) -> Fig
             f"the filters of {name} cannot be shown: they do not have one or three channels"
         )
     row = _rows_left(run, name, len(snr[name]), len(weight))
-    left = torch.tensor(list(row))
+    left = torch.tensor(list(row), device="cpu")
     over = left[kept[name][left]]
     order = over[snr[name][over].argsort(descending=True)][:MOST_FILTERS].tolist()
     if not order:
