@@ -165,7 +165,7 @@ def _truths(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Tensor]:
 
 def _percent_off(value: Any, truth: Tensor) -> float:
     """How many are NaN, infinite, or off by more than a thousandth of the larger of value and 1."""
-    value = torch.as_tensor(value.detach() if isinstance(value, Tensor) else value.__array__())
+    value = value.detach() if isinstance(value, Tensor) else torch.tensor(value.tolist())
     error = (value.double() - truth).abs()
     return 100 * (~(error <= 1e-3 * truth.abs().clamp_min(1))).double().mean().item()
 
