@@ -224,11 +224,9 @@ def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
         tilted_left, tilted_right = _window(slope - 2 * step, first, last, cutoff)
         left, right = torch.minimum(left, tilted_left), torch.maximum(right, tilted_right)
     half = 0.5 * (right - left)
-    middle = left + half
-    # Parabolas in x, which matrix products sum faster than erfcx finds the closed forms.
-    exponents = [(-middle * (slope + 0.5 * middle), -half * (slope + middle), -0.5 * half * half)]
-    if step is not None:
-        exponents.append((step * middle, step * half, torch.zeros_like(half)))
+    exponents = _parabolas(left, half, slope, step)
+    if f.precision == torch.float64:
+        exponents = [(left, half, slope), *([] if step is None else [(left, half, step)])]
     origins = _ORIGINS[num_nodes]
     origin: Tensor | float = origins[0]
     if len(origins) > 1:
@@ -243,7 +241,8 @@ def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
 def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Tensor | float) -> list[Tensor]:
     """Sums of ``exp(p) (exp(q) - 1)^i y^j`` over the window, [5, ...] with j = 0 to 4, for each i.
 
-    p and q are parabolas in x, given by their coefficients; with p alone only i = 0.
+    p = -e and q = step r are given by three tensors: of float32 the coefficients of a parabola in
+    x, of float64 left, half and slope or step. With p alone only i = 0.
     """
     shape, origins = exponents[0][0].shape, _ORIGINS[n]
     rule = rule_on(n, exponents[0][0].device)
@@ -258,11 +257,33 @@ def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Tensor | float)
     return found
 
 
+def _parabolas(
+    left: Tensor, half: Tensor, slope: Tensor, step: Tensor | None
+) -> list[tuple[Tensor, ...]]:
+    """Coefficients of -e, and of ``step r`` if there is a step, as parabolas in x.
+
+    A matrix product gives their values at all nodes, faster than erfcx gives the closed forms.
+    """
+    middle = left + half
+    found = [(-middle * (slope + 0.5 * middle), -half * (slope + middle), -0.5 * half * half)]
+    if step is not None:
+        found.append((step * middle, step * half, torch.zeros_like(half)))
+    return found
+
+
 def _sums_of_block(rule: Rule, p: Tensor, q: Tensor | None = None) -> list[Tensor]:
-    values = (rule.powers @ p).exp_()
+    if len(rule.nodes) == _SUM[torch.float32][0]:
+        values = rule.powers @ p
+        rise = None if q is None else rule.powers @ q
+    else:  # a sum of three terms would cost float64 its last digit
+        left, half, slope = p
+        r = torch.addcmul(left, half, (1 + rule.nodes)[:, None])
+        rise = None if q is None else r * q[2]
+        values = torch.add(-slope, r, alpha=-0.5).mul_(r)
+    values.exp_()
     sums = [rule.rows @ values]
-    if q is not None:
-        rise = (rule.powers @ q).expm1_()
+    if rise is not None:
+        rise.expm1_()
         sums.append(rule.rows @ values.mul_(rise))
         sums.append(rule.rows @ values.mul_(rise))
     return sums
