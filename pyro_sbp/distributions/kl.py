@@ -14,9 +14,9 @@ from torch.distributions import Exponential, HalfNormal, Normal, Uniform, regist
 from pyro_sbp import special
 from pyro_sbp.distributions.additive_normal import AdditiveNormal
 from pyro_sbp.distributions.improper_log_uniform import ImproperLogUniform
-from pyro_sbp.distributions.log_bounds import without_copies
 from pyro_sbp.distributions.log_uniform_kl import kl_of_normal
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
+from pyro_sbp.special.derivatives import without_copies
 
 
 @register_kl(TruncatedNormal, Uniform)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.distributions.checks import check_bounds, require
+from pyro_sbp.special.derivatives import without_copies
 
 __all__ = [
     "check_log_bounds",
@@ -15,7 +16,6 @@ __all__ = [
     "exp_bound",
     "is_within",
     "log_within",
-    "without_copies",
 ]
 
 
@@ -35,14 +35,6 @@ def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
     for name, bound in (("log_low", log_low), ("log_high", log_high)):
         require(owner, name, bound, (bound >= least) & (bound <= most), what)
     check_bounds(owner, log_low=log_low, log_high=log_high)
-
-
-def without_copies(x: Tensor) -> Tensor:
-    """One of every dimension that `expand` made: the copies need no computing of their own."""
-    for dim in range(x.ndim):
-        if x.stride(dim) == 0:
-            x = x.narrow(dim, 0, 1)
-    return x
 
 
 def exp_bound(log_bound: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["Saved", "Second", "attach", "constant", "is_tracked"]
+__all__ = ["Saved", "Second", "attach", "constant", "is_tracked", "without_copies"]
 
 #: From the inputs to the rows of the matrix of second derivatives.
 Second = Callable[..., Sequence[Sequence[Tensor]]]
@@ -110,7 +110,8 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
     Raises:
         RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
-    inputs = [x.to(torch.float64).expand(value.shape) for x, _ in pairs]
+    untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
+    inputs = [x.to(torch.float64).expand(value.shape) for x in untracked]
     derivatives = [d.expand(value.shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
@@ -131,3 +132,11 @@ def is_tracked(x: Tensor) -> bool:
     # torch.func hides from the inner transforms what the outer ones ask for.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or forward_ad.unpack_dual(x).tangent is not None
+
+
+def without_copies(x: Tensor) -> Tensor:
+    """One of every dimension that `expand` made: the copies need no computing of their own."""
+    for dim in range(x.ndim):
+        if x.stride(dim) == 0 and x.size(dim) > 1:
+            x = x.narrow(dim, 0, 1)
+    return x

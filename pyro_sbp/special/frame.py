@@ -11,6 +11,7 @@ is not negligible.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy.polynomial.legendre import Legendre, leggauss
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import attach, constant
+from pyro_sbp.special.derivatives import attach, constant, without_copies
 
 __all__ = ["mean_excess", "mills_ratio"]
 
@@ -50,6 +51,9 @@ _ORIGINS = {
 }
 
 
+_BLOCK = 4096  # elements that are summed together: their nodes take 1 MiB of the cache of a CPU
+
+
 NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
 
 
@@ -64,14 +68,21 @@ def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
     return nodes, weights * (2 / weights.sum())
 
 
-def _sums(n: int) -> Tensor:
-    """Nodes [n], and rows that sum ``weight (x - origin)^j``, j = 0 to 4, for each origin."""
+class Rule(NamedTuple):
+    """A Gauss-Legendre rule of n nodes x on [-1, 1]."""
+
+    nodes: Tensor  # [n]
+    powers: Tensor  # [n, 3]: 1, x, x^2, from the coefficients of a parabola to its values
+    rows: Tensor  # [5 a origin, n]: sums of weight (x - origin)^j, j = 0 to 4
+
+
+def _rule(n: int) -> Rule:
     x, weights = (torch.tensor(values, device="cpu") for values in _gauss_legendre(n))
-    powers = [(x - origin) ** j for origin in _ORIGINS[n] for j in range(5)]
-    return torch.stack([x, *(weights * y for y in powers)])
+    moments = [weights * (x - origin) ** j for origin in _ORIGINS[n] for j in range(5)]
+    return Rule(x, torch.stack([torch.ones_like(x), x, x * x], 1), torch.stack(moments))
 
 
-_NODES = {(n, torch.device("cpu")): _sums(n) for n in _ORIGINS}
+_RULES = {(n, torch.device("cpu")): _rule(n) for n in _ORIGINS}
 
 
 NARROW_NODES = tuple(
@@ -79,11 +90,11 @@ NARROW_NODES = tuple(
 )
 
 
-def nodes_on(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes [n] and summing rows [5 a origin, n] on ``device``, copied there once."""
-    if (n, device) not in _NODES:
-        _NODES[n, device] = _NODES[n, torch.device("cpu")].to(device)
-    return _NODES[n, device][0], _NODES[n, device][1:]
+def rule_on(n: int, device: torch.device) -> Rule:
+    """The rule of n nodes on ``device``, copied there once."""
+    if (n, device) not in _RULES:
+        _RULES[n, device] = Rule(*(x.to(device) for x in _RULES[n, torch.device("cpu")]))
+    return _RULES[n, device]
 
 
 def mills(x: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ class Frame(NamedTuple):
     """The problem seen from the end nearer to ``loc``, lengths in units of ``scale``."""
 
     sign: Tensor  # 1 if the nearer end is low, -1 if it is high
-    end: Tensor  # the nearer end; 0 where it is infinite, and not used there
+    mode: Tensor  # of the density: loc, or the nearer end where loc is outside
     loc: Tensor
     scale: Tensor
     alpha: Tensor  # signed distance of the nearer end from loc, positive if loc is outside
@@ -152,101 +163,138 @@ class Frame(NamedTuple):
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
-    loc, scale, low, high = torch.broadcast_tensors(*(constant(x) for x in (loc, scale, low, high)))
-    near_low = loc - low <= high - loc
-    sign = torch.where(near_low, 1.0, -1.0).to(loc.dtype)
-    near, far = torch.where(near_low, low, high), torch.where(near_low, high, low)
-    return Frame(
-        sign,
-        torch.where(near.isinf(), 0.0, near),
+    shape = torch.broadcast_shapes(loc.shape, scale.shape, low.shape, high.shape)
+    loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
+    below, above = (low - loc) / scale, (loc - high) / scale
+    values = (
+        (below >= above).to(torch.float64).mul_(2).sub_(1),
+        torch.minimum(torch.maximum(loc, low), high),
         loc,
         scale,
-        sign * (near - loc) / scale,
-        sign * (far - loc) / scale,
+        torch.maximum(below, above),
+        -torch.minimum(below, above),
         (high - low) / scale,
-        precision,
     )
-
-
-def mode_of(f: Frame) -> Tensor:
-    return torch.where(f.alpha > 0, f.end, f.loc)
+    return Frame(*(x.expand(shape) for x in values), precision)
 
 
 class Nodes(NamedTuple):
-    """Gauss-Legendre nodes, along the first dimension, and the moments of the density there.
+    """Moments of the density by Gauss-Legendre sums over a window, in the distance r from the mode.
 
-    ``r`` is the distance from the mode, ``y = x - origin`` the position in the window, which is
-    x = -1 to 1.
+    ``y = x - origin`` is the position in the window, which is x = -1 to 1.
     """
 
-    num: int
-    r: Tensor
-    density: Tensor  # exp(-e(r))
     half: Tensor  # of the width of the window
-    origin: Tensor
     log_mass: Tensor  # log of the integral of exp(-e) over r
     mean: Tensor  # of r
-    var: Tensor  # of r
-    third: Tensor  # central moment of r
-    var_square: Tensor  # variance of (r - mean)^2
     slope: Tensor  # of e at the mean of r
+    y: Sequence[Tensor]  # E[y^j], j = 1 to 4
+    sums: Sequence[Tensor]  # of density (exp(step r) - 1)^i y^j over the window, [5] for each i
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Integrals of ``x y^j`` over the window, j = 0 to 4, in units of ``half``."""
-        return _window_sums(self.num, x, self.origin)
+    @property
+    def var(self) -> Tensor:
+        """Variance of r."""
+        return self.half.square() * (self.y[1] - self.y[0] * self.y[0])
+
+    @property
+    def third(self) -> Tensor:
+        """Central moment of r."""
+        y1, y2, y3, _ = self.y
+        return self.half**3 * (y3 - y1 * (3 * y2 - 2 * y1 * y1))
+
+    @property
+    def var_square(self) -> Tensor:
+        """Variance of (r - mean)^2."""
+        y1, y2, y3, y4 = self.y
+        square = y1 * y1
+        var = y2 - square
+        fourth = y4 - 4 * y1 * y3 + square * (6 * y2 - 3 * square)
+        return self.half.square().square() * (fourth - var * var)
 
 
-def _window_sums(n: int, x: Tensor, origin: Tensor) -> Tensor:
-    rows, origins = nodes_on(n, x.device)[1], _ORIGINS[n]
-    of_each = (rows @ x.reshape(n, origin.numel())).reshape(len(origins), 5, *origin.shape)
-    *others, sums = of_each.unbind()
-    for at, other in zip(origins, others, strict=False):
-        sums = torch.where(origin == at, other, sums)
-    return sums
-
-
-def integrate(f: Frame, tilt: Tensor | None = None) -> Nodes:
-    """Nodes over the window of the density, and of the density times ``exp(tilt * r)`` if given."""
+def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
+    """Moments of the density, and of ``exp(step * r) - 1`` if a step is given."""
     num_nodes, cutoff = _SUM[f.precision]
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_max(0)
-    last = torch.where(f.alpha > 0, f.width, f.beta)
+    last = torch.minimum(f.width, f.beta)
     left = first.clamp_min(-math.sqrt(2 * cutoff))
     right = torch.minimum(last, _reach(slope, cutoff))
-    if tilt is not None:
-        tilted_left, tilted_right = _window(slope - tilt, first, last, cutoff)
+    if step is not None:
+        tilted_left, tilted_right = _window(slope - 2 * step, first, last, cutoff)
         left, right = torch.minimum(left, tilted_left), torch.maximum(right, tilted_right)
     half = 0.5 * (right - left)
-    r = spread(num_nodes, left, half)
-    density = torch.add(-slope, r, alpha=-0.5).mul_(r).exp_()
+    exponents = _parabolas(left, half, slope, step)
+    if f.precision == torch.float64:
+        exponents = [(left, half, slope), *([] if step is None else [(left, half, step)])]
     origins = _ORIGINS[num_nodes]
-    origin = (-left / half - 1).mul_(4).round_().mul_(0.25).clamp(origins[0], origins[-1])
-    total, *y = _window_sums(num_nodes, density, origin).unbind()
-    y1, y2, y3, y4 = (x / total for x in y)
-    square = y1 * y1
-    var = y2 - square
-    third = y3 - y1 * (3 * y2 - 2 * square)
-    fourth = y4 - 4 * y1 * y3 + square * (6 * y2 - 3 * square)
-    mean_ = left + half * (1 + origin) + half * y1
-    half_square = half.square()
-    return Nodes(
-        num_nodes,
-        r,
-        density,
-        half,
-        origin,
-        (half * total).log(),
-        mean_,
-        half_square * var,
-        half * half_square * third,
-        half_square.square() * (fourth - var * var),
-        slope + mean_,
-    )
+    origin: Tensor | float = origins[0]
+    if len(origins) > 1:
+        origin = (-left / half - 1).mul_(4).round_().mul_(0.25).clamp(origins[0], origins[-1])
+    sums = _sums(num_nodes, exponents, origin)
+    total = sums[0][0]
+    y = (sums[0][1:] / total).unbind()
+    mean_ = left + half * (1 + origin + y[0])
+    return Nodes(half, (half * total).log(), mean_, slope + mean_, y, sums)
 
 
-def spread(n: int, left: Tensor, half: Tensor) -> Tensor:
-    x = nodes_on(n, left.device)[0].reshape(n, *(1,) * left.ndim)
-    return torch.addcmul(left, half, 1 + x)
+def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Tensor | float) -> list[Tensor]:
+    """Sums of ``exp(p) (exp(q) - 1)^i y^j`` over the window, [5, ...] with j = 0 to 4, for each i.
+
+    p = -e and q = step r are given by three tensors: of float32 the coefficients of a parabola in
+    x, of float64 left, half and slope or step. With p alone only i = 0.
+    """
+    shape, origins = exponents[0][0].shape, _ORIGINS[n]
+    rule = rule_on(n, exponents[0][0].device)
+    coefficients = [torch.stack([x.reshape(-1) for x in e]) for e in exponents]
+    blocks = zip(*(_blocks(c) for c in coefficients), strict=True)
+    found = []
+    for parts in zip(*(_sums_of_block(rule, *block) for block in blocks), strict=True):
+        *others, sums = torch.cat(parts, 1).reshape(len(origins), 5, *shape).unbind()
+        for at, other in zip(origins, others, strict=False):
+            sums = torch.where(origin == at, other, sums)
+        found.append(sums)
+    return found
+
+
+def _parabolas(
+    left: Tensor, half: Tensor, slope: Tensor, step: Tensor | None
+) -> list[tuple[Tensor, ...]]:
+    """Coefficients of -e, and of ``step r`` if there is a step, as parabolas in x.
+
+    A matrix product gives their values at all nodes, faster than erfcx gives the closed forms.
+    """
+    middle = left + half
+    found = [(-middle * (slope + 0.5 * middle), -half * (slope + middle), -0.5 * half * half)]
+    if step is not None:
+        found.append((step * middle, step * half, torch.zeros_like(half)))
+    return found
+
+
+def _sums_of_block(rule: Rule, p: Tensor, q: Tensor | None = None) -> list[Tensor]:
+    if len(rule.nodes) == _SUM[torch.float32][0]:
+        values = rule.powers @ p
+        rise = None if q is None else rule.powers @ q
+    else:  # a sum of three terms would cost float64 its last digit
+        left, half, slope = p
+        r = torch.addcmul(left, half, (1 + rule.nodes)[:, None])
+        rise = None if q is None else r * q[2]
+        values = torch.add(-slope, r, alpha=-0.5).mul_(r)
+    values.exp_()
+    sums = [rule.rows @ values]
+    if rise is not None:
+        rise.expm1_()
+        sums.append(rule.rows @ values.mul_(rise))
+        sums.append(rule.rows @ values.mul_(rise))
+    return sums
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """``x`` in blocks of the last dimension whose nodes stay in the cache of a CPU."""
+    # A trace or a compiled graph would hold for one number of blocks only, and compilers fuse.
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return [x]
+    return x.split(_BLOCK, -1)
 
 
 def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
@@ -281,9 +329,10 @@ def expectation(
     log scale, and what ``h`` itself changes has mean zero or is part of ``value``. With h = -log
     density they are those of the entropy.
     """
-    with_r = slope * n.var + 0.5 * curvature * n.third
-    square_with_e = n.slope * n.third + 0.5 * n.var_square
-    with_e = slope * (n.slope * n.var + 0.5 * n.third) + 0.5 * curvature * square_with_e
+    var, third = n.var, n.third
+    with_r = slope * var + 0.5 * curvature * third
+    square_with_e = n.slope * third + 0.5 * n.var_square
+    with_e = slope * (n.slope * var + 0.5 * third) + 0.5 * curvature * square_with_e
     return Value(value, f.sign * with_r / f.scale, 2 * with_e / f.scale)
 
 

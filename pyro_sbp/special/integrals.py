@@ -20,9 +20,7 @@ from pyro_sbp.special.frame import (
     frame,
     integrate,
     mean_e,
-    mode_of,
-    nodes_on,
-    spread,
+    rule_on,
 )
 
 __all__ = [
@@ -63,9 +61,8 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     ``value`` broadcasts against the parameters. Twice differentiable.
     """
     with torch.no_grad():
-        f = frame(loc, scale, low, high)
-        n = integrate(f)
-        d = _density(f, n, constant(value), low, high)
+        terms = _terms(*_integrated(loc, scale, low, high))
+        d = _density(constant(value), low, high, terms)
         ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
         # The bounds are inputs of the second derivatives in any case.
         ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
@@ -77,9 +74,9 @@ def _second_of_log_density(
     value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> list[list[Tensor]]:
     """Second derivatives of the log density in value, loc, scale, low and high."""
-    f = frame(loc, scale, low, high)
-    n = integrate(f)
-    d = _density(f, n, constant(value), low, high)
+    f, n = _integrated(loc, scale, low, high)
+    terms = _terms(f, n)
+    d = _density(constant(value), low, high, terms)
     curvature = torch.where(d.outside, 0.0, f.scale.square().reciprocal())
     cov = n.slope * n.var + 0.5 * n.third  # of r and e
     var_e = n.slope * (cov + 0.5 * n.third) + 0.25 * n.var_square
@@ -94,7 +91,7 @@ def _second_of_log_density(
     # The derivative in a bound is the density there, with its sign.
     first: list[Tensor] = []
     for end, sign in ((low, 1.0), (high, -1.0)):
-        at_end = _density(f, n, constant(end), low, high)
+        at_end = _density(constant(end), low, high, terms)
         density = torch.where(d.outside, 0.0, at_end.log_q.exp())
         first.append(sign * density)
         columns = (at_end.in_loc, at_end.in_scale, at_end.in_value)
@@ -118,17 +115,37 @@ class _Density(NamedTuple):
     in_scale: Tensor
 
 
-def _density(f: Frame, n: Nodes, x: Tensor, low: Tensor, high: Tensor) -> _Density:
-    slope = f.alpha.clamp_min(0)
+class _Terms(NamedTuple):
+    """What the log density needs of the parameters alone."""
+
+    mode: Tensor
+    step: Tensor  # scale, negative where the nearer end is high
+    slope: Tensor  # of e at the mode
+    log_total: Tensor  # log of the integral of exp(-e) over x
+    mean: Tensor  # of r
+    mean_e: Tensor
+
+
+def _integrated(*parameters: Tensor) -> tuple[Frame, Nodes]:
+    f = frame(*parameters)
+    return f, integrate(f)
+
+
+def _terms(f: Frame, n: Nodes) -> _Terms:
+    slope, log_total = f.alpha.clamp_min(0), n.log_mass + f.scale.log()
+    return _Terms(f.mode, f.sign * f.scale, slope, log_total, n.mean, mean_e(n))
+
+
+def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
     outside = (x < low) | (x > high)
-    r = f.sign * (x - mode_of(f)) / f.scale
-    e = r * (slope + 0.5 * r)
+    r = (x - t.mode) / t.step
+    e = r * (t.slope + 0.5 * r)
     return _Density(
         outside,
-        torch.where(outside, -math.inf, -e - n.log_mass - f.scale.log()),
-        torch.where(outside, 0.0, -f.sign * (slope + r) / f.scale),
-        torch.where(outside, 0.0, f.sign * (r - n.mean) / f.scale),
-        torch.where(outside, 0.0, 2 * (e - mean_e(n)) / f.scale),
+        torch.where(outside, -math.inf, -e - t.log_total),
+        torch.where(outside, 0.0, -(t.slope + r) / t.step),
+        torch.where(outside, 0.0, (r - t.mean) / t.step),
+        torch.where(outside, 0.0, 2 * (e - t.mean_e) / t.step.abs()),
     )
 
 
@@ -152,7 +169,9 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
     def function(f: Frame) -> Value:
         n = integrate(f)
         value = f.width.log() - n.log_mass - mean_e(n)
-        value = torch.where(value > 0.01, value, _kl_near_uniform(f))
+        near_uniform = _kl_near_uniform if f.precision == torch.float64 else _kl_series
+        threshold = _NEAR_UNIFORM[f.precision]
+        value = torch.where(value > threshold, value, near_uniform(f))
         return expectation(value, f, n, -n.slope, -1.0)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
@@ -163,16 +182,37 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
     return evaluate(function, loc, scale, low, high, at_end)
 
 
+#: The KL below which its sums would cancel.
+_NEAR_UNIFORM = {torch.float64: 0.01, torch.float32: 1e-6}
+
+
+def _kl_series(f: Frame) -> Tensor:
+    """The KL below 1e-6, to a relative error of 1e-9.
+
+    On [-1, 1] the exponent is the parabola ``c x + k (x^2 - 1/3)``. With ``cumulant[n]`` of it
+    under the uniform, the KL is the sum of ``(-1)^n cumulant[n] (n - 1) / n!`` over n >= 2.
+    """
+    c, k = 0.25 * f.width * (f.alpha + f.beta), 0.125 * f.width.square()
+    c2, k2 = c * c, k * k
+    second = c2 / 3 + 4 / 45 * k2
+    third = k * (4 / 15 * c2 + 16 / 945 * k2)
+    fourth = 32 / 315 * c2 * k2 - 2 / 15 * c2 * c2 - 32 / 4725 * k2 * k2
+    return second / 2 - third / 3 + fourth / 8
+
+
 def _kl_near_uniform(f: Frame) -> Tensor:
-    """The KL where it is less than 0.01, so that the sums above would cancel.
+    """The KL below 0.01, to the last digits of float64.
 
     With ``d = mean(e) - e`` under the uniform, and ``T(d) = (exp(d) - 1 - d) / d^2``, the KL is
     ``mean(d^2 + d^3 T) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``: all of second order.
     """
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_min(-4).clamp_max(0)
-    r = spread(NUM_NEAR_UNIFORM_NODES, first, 0.5 * f.width.clamp_max(8))
-    weights = 0.5 * nodes_on(NUM_NEAR_UNIFORM_NODES, r.device)[1][0]
+    half = 0.5 * f.width.clamp_max(8)
+    rule = rule_on(NUM_NEAR_UNIFORM_NODES, half.device)
+    x = rule.nodes.reshape(-1, *(1,) * half.ndim)
+    r = torch.addcmul(first, half, 1 + x)
+    weights = 0.5 * rule.rows[0]
 
     def uniform_mean(x: Tensor) -> Tensor:
         return (weights @ x.reshape(NUM_NEAR_UNIFORM_NODES, slope.numel())).reshape(slope.shape)
@@ -204,33 +244,38 @@ def kl_to_truncated_normal(
     within 1e3 ``scale_q`` of the mode of the second; infinite where the bounds of the first are
     not within those of the second.
     """
+    p, q = (loc, scale, low, high), (loc_q, scale_q, low_q, high_q)
     with torch.no_grad():
-        f, g = frame(loc, scale, low, high), frame(loc_q, scale_q, low_q, high_q)
-        n, m = integrate(f), integrate(g)
-        # The exponent of q is a parabola in the r of p: its slope and mean at the mean of r.
-        ratio = g.sign * f.sign * f.scale / g.scale
-        r = g.sign * (mode_of(f) - mode_of(g)) / g.scale + ratio * n.mean
-        slope = g.alpha.clamp_min(0) + r
-        mean_of_e = r * (slope - 0.5 * r) + 0.5 * ratio.square() * n.var
-        value = mean_of_e - mean_e(n) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
+        value, *derivatives = _kl_between(*p, *q)
         contained = (low >= low_q) & (high <= high_q)
-        value = torch.where(contained, value.clamp_min(0), math.inf)
-        v = expectation(value, f, n, slope * ratio - n.slope, ratio.square() - 1)
-        d_loc_q = g.sign * (m.mean - r) / g.scale
-        d_scale_q = 2 * (mean_e(m) - mean_of_e) / g.scale
 
         def at_end(end: Tensor, log_p: Tensor) -> Tensor:
-            log_q = _density(g, m, end, low_q, high_q).log_q
-            return torch.where(contained, v.value + log_q - log_p + 1, 0.0)
+            log_q = _density(end, low_q, high_q, _terms(*_integrated(*q))).log_q
+            return torch.where(contained, value + log_q - log_p + 1, 0.0)
 
         ends = [
-            *bound_pairs(loc, scale, low, high, at_end),
-            *bound_pairs(
-                loc_q, scale_q, low_q, high_q, lambda *_: torch.where(contained, -1.0, 0.0)
-            ),
+            *bound_pairs(*p, at_end),
+            *bound_pairs(*q, lambda *_: torch.where(contained, -1.0, 0.0)),
         ]
-    pairs = (loc, v.d_loc), (scale, v.d_scale), (loc_q, d_loc_q), (scale_q, d_scale_q)
-    return attach(v.value, *pairs, *ends)
+    inputs = loc, scale, loc_q, scale_q
+    return attach(value, *zip(inputs, derivatives, strict=True), *ends)
+
+
+def _kl_between(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """The KL, and its derivatives in loc, scale, loc_q and scale_q."""
+    f, n = _integrated(*parameters[:4])
+    g, m = _integrated(*parameters[4:])
+    _, _, low, high, _, _, low_q, high_q = parameters
+    # The exponent of q is a parabola in the r of p: its slope and mean at the mean of r.
+    ratio = g.sign * f.sign * f.scale / g.scale
+    r = g.sign * (f.mode - g.mode) / g.scale + ratio * n.mean
+    slope = g.alpha.clamp_min(0) + r
+    mean_of_e = r * (slope - 0.5 * r) + 0.5 * ratio.square() * n.var
+    value = mean_of_e - mean_e(n) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
+    contained = (low >= low_q) & (high <= high_q)
+    value = torch.where(contained, value.clamp_min(0), math.inf)
+    of_p = expectation(value, f, n, slope * ratio - n.slope, ratio.square() - 1)
+    return *of_p, g.sign * (m.mean - r) / g.scale, 2 * (mean_e(m) - mean_of_e) / g.scale
 
 
 def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -239,7 +284,7 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     def function(f: Frame) -> Value:
         n = integrate(f)
         step = f.sign * f.scale
-        return expectation(mode_of(f) + step * n.mean, f, n, step, 0.0)
+        return expectation(f.mode + step * n.mean, f, n, step, 0.0)
 
     return evaluate(function, loc, scale, low, high, lambda v, end, log_q: v - end)
 
@@ -267,12 +312,8 @@ class _Rise(NamedTuple):
 
 
 def _rise(f: Frame) -> _Rise:
-    step = f.sign * f.scale
-    n = integrate(f, tilt=2 * step)
-    rise = n.r.mul_(step).expm1_()
-    weighted = rise * n.density
-    total, *y = n.sums(n.density)[:3].unbind()
-    y1, y2 = (x / total for x in y)
+    n = integrate(f, step=f.sign * f.scale)
+    total, (y1, y2, *_) = n.sums[0][0], n.y
 
     def value(m0: Tensor, m1: Tensor, m2: Tensor) -> Value:
         """From E[h y^j]: the covariances of h with r, and with e, a parabola in r."""
@@ -281,14 +322,13 @@ def _rise(f: Frame) -> _Rise:
         with_e = n.half * (n.slope * with_y + 0.5 * n.half * with_square)
         return Value(m0, f.sign * n.half * with_y / f.scale, 2 * with_e / f.scale)
 
-    first = [x / total for x in n.sums(weighted)[:3].unbind()]
-    second = [x / total for x in n.sums(weighted.mul_(rise))[:3].unbind()]
+    first, second = ((sums[:3] / total).unbind() for sums in n.sums[1:])
     mean_ = first[0]
     powers: tuple[Tensor | float, ...] = (1.0, y1, y2)
     central = [
         s - 2 * mean_ * m + mean_ * mean_ * x for s, m, x in zip(second, first, powers, strict=True)
     ]
-    return _Rise(value(*first), value(*central), mode_of(f).exp())
+    return _Rise(value(*first), value(*central), f.mode.exp())
 
 
 def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -168,7 +168,9 @@ def icdf(
         p, q = torch.where(from_low, u64, v64), torch.where(from_low, v64, u64)
         t = _tails(f)
         z, s = _inverse(f, t, p, q)
-        x = torch.where(t.inside, f.loc + f.sign * f.scale * z, f.end + f.sign * f.scale * s)
+        step = f.sign * f.scale
+        end = torch.where(from_low, constant(low), constant(high))
+        x = torch.where(t.inside, f.loc + step * z, end + step * s)
         x = torch.minimum(torch.maximum(x, constant(low)), constant(high))
         d_loc, d_scale = _derivatives(f, t, p, q, z, s)
         pairs = [(loc, d_loc), (scale, d_scale)]
@@ -201,7 +203,7 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         t = _tails(f)
         x = torch.minimum(torch.maximum(constant(value), constant(low)), constant(high))
         z = f.sign * (x - f.loc) / f.scale
-        s = f.sign * (x - f.end) / f.scale
+        s = f.sign * (x - torch.where(f.sign > 0, constant(low), constant(high))) / f.scale
         s = torch.where(t.inside, 0.0, s).clamp_min(0)
         # Both tails, each without a subtraction from one where it is small.
         ratio = torch.exp(-s * (t.alpha + 0.5 * s)) * mills(t.alpha + s) * t.hazard

@@ -1,8 +1,11 @@
 """Quadrature against mpmath."""
 
 import pytest
+import torch
 from mpmath import mp, mpf
 
+from pyro_sbp import special
+from pyro_sbp.experiments.truncated_normal_truth import Truth
 from pyro_sbp.special import frame
 
 
@@ -16,3 +19,25 @@ def test_nodes_and_weights_are_right_to_the_last_digit(n):
             assert abs(root - node) < 2e-16
             slope = n * (root * mp.legendre(n, root) - mp.legendre(n - 1, root)) / (root**2 - 1)
             assert abs(2 / ((1 - root**2) * slope**2) - weight) < 4e-16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["kl_to_uniform", "exp_snr"])
+def test_blocks_of_elements_do_not_change_the_values(name, dtype):
+    torch.manual_seed(0)
+    shape = (3, frame._BLOCK // 2 + 1)  # one block and a part of the next
+    loc, scale = torch.rand(shape, dtype=dtype) * 25 - 22, torch.rand(shape, dtype=dtype) * 3 + 0.1
+    bounds = torch.tensor(-20.0), torch.tensor(0.0)
+    together = getattr(special, name)(loc, scale, *bounds)
+    apart = [getattr(special, name)(*row, *bounds) for row in zip(loc, scale, strict=True)]
+    torch.testing.assert_close(together, torch.stack(apart), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("loc", [-7.0, -0.9, 0.0, 0.25, 5.0])
+@pytest.mark.parametrize("scale", [1.5, 4.0, 16.0, 128.0, 1024.0])
+def test_kl_near_the_uniform_in_float32(loc, scale):
+    # From 1e-2 down to 1e-14: sums on both sides of 1e-6, where the series takes over.
+    parameters = (torch.tensor(x, dtype=torch.float32) for x in (loc, scale, -1.0, 1.0))
+    value = special.kl_to_uniform(*parameters).item()
+    exact = Truth(*(torch.tensor(x, dtype=torch.float32).item() for x in (loc, scale, -1.0, 1.0)))
+    assert abs(value / exact.kl - 1) < 1e-8
