@@ -30,7 +30,7 @@ from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_pri
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
-from pyro_sbp.pruning.criteria import check_prior, guide_scores
+from pyro_sbp.pruning.criteria import check_prior, guide_scores, scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.recipes.settings import GatedRecipe
 
