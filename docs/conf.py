@@ -26,6 +26,7 @@ exclude_patterns = ["_build"]
 # Formulas are $...$ and ```math, as GitHub has them.
 myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 4
+myst_fence_as_directive = ["math"]
 # The tests run the notebooks.
 nb_execution_mode = "off"
 html_math_renderer = "mathml"

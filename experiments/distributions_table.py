@@ -1,4 +1,4 @@
-"""How right and how fast the distributions are: the tables of the README.
+"""How right and how fast the distributions are: the tables of docs/distributions.md.
 
     python -m pyro_sbp.experiments.distributions_table [accuracy|comparison|cost] [--points N]
 

@@ -1,4 +1,4 @@
-"""The README's regression, by its guide and by NUTS: a table of posterior means and deviations.
+"""The regression of docs/distributions.md by its guide and by NUTS, beside each other.
 
 `python -m pyro_sbp.experiments.posteriors_by_nuts [SEED ...]` prints one row for each data seed and
 coefficient.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
+from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.distributions.log_uniform_kl import approximate_kl, exact_kl
 from pyro_sbp.gates.probing import find_gates
@@ -210,8 +211,10 @@ def test_the_commands_exist():
     lines = [line for name in PAGES for text in fenced(name, "sh") for line in text.splitlines()]
     assert lines
     for line in lines:
-        program, command, *words = line.split()
-        assert program == "pyro-sbp"
+        program, command, *words = line.split("#")[0].split()
+        assert program in ("pyro-sbp", "pip", "make")
+        if program != "pyro-sbp":
+            continue
         options = {name for option in cli.commands[command].params for name in option.opts}
         assert {word for word in words if word.startswith("--")} <= options, line
 
@@ -223,14 +226,44 @@ def test_every_block_and_link_is_checked(name):
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES[name]):
         assert (DOCS / link).exists(), link
     tested = {"method.md": 3, "limits.md": 2, "rbp.md": 1, "sparse_vd.md": 2, "regression.md": 7}
-    tested |= {"criteria.md": 1, "from_pyro.md": 1, "training_loops.md": 3}
+    tested |= {
+        "own_network.md": 1,
+        "distributions.md": 1,
+        "criteria.md": 1,
+        "from_pyro.md": 1,
+        "training_loops.md": 3,
+    }
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
 
-def test_the_readme_links_them():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in [*PAGES, *NOTEBOOKS]:
-        assert f"(docs/{name})" in readme
+def test_the_index_lists_all_pages():
+    listed = re.findall(r"^([\w/]+)$", PAGES["index.md"], flags=re.M)
+    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb")]
+    names = {str(page.with_suffix("")) for page in pages if page.parts[0] != "_build"}
+    assert set(listed) == names - {"index"} and len(listed) == len(set(listed))
+
+
+def test_prune_your_own_network_with_pyro():
+    space = page("own_network.md")
+    x, y = load_dataset("digits", image_size=28).test.batch(slice(None))
+    assert space["result"].macs_ratio > 3
+    assert float((space["small"](x).argmax(1) != y).float().mean()) < 0.1
+    assert not space["small"].training  # as `load` gives it
+    assert torch.equal(space["same"](x), space["small"](x))
+    assert space["low"].shape == (50,) and set(space["kept"]) == set(space["guide"].snr())
+    assert space["features"].shape == (800,) and 0 < int(space["features"].sum()) < 800
+
+
+def test_the_distributions_in_your_own_model():
+    space = page("distributions.md")
+    assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]
+    assert space["samples"]["y"].shape == (100, 300)
+
+
+def test_the_recipe_of_the_command_line(tmp_path):
+    (text,) = fenced("command_line.md", "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_recipe(tmp_path / "mine.toml").kl_scale == 4.0
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

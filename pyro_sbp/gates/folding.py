@@ -80,8 +80,8 @@ class Gate:
         readers: the layers that take the units as input columns.
         writers: the layers that produce them as output rows. None for a gate on input features.
         channelwise: the layers between, which treat every channel alone.
-        selects: the `Select`s between, which an earlier cut put before a reader: the unit of every
-            feature that flows into them.
+        selects: the `Select` modules between, which an earlier cut put before a reader: the unit of
+            every feature that flows into them.
     """
 
     name: str

@@ -99,7 +99,7 @@ class Ensemble:
                 ``pruned=small``. Modules are called in evaluation mode.
 
         Returns:
-            The values by name: ``ensemble``, ``deterministic``, and the names of `networks`.
+            The values by name, ``ensemble``, ``deterministic``, and the names of `networks`.
 
         Raises:
             ValueError: the likelihood of the model is not categorical, there is no batch, or a

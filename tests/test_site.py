@@ -1,0 +1,47 @@
+"""The documentation is built as a site, in strict mode and without the network."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx")
+pytest.importorskip("furo")
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--nitpicky", "--fail-on-warning"]
+    done = subprocess.run(
+        [*command, "--keep-going", str(DOCS), str(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_it_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(?:https?:)?//", text), page
+
+
+def test_formulas_are_mathml(site):
+    text = (site / "method.html").read_text(encoding="utf-8")
+    assert text.count("<math ") > 20 and "\\mathrm" not in re.sub(r"<[^>]*>", "", text)
+
+
+def test_the_reference_has_commands_and_functions(site):
+    commands = (site / "reference" / "command_line.html").read_text(encoding="utf-8")
+    for name in ("train", "inspect", "prune", "bench", "export", "report", "doctor"):
+        assert f'id="pyro-sbp-{name}"' in commands
+    functions = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    import pyro_sbp
+
+    documented = {"distributions", "networks"}  # modules
+    for name in set(pyro_sbp.__all__) - documented:
+        assert re.search(rf'id="pyro_sbp\.([a-z_.]+\.)?{name}"', functions), name
