@@ -15,6 +15,7 @@ from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.sizes import around, fits_within, written_sizes
 from pyro_sbp.networks import PlaceChannels
 
 __all__ = ["check_fit", "construct", "fill", "non_persistent_buffers", "resize_layers"]
@@ -91,7 +92,8 @@ def resize_layers(
         does not define may have any shape.
 
     Raises:
-        ValueError: a layer is not there, does not have a size, or its index does not fit.
+        ValueError: a layer is not there, does not have a size, or its index does not fit; or a
+            size is set that is not written into a module around these layers, or is larger there.
     """
     # A subclass may lay out its weight otherwise, and is not checked then.
     regular = {
@@ -117,6 +119,7 @@ def resize_layers(
         channels = [getattr(module, name, 0) for name in ("in_channels", "out_channels")]
         if groups == 0 or any(number % groups for number in channels):
             raise ValueError(f"the channels of layer {layer!r} do not fall into {groups} groups")
+    _set_sizes(modules, description)
     changed = tuple(f"{layer}." for layer in description.layers)
     shapes = {}
     for name in net.state_dict():
@@ -129,6 +132,21 @@ def resize_layers(
             # A layer of torch that is not resized has the shapes that its constructor gave it.
             shapes[name] = tuple(tensor.shape)
     return shapes
+
+
+def _set_sizes(modules: Mapping[str, nn.Module], description: Description) -> None:
+    """Set the sizes that are written into modules, after checking them."""
+    known = around(description.layers)
+    for name, sizes in description.sizes.items():
+        old = written_sizes(modules[name]) if name in known else {}
+        for attribute, size in sizes.items():
+            if attribute not in old:
+                raise ValueError(f"{attribute!r} of {name!r} is no size around a resized layer")
+            if not fits_within(size, old[attribute]):
+                raise ValueError(
+                    f"{attribute!r} of {name!r} is {size}, not within {old[attribute]}"
+                )
+            setattr(modules[name], attribute, type(old[attribute])(size))  # type: ignore[arg-type]
 
 
 def check_fit(
@@ -266,6 +284,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         case nn.modules.batchnorm._NormBase():
             names = ("weight", "bias", "running_mean", "running_var")
             return dict.fromkeys(names, (module.num_features,))
+        case nn.GroupNorm():
+            return dict.fromkeys(("weight", "bias"), (module.num_channels,))
         case nn.PReLU():
             return {"weight": (module.num_parameters,)}
         case nn.Embedding():

@@ -22,6 +22,7 @@ from pyro_sbp.gates.nested import convert, same, tensors_of
 __all__ = [
     "Gate",
     "GatedNetwork",
+    "Size",
     "Span",
     "call",
     "check_theta",
@@ -69,9 +70,29 @@ class Span:
         return padded.index_select(-1, units % padded.shape[-1])
 
 
+@dataclass(frozen=True)
+class Size:
+    """An integer attribute of a module that follows the number of units: a number of heads, say.
+
+    Attributes:
+        module: the name of the module.
+        attribute: the name of its attribute, an integer, or a tuple or list of them.
+        place: which of them, if there are several.
+        per_unit: the integer is this multiple of the number of units.
+    """
+
+    module: str
+    attribute: str
+    place: int | None
+    per_unit: int
+
+
 @dataclass(frozen=True, repr=False)
 class Gate:
     """A set of units that one noise variable theta ``[size]`` multiplies.
+
+    A unit is one or more rows of every writer, and one or more columns of every reader: the head
+    of an attention layer is a block of rows of its layers of queries, keys and values.
 
     Attributes:
         name: the name of the Pyro sample site.
@@ -81,6 +102,8 @@ class Gate:
         channelwise: the layers between, which treat every channel alone.
         selects: the `Select`s between, which an earlier cut put before a reader: the unit of every
             feature that flows into them.
+        sizes: attributes of modules that follow the number of units.
+        sizes: the attributes of modules that have to follow the number of units.
     """
 
     name: str
@@ -89,12 +112,15 @@ class Gate:
     writers: tuple[Span, ...] = ()
     channelwise: tuple[Span, ...] = ()
     selects: tuple[Span, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __repr__(self) -> str:
         parts = [repr(self.name), f"{self.size} units"]
         for kind in ("writers", "readers", "channelwise", "selects"):
             layers = ", ".join(span.layer for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
+        names = ", ".join(dict.fromkeys(f"{s.module}.{s.attribute}" for s in self.sizes))
+        parts += [f"sizes: {names}"] if names else []
         return f"Gate({'; '.join(parts)})"
 
 

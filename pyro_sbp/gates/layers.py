@@ -48,14 +48,23 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.embedding: (nn.Embedding,),
     place_channels: (PlaceChannels,),
 }
-#: Functions that treat every channel alone.
-CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, F.prelu})
+#: Functions that treat every channel, or every group of them, alone.
+CHANNELWISE_FUNCTIONS = frozenset(
+    {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm, torch.group_norm, F.prelu}
+)
 
 #: The attributes of layers that repeat the number of rows, and of columns.
-_ROW_SIZES = ("out_features", "out_channels", "num_features", "num_parameters", "embedding_dim")
+_ROW_SIZES = (
+    "out_features",
+    "out_channels",
+    "num_features",
+    "num_channels",
+    "num_parameters",
+    "embedding_dim",
+)
 _COLUMN_SIZES = ("in_features", "in_channels")
 #: All attributes of layers that `resize` changes.
-SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups")
+SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups")
 
 
 class Select(nn.Module):
@@ -96,9 +105,12 @@ def is_linear_in_weight(module: nn.Module) -> bool:
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a layer treats every channel alone: batch norm, depthwise convolution."""
+    """Whether a layer treats every channel alone: batch norm, depthwise convolution. Or every group
+    of channels: group norm."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups > 1
     return isinstance(module, _NORMS) or (
         isinstance(module, _CONVOLUTIONS)
         and module.groups > 1
@@ -212,6 +224,8 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     """
     if is_channelwise(module):
         if rows is not None:
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = _whole_groups(rows, module.num_channels // module.num_groups)
             _keep(module, ("weight", "bias", "running_mean", "running_var"), rows, 0)
             _resized(module, _ROW_SIZES, len(rows))
             if isinstance(module, _CONVOLUTIONS):
@@ -230,6 +244,18 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     if columns is not None:
         _keep(module, ("weight",), columns, 1 - _row_dim(module))
         _resized(module, _COLUMN_SIZES, len(columns))
+
+
+def _whole_groups(rows: Tensor, width: int) -> int:
+    """How many groups of channels are kept.
+
+    Raises:
+        ValueError: one is kept in part.
+    """
+    groups, counts = (rows // width).unique(return_counts=True)
+    if bool((counts < width).any()):
+        raise ValueError("a group of a group norm is kept in part")
+    return len(groups)
 
 
 def _resize_places(module: PlaceChannels, rows: Tensor | None, columns: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
 from pyro_sbp.gates.nested import same, tensors_of
+from pyro_sbp.gates.sizes import set_sizes
 
 __all__ = [
     "Units",
@@ -301,6 +302,8 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         module = net.get_submodule(name)
         assert isinstance(module, Select)
         module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
+    for gate in gates:
+        set_sizes(net, gate, int(physical[gate.name].sum()))
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
@@ -356,6 +359,7 @@ def remaining_gates(
                 writers=carrying(rest(gate, span, rows) for span in gate.writers),
                 channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),
                 selects=carrying([*(rest(gate, s, selected) for s in gate.selects), *fresh]),
+                sizes=gate.sizes,
             )
         )
     return found

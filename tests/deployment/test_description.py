@@ -68,8 +68,10 @@ def test_a_damaged_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"network\.json is damaged: "):
             Description.read(path)
-    path.write_text('{"format": 2, "constructor": "a:B", "kwargs": {}, "layers": {}}')
-    with pytest.raises(UnknownFormat, match="format 2; this version of pyro-sbp reads format 1"):
+    path.write_text('{"format": 3, "constructor": "a:B", "kwargs": {}, "layers": {}}')
+    with pytest.raises(
+        UnknownFormat, match="format 3; this version of pyro-sbp reads formats 1 and 2"
+    ):
         Description.read(path)
 
 

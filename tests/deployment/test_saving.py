@@ -97,7 +97,7 @@ def test_a_foreign_constructor_must_be_passed(small, tmp_path):
         ("model.safetensors", None),
         ("network.json", b"{"),
         ("model.safetensors", b"\0" * 20),
-        ("network.json", b'{"format": 2, "constructor": "a:b", "kwargs": {}, "layers": {}}'),
+        ("network.json", b'{"format": 3, "constructor": "a:b", "kwargs": {}, "layers": {}}'),
     ],
 )
 def test_damaged_files_are_refused(small, tmp_path, file, content):
@@ -106,7 +106,7 @@ def test_damaged_files_are_refused(small, tmp_path, file, content):
         (tmp_path / "net" / file).unlink()
     else:
         (tmp_path / "net" / file).write_bytes(content)
-    with pytest.raises(ValueError, match=r"holds no whole saved network|reads format 1"):
+    with pytest.raises(ValueError, match=r"holds no whole saved network|reads formats 1 and 2"):
         sbp.load(tmp_path / "net")
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from pyro_sbp import networks
+from pyro_sbp.gates.classes import codes
 from pyro_sbp.gates.folding import GatedNetwork
-from pyro_sbp.gates.probing import _codes, find_gates
+from pyro_sbp.gates.probing import find_gates
 
 
 def sizes(gates):
@@ -42,9 +43,9 @@ def test_flattened_channels_are_blocks_of_columns():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 100])
 def test_codes_tell_all_units_apart(size):
-    codes = _codes(size)
-    assert len({tuple(column.tolist()) for column in codes.T}) == size
-    ones, zeros = codes[0::2], codes[1::2]
+    patterns = codes(size)
+    assert len({tuple(column.tolist()) for column in patterns.T}) == size
+    ones, zeros = patterns[0::2], patterns[1::2]
     assert torch.equal(ones, ~zeros)
 
 
