@@ -72,10 +72,10 @@ class Description:
                     raise ValueError(f"layers[{layer!r}] sets {name!r}, which no layer has")
                 _check(f"layers[{layer!r}][{name!r}]", size, _is_size, "an integer of 0 or more")
         _check("sizes", self.sizes, _is_mapping, "an object")
-        for module, sizes in self.sizes.items():
-            _check(f"sizes[{module!r}]", sizes, _is_mapping, "an object")
-            for name, size in sizes.items():
-                _check(f"sizes[{module!r}][{name!r}]", size, _is_sizes,
+        for module, written in self.sizes.items():
+            _check(f"sizes[{module!r}]", written, _is_mapping, "an object")
+            for name, value in written.items():
+                _check(f"sizes[{module!r}][{name!r}]", value, _is_sizes,
                        "an integer of 0 or more, or a list of them")  # fmt: skip
         _check("same", self.same, _is_mapping, "an object")
         for name, first in self.same.items():

@@ -34,7 +34,7 @@ from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
-from pyro_sbp.gates.sizes import Written, around, fits_within, written_sizes
+from pyro_sbp.gates.sizes import Written, follows, ratios_around, written_sizes
 
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
@@ -68,10 +68,10 @@ def save(
     be deleted; `save` does not delete it, as it may belong to a process on another machine.
 
     What is kept are tensors: parameters and buffers with their values and types, which of them are
-    the same tensor, and which parameters are frozen; and the integer attributes (or tuples of them)
-    of modules around smaller layers that are smaller themselves, such as a number of heads. Other
-    attributes that were set after construction are not kept, such as the probability of a dropout
-    layer, and neither are hooks, gradients or memory formats.
+    the same tensor, and which parameters are frozen; and integer attributes of modules (or tuples
+    of them) that have become smaller in the same ratio as a layer inside, such as a number of
+    heads. Other attributes that were set after construction are not kept, such as the probability
+    of a dropout layer, and neither are hooks, gradients or memory formats.
 
     Args:
         small: the network, from `prune` or `shrink`.
@@ -209,17 +209,16 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
 
 
 def _smaller_sizes(
-    small: nn.Module, fresh: nn.Module, layers: Mapping[str, Any]
+    small: nn.Module, fresh: nn.Module, layers: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, Written]]:
-    """The sizes written into modules around resized layers that are smaller than those that a
-    constructor writes."""
+    """The sizes written into modules that have become smaller with the layers inside."""
     found = {}
-    for module in around(layers):
+    for module, ratios in ratios_around(fresh, layers).items():
         here = written_sizes(small.get_submodule(module))
         smaller = {
             name: here[name]
             for name, old in written_sizes(fresh.get_submodule(module)).items()
-            if name in here and here[name] != old and fits_within(here[name], old)
+            if name in here and here[name] != old and follows(here[name], old, ratios)
         }
         if smaller:
             found[module] = smaller

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -13,11 +14,11 @@ from pyro_sbp.gates.folding import Gate, Size
 
 __all__ = [
     "Written",
-    "around",
     "combined",
-    "fits_within",
     "fitting_sizes",
+    "follows",
     "likely_sizes",
+    "ratios_around",
     "set_sizes",
     "written_sizes",
 ]
@@ -105,24 +106,34 @@ def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
             setattr(module, size.attribute, value)
 
 
-def around(layers: Iterable[str]) -> list[str]:
-    """The names of all modules that hold one of some layers."""
-    names = {}
-    for layer in layers:
+def ratios_around(
+    net: nn.Module, layers: Mapping[str, Mapping[str, int]]
+) -> dict[str, set[Fraction]]:
+    """By how much layers have become smaller, for each of the modules that hold them.
+
+    Args:
+        net: the network before.
+        layers: from the name of a layer to its attributes that are smaller.
+    """
+    ratios: dict[str, set[Fraction]] = {}
+    for layer, sizes in layers.items():
+        module = net.get_submodule(layer)
+        olds = [(new, getattr(module, name, None)) for name, new in sizes.items()]
+        here = {Fraction(new, old) for new, old in olds if type(old) is int and 0 < new < old}
         while layer:
             layer = layer.rpartition(".")[0]
-            names[layer] = None
-    return list(names)
+            ratios.setdefault(layer, set()).update(here)
+    return ratios
 
 
-def fits_within(new: Any, old: Written) -> bool:
-    """Whether sizes may have become others: at least 1, and none larger than before."""
+def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
+    """Whether sizes may have become others: each stays, or shrinks as some layer does."""
     if isinstance(old, int):
-        return type(new) is int and 1 <= new <= old
+        return type(new) is int and (new == old or any(new == old * ratio for ratio in ratios))
     return (
         type(new) in (tuple, list)
         and len(new) == len(old)
-        and all(a == b or fits_within(a, b) for a, b in zip(new, old, strict=True))
+        and all(follows(a, b, ratios) for a, b in zip(new, old, strict=True))
     )
 
 

@@ -21,7 +21,7 @@ _PARTS = (1, 2, 3, 4)
 #: How many attributes of modules may have to follow.
 _ATTRIBUTES = 3
 
-#: What gates of repeated blocks have in common: names of layers, and the modules they belong to.
+#: What gates of repeated blocks have in common: the name of a writer in the two modules around it.
 Kind = tuple[tuple[type[nn.Module], str], ...]
 
 
@@ -49,8 +49,11 @@ def _item(net: nn.Module, size: Size) -> tuple[type[nn.Module], str, int | None]
 
 def kind_of(net: nn.Module, gate: Gate) -> Kind:
     """The kind of a gate."""
-    paths = [span.layer.rpartition(".") for span in (*gate.writers, *gate.readers)]
-    return tuple((type(net.get_submodule(parent)), leaf) for parent, _, leaf in paths)
+    path = (gate.writers or gate.readers)[0].layer.split(".")
+    return tuple(
+        (type(net.get_submodule(".".join(path[:depth]))), path[depth])
+        for depth in range(len(path))[-2:]
+    )
 
 
 def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
