@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.layers import channel_dim, column_factor, serves, weight_of
+from pyro_sbp.gates.layers import (
+    argument,
+    channel_dim,
+    column_factor,
+    operands,
+    serves,
+    weight_of,
+)
 from pyro_sbp.gates.nested import convert, same, tensors_of
 
 __all__ = [
@@ -233,19 +240,19 @@ class _Gating(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        weight = args[1] if len(args) > 1 else given.get("weight")
+        of_x, of_weight = operands(func)
+        weight = argument(of_weight, args, given)
         name, layer = self.readers.get(id(weight), ("", None))
         if layer is None or weight is None or not serves(func, layer):
             return func(*args, **given)
-        x, scale = args[0] if args else given["input"], self.scales[name]
+        x, scale = argument(of_x, args, given), self.scales[name]
         if scale.ndim == 1 and weight.numel() < x.numel():
-            weight = weight * column_factor(layer, scale.to(weight.dtype))
+            (position, key), new = of_weight, weight * column_factor(layer, scale.to(weight.dtype))
         else:
-            x = _scaled_input(name, layer, x, scale)
-        if len(args) > 1:
-            return func(x, weight, *args[2:], **given)
-        given["weight"] = weight
-        return func(x, **given) if args else func(**{**given, "input": x})
+            (position, key), new = of_x, _scaled_input(name, layer, x, scale)
+        if position < len(args):
+            return func(*args[:position], new, *args[position + 1 :], **given)
+        return func(*args, **{**given, key: new})
 
 
 def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:

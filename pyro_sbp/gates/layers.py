@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "SIZE_ATTRIBUTES",
     "Select",
+    "argument",
     "channel_dim",
     "column_factor",
     "groups_of",
@@ -24,6 +26,7 @@ __all__ = [
     "most_of_columns",
     "num_columns",
     "num_rows",
+    "operands",
     "resize",
     "rows_of",
     "serves",
@@ -48,6 +51,8 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.embedding: (nn.Embedding,),
     place_channels: (PlaceChannels,),
 }
+#: The class in which transformers keeps the weights of GPT-2: dense, with the weight transposed.
+_CONV1D = "transformers.pytorch_utils.Conv1D"
 #: Functions that treat every channel, or every group of them, alone.
 CHANNELWISE_FUNCTIONS = frozenset(
     {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm, torch.group_norm, F.prelu}
@@ -61,8 +66,9 @@ _ROW_SIZES = (
     "num_channels",
     "num_parameters",
     "embedding_dim",
+    "nf",
 )
-_COLUMN_SIZES = ("in_features", "in_channels")
+_COLUMN_SIZES = ("in_features", "in_channels", "nx")
 #: All attributes of layers that `resize` changes.
 SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups")
 
@@ -91,7 +97,13 @@ def is_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # to normalise a row mixes its columns
     layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
-    return isinstance(module, layers) and not is_channelwise(module)
+    known = isinstance(module, layers) or _is_conv1d(module)
+    return known and not is_channelwise(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the `Conv1D` of transformers, which need not be installed."""
+    return any(f"{c.__module__}.{c.__qualname__}" == _CONV1D for c in type(module).__mro__)
 
 
 def is_reader(module: nn.Module) -> bool:
@@ -124,7 +136,22 @@ def serves(function: Any, module: nn.Module) -> bool:
         return is_channelwise(module)
     if function is Tensor.index_select:
         return isinstance(module, Select)
+    if function is torch.addmm:
+        return _is_conv1d(module)
     return isinstance(module, _MATRIX_FUNCTIONS.get(function, ()))
+
+
+def operands(function: Any) -> tuple[tuple[int, str], tuple[int, str]]:
+    """The position and the name of the input, and of the weight, in the arguments of a function."""
+    if function is torch.addmm:
+        return (1, "mat1"), (2, "mat2")
+    return (0, "input"), (1, "weight")
+
+
+def argument(operand: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """One of the `operands`; None if it is not given."""
+    position, name = operand
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 def groups_of(module: nn.Module) -> int:
@@ -140,7 +167,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def _row_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) else 0
+    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) or _is_conv1d(module) else 0
 
 
 def num_rows(module: nn.Module) -> int:
@@ -159,7 +186,7 @@ def num_columns(module: nn.Module) -> int:
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
     """The dimension of a layer's input, or output, that holds the channels or features."""
-    if isinstance(module, nn.Linear | nn.Embedding | Select):
+    if isinstance(module, nn.Linear | nn.Embedding | Select) or _is_conv1d(module):
         return x.ndim - 1
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         return x.ndim - module.get_parameter("weight").ndim + 1

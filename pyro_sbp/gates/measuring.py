@@ -26,11 +26,13 @@ from pyro_sbp.gates.classes import codes, partitions_that_fit
 from pyro_sbp.gates.folding import call, repeatable
 from pyro_sbp.gates.layers import (
     Select,
+    argument,
     channel_dim,
     is_channelwise,
     is_matrix,
     is_reader,
     num_rows,
+    operands,
     serves,
 )
 from pyro_sbp.gates.nested import convert, tensors_of
@@ -123,7 +125,7 @@ class Probe(TorchFunctionMode):
         index = self.calls[name]
         self.calls[name] += 1
         if not isinstance(layer, nn.Embedding):
-            x: Tensor = args[0] if args else kwargs["input"]
+            x: Tensor = argument(operands(func)[0], args, kwargs)
             dim = channel_dim(layer, x)
             # A sum is NaN where one of its numbers is, and needs no copy of them.
             rest = [d for d in range(x.ndim) if d != dim]

@@ -58,7 +58,8 @@ def kind_of(net: nn.Module, gate: Gate) -> Kind:
 
 def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
     """A gate, and the attributes that follow by their names."""
-    sizes = dict.fromkeys((*gate.sizes, *likely_sizes(net, gate)))
+    chosen = {*gate.sizes, *likely_sizes(net, gate)}
+    sizes = [size for found in fitting_sizes(net, gate) for size in found if size in chosen]
     return replace(gate, sizes=tuple(sizes))
 
 
