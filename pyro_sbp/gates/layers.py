@@ -51,8 +51,6 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.embedding: (nn.Embedding,),
     place_channels: (PlaceChannels,),
 }
-#: The class in which transformers keeps the weights of GPT-2: dense, with the weight transposed.
-_CONV1D = "transformers.pytorch_utils.Conv1D"
 #: Functions that treat every channel, or every group of them, alone.
 CHANNELWISE_FUNCTIONS = frozenset(
     {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm, torch.group_norm, F.prelu}
@@ -102,8 +100,13 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the `Conv1D` of transformers, which need not be installed."""
-    return any(f"{c.__module__}.{c.__qualname__}" == _CONV1D for c in type(module).__mro__)
+    """Whether a module is the `Conv1D` of GPT-2, a dense layer whose weight is transposed.
+
+    It is known by its name, as transformers need not be installed and others have copied it.
+    """
+    weight = module._parameters.get("weight")
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and weight is not None and weight.ndim == 2
 
 
 def is_reader(module: nn.Module) -> bool:

@@ -209,9 +209,6 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
 
-Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
-
-
 def test_the_dense_layer_of_gpt2_reads_and_writes():
     torch.manual_seed(0)
     net, x = nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(3, 6)).double(), torch.randn(2, 5, 4)
