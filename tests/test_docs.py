@@ -154,7 +154,8 @@ def test_the_limits():
 
 def test_the_reasons_are_those_of_the_code():
     code = "".join(
-        (ROOT / "pyro_sbp" / n).read_text("utf-8") for n in ("gates/probing.py", "gates/proving.py")
+        (ROOT / "pyro_sbp/gates" / f"{name}.py").read_text("utf-8")
+        for name in ("measuring", "grouping", "probing", "proving")
     )
     for words, _ in table("limits.md", "`left_alone` says"):
         for reason in re.findall(r"`(.+?)`", words):

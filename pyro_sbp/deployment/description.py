@@ -19,7 +19,8 @@ __all__ = ["INDEX", "Description", "UnknownFormat", "parse_json"]
 
 #: The name of the file.
 INDEX = "network.json"
-FORMAT = 1
+#: Format 2 has "sizes", which a reader must not ignore.
+FORMATS = (1, 2)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,6 +35,8 @@ class Description:
         separate_attention: whether `separate_attention` is applied to what the constructor builds.
         layers: from the name of a layer to the sizes that differ from what the constructor builds:
             attributes of the layer, and "select", the length of the index of a `Select` before it.
+        sizes: from the name of a module around such layers to those of its integer attributes, or
+            tuples of them, that differ: numbers of units that its code uses.
         same: from the name of a tensor that is stored under another name to that name.
         standardize: "mean" and "std" of each channel, which inputs are standardised with.
         frozen: the parameters that do not require gradients; None in files that do not say so.
@@ -49,6 +52,7 @@ class Description:
     input_shape: Sequence[int] | None = None
     separate_attention: bool = False
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int | Sequence[int]]] = field(default_factory=dict)
     same: Mapping[str, str] = field(default_factory=dict)
     standardize: Mapping[str, Sequence[float]] | None = None
     frozen: Sequence[str] | None = None
@@ -67,6 +71,12 @@ class Description:
                 if name not in (*SIZE_ATTRIBUTES, "select"):
                     raise ValueError(f"layers[{layer!r}] sets {name!r}, which no layer has")
                 _check(f"layers[{layer!r}][{name!r}]", size, _is_size, "an integer of 0 or more")
+        _check("sizes", self.sizes, _is_mapping, "an object")
+        for module, written in self.sizes.items():
+            _check(f"sizes[{module!r}]", written, _is_mapping, "an object")
+            for name, value in written.items():
+                _check(f"sizes[{module!r}][{name!r}]", value, _is_sizes,
+                       "an integer of 0 or more, or a list of them")  # fmt: skip
         _check("same", self.same, _is_mapping, "an object")
         for name, first in self.same.items():
             _check(f"same[{name!r}]", first, _is_string, "the name of a tensor")
@@ -111,7 +121,7 @@ class Description:
             if name not in content:
                 raise ValueError(f"{name!r} is missing")
         _check("format", content["format"], _is_size, "an integer")
-        if content["format"] != FORMAT:
+        if content["format"] not in FORMATS:
             raise UnknownFormat(content["format"])
         checksums = None
         if "checksums" in content:
@@ -131,7 +141,7 @@ class Description:
             TypeError, ValueError: JSON cannot hold the constructor's arguments.
         """
         content: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 2 if self.sizes else 1,
             "constructor": self.constructor,
             "kwargs": self.kwargs,
             "input_shape": self.input_shape,
@@ -139,6 +149,8 @@ class Description:
             "layers": self.layers,
             "same": self.same,
         }
+        if self.sizes:
+            content["sizes"] = self.sizes
         if self.standardize is not None:
             content["standardize"] = self.standardize
         if self.frozen is not None:
@@ -157,7 +169,8 @@ class UnknownFormat(ValueError):
     """The file has a format that this version of pyro-sbp does not read."""
 
     def __init__(self, format: int) -> None:
-        super().__init__(f"format {format}; this version of pyro-sbp reads format {FORMAT}")
+        known = " and ".join(map(str, FORMATS))
+        super().__init__(f"format {format}; this version of pyro-sbp reads formats {known}")
 
 
 def parse_json(text: str) -> Any:
@@ -217,6 +230,10 @@ def _is_name(value: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_sizes(value: Any) -> bool:
+    return _is_size(value) or (_is_list(value) and all(map(_is_size, value)))
 
 
 def _is_names(value: Any) -> bool:

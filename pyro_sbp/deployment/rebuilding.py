@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.sizes import follows, ratios_around, written_sizes
 from pyro_sbp.networks import PlaceChannels
 
 __all__ = ["check_fit", "construct", "fill", "non_persistent_buffers", "resize_layers"]
@@ -91,7 +93,8 @@ def resize_layers(
         does not define may have any shape.
 
     Raises:
-        ValueError: a layer is not there, does not have a size, or its index does not fit.
+        ValueError: a layer is not there, does not have a size, or its index does not fit; or a
+            size is set that is not written into a module around these layers, or does not follow.
     """
     # A subclass may lay out its weight otherwise, and is not checked then.
     regular = {
@@ -101,10 +104,12 @@ def resize_layers(
         if isinstance(tensor := getattr(module, leaf, None), Tensor) and tensor.shape == shape
     }
     modules = dict(net.named_modules())
-    for layer, sizes in description.layers.items():
-        module = modules.get(layer)
-        if module is None:
+    for layer in description.layers:
+        if layer not in modules:
             raise ValueError(f"there is no layer {layer!r}")
+    ratios = ratios_around(net, description.layers)
+    for layer, sizes in description.layers.items():
+        module = modules[layer]
         if "select" in sizes:
             _put_select(net, layer, module, sizes["select"], state)
         for name, size in sizes.items():
@@ -117,6 +122,7 @@ def resize_layers(
         channels = [getattr(module, name, 0) for name in ("in_channels", "out_channels")]
         if groups == 0 or any(number % groups for number in channels):
             raise ValueError(f"the channels of layer {layer!r} do not fall into {groups} groups")
+    _set_sizes(modules, description, ratios)
     changed = tuple(f"{layer}." for layer in description.layers)
     shapes = {}
     for name in net.state_dict():
@@ -129,6 +135,25 @@ def resize_layers(
             # A layer of torch that is not resized has the shapes that its constructor gave it.
             shapes[name] = tuple(tensor.shape)
     return shapes
+
+
+def _set_sizes(
+    modules: Mapping[str, nn.Module],
+    description: Description,
+    ratios: Mapping[str, Set[Fraction]],
+) -> None:
+    """Set the sizes that are written into modules, if they follow those of the layers inside."""
+    for name, sizes in description.sizes.items():
+        old = written_sizes(modules[name]) if name in ratios else {}
+        for attribute, size in sizes.items():
+            if attribute not in old:
+                raise ValueError(f"{attribute!r} of {name!r} is no size around a resized layer")
+            if not follows(size, old[attribute], ratios[name]):
+                raise ValueError(
+                    f"{attribute!r} of {name!r} is {size}, which does not follow from "
+                    f"{old[attribute]} by the sizes of the layers"
+                )
+            setattr(modules[name], attribute, type(old[attribute])(size))  # type: ignore[arg-type]
 
 
 def check_fit(
@@ -266,6 +291,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         case nn.modules.batchnorm._NormBase():
             names = ("weight", "bias", "running_mean", "running_var")
             return dict.fromkeys(names, (module.num_features,))
+        case nn.GroupNorm():
+            return dict.fromkeys(("weight", "bias"), (module.num_channels,))
         case nn.PReLU():
             return {"weight": (module.num_parameters,)}
         case nn.Embedding():

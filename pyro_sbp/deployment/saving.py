@@ -34,6 +34,7 @@ from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
+from pyro_sbp.gates.sizes import Written, follows, ratios_around, written_sizes
 from pyro_sbp.gates.units import units_of
 
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
@@ -68,9 +69,10 @@ def save(
     be deleted; `save` does not delete it, as it may belong to a process on another machine.
 
     What is kept are tensors: parameters and buffers with their values and types, which of them are
-    the same tensor, and which parameters are frozen. Other attributes that were set after
-    construction are not kept, such as the probability of a dropout layer, and neither are hooks,
-    gradients or memory formats.
+    the same tensor, and which parameters are frozen; and integer attributes of modules (or tuples
+    of them) that have become smaller in the same ratio as a layer inside, such as a number of
+    heads. Other attributes that were set after construction are not kept, such as the probability
+    of a dropout layer, and neither are hooks, gradients or memory formats.
 
     Args:
         small: the network, from `prune` or `shrink`.
@@ -112,6 +114,7 @@ def save(
         input_shape=None if input_shape is None else list(input_shape),
         separate_attention=separate,
         layers=layers,
+        sizes=_smaller_sizes(small, fresh, layers),
         same=same,
         standardize=None if standardization is None else standardization.to_dict(),
         frozen=[
@@ -208,6 +211,23 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
         layer, module = next(iter(here.items()))
         raise ValueError(f"{name} builds no {type(module).__name__} at {layer!r}")
     return layers
+
+
+def _smaller_sizes(
+    small: nn.Module, fresh: nn.Module, layers: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Written]]:
+    """The sizes written into modules that have become smaller with the layers inside."""
+    found = {}
+    for module, ratios in ratios_around(fresh, layers).items():
+        here = written_sizes(small.get_submodule(module))
+        smaller = {
+            name: here[name]
+            for name, old in written_sizes(fresh.get_submodule(module)).items()
+            if name in here and here[name] != old and follows(here[name], old, ratios)
+        }
+        if smaller:
+            found[module] = smaller
+    return found
 
 
 def _changed_buffers(small: nn.Module, fresh: nn.Module) -> dict[str, torch.Tensor]:

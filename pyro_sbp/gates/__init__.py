@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyro_sbp.gates.folding import (
         Gate,
         GatedNetwork,
+        Size,
         Span,
         call,
         check_theta,
@@ -37,6 +38,7 @@ __all__ = [
     "GatedNetwork",
     "Gates",
     "Select",
+    "Size",
     "Span",
     "Units",
     "call",
@@ -66,6 +68,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "folding": [
             "Gate",
             "GatedNetwork",
+            "Size",
             "Span",
             "call",
             "check_theta",

@@ -37,8 +37,6 @@ class Attention(nn.Module):
         self.head_dim = attention.head_dim
         self.dropout = attention.dropout
         self.batch_first = attention.batch_first
-        #: Rows of these layers make sense only together, a head at a time.
-        self.row_blocks = {"query": self.head_dim, "key": self.head_dim}
         packed = attention.in_proj_weight
         weights = (
             (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)

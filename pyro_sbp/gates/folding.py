@@ -16,12 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.layers import channel_dim, column_factor, serves, weight_of
+from pyro_sbp.gates.layers import (
+    argument,
+    channel_dim,
+    column_factor,
+    operands,
+    serves,
+    weight_of,
+)
 from pyro_sbp.gates.nested import convert, same, tensors_of
 
 __all__ = [
     "Gate",
     "GatedNetwork",
+    "Size",
     "Span",
     "call",
     "check_theta",
@@ -70,9 +78,29 @@ class Span:
         return padded.index_select(-1, units % padded.shape[-1])
 
 
+@dataclass(frozen=True)
+class Size:
+    """An integer attribute of a module that follows the number of units: a number of heads, say.
+
+    Attributes:
+        module: the name of the module.
+        attribute: the name of its attribute, an integer, or a tuple or list of them.
+        place: which of them, if there are several.
+        per_unit: the integer is this multiple of the number of units.
+    """
+
+    module: str
+    attribute: str
+    place: int | None
+    per_unit: int
+
+
 @dataclass(frozen=True, repr=False)
 class Gate:
     """A set of units that one noise variable theta ``[size]`` multiplies.
+
+    A unit is one or more rows of every writer, and one or more columns of every reader: the head
+    of an attention layer is a block of rows of its layers of queries, keys and values.
 
     Attributes:
         name: the name of the Pyro sample site.
@@ -82,6 +110,7 @@ class Gate:
         channelwise: the layers between, which treat every channel alone.
         selects: the `Select` modules between, which an earlier cut put before a reader: the unit of
             every feature that flows into them.
+        sizes: the attributes of modules that have to follow the number of units.
     """
 
     name: str
@@ -90,12 +119,15 @@ class Gate:
     writers: tuple[Span, ...] = ()
     channelwise: tuple[Span, ...] = ()
     selects: tuple[Span, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __repr__(self) -> str:
         parts = [repr(self.name), f"{self.size} units"]
         for kind in ("writers", "readers", "channelwise", "selects"):
             layers = ", ".join(span.layer for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
+        names = ", ".join(dict.fromkeys(f"{s.module}.{s.attribute}" for s in self.sizes))
+        parts += [f"sizes: {names}"] if names else []
         return f"Gate({'; '.join(parts)})"
 
 
@@ -208,19 +240,19 @@ class _Gating(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
-        weight = args[1] if len(args) > 1 else given.get("weight")
+        of_x, of_weight = operands(func)
+        weight = argument(of_weight, args, given)
         name, layer = self.readers.get(id(weight), ("", None))
         if layer is None or weight is None or not serves(func, layer):
             return func(*args, **given)
-        x, scale = args[0] if args else given["input"], self.scales[name]
+        x, scale = argument(of_x, args, given), self.scales[name]
         if scale.ndim == 1 and weight.numel() < x.numel():
-            weight = weight * column_factor(layer, scale.to(weight.dtype))
+            (position, key), new = of_weight, weight * column_factor(layer, scale.to(weight.dtype))
         else:
-            x = _scaled_input(name, layer, x, scale)
-        if len(args) > 1:
-            return func(x, weight, *args[2:], **given)
-        given["weight"] = weight
-        return func(x, **given) if args else func(**{**given, "input": x})
+            (position, key), new = of_x, _scaled_input(name, layer, x, scale)
+        if position < len(args):
+            return func(*args[:position], new, *args[position + 1 :], **given)
+        return func(*args, **{**given, key: new})
 
 
 def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> TorchFunctionMode:

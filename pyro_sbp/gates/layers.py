@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "CHANNELWISE_FUNCTIONS",
     "SIZE_ATTRIBUTES",
     "Select",
+    "argument",
     "channel_dim",
     "column_factor",
     "groups_of",
@@ -24,6 +26,7 @@ __all__ = [
     "most_of_columns",
     "num_columns",
     "num_rows",
+    "operands",
     "resize",
     "rows_of",
     "serves",
@@ -48,14 +51,24 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.embedding: (nn.Embedding,),
     place_channels: (PlaceChannels,),
 }
-#: Functions that treat every channel alone.
-CHANNELWISE_FUNCTIONS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, F.prelu})
+#: Functions that treat every channel, or every group of them, alone.
+CHANNELWISE_FUNCTIONS = frozenset(
+    {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm, torch.group_norm, F.prelu}
+)
 
 #: The attributes of layers that repeat the number of rows, and of columns.
-_ROW_SIZES = ("out_features", "out_channels", "num_features", "num_parameters", "embedding_dim")
-_COLUMN_SIZES = ("in_features", "in_channels")
+_ROW_SIZES = (
+    "out_features",
+    "out_channels",
+    "num_features",
+    "num_channels",
+    "num_parameters",
+    "embedding_dim",
+    "nf",
+)
+_COLUMN_SIZES = ("in_features", "in_channels", "nx")
 #: All attributes of layers that `resize` changes.
-SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups")
+SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups")
 
 
 class Select(nn.Module):
@@ -82,7 +95,18 @@ def is_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # to normalise a row mixes its columns
     layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
-    return isinstance(module, layers) and not is_channelwise(module)
+    known = isinstance(module, layers) or _is_conv1d(module)
+    return known and not is_channelwise(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the `Conv1D` of GPT-2, a dense layer whose weight is transposed.
+
+    It is known by its name, as transformers need not be installed and others have copied it.
+    """
+    weight = module._parameters.get("weight")
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and weight is not None and weight.ndim == 2
 
 
 def is_reader(module: nn.Module) -> bool:
@@ -96,9 +120,12 @@ def is_linear_in_weight(module: nn.Module) -> bool:
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a layer treats every channel alone: batch norm, depthwise convolution."""
+    """Whether a layer treats every channel alone: batch norm, depthwise convolution. Or every group
+    of channels: group norm."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups > 1
     return isinstance(module, _NORMS) or (
         isinstance(module, _CONVOLUTIONS)
         and module.groups > 1
@@ -112,7 +139,22 @@ def serves(function: Any, module: nn.Module) -> bool:
         return is_channelwise(module)
     if function is Tensor.index_select:
         return isinstance(module, Select)
+    if function is torch.addmm:
+        return _is_conv1d(module)
     return isinstance(module, _MATRIX_FUNCTIONS.get(function, ()))
+
+
+def operands(function: Any) -> tuple[tuple[int, str], tuple[int, str]]:
+    """The position and the name of the input, and of the weight, in the arguments of a function."""
+    if function is torch.addmm:
+        return (1, "mat1"), (2, "mat2")
+    return (0, "input"), (1, "weight")
+
+
+def argument(operand: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """One of the `operands`; None if it is not given."""
+    position, name = operand
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 def groups_of(module: nn.Module) -> int:
@@ -128,7 +170,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def _row_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) else 0
+    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) or _is_conv1d(module) else 0
 
 
 def num_rows(module: nn.Module) -> int:
@@ -147,7 +189,7 @@ def num_columns(module: nn.Module) -> int:
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
     """The dimension of a layer's input, or output, that holds the channels or features."""
-    if isinstance(module, nn.Linear | nn.Embedding | Select):
+    if isinstance(module, nn.Linear | nn.Embedding | Select) or _is_conv1d(module):
         return x.ndim - 1
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         return x.ndim - module.get_parameter("weight").ndim + 1
@@ -212,6 +254,8 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     """
     if is_channelwise(module):
         if rows is not None:
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = _whole_groups(rows, module.num_channels // module.num_groups)
             _keep(module, ("weight", "bias", "running_mean", "running_var"), rows, 0)
             _resized(module, _ROW_SIZES, len(rows))
             if isinstance(module, _CONVOLUTIONS):
@@ -230,6 +274,18 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     if columns is not None:
         _keep(module, ("weight",), columns, 1 - _row_dim(module))
         _resized(module, _COLUMN_SIZES, len(columns))
+
+
+def _whole_groups(rows: Tensor, width: int) -> int:
+    """How many groups of channels are kept.
+
+    Raises:
+        ValueError: one is kept in part.
+    """
+    groups, counts = (rows // width).unique(return_counts=True)
+    if bool((counts < width).any()):
+        raise ValueError("a group of a group norm is kept in part")
+    return len(groups)
 
 
 def _resize_places(module: PlaceChannels, rows: Tensor | None, columns: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
+from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
+from pyro_sbp.gates.variants import Kind, Recipe, follow, kind_of, recipes, with_likely_sizes
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
 #: The largest `relative_difference` of the shrunk from the masked network in a proof, in float64.
 TOLERANCE = 1e-10
+#: For so many gates of a kind variants are tried in vain.
+_FAILURES = 2
 
 
 def _a_third(size: int, generator: torch.Generator) -> Tensor:
@@ -41,6 +46,8 @@ class Proof:
 
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net, self.x, self.training_paths = net, x, training_paths
+        self._learnt: dict[Kind, Recipe] = {}  # what the gates of a kind need
+        self._failed: Counter[Kind] = Counter()
 
     def problem(self, gates: Sequence[Gate]) -> str | None:
         """Why the shrunk network differs from the masked one; None if it does not."""
@@ -75,17 +82,50 @@ class Proof:
             return f"cutting it changes the output by {difference:.1e}"
         return None
 
-    def keep(self, gates: Sequence[Gate], proven: list[Gate], left_alone: dict[str, str]) -> None:
-        """Add to `proven` what goes with it, found by halving; the rest is not prunable."""
+    def keep(
+        self, candidates: Sequence[Candidate], proven: list[Gate], left_alone: dict[str, str]
+    ) -> None:
+        """Add to `proven` what goes with it, found by halving; the rest is not prunable.
+
+        Of a gate that cannot be cut as it was measured, variants are tried: with sizes that are
+        written into modules, and with larger units. What helps is tried first for its like.
+        """
+        gates = [self._as_learnt(candidate) for candidate in candidates]
         problem = self.problem([*proven, *gates])
         if problem is None:
             proven += gates
         elif len(gates) == 1:
-            left_alone[gates[0].name] = problem
+            other = self._variant(candidates[0], gates[0], proven)
+            if other is None:
+                left_alone[gates[0].name] = problem
+            else:
+                proven.append(other)
         else:
             half = len(gates) // 2
-            self.keep(gates[:half], proven, left_alone)
-            self.keep(gates[half:], proven, left_alone)
+            self.keep(candidates[:half], proven, left_alone)
+            self.keep(candidates[half:], proven, left_alone)
+
+    def _as_learnt(self, candidate: Candidate) -> Gate:
+        recipe = self._learnt.get(kind_of(self.net, candidate.gate))
+        gate = None if recipe is None else follow(self.net, candidate, recipe)
+        return with_likely_sizes(self.net, candidate.gate) if gate is None else gate
+
+    def _variant(self, candidate: Candidate, tried: Gate, proven: Sequence[Gate]) -> Gate | None:
+        """A variant of a gate that can be cut."""
+        kind = kind_of(self.net, candidate.gate)
+        if self._failed[kind] >= _FAILURES:
+            return None
+        for recipe in recipes(self.net, candidate):
+            gate = follow(self.net, candidate, recipe)
+            if gate is None or gate == tried or self.problem([*proven, gate]) is not None:
+                continue
+            whole = with_likely_sizes(self.net, gate)
+            if whole != gate and self.problem([*proven, whole]) is None:
+                gate = whole
+            self._learnt[kind] = Recipe.of(self.net, recipe.parts, gate.sizes)
+            return gate
+        self._failed[kind] += 1
+        return None
 
 
 def copy_for_measurement(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.sizes import set_sizes
 from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
@@ -266,6 +267,8 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         module = net.get_submodule(name)
         assert isinstance(module, Select)
         module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
+    for gate in gates:
+        set_sizes(net, gate, int(physical[gate.name].sum()))
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
@@ -321,6 +324,7 @@ def remaining_gates(
                 writers=carrying(rest(gate, span, rows) for span in gate.writers),
                 channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),
                 selects=carrying([*(rest(gate, s, selected) for s in gate.selects), *fresh]),
+                sizes=gate.sizes,
             )
         )
     return found

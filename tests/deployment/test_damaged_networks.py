@@ -252,7 +252,11 @@ def test_too_few_and_too_many_tensors_are_named(saved, tmp_path):
         ('"separate_attention": true', '"separate_attention": 1', "is 1; expected true or false"),
         ('"test_damaged_networks:Net"', '"a\\nb"', "expected a name of a callable"),
         ('"format": 1', '"format": true', "format is True; expected an integer"),
-        ('"format": 1', '"format": 9', "net has format 9; this version of pyro-sbp reads format 1"),
+        (
+            '"format": 1',
+            '"format": 9',
+            "net has format 9; this version of pyro-sbp reads formats 1 and 2",
+        ),
         ('"format": 1,', "", "'format' is missing"),
     ],
 )

@@ -1,5 +1,6 @@
 """The content of network.json: what is written is read, and what is damaged is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,14 @@ def test_the_layout_of_the_text_is_not_part_of_its_checksum():
             Description.from_json(json.dumps({**content, **change}))
 
 
+def test_sizes_of_modules_need_a_reader_that_knows_them():
+    assert json.loads(DESCRIPTION.to_json())["format"] == 1
+    sizes = {"block.attn": {"num_heads": 2, "parts": [8, 8]}}
+    described = dataclasses.replace(DESCRIPTION, sizes=sizes)
+    assert json.loads(described.to_json())["format"] == 2
+    assert Description.from_json(described.to_json()) == described
+
+
 def test_a_file_without_checksums_may_have_unknown_keys():
     content = json.loads(DESCRIPTION.to_json())
     del content["checksums"], content["frozen"]
@@ -49,6 +58,9 @@ def test_a_file_without_checksums_may_have_unknown_keys():
         ({"input_shape": [0, 3]}, "input_shape is .*; expected positive integers"),
         ({"layers": {"a": {"depth": 3}}}, "sets 'depth', which no layer has"),
         ({"layers": {"a": {"in_features": True}}}, "is True; expected an integer of 0 or more"),
+        ({"sizes": {"a": {"heads": True}}}, "is True; expected an integer of 0 or more, or a list"),
+        ({"sizes": {"a": {"heads": [1, "b"]}}}, "expected an integer of 0 or more, or a list"),
+        ({"sizes": {"a": 3}}, r"sizes\['a'\] is 3; expected an object"),
         ({"standardize": {"mean": [0.1], "std": []}}, "of the same length"),
         ({"standardize": {"mean": [10**400], "std": [1]}}, "expected lists of finite numbers"),
         ({"checksums": {"../model.safetensors": "0" * 64}}, "expected SHA-256 digests by file"),
@@ -68,8 +80,10 @@ def test_a_damaged_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"network\.json is damaged: "):
             Description.read(path)
-    path.write_text('{"format": 2, "constructor": "a:B", "kwargs": {}, "layers": {}}')
-    with pytest.raises(UnknownFormat, match="format 2; this version of pyro-sbp reads format 1"):
+    path.write_text('{"format": 3, "constructor": "a:B", "kwargs": {}, "layers": {}}')
+    with pytest.raises(
+        UnknownFormat, match="format 3; this version of pyro-sbp reads formats 1 and 2"
+    ):
         Description.read(path)
 
 

@@ -114,6 +114,61 @@ def test_layers_that_are_not_there_are_named(state, layers, words):
         resize_layers(Net(), Description("test_rebuilding:Net", {}, layers=layers), state)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.num_heads, self.head_dim, self.parts, self.fast = 3, 4, (12, 12, 12), True
+
+    def forward(self, x):
+        parts = self.qkv(x).split(self.parts, -1)
+        q, k, v = (p.view(*x.shape[:2], self.num_heads, self.head_dim).mT for p in parts)
+        return self.proj((q @ k.mT @ v).mT.flatten(2))
+
+
+def attention_of(**sizes):
+    layers = {"attn.qkv": {"out_features": 24}, "attn.proj": {"in_features": 8}}
+    net = nn.ModuleDict({"attn": Attention(), "other": Attention()})
+    resize_layers(net, Description("a:B", {}, layers=layers, sizes={"attn": sizes}), {})
+    return net["attn"]
+
+
+def test_sizes_written_into_modules_are_set():
+    attention = attention_of(num_heads=2, parts=[8, 8, 8])
+    assert (attention.num_heads, attention.parts, attention.head_dim) == (2, (8, 8, 8), 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"heads": 2}, "'heads' of 'attn' is no size around a resized layer"),
+        ({"fast": 0}, "'fast' of 'attn' is no size"),
+        ({"training": 0}, "'training' of 'attn' is no size"),
+        ({"_version": 1}, "'_version' of 'attn' is no size"),
+        ({"forward": 1}, "'forward' of 'attn' is no size"),
+        ({"num_heads": 4}, "'num_heads' of 'attn' is 4, which does not follow from 3"),
+        ({"num_heads": 1}, "'num_heads' of 'attn' is 1, which does not follow from 3"),
+        ({"num_heads": 0}, "'num_heads' of 'attn' is 0, which does not follow"),
+        ({"num_heads": [2]}, r"'num_heads' of 'attn' is \[2\], which does not follow"),
+        ({"parts": [8, 8]}, "'parts' of 'attn' is .*, which does not follow"),
+        ({"parts": [8, 8, 13]}, "'parts' of 'attn' is .*, which does not follow"),
+        ({"parts": 8}, "'parts' of 'attn' is 8, which does not follow"),
+    ],
+)
+def test_other_attributes_are_not_set(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        attention_of(**sizes)
+
+
+@pytest.mark.parametrize("module", ["other", "attn.qkv", "nothing"])
+def test_sizes_are_set_around_resized_layers_only(module):
+    net = nn.ModuleDict({"attn": Attention(), "other": Attention()})
+    layers = {"attn.qkv": {"out_features": 24}}
+    sizes = {module: {"num_heads": 2}}
+    with pytest.raises(ValueError, match="is no size around a resized layer"):
+        resize_layers(net, Description("a:B", {}, layers=layers, sizes=sizes), {})
+
+
 def test_channels_have_to_fall_into_groups():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     layers = {"0": {"in_channels": 3}}

@@ -97,7 +97,7 @@ def test_a_foreign_constructor_must_be_passed(small, tmp_path):
         ("model.safetensors", None),
         ("network.json", b"{"),
         ("model.safetensors", b"\0" * 20),
-        ("network.json", b'{"format": 2, "constructor": "a:b", "kwargs": {}, "layers": {}}'),
+        ("network.json", b'{"format": 3, "constructor": "a:b", "kwargs": {}, "layers": {}}'),
     ],
 )
 def test_damaged_files_are_refused(small, tmp_path, file, content):
@@ -106,7 +106,7 @@ def test_damaged_files_are_refused(small, tmp_path, file, content):
         (tmp_path / "net" / file).unlink()
     else:
         (tmp_path / "net" / file).write_bytes(content)
-    with pytest.raises(ValueError, match=r"holds no whole saved network|reads format 1"):
+    with pytest.raises(ValueError, match=r"holds no whole saved network|reads formats 1 and 2"):
         sbp.load(tmp_path / "net")
 
 
@@ -200,6 +200,41 @@ def test_grouped_and_transposed_convolutions_are_saved(tmp_path):
     assert (small[1].groups, small[2].in_channels, small[3].num_parameters) == (3, 6, 3)
     sbp.save(small, tmp_path / "net", constructor=grouped)
     assert torch.equal(sbp.load(tmp_path / "net", constructor=grouped)(x), small(x))
+
+
+class AttentionAndNorm(torch.nn.Module):
+    """A number of heads and a group norm, which both follow a cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.calls = 3, 4, 5
+        self.qkv, self.proj = torch.nn.Linear(12, 36), torch.nn.Linear(12, 12)
+        self.norm, self.head = torch.nn.GroupNorm(3, 12), torch.nn.Linear(12, 2)
+
+    def forward(self, x):
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        heads = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.head(self.norm(self.proj(heads).mT).mT)
+
+
+def test_numbers_of_heads_and_groups_are_saved(tmp_path):
+    torch.manual_seed(0)
+    net, x = AttentionAndNorm().eval(), torch.randn(2, 5, 12)
+    gates = sbp.find_gates(net, x)
+    assert {gate.name: gate.size for gate in gates} == {"qkv": 3, "proj": 3}
+    theta = {gate.name: torch.tensor([1.0, 0.0, 0.5]) for gate in gates}
+    small = sbp.shrink(net, gates, theta, x)
+    small.calls = 4  # no size of any layer
+    assert (small.num_heads, small.norm.num_groups, small.norm.num_channels) == (2, 2, 8)
+    sbp.save(small, tmp_path / "net", AttentionAndNorm)
+    loaded = sbp.load(tmp_path / "net", AttentionAndNorm)
+    assert torch.equal(loaded(x), small(x))
+    assert (loaded.num_heads, loaded.head_dim, loaded.norm.num_groups) == (2, 4, 2)
+    assert loaded.calls == 5
+    edit(tmp_path / "net", sizes={"": {"num_heads": 30}})
+    with pytest.raises(ValueError, match="'num_heads' of '' is 30, which does not follow"):
+        sbp.load(tmp_path / "net", AttentionAndNorm)
 
 
 def tied():

@@ -131,7 +131,7 @@ def channel_shuffle():
         x = n.a(x).relu()
         return n.head(F.channel_shuffle(x, 2).mean((2, 3)))
 
-    return Net(forward, a=conv(3, 8), head=nn.Linear(8, 2)), image(3, 4, 4), {}
+    return Net(forward, a=conv(3, 8), head=nn.Linear(8, 2)), image(3, 4, 4), {"a": 4}
 
 
 def lstm():
@@ -413,16 +413,18 @@ def test_heads_of_training_mode_are_cut_with_the_rest():
 
 @pytest.mark.parametrize("width", [6, 8, 12, 16])
 def test_code_that_counts_on_a_width_is_found_out(width):
-    def halves(n, x):
-        first, second = n.a(x).relu().chunk(2, 1)
-        return n.head(first) + n.head(second)
+    def parts(n, x):
+        first, second = n.a(x).relu().tensor_split([2], 1)
+        return n.head(first) + n.other(second)
 
-    check(Net(halves, a=nn.Linear(4, width), head=nn.Linear(width // 2, 3)), torch.randn(2, 4))
+    other = nn.Linear(width - 2, 3)
+    net = Net(parts, a=nn.Linear(4, width), head=nn.Linear(2, 3), other=other)
+    check(net, torch.randn(2, 4))
 
 
 def test_a_squeeze_that_one_unit_would_fall_to_is_found_out():
     net = Net(lambda n, x: n.head(n.a(x).mean((2, 3), keepdim=True).squeeze()),
-              a=conv(2, 6), head=nn.Linear(6, 3))  # fmt: skip
+              a=conv(2, 5), head=nn.Linear(5, 3))  # fmt: skip
     assert "cutting it" in check(net, image(2, 4, 4))
 
 

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from pyro_sbp import networks
+from pyro_sbp.gates.classes import codes
 from pyro_sbp.gates.folding import GatedNetwork
-from pyro_sbp.gates.probing import _codes, find_gates
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.surgery import shrink
 
 
 def sizes(gates):
@@ -42,9 +44,9 @@ def test_flattened_channels_are_blocks_of_columns():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 100])
 def test_codes_tell_all_units_apart(size):
-    codes = _codes(size)
-    assert len({tuple(column.tolist()) for column in codes.T}) == size
-    ones, zeros = codes[0::2], codes[1::2]
+    patterns = codes(size)
+    assert len({tuple(column.tolist()) for column in patterns.T}) == size
+    ones, zeros = patterns[0::2], patterns[1::2]
     assert torch.equal(ones, ~zeros)
 
 
@@ -193,3 +195,28 @@ def test_an_input_that_does_not_fit_is_named():
 def test_an_input_without_a_batch():
     gates = find_gates(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3))
     assert sizes(gates) == {"0": 5}
+
+
+class Conv1D(nn.Module):
+    """As GPT-2 has it: a dense layer whose weight is transposed."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def test_the_dense_layer_of_gpt2_reads_and_writes():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(3, 6)).double(), torch.randn(2, 5, 4)
+    gates, x = find_gates(net, x), x.double()
+    assert sizes(gates) == {"0": 6}
+    theta = torch.tensor([0.5, 0, 2, 1, 0, 3]).double()
+    masked = GatedNetwork(net, gates)(x, {"0": theta[None]})
+    torch.testing.assert_close(GatedNetwork(net, gates)(x, {"0": theta}), masked)
+    small = shrink(net, gates, {"0": theta}, x)
+    torch.testing.assert_close(small(x), masked)
+    assert (small[0].nf, small[2].nx, small[2].weight.shape) == (4, 4, (4, 3))

@@ -51,7 +51,7 @@ def mobilenet():
 
 FEATURED = [lenet5, lenet_of_pixels, features_of_a_concatenation, resnet18, mobilenet]
 #: Networks of which no gate is found, or not the same on every input.
-WITHOUT = {"tied_weights", "nothing_to_gate", "branches_on_data", "channel_shuffle"}
+WITHOUT = {"tied_weights", "nothing_to_gate", "branches_on_data"}
 ALL = [*FEATURED, *(make for make in CASES if make.__name__ not in WITHOUT)]
 EACH = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 

@@ -1,0 +1,54 @@
+"""Which rows of a layer make up a unit: codes that tell classes of rows apart, and guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["codes", "partitions", "partitions_that_fit"]
+
+
+def codes(size: int) -> Tensor:
+    """Patterns ``[2 * bits, size]``: which classes a pass sets, each bit and then its opposite."""
+    bits = max(1, (size - 1).bit_length())
+    numbers = torch.arange(size)
+    ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits)]).bool()
+    return torch.stack([ones, ~ones], 1).flatten(0, 1)
+
+
+def partitions(rows: int) -> Iterator[Tensor]:
+    """Partitions of rows into classes of equal size, ``[rows]``, those with most classes first.
+
+    The class of a row is ``(row // block) % classes``: contiguous blocks (the heads of a layer of
+    queries), strides (the halves of a gated linear unit), or blocks that are repeated (a layer of
+    queries, keys and values).
+    """
+    numbers = torch.arange(rows)
+    for classes in range(rows // 2, 1, -1):
+        if rows % classes == 0:
+            for block in range(1, rows // classes + 1):
+                if rows // classes % block == 0:
+                    yield (numbers // block) % classes
+
+
+def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tensor]:
+    """The `partitions` in which every column may be reached by one class only.
+
+    Args:
+        ones, zeros: bool ``[bits, columns]``: whether the column is reached by a row whose number
+            has a one, or a zero, in that bit.
+        rows: how many rows there are.
+    """
+    patterns = torch.cat([ones, zeros]).T.unique(dim=0).float()
+    bits = codes(rows)
+    row_bits = torch.cat([bits[0::2], bits[1::2]])
+    for classes in partitions(rows):
+        of_class = torch.zeros(len(row_bits), int(classes.max()) + 1, dtype=torch.bool)
+        for bit, has_bit in enumerate(row_bits):
+            of_class[bit, classes[has_bit]] = True
+        # How many bits of the rows that reach a column are those of no row of a class.
+        foreign = patterns @ (~of_class).float()
+        if bool((foreign == 0).any(1).all()):
+            yield classes

@@ -1,0 +1,148 @@
+"""Which writers belong together, and which of their rows make up a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy.cluster.hierarchy import DisjointSet
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate, Span
+from pyro_sbp.gates.layers import Select, groups_of, is_channelwise, is_reader
+from pyro_sbp.gates.measuring import Reach
+
+__all__ = ["Candidate", "candidates"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A gate that was measured and is to be proven.
+
+    Attributes:
+        gate: the gate.
+        reaches: where its writers arrive; none for a gate on input features.
+    """
+
+    gate: Gate
+    reaches: tuple[Reach, ...] = ()
+
+    def coarser(self, net: nn.Module, parts: int) -> Candidate | None:
+        """The same with units of `parts` units each, one of every part of the writer.
+
+        This is what code needs that splits the units into parts of equal size, by ``chunk``.
+        """
+        if parts == 1:
+            return self
+        most = max((reach.size for reach in self.reaches), default=0)
+        if most % parts or most == parts:
+            return None
+        reaches = tuple(
+            _coarser(reach, most // parts) if reach.size == most else reach
+            for reach in self.reaches
+        )
+        return Candidate(_gate(net, reaches), reaches)
+
+
+def _coarser(reach: Reach, size: int) -> Reach:
+    columns = {
+        name: torch.where(classes >= 0, classes % size, -1)
+        for name, classes in reach.columns.items()
+    }
+    return replace(reach, classes=reach.classes % size, columns=columns)
+
+
+def candidates(net: nn.Module, reaches: Iterable[Reach]) -> list[Candidate]:
+    """Gates from where the rows of all writers arrive, in the order of their first writers.
+
+    A writer that is in none has a problem, which is noted.
+    """
+    groups = _groups([reach for reach in reaches if reach.problem is None])
+    return [found for group in groups for found in _told_apart(net, group)]
+
+
+def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
+    """Writers that share a column of some layer, together; in order of their first writer."""
+    together = DisjointSet(reach.writer for reach in reaches)
+    owner: dict[tuple[str, int], str] = {}
+    for reach in reaches:
+        for name, classes in reach.columns.items():
+            for column in torch.nonzero(classes >= 0).flatten().tolist():
+                together.merge(owner.setdefault((name, column), reach.writer), reach.writer)
+    groups: dict[str, list[Reach]] = {}
+    for reach in reaches:
+        groups.setdefault(together[reach.writer], []).append(reach)
+    return list(groups.values())
+
+
+def _told_apart(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
+    """One gate of writers that belong together, or several if that would be of one unit."""
+    gate = _gate(net, group)
+    if gate.size > 1 or len(group) == 1:
+        return [Candidate(gate, tuple(group))]
+    # As a map of attention that multiplies all channels, or keys that all heads share.
+    least = min(group, key=lambda reach: reach.size)
+    rest = [reach for reach in group if reach is not least]
+    found = [one for others in _groups(rest) for one in _told_apart(net, others)]
+    if least.size > 1:
+        return [*_told_apart(net, [least]), *found]
+    if found:
+        least.problem = "has one unit, which reaches all units of another layer"
+        return found
+    return [Candidate(gate, tuple(group))]
+
+
+def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
+    """One gate from writers that belong together; classes that share a column are one unit."""
+    same = DisjointSet((reach.writer, own) for reach in group for own in range(reach.size))
+    owner: dict[tuple[str, int], tuple[str, int]] = {}
+    for reach in group:
+        for name, classes in reach.columns.items():
+            for column, own in enumerate(classes.tolist()):
+                if own >= 0:
+                    unit = (reach.writer, own)
+                    same.merge(owner.setdefault((name, column), unit), unit)
+    number: dict[Any, int] = {}
+    units = {
+        reach.writer: torch.tensor(
+            [number.setdefault(same[reach.writer, own], len(number)) for own in range(reach.size)]
+        )
+        for reach in group
+    }
+    spans: dict[str, Tensor] = {}
+    for reach in group:
+        for name, classes in reach.columns.items():
+            mapped = torch.where(classes >= 0, units[reach.writer][classes.clamp(min=0)], -1)
+            spans[name] = torch.maximum(spans[name], mapped) if name in spans else mapped
+
+    def span(name: str, units: Tensor) -> Span:
+        layer = net.get_submodule(name)
+        return Span(name, units, 1 if is_channelwise(layer) else groups_of(layer))
+
+    readers = {name for name in spans if is_reader(net.get_submodule(name))}
+    selects = {name for name in spans if isinstance(net.get_submodule(name), Select)}
+    return Gate(
+        name=_namesake(group, len(number)),
+        size=len(number),
+        writers=tuple(span(reach.writer, units[reach.writer][reach.classes]) for reach in group),
+        readers=tuple(span(name, units) for name, units in spans.items() if name in readers),
+        channelwise=tuple(
+            span(name, units) for name, units in spans.items() if name not in readers | selects
+        ),
+        selects=tuple(span(name, units) for name, units in spans.items() if name in selects),
+    )
+
+
+def _namesake(group: Sequence[Reach], size: int) -> str:
+    """The writer that a gate is named after: the first one, or one that reaches the same columns
+    with a row for each unit (the candidate of a recurrent cell, not its gates)."""
+    first = group[0]
+    for reach in group:
+        alike = reach.seen.keys() >= first.seen.keys() and all(
+            bool((reach.seen[name] | ~hit).all()) for name, hit in first.seen.items()
+        )
+        if alike and len(reach.classes) == size:
+            return reach.writer
+    return first.writer

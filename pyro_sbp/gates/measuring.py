@@ -1,0 +1,420 @@
+"""Measure which columns of a network's layers each row of a layer reaches.
+
+A NaN put into an output channel of a layer (a writer) shows up in exactly the input columns of the
+layers (readers) that the channel reaches, through flatten, concatenation, pooling or sums, whatever
+the network's code. Numbers of channels are coded in bits, so that 2 log2(channels) passes tell all
+channels of a writer apart: a column that saw exactly one of each bit and its complement is reached
+by one channel, whose number the bits spell. Where several channels reach a column, classes of
+channels take the place of channels: the heads of attention, the halves of a gated linear unit, the
+groups of a group norm. Writers that reach no column in common share a pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.errors import first_line
+from pyro_sbp.gates.classes import codes, partitions_that_fit
+from pyro_sbp.gates.folding import call, repeatable
+from pyro_sbp.gates.layers import (
+    Select,
+    argument,
+    channel_dim,
+    is_channelwise,
+    is_matrix,
+    is_reader,
+    num_rows,
+    operands,
+    serves,
+)
+from pyro_sbp.gates.nested import convert, tensors_of
+
+__all__ = ["Probe", "Reach", "matrices", "measure"]
+
+#: How many partitions of a writer's rows are measured at most, of those that fit.
+_PARTITIONS = 4
+#: After how many rows in a row that exclude nothing a partition is measured.
+_MISSES = 2
+
+
+class _Astray(Exception):
+    """NaN changes more than numbers: which layers are called, or whether any are."""
+
+
+class _Through(BaseException):
+    """All that a pass is to see has been seen."""
+
+
+class Probe(TorchFunctionMode):
+    """Watch the layers of a network, known by their weight or running mean, while it is called.
+
+    The first call caches what every matrix layer answers. In later ones each answers with its
+    cached output, so that a NaN injected into one layer's output stops at the layers it reaches.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.layers: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in net.named_modules():
+            if isinstance(module, Select):
+                self.layers[id(module.index)] = (name, module)
+            elif is_matrix(module) or is_channelwise(module):
+                # Only what the module holds: a weight that is computed is another one each time.
+                for tensor in (
+                    module._parameters.get("weight"),
+                    module._buffers.get("weight"),
+                    module._buffers.get("running_mean"),
+                ):
+                    if tensor is not None:
+                        self.layers.setdefault(id(tensor), (name, module))
+        self.used: set[int] = set()
+        self.clean: dict[str, list[Tensor]] = {}
+        self.total: Counter[str] = Counter()
+        self.start(None)
+
+    def start(
+        self, inject: Mapping[str, Tensor] | None, until: Iterable[str] | None = None
+    ) -> None:
+        """Begin a pass.
+
+        Args:
+            inject: from writers to the channels that NaN goes into; None in the first pass.
+            until: the layers after whose calls the rest of the network may be left out.
+        """
+        self.inject = inject
+        self.seen: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+        self.awaited = None if until is None else set(until)
+
+    @property
+    def uncalled(self) -> list[str]:
+        """Matrix layers of whose weight nothing made use in the first pass."""
+        names = []
+        for name in matrices(self.net):
+            weight = self.net.get_submodule(name)._parameters.get("weight")
+            parent = self.net.get_submodule(name.rpartition(".")[0])
+            inside = isinstance(parent, nn.MultiheadAttention)
+            if weight is not None and id(weight) not in self.used and not inside:
+                names.append(name)
+        return names
+
+    def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
+        for value in (*args, *kwargs.values()):
+            found = self.layers.get(id(value))
+            if found is not None and serves(func, found[1]):
+                return found
+        return None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inject is None:
+            self.used.update(id(value) for value in (*args, *kwargs.values()))
+        found = self._layer(func, args, kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        name, layer = found
+        index = self.calls[name]
+        self.calls[name] += 1
+        if not isinstance(layer, nn.Embedding):
+            x: Tensor = argument(operands(func)[0], args, kwargs)
+            dim = channel_dim(layer, x)
+            # A sum is NaN where one of its numbers is, and needs no copy of them.
+            rest = [d for d in range(x.ndim) if d != dim]
+            hit = (x.sum(rest) if rest else x).isnan()
+            self.seen[name] = self.seen[name] | hit if name in self.seen else hit
+        if self.inject is None:
+            self.total[name] += 1
+            out = func(*args, **kwargs)
+            if is_matrix(layer):
+                self.clean.setdefault(name, []).append(out.clone())
+            return out
+        if self.awaited is not None and self.calls[name] == self.total[name]:
+            self.awaited.discard(name)
+            if not self.awaited:
+                raise _Through
+        if not is_matrix(layer):
+            return func(*args, **kwargs)
+        out = self.clean[name][index].clone()
+        if name in self.inject:
+            out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
+        return out
+
+
+@dataclass
+class Reach:
+    """Where the rows of one writer arrive.
+
+    Attributes:
+        writer: the layer.
+        classes: the class of each row, ``[rows]``. At first each row is a class of its own. Where
+            several rows reach the same column, classes are those of rows that belong together.
+        seen: from a layer to the columns that any row reaches.
+        columns: from a layer to the class that each column is reached by, or -1.
+        problem: why the rows are no units.
+    """
+
+    writer: str
+    classes: Tensor
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of classes."""
+        return int(self.classes.max()) + 1
+
+
+def _pass(
+    probe: Probe,
+    x: Any,
+    inject: Mapping[str, Tensor],
+    until: Iterable[str] | None = None,
+) -> bool:
+    """One call with NaN in some channels; whether an output of the network is reached.
+
+    Raises:
+        _Astray: the network does not take its usual course.
+    """
+    probe.start(inject, until)
+    try:
+        # The fused kernels of attention lose a NaN.
+        with repeatable(torch.float32), probe, sdpa_kernel(SDPBackend.MATH):
+            output = call(probe.net, convert(x, torch.float32))
+    except _Through:
+        return False
+    except Exception as error:  # a network's own code may raise anything
+        raise _Astray(f"NaN in it leads the network astray: {first_line(error)}") from error
+    numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
+    return any(bool(t.isnan().any()) for t in numbers)
+
+
+def matrices(net: nn.Module) -> list[str]:
+    """The names of the layers that may be writers."""
+    return [name for name, module in net.named_modules() if is_matrix(module)]
+
+
+def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
+    """Where the rows of all writers arrive.
+
+    Args:
+        probe: of the network, after its first pass.
+        x: the network's input.
+        writers: layers of the network that produce units.
+    """
+    net, reaches = probe.net, []
+    for writer in writers:
+        reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer))))
+        reaches.append(reach)
+        try:
+            if _pass(probe, x, {writer: torch.ones(len(reach.classes), dtype=torch.bool)}):
+                reach.problem = "reaches an output of the network"
+                continue
+        except _Astray as error:
+            reach.problem = str(error)
+            continue
+        reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
+        if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
+            reach.problem = "no layer reads it"
+    for together in _apart([reach for reach in reaches if reach.problem is None]):
+        _decode(probe, x, together)
+    return reaches
+
+
+def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
+    """Writers in sets of which no two reach a column in common."""
+    sets: list[tuple[list[Reach], dict[str, Tensor]]] = []
+    for reach in reaches:
+        for chosen in sets:
+            taken = chosen[1]
+            if not any(bool((taken[n] & h).any()) for n, h in reach.seen.items() if n in taken):
+                break
+        else:
+            chosen = ([], {})
+            sets.append(chosen)
+        members, taken = chosen
+        members.append(reach)
+        for name, hit in reach.seen.items():
+            taken[name] = taken[name] | hit if name in taken else hit
+    return [members for members, _ in sets]
+
+
+def _decode(probe: Probe, x: Any, reaches: Sequence[Reach]) -> None:
+    """Find the class of every column that writers which do not meet reach."""
+    words = [_Spelling(reach) for reach in reaches]
+    _spell(probe, x, words)
+    for word in words:
+        word.finish()
+    mixed = [word for word in words if word.mixed and word.reach.problem is None]
+    trying = [_Guesses(word) for word in mixed]
+    for _ in range(_PARTITIONS):
+        _compare_rows(probe, x, trying)
+        words = []
+        for guesses in trying:
+            if guesses.partitions:
+                guesses.word.reach.classes = guesses.partitions.pop(0)
+                words.append(_Spelling(guesses.word.reach, partial=True))
+        _spell(probe, x, words)
+        for word in words:
+            word.finish()
+        failed = {word.reach.writer for word in words if word.mixed and not word.reach.problem}
+        trying = [guesses for guesses in trying if guesses.word.reach.writer in failed]
+    for word in mixed:
+        if not word.reach.columns and word.reach.problem is None:
+            word.reach.problem = word.meeting()
+
+
+class _Spelling:
+    """What the passes tell of the classes of one writer.
+
+    Args:
+        reach: of the writer.
+        partial: whether to stop where several classes reach the same column.
+    """
+
+    def __init__(self, reach: Reach, partial: bool = False) -> None:
+        self.reach, self.partial = reach, partial
+        self.codes = codes(reach.size)
+        self.hits: list[list[dict[str, Tensor]]] = []  # of each bit and its complement, by layer
+        self.mixed = ""  # a layer in which several classes reach the same column
+        self.first: dict[str, Tensor] = {}  # what the first row reaches, if there is such a layer
+
+    @property
+    def goes_on(self) -> bool:
+        done = 2 * len(self.hits) >= len(self.codes) or (self.partial and bool(self.mixed))
+        return not done and self.reach.problem is None
+
+    def rows(self, half: int) -> Tensor:
+        """The rows that NaN goes into in the next pass."""
+        return self.codes[2 * len(self.hits) + half][self.reach.classes]
+
+    def add(self, passes: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take what a bit and its complement have reached."""
+        self.hits.append([{}, {}])
+        for name, seen in self.reach.seen.items():
+            if name not in passes[0] or name not in passes[1]:
+                self.reach.problem = f"layer {name!r} is not called every time"
+                return
+            one, zero = passes[0][name] & seen, passes[1][name] & seen
+            if not torch.equal(one | zero, seen):
+                self.reach.problem = f"what reaches {name!r} depends on the data"
+                return
+            if not self.mixed and bool((one & zero).any()):
+                self.mixed = name
+            self.hits[-1][0][name], self.hits[-1][1][name] = one, zero
+
+    def finish(self) -> None:
+        """Note which class reaches every column, if it is one only."""
+        if self.mixed or self.reach.problem is not None:
+            return
+        for name, seen in self.reach.seen.items():
+            bits = enumerate(one[name] for one, _ in self.hits)
+            number = sum((one.long() << bit for bit, one in bits), torch.zeros(len(seen)).long())
+            self.reach.columns[name] = torch.where(seen, number, -1)
+
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """Bool ``[bits, columns]`` of all columns that are reached: whether by ones, by zeros."""
+        seen = torch.cat([*self.reach.seen.values()])
+        ones, zeros = (
+            torch.stack([torch.cat([*hits[half].values()])[seen] for hits in self.hits])
+            for half in range(2)
+        )
+        return ones, zeros
+
+    def meeting(self) -> str:
+        return f"several of its units reach the same column of {self.mixed!r}"
+
+
+def _spell(probe: Probe, x: Any, words: Sequence[_Spelling]) -> None:
+    """Make the passes in which writers that do not meet tell all of their classes apart."""
+    while active := [word for word in words if word.goes_on]:
+        clear = [word for word in active if not word.mixed]
+        until = {name for word in active for name in word.reach.seen}
+        passes = []
+        for half in range(2):
+            chosen = {word.reach.writer: word.rows(half) for word in active}
+            try:
+                _pass(probe, x, chosen, until)
+            except _Astray as error:
+                for word in active:
+                    word.reach.problem = str(error)
+            passes.append(probe.seen)
+        for word in active:
+            word.add(passes)
+        _look_at_first_rows(probe, x, [word for word in clear if word.mixed and not word.partial])
+
+
+def _look_at_first_rows(probe: Probe, x: Any, words: Sequence[_Spelling]) -> None:
+    """Note what the first row of some writers reaches: all of a layer, if there are no classes."""
+    if not words:
+        return
+    hits = _reached(probe, x, [(word.reach, 0) for word in words])
+    for word in words:
+        for name, seen in word.reach.seen.items():
+            word.first[name] = hits[name] & seen if name in hits else ~seen & seen
+            if int(seen.sum()) > 1 and torch.equal(word.first[name], seen):
+                word.reach.problem = word.meeting()
+
+
+class _Guesses:
+    """Partitions of the rows of one writer that may be right, those with most classes first.
+
+    Two rows that reach the same column are of one class, which excludes most partitions.
+
+    Args:
+        word: what the passes told in which each row was a class of its own.
+    """
+
+    def __init__(self, word: _Spelling) -> None:
+        self.word = word
+        self.partitions = list(partitions_that_fit(*word.bits(), len(word.reach.classes)))
+        self.compared = torch.zeros(len(word.reach.classes), dtype=torch.bool)
+        self.misses = 0
+
+    def row(self) -> int | None:
+        """The row to compare with the first one: of another class by the first partition, of the
+        same class by most others."""
+        if len(self.partitions) < 2 or self.misses == _MISSES:
+            return None
+        same = torch.stack([classes == classes[0] for classes in self.partitions])
+        votes = torch.where(same[0] | self.compared, 0, same.sum(0))
+        return int(votes.argmax()) if int(votes.max()) else None
+
+    def learn(self, row: int, hits: Mapping[str, Tensor]) -> None:
+        """Exclude partitions by what a row reaches."""
+        self.compared[row] = True
+        first = self.word.first
+        if any(bool((hits[name] & first[name]).any()) for name in first if name in hits):
+            self.partitions = [classes for classes in self.partitions if classes[row] == classes[0]]
+            self.misses = 0
+        else:
+            self.misses += 1
+
+
+def _compare_rows(probe: Probe, x: Any, trying: Sequence[_Guesses]) -> None:
+    """Exclude partitions by single rows, until the first looks right."""
+    for guesses in trying:
+        guesses.misses = 0
+    while rows := [(g, row) for g in trying if (row := g.row()) is not None]:
+        hits = _reached(probe, x, [(guesses.word.reach, row) for guesses, row in rows])
+        for guesses, row in rows:
+            guesses.learn(row, hits)
+
+
+def _reached(probe: Probe, x: Any, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
+    """What is reached by one row of each of some writers."""
+    chosen = {reach.writer: torch.arange(len(reach.classes)) == row for reach, row in rows}
+    try:
+        _pass(probe, x, chosen, {name for reach, _ in rows for name in reach.seen})
+    except _Astray:
+        return {}
+    return probe.seen

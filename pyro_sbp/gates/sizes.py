@@ -1,0 +1,162 @@
+"""Numbers of units that a network's code keeps in attributes of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_sbp.gates.folding import Gate, Size
+
+__all__ = [
+    "Written",
+    "combined",
+    "fitting_sizes",
+    "follows",
+    "likely_sizes",
+    "ratios_around",
+    "set_sizes",
+    "written_sizes",
+]
+
+#: What an attribute with sizes holds.
+Written = int | tuple[int, ...] | list[int]
+
+#: Parts of names of attributes that count heads, or the features of all heads.
+_OF_HEADS = ("heads", "attn_dim", "head_size", "inner_dim")
+
+
+def written_sizes(module: nn.Module) -> dict[str, Written]:
+    """The attributes of a module that may be sizes: integers, and tuples and lists of them.
+
+    Modules that torch defines have none; what follows there is known (see `layers`).
+    """
+    if type(module).__module__.startswith("torch."):
+        return {}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_written(value)
+    }
+
+
+def _is_written(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return len(value) > 0 and all(type(item) is int for item in value)
+    return type(value) is int
+
+
+def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
+    """The attributes of the modules around a gate's layers whose values may follow its units.
+
+    Returns:
+        For each attribute its size, or the sizes in a tuple or list that may: the number of units,
+        or a multiple of it that divides the rows or columns of a layer.
+    """
+    counts = _per_unit(gate)
+    found = []
+    for name in _around(gate):
+        for attribute, value in written_sizes(net.get_submodule(name)).items():
+            items = enumerate(value) if not isinstance(value, int) else [(None, value)]
+            sizes = tuple(
+                Size(name, attribute, place, item // gate.size)
+                for place, item in items
+                if item > 0
+                and item % gate.size == 0
+                and any(count % (item // gate.size) == 0 for count in counts)
+            )
+            if sizes:
+                found.append(sizes)
+    return found
+
+
+def likely_sizes(net: nn.Module, gate: Gate) -> tuple[Size, ...]:
+    """Those whose names say that they count heads, or the rows or columns of all heads."""
+    counts = _per_unit(gate)
+    return tuple(
+        size
+        for sizes in fitting_sizes(net, gate)
+        for size in sizes
+        if any(part in size.attribute for part in _OF_HEADS)
+        and ("heads" in size.attribute or size.per_unit in counts)
+    )
+
+
+def combined(sizes: Sequence[tuple[Size, ...]], most: int) -> Iterator[tuple[Size, ...]]:
+    """Combinations of sizes, the empty one first, of at most some attributes."""
+    for number in range(min(most, len(sizes)) + 1):
+        for chosen in combinations(sizes, number):
+            yield tuple(size for of_attribute in chosen for size in of_attribute)
+
+
+def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
+    """Let the sizes of a gate follow when `count` of its units remain, in place."""
+    for size in gate.sizes:
+        module = net.get_submodule(size.module)
+        value = count * size.per_unit
+        if size.place is not None:
+            items = list(getattr(module, size.attribute))
+            items[size.place] = value
+            setattr(module, size.attribute, type(getattr(module, size.attribute))(items))
+        else:
+            setattr(module, size.attribute, value)
+
+
+def ratios_around(
+    net: nn.Module, layers: Mapping[str, Mapping[str, int]]
+) -> dict[str, set[Fraction]]:
+    """By how much layers have become smaller, for each of the modules that hold them.
+
+    Args:
+        net: the network before.
+        layers: from the name of a layer to its attributes that are smaller.
+    """
+    ratios: dict[str, set[Fraction]] = {}
+    for layer, sizes in layers.items():
+        module = net.get_submodule(layer)
+        olds = [(new, getattr(module, name, None)) for name, new in sizes.items()]
+        here = {Fraction(new, old) for new, old in olds if type(old) is int and 0 < new < old}
+        while layer:
+            layer = layer.rpartition(".")[0]
+            ratios.setdefault(layer, set()).update(here)
+    return ratios
+
+
+def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
+    """Whether sizes may have become others: each stays, or shrinks as some layer does."""
+    if isinstance(old, int):
+        return type(new) is int and (new == old or any(new == old * ratio for ratio in ratios))
+    return (
+        type(new) in (tuple, list)
+        and len(new) == len(old)
+        and all(follows(a, b, ratios) for a, b in zip(new, old, strict=True))
+    )
+
+
+def _per_unit(gate: Gate) -> set[int]:
+    """How many rows or columns a unit has, in the layers in which all have as many."""
+    counts = set()
+    for span in (*gate.writers, *gate.readers):
+        number = torch.bincount(span.units[span.units >= 0], minlength=gate.size)
+        if bool((number == number[0]).all()):
+            counts.add(int(number[0]))
+    return counts
+
+
+def _around(gate: Gate) -> list[str]:
+    """The modules around the layers of a gate, up to the innermost one around all of them."""
+    parents = [span.layer.split(".")[:-1] for span in (*gate.writers, *gate.readers)]
+    common = 0
+    while all(len(p) > common and p[common] == parents[0][common] for p in parents):
+        common += 1
+    return list(
+        dict.fromkeys(
+            ".".join(parent[:depth])
+            for parent in parents
+            for depth in range(len(parent), common - 1, -1)
+        )
+    )
