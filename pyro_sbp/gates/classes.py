@@ -13,7 +13,7 @@ __all__ = ["codes", "partitions", "partitions_that_fit"]
 def codes(size: int) -> Tensor:
     """Patterns ``[2 * bits, size]``: which classes a pass sets, each bit and then its opposite."""
     bits = max(1, (size - 1).bit_length())
-    numbers = torch.arange(size)
+    numbers = torch.arange(size, device="cpu")
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits)]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
@@ -25,7 +25,7 @@ def partitions(rows: int) -> Iterator[Tensor]:
     queries), strides (the halves of a gated linear unit), or blocks that are repeated (a layer of
     queries, keys and values).
     """
-    numbers = torch.arange(rows)
+    numbers = torch.arange(rows, device="cpu")
     for classes in range(rows // 2, 1, -1):
         if rows % classes == 0:
             for block in range(1, rows // classes + 1):
@@ -45,7 +45,9 @@ def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tens
     bits = codes(rows)
     row_bits = torch.cat([bits[0::2], bits[1::2]])
     for classes in partitions(rows):
-        of_class = torch.zeros(len(row_bits), int(classes.max()) + 1, dtype=torch.bool)
+        of_class = torch.zeros(
+            len(row_bits), int(classes.max()) + 1, dtype=torch.bool, device="cpu"
+        )
         for bit, has_bit in enumerate(row_bits):
             of_class[bit, classes[has_bit]] = True
         # How many bits of the rows that reach a column are those of no row of a class.

@@ -107,7 +107,8 @@ def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
     number: dict[Any, int] = {}
     units = {
         reach.writer: torch.tensor(
-            [number.setdefault(same[reach.writer, own], len(number)) for own in range(reach.size)]
+            [number.setdefault(same[reach.writer, own], len(number)) for own in range(reach.size)],
+            device="cpu",
         )
         for reach in group
     }

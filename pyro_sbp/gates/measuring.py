@@ -213,10 +213,12 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
     """
     net, reaches = probe.net, []
     for writer in writers:
-        reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer))))
+        reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer)), device="cpu"))
         reaches.append(reach)
         try:
-            if _pass(probe, x, {writer: torch.ones(len(reach.classes), dtype=torch.bool)}):
+            if _pass(
+                probe, x, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
+            ):
                 reach.problem = "reaches an output of the network"
                 continue
         except _Astray as error:
@@ -318,7 +320,10 @@ class _Spelling:
             return
         for name, seen in self.reach.seen.items():
             bits = enumerate(one[name] for one, _ in self.hits)
-            number = sum((one.long() << bit for bit, one in bits), torch.zeros(len(seen)).long())
+            number = sum(
+                (one.long() << bit for bit, one in bits),
+                torch.zeros(len(seen), dtype=torch.long, device="cpu"),
+            )
             self.reach.columns[name] = torch.where(seen, number, -1)
 
     def bits(self) -> tuple[Tensor, Tensor]:
@@ -377,7 +382,7 @@ class _Guesses:
     def __init__(self, word: _Spelling) -> None:
         self.word = word
         self.partitions = list(partitions_that_fit(*word.bits(), len(word.reach.classes)))
-        self.compared = torch.zeros(len(word.reach.classes), dtype=torch.bool)
+        self.compared = torch.zeros(len(word.reach.classes), dtype=torch.bool, device="cpu")
         self.misses = 0
 
     def row(self) -> int | None:
@@ -412,7 +417,9 @@ def _compare_rows(probe: Probe, x: Any, trying: Sequence[_Guesses]) -> None:
 
 def _reached(probe: Probe, x: Any, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
     """What is reached by one row of each of some writers."""
-    chosen = {reach.writer: torch.arange(len(reach.classes)) == row for reach, row in rows}
+    chosen = {
+        reach.writer: torch.arange(len(reach.classes), device="cpu") == row for reach, row in rows
+    }
     try:
         _pass(probe, x, chosen, {name for reach, _ in rows for name in reach.seen})
     except _Astray:

@@ -113,7 +113,8 @@ class Ensemble:
             "deterministic": self.deterministic,
         }
         all_of_them = own | networks
-        totals = {name: torch.zeros(2 + BINS, dtype=torch.float64) for name in all_of_them}
+        zeros = torch.zeros(2 + BINS, dtype=torch.float64, device="cpu")
+        totals = {name: zeros.clone() for name in all_of_them}
         count = 0
         with torch.no_grad(), ExitStack() as stack:
             for net in networks.values():

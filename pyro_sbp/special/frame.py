@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,16 +166,16 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     shape = torch.broadcast_shapes(loc.shape, scale.shape, low.shape, high.shape)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
     below, above = (low - loc) / scale, (loc - high) / scale
-    values = (
-        (below >= above).to(torch.float64).mul_(2).sub_(1),
-        torch.minimum(torch.maximum(loc, low), high),
-        loc,
-        scale,
-        torch.maximum(below, above),
-        -torch.minimum(below, above),
-        (high - low) / scale,
+    return Frame(
+        (below >= above).to(torch.float64).mul_(2).sub_(1).expand(shape),
+        torch.minimum(torch.maximum(loc, low), high).expand(shape),
+        loc.expand(shape),
+        scale.expand(shape),
+        torch.maximum(below, above).expand(shape),
+        (-torch.minimum(below, above)).expand(shape),
+        ((high - low) / scale).expand(shape),
+        precision,
     )
-    return Frame(*(x.expand(shape) for x in values), precision)
 
 
 class Nodes(NamedTuple):
@@ -238,7 +238,7 @@ def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
     return Nodes(half, (half * total).log(), mean_, slope + mean_, y, sums)
 
 
-def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Tensor | float) -> list[Tensor]:
+def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Any) -> list[Tensor]:
     """Sums of ``exp(p) (exp(q) - 1)^i y^j`` over the window, [5, ...] with j = 0 to 4, for each i.
 
     p = -e and q = step r are given by three tensors: of float32 the coefficients of a parabola in
@@ -252,7 +252,7 @@ def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Tensor | float)
     for parts in zip(*(_sums_of_block(rule, *block) for block in blocks), strict=True):
         *others, sums = torch.cat(parts, 1).reshape(len(origins), 5, *shape).unbind()
         for at, other in zip(origins, others, strict=False):
-            sums = torch.where(origin == at, other, sums)
+            sums = torch.where(torch.eq(origin, at), other, sums)
         found.append(sums)
     return found
 
@@ -265,7 +265,9 @@ def _parabolas(
     A matrix product gives their values at all nodes, faster than erfcx gives the closed forms.
     """
     middle = left + half
-    found = [(-middle * (slope + 0.5 * middle), -half * (slope + middle), -0.5 * half * half)]
+    found: list[tuple[Tensor, ...]] = [
+        (-middle * (slope + 0.5 * middle), -half * (slope + middle), -0.5 * half * half)
+    ]
     if step is not None:
         found.append((step * middle, step * half, torch.zeros_like(half)))
     return found

@@ -104,7 +104,7 @@ def _train(phase: PlainPhase, batches: Iterable[tuple[Any, Tensor]], steps: int)
     losses = []
     for epoch in range(phase.epochs):
         phase.train_mode()
-        total, seen = torch.zeros(()), 0
+        total, seen = torch.zeros((), device="cpu"), 0
         for x, y in batches:
             loss = phase.loss(x, y).loss
             optimization.zero_grad()
