@@ -21,7 +21,7 @@ def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give --threshold, --macs-ratio, --round-to or --min-units"),
+        ([], "give --criterion, --threshold, --macs-ratio, --round-to or --min-units"),
         (["--threshold", "1", "--macs-ratio", "2"], "not both"),
         (["--threshold", "-1"], "expected a signal-to-noise ratio >= 0"),
         (["--threshold", "1e9", "--min-units", "0"], "removes every unit of every gate"),

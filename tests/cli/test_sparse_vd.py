@@ -104,7 +104,7 @@ def test_at_threshold_0_the_report_names_no_log_alpha(tmp_path):
     assert result.exit_code == 0, result.output
     assert run("report", tmp_path / "run").exit_code == 0
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
-    assert "(SNR) is 0 or more, so every weight is kept, whatever its log alpha." in page
+    assert "(SNR) of 0 or more are kept, so every weight is kept, whatever its log alpha." in page
     assert "-0 or less" not in page
 
 
