@@ -44,14 +44,14 @@ def ours(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Tensor]]
     def one_sided() -> TruncatedNormal:
         return TruncatedNormal(p.loc, p.scale, BOX[0], math.inf, validate_args=False)
 
-    bounds = [torch.tensor(bound) for bound in BOX]
-    prior = Uniform(*bounds, validate_args=False)
+    low, high = (torch.tensor(bound) for bound in BOX)
+    prior = Uniform(low, high, validate_args=False)
     return {
         "log_prob": lambda: two_sided().log_prob(x),
         "one-sided log_prob": lambda: one_sided().log_prob(x_one),
         "KL to uniform": lambda: kl_divergence(two_sided(), prior),
         # What rsample() does with its uniform numbers.
-        "sample": lambda: quantile(p.u[2].double(), p.loc, p.scale, *bounds).float(),
+        "sample": lambda: quantile(p.u[2].double(), p.loc, p.scale, low, high).float(),
     }
 
 
@@ -93,12 +93,13 @@ def by_hand(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Tenso
     }
 
 
-def scipy(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Any]]:
+def scipy(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
     import numpy as np
     from scipy.stats import truncnorm
 
     np.seterr(all="ignore")  # what is not finite is counted
-    loc, scale, u, x, x_one = (y.detach().double().numpy() for y in (*p[:2], p.u[2], x, x_one))
+    tensors = (p.loc, p.scale, p.u[2], x, x_one)
+    loc, scale, u, x, x_one = (y.detach().double().numpy() for y in tensors)
     alpha, beta = ((bound - loc) / scale for bound in BOX)
 
     def kl() -> Any:
@@ -112,7 +113,7 @@ def scipy(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-def numpyro(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Any]]:
+def numpyro(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
     """NumPyro's, compiled; it has no KL divergence of a truncated normal. Values and gradients."""
     import jax
     from numpyro.distributions import TruncatedNormal as Theirs
@@ -176,9 +177,9 @@ def _timed(libraries: dict[str, Library], rounds: int) -> dict[tuple[str, str], 
     u = torch.rand(4, NUM_TIMED, generator=generator)
     loc, scale = u[0] * 16 - 18, u[1] * 5 + 1
     leaves = loc.requires_grad_(), scale.requires_grad_()
-    bounds = (torch.full_like(u[0], bound) for bound in BOX)
-    p = Points(*leaves, *bounds, u)
-    x = _values(Points(*(y.detach() for y in p)))
+    low, high = (torch.full_like(u[0], bound) for bound in BOX)
+    p = Points(*leaves, low, high, u)
+    x = _values(Points(loc.detach(), scale.detach(), low, high, u))
     functions = {
         (name, quantity): function
         for name, library in libraries.items()
