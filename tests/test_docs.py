@@ -163,7 +163,14 @@ def test_the_reasons_are_those_of_the_code():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("library", ["torch", "lightning", "transformers"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        "torch",
+        pytest.param("lightning", marks=pytest.mark.slow),
+        pytest.param("transformers", marks=pytest.mark.slow),
+    ],
+)
 def test_the_training_loops(library, monkeypatch):
     plain, *others = fenced("training_loops.md", "python")
     if library == "torch":

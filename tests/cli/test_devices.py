@@ -169,6 +169,7 @@ def test_torchrun_s_variables_have_to_be_whole(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "sbp"])
 def test_other_methods_run_on_two_processes_too(method, tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.replace("epochs = 1\nf", "epochs = 3\nf"))
