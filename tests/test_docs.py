@@ -306,6 +306,7 @@ def test_own_model():
     )
 
 
+@pytest.mark.slow
 def test_prune_your_network():
     space = notebook("prune_your_network.ipynb")
     x, y = space["x_test"], space["y_test"]

@@ -186,6 +186,7 @@ def test_other_methods_run_on_two_processes_too(method, tmp_path):
     assert two["nll"] != one["nll"] and two["nll"] == pytest.approx(one["nll"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_as_many_processes_as_it_had(runs, tmp_path):
     recipe = runs["two"] / "recipe.json"
     (tmp_path / "recipe.json").write_text(recipe.read_text())
@@ -216,6 +217,7 @@ def test_layout_and_precision_change_the_speed_and_little_else(arch, options, tm
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     recipe = str(runs["two"].parent / "recipe.toml")
     arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", recipe]

@@ -95,6 +95,7 @@ def test_bench_measures_one_thread_and_the_chosen_number(finished, monkeypatch):
     assert "\nmeasuring for about " in result.stderr and WARNING not in result.stderr
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_gets_its_share(finished, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "network.py").write_text(NETWORK)
