@@ -60,7 +60,7 @@ def candidates(net: nn.Module, reaches: Iterable[Reach]) -> list[Candidate]:
     A writer that is in none has a problem, which is noted.
     """
     groups = _groups([reach for reach in reaches if reach.problem is None])
-    return [found for group in groups for found in _told_apart(net, group)]
+    return [found for group in groups for found in _split_at_single_units(net, group)]
 
 
 def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
@@ -77,7 +77,7 @@ def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
     return list(groups.values())
 
 
-def _told_apart(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
+def _split_at_single_units(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
     """One gate of writers that belong together, or several if that would be of one unit."""
     gate = _gate(net, group)
     if gate.size > 1 or len(group) == 1:
@@ -85,9 +85,9 @@ def _told_apart(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
     # As a map of attention that multiplies all channels, or keys that all heads share.
     least = min(group, key=lambda reach: reach.size)
     rest = [reach for reach in group if reach is not least]
-    found = [one for others in _groups(rest) for one in _told_apart(net, others)]
+    found = [one for others in _groups(rest) for one in _split_at_single_units(net, others)]
     if least.size > 1:
-        return [*_told_apart(net, [least]), *found]
+        return [*_split_at_single_units(net, [least]), *found]
     if found:
         least.problem = "has one unit, which reaches all units of another layer"
         return found

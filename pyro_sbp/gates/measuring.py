@@ -252,31 +252,37 @@ def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
 
 def _decode(probe: Probe, x: Any, reaches: Sequence[Reach]) -> None:
     """Find the class of every column that writers which do not meet reach."""
-    words = [_Spelling(reach) for reach in reaches]
-    _spell(probe, x, words)
-    for word in words:
-        word.finish()
-    mixed = [word for word in words if word.mixed and word.reach.problem is None]
-    trying = [_Guesses(word) for word in mixed]
+    decodings = [_Decoding(reach) for reach in reaches]
+    _decode_bits(probe, x, decodings)
+    for decoding in decodings:
+        decoding.finish()
+    mixed = [
+        decoding for decoding in decodings if decoding.mixed and decoding.reach.problem is None
+    ]
+    trying = [_Guesses(decoding) for decoding in mixed]
     for _ in range(_PARTITIONS):
         _compare_rows(probe, x, trying)
-        words = []
+        decodings = []
         for guesses in trying:
             if guesses.partitions:
-                guesses.word.reach.classes = guesses.partitions.pop(0)
-                words.append(_Spelling(guesses.word.reach, partial=True))
-        _spell(probe, x, words)
-        for word in words:
-            word.finish()
-        failed = {word.reach.writer for word in words if word.mixed and not word.reach.problem}
-        trying = [guesses for guesses in trying if guesses.word.reach.writer in failed]
-    for word in mixed:
-        if not word.reach.columns and word.reach.problem is None:
-            word.reach.problem = word.meeting()
+                guesses.decoding.reach.classes = guesses.partitions.pop(0)
+                decodings.append(_Decoding(guesses.decoding.reach, partial=True))
+        _decode_bits(probe, x, decodings)
+        for decoding in decodings:
+            decoding.finish()
+        failed = {
+            decoding.reach.writer
+            for decoding in decodings
+            if decoding.mixed and not decoding.reach.problem
+        }
+        trying = [guesses for guesses in trying if guesses.decoding.reach.writer in failed]
+    for decoding in mixed:
+        if not decoding.reach.columns and decoding.reach.problem is None:
+            decoding.reach.problem = decoding.meeting()
 
 
-class _Spelling:
-    """What the passes tell of the classes of one writer.
+class _Decoding:
+    """What the passes show about the classes of one writer.
 
     Args:
         reach: of the writer.
@@ -291,7 +297,7 @@ class _Spelling:
         self.first: dict[str, Tensor] = {}  # what the first row reaches, if there is such a layer
 
     @property
-    def goes_on(self) -> bool:
+    def unfinished(self) -> bool:
         done = 2 * len(self.hits) >= len(self.codes) or (self.partial and bool(self.mixed))
         return not done and self.reach.problem is None
 
@@ -300,7 +306,7 @@ class _Spelling:
         return self.codes[2 * len(self.hits) + half][self.reach.classes]
 
     def add(self, passes: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take what a bit and its complement have reached."""
+        """Record what the passes of a bit and of its complement have reached."""
         self.hits.append([{}, {}])
         for name, seen in self.reach.seen.items():
             if name not in passes[0] or name not in passes[1]:
@@ -339,35 +345,37 @@ class _Spelling:
         return f"several of its units reach the same column of {self.mixed!r}"
 
 
-def _spell(probe: Probe, x: Any, words: Sequence[_Spelling]) -> None:
-    """Make the passes in which writers that do not meet tell all of their classes apart."""
-    while active := [word for word in words if word.goes_on]:
-        clear = [word for word in active if not word.mixed]
-        until = {name for word in active for name in word.reach.seen}
+def _decode_bits(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
+    """Run the passes that identify the classes of writers which reach no column in common."""
+    while active := [decoding for decoding in decodings if decoding.unfinished]:
+        clear = [decoding for decoding in active if not decoding.mixed]
+        until = {name for decoding in active for name in decoding.reach.seen}
         passes = []
         for half in range(2):
-            chosen = {word.reach.writer: word.rows(half) for word in active}
+            chosen = {decoding.reach.writer: decoding.rows(half) for decoding in active}
             try:
                 _pass(probe, x, chosen, until)
             except _Astray as error:
-                for word in active:
-                    word.reach.problem = str(error)
+                for decoding in active:
+                    decoding.reach.problem = str(error)
             passes.append(probe.seen)
-        for word in active:
-            word.add(passes)
-        _look_at_first_rows(probe, x, [word for word in clear if word.mixed and not word.partial])
+        for decoding in active:
+            decoding.add(passes)
+        _look_at_first_rows(
+            probe, x, [decoding for decoding in clear if decoding.mixed and not decoding.partial]
+        )
 
 
-def _look_at_first_rows(probe: Probe, x: Any, words: Sequence[_Spelling]) -> None:
+def _look_at_first_rows(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
     """Note what the first row of some writers reaches: all of a layer, if there are no classes."""
-    if not words:
+    if not decodings:
         return
-    hits = _reached(probe, x, [(word.reach, 0) for word in words])
-    for word in words:
-        for name, seen in word.reach.seen.items():
-            word.first[name] = hits[name] & seen if name in hits else ~seen & seen
-            if int(seen.sum()) > 1 and torch.equal(word.first[name], seen):
-                word.reach.problem = word.meeting()
+    hits = _reached(probe, x, [(decoding.reach, 0) for decoding in decodings])
+    for decoding in decodings:
+        for name, seen in decoding.reach.seen.items():
+            decoding.first[name] = hits[name] & seen if name in hits else ~seen & seen
+            if int(seen.sum()) > 1 and torch.equal(decoding.first[name], seen):
+                decoding.reach.problem = decoding.meeting()
 
 
 class _Guesses:
@@ -376,13 +384,13 @@ class _Guesses:
     Two rows that reach the same column are of one class, which excludes most partitions.
 
     Args:
-        word: what the passes told in which each row was a class of its own.
+        decoding: what the passes showed in which each row was a class of its own.
     """
 
-    def __init__(self, word: _Spelling) -> None:
-        self.word = word
-        self.partitions = list(partitions_that_fit(*word.bits(), len(word.reach.classes)))
-        self.compared = torch.zeros(len(word.reach.classes), dtype=torch.bool, device="cpu")
+    def __init__(self, decoding: _Decoding) -> None:
+        self.decoding = decoding
+        self.partitions = list(partitions_that_fit(*decoding.bits(), len(decoding.reach.classes)))
+        self.compared = torch.zeros(len(decoding.reach.classes), dtype=torch.bool, device="cpu")
         self.misses = 0
 
     def row(self) -> int | None:
@@ -397,7 +405,7 @@ class _Guesses:
     def learn(self, row: int, hits: Mapping[str, Tensor]) -> None:
         """Exclude partitions by what a row reaches."""
         self.compared[row] = True
-        first = self.word.first
+        first = self.decoding.first
         if any(bool((hits[name] & first[name]).any()) for name in first if name in hits):
             self.partitions = [classes for classes in self.partitions if classes[row] == classes[0]]
             self.misses = 0
@@ -410,7 +418,7 @@ def _compare_rows(probe: Probe, x: Any, trying: Sequence[_Guesses]) -> None:
     for guesses in trying:
         guesses.misses = 0
     while rows := [(g, row) for g in trying if (row := g.row()) is not None]:
-        hits = _reached(probe, x, [(guesses.word.reach, row) for guesses, row in rows])
+        hits = _reached(probe, x, [(guesses.decoding.reach, row) for guesses, row in rows])
         for guesses, row in rows:
             guesses.learn(row, hits)
 

@@ -15,13 +15,20 @@ from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
-from pyro_sbp.gates.variants import Kind, Recipe, follow, kind_of, recipes, with_likely_sizes
+from pyro_sbp.gates.variants import (
+    Kind,
+    Variant,
+    apply_variant,
+    kind_of,
+    variants,
+    with_likely_sizes,
+)
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
 #: The largest `relative_difference` of the shrunk from the masked network in a proof, in float64.
 TOLERANCE = 1e-10
-#: For so many gates of a kind variants are tried in vain.
+#: After this many gates of a kind without a variant that works, none is tried for the others.
 _FAILURES = 2
 
 
@@ -46,7 +53,7 @@ class Proof:
 
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net, self.x, self.training_paths = net, x, training_paths
-        self._learnt: dict[Kind, Recipe] = {}  # what the gates of a kind need
+        self._learned: dict[Kind, Variant] = {}  # what the gates of a kind need
         self._failed: Counter[Kind] = Counter()
 
     def problem(self, gates: Sequence[Gate]) -> str | None:
@@ -85,12 +92,13 @@ class Proof:
     def keep(
         self, candidates: Sequence[Candidate], proven: list[Gate], left_alone: dict[str, str]
     ) -> None:
-        """Add to `proven` what goes with it, found by halving; the rest is not prunable.
+        """Add the gates that can be cut together to `proven`, found by halving.
 
-        Of a gate that cannot be cut as it was measured, variants are tried: with sizes that are
-        written into modules, and with larger units. What helps is tried first for its like.
+        For a gate that cannot be cut as it was measured, variants are tried: with sizes that are
+        written into modules, and with larger units. A variant that works is tried first for later
+        gates of the same kind. A gate without a variant that works is not prunable.
         """
-        gates = [self._as_learnt(candidate) for candidate in candidates]
+        gates = [self._as_learned(candidate) for candidate in candidates]
         problem = self.problem([*proven, *gates])
         if problem is None:
             proven += gates
@@ -105,9 +113,9 @@ class Proof:
             self.keep(candidates[:half], proven, left_alone)
             self.keep(candidates[half:], proven, left_alone)
 
-    def _as_learnt(self, candidate: Candidate) -> Gate:
-        recipe = self._learnt.get(kind_of(self.net, candidate.gate))
-        gate = None if recipe is None else follow(self.net, candidate, recipe)
+    def _as_learned(self, candidate: Candidate) -> Gate:
+        variant = self._learned.get(kind_of(self.net, candidate.gate))
+        gate = None if variant is None else apply_variant(self.net, candidate, variant)
         return with_likely_sizes(self.net, candidate.gate) if gate is None else gate
 
     def _variant(self, candidate: Candidate, tried: Gate, proven: Sequence[Gate]) -> Gate | None:
@@ -115,14 +123,14 @@ class Proof:
         kind = kind_of(self.net, candidate.gate)
         if self._failed[kind] >= _FAILURES:
             return None
-        for recipe in recipes(self.net, candidate):
-            gate = follow(self.net, candidate, recipe)
+        for variant in variants(self.net, candidate):
+            gate = apply_variant(self.net, candidate, variant)
             if gate is None or gate == tried or self.problem([*proven, gate]) is not None:
                 continue
             whole = with_likely_sizes(self.net, gate)
             if whole != gate and self.problem([*proven, whole]) is None:
                 gate = whole
-            self._learnt[kind] = Recipe.of(self.net, recipe.parts, gate.sizes)
+            self._learned[kind] = Variant.of(self.net, variant.parts, gate.sizes)
             return gate
         self._failed[kind] += 1
         return None

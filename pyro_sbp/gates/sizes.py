@@ -75,7 +75,7 @@ def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
 
 
 def likely_sizes(net: nn.Module, gate: Gate) -> tuple[Size, ...]:
-    """Those whose names say that they count heads, or the rows or columns of all heads."""
+    """The fitting sizes whose names suggest that they count heads, or the rows of all heads."""
     counts = _per_unit(gate)
     return tuple(
         size
@@ -94,7 +94,7 @@ def combined(sizes: Sequence[tuple[Size, ...]], most: int) -> Iterator[tuple[Siz
 
 
 def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
-    """Let the sizes of a gate follow when `count` of its units remain, in place."""
+    """Set the sizes of a gate to those of `count` remaining units, in place."""
     for size in gate.sizes:
         module = net.get_submodule(size.module)
         value = count * size.per_unit
@@ -127,7 +127,7 @@ def ratios_around(
 
 
 def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
-    """Whether sizes may have become others: each stays, or shrinks as some layer does."""
+    """Whether each size is unchanged, or smaller by the ratio of some layer."""
     if isinstance(old, int):
         return type(new) is int and (new == old or any(new == old * ratio for ratio in ratios))
     return (

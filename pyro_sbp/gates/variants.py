@@ -12,7 +12,7 @@ from pyro_sbp.gates.folding import Gate, Size
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.sizes import combined, fitting_sizes, likely_sizes
 
-__all__ = ["Kind", "Recipe", "follow", "kind_of", "recipes", "with_likely_sizes"]
+__all__ = ["Kind", "Variant", "apply_variant", "kind_of", "variants", "with_likely_sizes"]
 
 #: How many variants of a gate are tried at most.
 _VARIANTS = 40
@@ -26,8 +26,8 @@ Kind = tuple[tuple[type[nn.Module], str], ...]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a variant differs from the gate that was measured.
+class Variant:
+    """How a gate to try differs from the gate that was measured.
 
     Attributes:
         parts: how many of the measured units make up one.
@@ -38,7 +38,7 @@ class Recipe:
     sizes: frozenset[tuple[type[nn.Module], str, int | None]]
 
     @classmethod
-    def of(cls, net: nn.Module, parts: int, sizes: tuple[Size, ...]) -> Recipe:
+    def of(cls, net: nn.Module, parts: int, sizes: tuple[Size, ...]) -> Variant:
         """From sizes of modules of a network."""
         return cls(parts, frozenset(_item(net, size) for size in sizes))
 
@@ -63,30 +63,30 @@ def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
     return replace(gate, sizes=tuple(sizes))
 
 
-def recipes(net: nn.Module, candidate: Candidate) -> Iterator[Recipe]:
-    """Recipes of variants, simple ones first."""
+def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
+    """Variants, simple ones first."""
     found = []
     for parts in _PARTS:
         coarse = candidate.coarser(net, parts)
         if coarse is not None:
             sizes = fitting_sizes(net, coarse.gate)
             for chosen in islice(combined(sizes, _ATTRIBUTES), _VARIANTS):
-                found.append((len(chosen) + (parts > 1), Recipe.of(net, parts, chosen)))
+                found.append((len(chosen) + (parts > 1), Variant.of(net, parts, chosen)))
     found.sort(key=lambda item: item[0])
-    yield from (recipe for _, recipe in found[:_VARIANTS])
+    yield from (variant for _, variant in found[:_VARIANTS])
 
 
-def follow(net: nn.Module, candidate: Candidate, recipe: Recipe) -> Gate | None:
-    """The variant of a gate by a recipe, if it has one."""
-    coarse = candidate.coarser(net, recipe.parts)
+def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gate | None:
+    """The gate that a variant makes of a candidate; None if it does not apply."""
+    coarse = candidate.coarser(net, variant.parts)
     if coarse is None:
         return None
     sizes = tuple(
         size
         for of_attribute in fitting_sizes(net, coarse.gate)
         for size in of_attribute
-        if _item(net, size) in recipe.sizes
+        if _item(net, size) in variant.sizes
     )
-    if {_item(net, size) for size in sizes} != recipe.sizes:
+    if {_item(net, size) for size in sizes} != variant.sizes:
         return None
     return replace(coarse.gate, sizes=sizes)

@@ -190,13 +190,13 @@ class Pruner:
 
         Args:
             what: what to keep, as for `pyro_sbp.prune`, such as ``macs_ratio=2``; by default the
-                units that reach the threshold.
+                units that reach the threshold. Another ``criterion`` has its own default threshold.
 
         Raises:
             ValueError, EquivalenceError: as `pyro_sbp.prune`.
         """
         self.detach()
-        if not {"threshold", "macs_ratio"} & what.keys():
+        if not {"threshold", "macs_ratio", "criterion"} & what.keys():
             what["threshold"] = self.threshold
         return prune(self.model, self.guide, self.example_input, **what)
 

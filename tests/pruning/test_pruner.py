@@ -114,6 +114,18 @@ def test_a_budget_is_passed_on(digits):
     assert sbp.count_macs(small, x[:1]) <= sbp.count_macs(pruner.net, x[:1]) / 2
 
 
+def test_another_criterion_has_its_own_threshold(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x))
+    with torch.no_grad():
+        for parameter in pruner.guide.log_scales.parameters():
+            parameter.copy_(2 * torch.randn_like(parameter))
+    found = pruner.prune(criterion="bmrs-n")
+    expected = sbp.prune(pruner.model, pruner.guide, x[:4], criterion="bmrs-n")
+    assert sbp.count_macs(found, x[:1]) == sbp.count_macs(expected, x[:1])
+    assert found.units == expected.units
+
+
 def test_a_failed_call_leaves_no_noise_behind(digits):
     x, _ = digits
     pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=0.0).attach()
