@@ -31,6 +31,8 @@ myst_fence_as_directive = ["math"]
 nb_execution_mode = "off"
 html_math_renderer = "mathml"
 
+# Large, and their classes are not documented here.
+autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
