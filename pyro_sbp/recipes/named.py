@@ -31,7 +31,7 @@ _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
 #: Dense training of residual networks for 32x32 images, on 45,000 of them as in He et al. 2016; an
 #: epoch with noise closes the run.
 _RESNET_DENSE: dict[str, Any] = {
-    "dense_epochs": 40,
+    "dense_epochs": 50,
     "epochs": 1,
     "finetune_epochs": 0,
     "optimizer": "sgd",
