@@ -203,8 +203,10 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
         if type(found) is not type(module):
             raise ValueError(f"{name} builds a {type(module).__name__} at {layer!r}, not {found}")
         for attribute in SIZE_ATTRIBUTES:
-            if getattr(found, attribute, None) != getattr(module, attribute, None):
-                change[attribute] = getattr(found, attribute)
+            size = getattr(found, attribute, None)
+            # Of another class these may be methods, such as the num_parameters of transformers.
+            if isinstance(size, int) and size != getattr(module, attribute, None):
+                change[attribute] = size
         if change:
             layers[layer] = change
     if here:

@@ -97,6 +97,15 @@ def test_zeros_of_matrices_and_statistics_of_batch_norms_stay(data):
     assert bool(net[0].weight.grad[2].any())
 
 
+def test_frozen_parameters_stay_with_zeros_in_them(data):
+    net = network()
+    net[0].weight.requires_grad_(False)[2] = 0
+    before = copy.deepcopy(net)
+    sbp.fine_tune(net, [data], 2)
+    assert torch.equal(net[0].weight, before[0].weight)
+    assert not torch.equal(net[2].weight, before[2].weight)
+
+
 def test_recalibration_measures_the_statistics(data):
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
     hidden = net[0](data[0]).detach()
