@@ -47,6 +47,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.folding import Gate, evaluating
 from pyro_sbp.gates.units import set_units, units_of
 from pyro_sbp.models.calibration import measured, sums
+from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs, count_parameters
@@ -429,7 +430,7 @@ def by_noise(run: Run) -> None:
         run.finetuned(
             f"sbp-{budget:g}",
             run.settings.finetune_epochs,
-            partial(pruner.prune, macs_ratio=budget),
+            partial(pruner.prune, budget=MacsRatio(budget)),
         )
 
 
@@ -441,7 +442,7 @@ def by_magnitude(run: Run) -> None:
     ones = {gate.name: torch.ones(gate.size, device="cpu") for gate in gates}
 
     def prune(budget: float) -> nn.Module:
-        choice = choose_units(net, gates, ones, score, example(), macs_ratio=budget)
+        choice = choose_units(net, gates, ones, score, example(), budget=MacsRatio(budget))
         small, _ = checked_shrink(net, gates, choice.theta, example(), choice.units)
         set_units(small, choice.units)
         return small

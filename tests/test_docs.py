@@ -18,7 +18,7 @@ from pyro_sbp.models.gated_model import theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.criteria import check_prior
-from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.settings import read_recipe
 
@@ -238,6 +238,7 @@ def test_every_block_and_link_is_checked(name):
         "own_network.md": 1,
         "distributions.md": 1,
         "criteria.md": 1,
+        "budgets.md": 1,
         "from_pyro.md": 1,
         "training_loops.md": 3,
     }
@@ -266,6 +267,13 @@ def test_the_distributions_in_your_own_model():
     space = page("distributions.md")
     assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]
     assert space["samples"]["y"].shape == (100, 300)
+
+
+def test_budgets():
+    space = page("budgets.md")
+    assert 4 * count_parameters(space["quarter"]) <= count_parameters(space["net"])
+    assert space["error"](space["close"]) <= 40
+    assert len(space["fast"][0].weight) < 4096
 
 
 def test_the_recipe_of_the_command_line(tmp_path):
