@@ -24,9 +24,7 @@ _TESTS = frozenset(
     }
 )
 _COMPARISONS = frozenset({torch.ne, Tensor.ne, Tensor.__ne__, torch.eq, Tensor.eq, Tensor.__eq__})
-_REPLACING = frozenset(
-    {torch.nan_to_num, torch.nan_to_num_, Tensor.nan_to_num, Tensor.nan_to_num_}
-)
+_REPLACING = frozenset({torch.nan_to_num, torch.nan_to_num_, Tensor.nan_to_num, Tensor.nan_to_num_})
 #: Functions that leave NaN out, and those that do not.
 _SKIPPING: dict[Any, Any] = {
     torch.nansum: torch.sum,

@@ -56,11 +56,11 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
     asks for float32 or less gets float64.
     """
     before = torch.get_default_dtype()
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  (networks may use it)
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         torch.set_default_dtype(dtype)
         try:
             with _Steady(dtype):
@@ -68,7 +68,7 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
         finally:
             torch.set_default_dtype(before)
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])
 
 
 class _Steady(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network, to_precision, without_idle_hooks
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.nested import convert, same
 from pyro_sbp.gates.surgery import (
@@ -346,14 +346,14 @@ def _macs_ratios(
     net: nn.Module, gates: Sequence[Gate], example_input: Any, whole: nn.Module | None
 ) -> Callable[[Mapping[str, Units]], float]:
     """From what remains of the units to how many times fewer MACs, counted without computing."""
-    device = torch.device("meta")
+    device, plain = torch.device("meta"), without_idle_hooks(net, example_input)
     while True:
-        shape = copy.deepcopy(net).to(device, torch.float32)
+        shape = to_precision(copy_network(plain).to(device), torch.float32)
         x = convert(example_input, torch.float32, device)
         try:
             dense = count_macs(shape, x)
             if whole is not None:
-                dense = count_macs(copy.deepcopy(whole).to(device, torch.float32), x)
+                dense = count_macs(to_precision(copy_network(whole).to(device), torch.float32), x)
             break
         except Exception:  # some networks need numbers to be called
             if device.type == "cpu":
@@ -361,7 +361,7 @@ def _macs_ratios(
             device = torch.device("cpu")
 
     def ratio(units: Mapping[str, Units]) -> float:
-        small = copy.deepcopy(shape)
+        small = copy_network(shape)
         cut(small, gates, units)
         return dense / count_macs(small, x)
 
