@@ -1,7 +1,7 @@
 """Calls of a network that do not depend on how wide its layers are, except by what they compute.
 
-A network that draws random numbers of the shape of its units draws others once some are removed, and
-one that casts to float32 rounds. Neither says anything about whether units can be removed.
+A network that draws random numbers of the shape of its units draws others once some are removed,
+and one that casts to float32 rounds. Neither says whether units can be removed.
 """
 
 from __future__ import annotations
