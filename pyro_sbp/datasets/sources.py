@@ -155,7 +155,8 @@ def folder_classes(root: Path) -> list[str]:
     """The classes of an image folder with ``train/<class>/*`` and ``test/<class>/*``.
 
     Raises:
-        RequestError: a part is missing or empty, or the parts differ in their classes.
+        RequestError: a part is missing or empty, there is one class only, or the parts differ in
+            their classes.
     """
     classes = {}
     for part in ("train", "test"):
@@ -175,6 +176,16 @@ def folder_classes(root: Path) -> list[str]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise RequestError(
             f"{root} has other classes in train/ than in test/: {', '.join(odd)} is in one only"
+        )
+    if len(classes["train"]) == 1:
+        (only,) = classes["train"]
+        inner = sorted(e.name for e in os.scandir(root / "train" / only) if e.is_dir())
+        deeper = (
+            f"; the directories in it, such as {inner[0]}, belong one level up" if inner else ""
+        )
+        raise RequestError(
+            f"{root / 'train'} has one class only, {only}; expected a directory for each of two or "
+            f"more classes{deeper}"
         )
     return classes["train"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pyro_sbp.deployment.batches import batch_size, with_batch_size
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
 from pyro_sbp.deployment.runtimes import Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
+from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 from pyro_sbp.machine import processor_name
@@ -157,7 +159,7 @@ def floor_network(
 def benchmark(
     dense: nn.Module,
     pruned: nn.Module,
-    example_input: Tensor,
+    example_input: Any,
     *,
     floor: nn.Module | None = None,
     batch_sizes: Sequence[int] = (1, 128),
@@ -174,7 +176,8 @@ def benchmark(
     Args:
         dense: the original network.
         pruned: the smaller one.
-        example_input: ``[batch, ...]``; its examples are repeated to the batch sizes.
+        example_input: an input of any kind, as for `find_gates`. Its examples are repeated to the
+            batch sizes: the rows of all tensors that are as long as the first one.
         floor: a third network to measure, from `floor_network`.
         batch_sizes: how many examples a call.
         threads: how many CPU threads; each is measured.
@@ -197,22 +200,19 @@ def benchmark(
     latencies = []
     for name in devices:
         device = torch.device(name)
-        placed = {key: copy.deepcopy(net).to(device).eval() for key, net in nets.items()}
+        placed = {key: copy_network(net).to(device).eval() for key, net in nets.items()}
         # Programs are written before anything is measured.
         starts = {
-            runtime: {
-                key: prepare(net, runtime, example_input.shape[1:]) for key, net in placed.items()
-            }
+            runtime: {key: prepare(net, runtime, example_input) for key, net in placed.items()}
             for runtime in runtimes
             if runtime != "onnxruntime" or device.type == "cpu"
         }
         for size in batch_sizes:
-            index = torch.arange(size, device=example_input.device) % len(example_input)
-            x = example_input[index].to(device)
+            x = map_tensors(lambda t, d=device: t.to(d), with_batch_size(example_input, size))
             for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
                 for runtime, of_nets in starts.items():
                     latencies.append(_latency(of_nets, x, device, count, seconds, runtime))
-    checks = [cross_check(net, example_input[:1]) for net in (dense, pruned)]
+    checks = [cross_check(net, with_batch_size(example_input, 1)) for net in (dense, pruned)]
     return Comparison(
         checks[0].macs,
         checks[1].macs,
@@ -229,7 +229,7 @@ def _without_cuda_home(record: logging.LogRecord) -> bool:
 
 def _latency(
     starts: Mapping[str, Start],
-    x: Tensor,
+    x: Any,
     device: torch.device,
     threads: int,
     seconds: float,
@@ -264,7 +264,7 @@ def _latency(
     return Latency(
         device=f"{device.type}: {device_name(device)}",
         threads=threads,
-        batch_size=len(x),
+        batch_size=batch_size(x),
         dense_ms=median["dense"],
         pruned_ms=median["pruned"],
         speedup=median["dense"] / median["pruned"],
@@ -275,7 +275,7 @@ def _latency(
 
 
 def _started(
-    starts: Mapping[str, Start], x: Tensor, threads: int, runtime: str
+    starts: Mapping[str, Start], x: Any, threads: int, runtime: str
 ) -> dict[str, Callable[[], Any]]:
     """The networks' calls on an input, made with as many threads as they will be measured with."""
     if runtime == "compile":

@@ -14,7 +14,9 @@ from ptflops.aten_ops import ATEN_OPS_MAPPING
 from torch import nn
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.gates.copies import fresh
 from pyro_sbp.gates.folding import call, evaluating
+from pyro_sbp.gates.state import undone
 from pyro_sbp.pruning.macs import by_module, costs_by_layer, original_name, unfused
 
 __all__ = ["CrossCheck", "cross_check"]
@@ -130,10 +132,11 @@ def _by_ptflops(
 
         return count
 
-    calling = _Calling(lambda: call(net, example_input))
+    calling = _Calling(lambda: call(net, fresh(example_input)))
     printed = io.StringIO()
     with (
         torch.no_grad(),
+        undone(net),
         evaluating(net),
         unfused(),
         by_module(net, lambda: spent) as found,

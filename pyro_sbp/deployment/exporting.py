@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deployment.batches import (
+    CalledFlat,
+    batch_size,
+    example_of,
+    has_batch,
+    named_tensors,
+)
 from pyro_sbp.deployment.file_sets import sync
 from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.gates.copies import copy_network, fresh
+from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.nested import tensors_of
 
-__all__ = ["FORMATS", "ExportError", "check_onnx", "export"]
+__all__ = [
+    "FORMATS",
+    "ExportError",
+    "check_onnx",
+    "export",
+    "largest_difference",
+    "output_names",
+]
 
 FORMATS = ("onnx", "pt2")
 #: The largest difference of the program from the network, relative to the largest output.
@@ -42,24 +58,29 @@ def check_onnx() -> None:
         raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'")
 
 
-def export(
-    net: nn.Module, path: str | os.PathLike[str], input_shape: Sequence[int], format: str
-) -> float:
+def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, format: str) -> float:
     """Write a network as a program with a dynamic batch size, and run the program.
 
     Args:
-        net: the network, from one tensor ``[batch, *input_shape]`` to one tensor.
+        net: the network, from any input to tensors.
         path: the file to write; it appears whole, and checked, or not at all.
-        input_shape: the shape of one example.
-        format: "onnx" or "pt2".
+        input_shape: the shape of one example, if the network takes one tensor
+            ``[batch, *input_shape]`` of numbers in [0, 1). Otherwise an example input, as for
+            `find_gates`: a tensor (of tokens, say), a tuple of positional arguments, a mapping of
+            named arguments, a dataclass. Tensors that have a row for each example get a dynamic
+            first dimension.
+        format: "onnx" or "pt2". An ONNX program has one input for each tensor, with the name of
+            its argument ("input" if there is only one tensor), and the outputs ``output``, or
+            ``output_0`` and so on. A pt2 program is called as the network, or on the tensors one
+            after the other if there are some inside lists or dataclasses.
 
     Returns:
         The largest difference of the program's outputs from the network's, relative to the largest
-        output, on random inputs.
+        output, on random or repeated examples.
 
     Raises:
         RequestError: the format is unknown or needs a package that is not installed, the network
-            does not take inputs of the shape, or the file cannot be written.
+            does not take the inputs, or the file cannot be written.
         ExportError: the program cannot be made, or differs by more than 1e-5.
     """
     if format not in FORMATS:
@@ -67,23 +88,31 @@ def export(
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RequestError(f"cannot write {path}: it is no file in a writable directory")
-    net = copy.deepcopy(net).cpu().eval()
+    net = copy_network(net).cpu().eval()
     generator = torch.Generator().manual_seed(0)
     dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
     try:
-        inputs = [
-            torch.rand(size, *input_shape, generator=generator, device="cpu").to(dtype)
-            for size in BATCHES
-        ]
+        inputs = [example_of(input_shape, dtype, size, generator) for size in BATCHES]
+        shapes = [list(x.shape[1:]) for x in tensors_of(inputs[0])]
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"no inputs can be made for the network: {error}") from error
+    try:
         with torch.no_grad():
-            output = net(inputs[0])
+            output = call(net, fresh(inputs[0]))
     except Exception as error:  # a network may raise anything for an input of a wrong shape
+        words = ", ".join(map(str, shapes)) if isinstance(inputs[0], tuple) else input_shape
+        if not isinstance(inputs[0], tuple) and not isinstance(words, list | tuple):
+            words = ", ".join(map(str, shapes))
         raise RequestError(
-            f"the network does not take inputs of shape {input_shape}: {first_line(error)}"
+            f"the network does not take inputs of shape {words}: {first_line(error)}"
         ) from error
-    if not isinstance(output, Tensor):
-        raise ExportError(f"the network gives a {type(output).__name__}; expected one tensor")
+    try:
+        outputs = list(tensors_of(output))
+    except TypeError as error:
+        raise ExportError(f"the network's output is not exportable: {error}") from error
+    if not outputs:
+        raise ExportError(f"the network gives a {type(output).__name__}; expected tensors")
     partial = path.with_name(f"{path.name}.part.{format}")
     try:
         with _quiet():
@@ -109,22 +138,62 @@ def export(
     return difference
 
 
-def _difference(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def largest_difference(expected: Any, actual: Any) -> float:
+    """The largest difference of two outputs of a network, relative to the largest value of each
+    tensor."""
+    pairs = zip(tensors_of(expected), tensors_of(actual), strict=True)
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in ((a.double(), b.double()) for a, b in pairs)
+    )
+
+
+def _difference(net: nn.Module, run: Callable[[Any], Any], x: Any) -> float:
     with torch.no_grad():
-        expected, actual = net(x), run(x)
-    return float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-30))
+        return largest_difference(call(net, fresh(x)), run(fresh(x)))
 
 
-def _pt2(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _dynamic(tensor: Any, size: int) -> dict[int, Any] | None:
+    """The dynamic dimension of a tensor of an input with `size` examples."""
+    if not isinstance(tensor, Tensor):
+        return None
+    return {0: torch.export.Dim("batch")} if has_batch(tensor, size) else {}
+
+
+def _pt2(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
+    size = batch_size(x)
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    nested = any(not isinstance(part, Tensor | bool | int | float | None) for part in parts)
+    called = CalledFlat(net, x) if nested else net
+
+    def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if nested:
+            return tuple(tensors_of(x)), {}
+        if isinstance(x, Mapping):
+            return (), dict(x)
+        return (x if isinstance(x, tuple) else (x,)), {}
+
+    args, kwargs = arguments(x)
+    shapes = [_dynamic(value, size) for value in (*args, *kwargs.values())]
+    if isinstance(x, Mapping) and not nested:
+        dynamic: Any = dict(zip(kwargs, shapes, strict=True))
+    else:
+        dynamic = (tuple(shapes),) if nested else tuple(shapes)
     try:
-        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(called, args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:  # torch.export raises what tracing a network's code raises
         raise ExportError(f"torch.export cannot trace the network: {first_line(error)}") from error
     # In memory first, so that a full disk raises OSError, and not a RuntimeError of torch.
     content = io.BytesIO()
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
-    return torch.export.load(path).module()
+    loaded = torch.export.load(path).module()
+
+    def run(x: Any) -> Any:
+        args, kwargs = arguments(x)
+        return loaded(*args, **kwargs)
+
+    return run
 
 
 def _external(path: Path) -> Path:
@@ -132,17 +201,22 @@ def _external(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
-def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
     check_onnx()
     import onnxruntime
 
+    size, given = batch_size(x), named_tensors(net, x)
+    called = net if isinstance(x, Tensor) else CalledFlat(net, x)
+    with torch.no_grad():
+        outputs = list(tensors_of(call(net, fresh(x))))
+    shapes = tuple(_dynamic(tensor, size) for tensor in given.values())
     try:
         program = torch.onnx.export(
-            net,
-            (x,),
-            input_names=["input"],
-            output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            called,
+            tuple(given.values()),
+            input_names=list(given),
+            output_names=output_names(len(outputs)),
+            dynamic_shapes=shapes if called is net else (shapes,),
             dynamo=True,
             verbose=False,
         )
@@ -153,12 +227,20 @@ def _onnx(net: nn.Module, x: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     if _external(path).exists():
         raise ExportError("the program needs more than the 2 GB of an ONNX file; expected pt2")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    taken = {item.name for item in session.get_inputs()}  # an argument may have no effect
 
-    def run(x: Tensor) -> Tensor:
-        (output,) = session.run(None, {"input": x.numpy()})
-        return torch.from_numpy(output)
+    def run(x: Any) -> list[Tensor]:
+        values = {
+            name: tensor.numpy() for name, tensor in named_tensors(net, x).items() if name in taken
+        }
+        return [torch.from_numpy(value) for value in session.run(None, values)]
 
     return run
+
+
+def output_names(count: int) -> list[str]:
+    """The names of the outputs of an ONNX program."""
+    return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
 
 
 @contextmanager

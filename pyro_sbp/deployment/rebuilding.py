@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.datasets.memory import available_memory
@@ -19,7 +20,14 @@ from pyro_sbp.gates.layers import Select
 from pyro_sbp.gates.sizes import follows, ratios_around, written_sizes
 from pyro_sbp.networks import PlaceChannels
 
-__all__ = ["check_fit", "construct", "fill", "non_persistent_buffers", "resize_layers"]
+__all__ = [
+    "check_fit",
+    "construct",
+    "fill",
+    "non_persistent_buffers",
+    "resize_layers",
+    "settle_lazy_layers",
+]
 
 #: Functions that create tensors of a size that is given; layers create their parameters by them.
 _CREATORS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
@@ -74,6 +82,31 @@ def construct(
     if not isinstance(net, nn.Module):
         raise TypeError(f"the constructor builds a {type(net).__name__}, which is not a network")
     return separate_attention(net) if separate else net
+
+
+def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give lazy layers the number of columns or features of stored tensors, in place.
+
+    Args:
+        net: what a constructor built.
+        state: the tensors of the network to build.
+    """
+    for name, module in net.named_modules():
+        if not isinstance(module, LazyModuleMixin):
+            continue
+        weight = state.get(f"{name}.weight", state.get(f"{name}.running_mean"))
+        if (index := state.get(f"{name}.select.index")) is not None:
+            columns = int(index.max()) + 1 if index.numel() else 0
+        elif weight is None or weight.ndim == 0:
+            continue
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd) or weight.ndim == 1:
+            columns = weight.shape[0]
+        else:
+            columns = weight.shape[1] * getattr(module, "groups", 1)
+        ndim = 2 if weight is None else max(weight.ndim, 2)
+        # What torch does at the first call; only the shape of the input matters.
+        example = torch.empty(1, columns, *(1,) * (ndim - 2), device="meta")
+        module._infer_parameters(module, (example,))
 
 
 def resize_layers(

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_sbp.deployment.exporting import ExportError, check_onnx, export
+from pyro_sbp.deployment.batches import named_tensors
+from pyro_sbp.deployment.exporting import (
+    ExportError,
+    check_onnx,
+    export,
+    largest_difference,
+    output_names,
+)
 from pyro_sbp.errors import RequestError, first_line, unknown
+from pyro_sbp.gates.copies import fresh
+from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.nested import tensors_of
 
 __all__ = ["RUNTIMES", "check_runtimes", "prepare"]
 
@@ -22,7 +32,7 @@ RUNTIMES = ("eager", "compile", "onnxruntime")
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 
 #: From an input, and the CPU threads to take, to a call of the network on this input.
-Start = Callable[[Tensor, int], Callable[[], Any]]
+Start = Callable[[Any, int], Callable[[], Any]]
 
 
 def check_runtimes(runtimes: Sequence[str]) -> None:
@@ -47,18 +57,18 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
             ) from error
 
 
-def prepare(net: nn.Module, runtime: str, input_shape: Sequence[int]) -> Start:
+def prepare(net: nn.Module, runtime: str, input_shape: Any) -> Start:
     """Hand a network to a runtime.
 
     Args:
         net: the network in evaluation mode, on the device to measure it on.
         runtime: "eager"; "compile", `torch.compile` with Inductor, of the whole network and for one
             shape; or "onnxruntime", the program that `export` writes, on the CPU.
-        input_shape: the shape of one example.
+        input_shape: the shape of one example, or an example input, as for `export`.
 
     Returns:
-        What starts it: ``start(x, threads)`` for ``x`` ``[batch, *input_shape]`` gives a function
-        without arguments that calls the network on ``x``. It is called as it was started: with
+        What starts it: ``start(x, threads)`` for an input ``x`` gives a function without arguments
+        that calls the network on ``x``. It is called as it was started: with
         torch at so many threads, and in the same inference mode. Starting compiles, and compares
         the output with eager's: `ExportError` where it cannot, or where they differ by more than
         1e-5 of the largest output (1e-3 on a GPU).
@@ -67,41 +77,49 @@ def prepare(net: nn.Module, runtime: str, input_shape: Sequence[int]) -> Start:
         ExportError: ONNX cannot express the network.
     """
     if runtime == "eager":
-        return lambda x, threads: partial(net, x)
+        return lambda x, threads: _bound(net, x)
     start = {"compile": _compile, "onnxruntime": _onnxruntime}[runtime](net, input_shape)
 
-    def compared(x: Tensor, threads: int) -> Callable[[], Any]:
-        expected = net(x)
-        if not isinstance(expected, Tensor):
-            raise ExportError(f"the network gives a {type(expected).__name__}; expected one tensor")
-        call = start(x, threads)
-        difference = float((expected - call()).abs().max() / expected.abs().max().clamp_min(1e-30))
-        tolerance = TOLERANCE[x.device.type]
+    def compared(x: Any, threads: int) -> Callable[[], Any]:
+        given = fresh(x)
+        expected = call(net, fresh(x))
+        begun = start(x, threads)
+        for tensor, value in zip(tensors_of(x), tensors_of(given), strict=True):
+            tensor.copy_(value)  # a network may have changed it in place
+        difference = largest_difference(expected, begun())
+        tolerance = TOLERANCE[next(tensors_of(x)).device.type]
         if not difference <= tolerance:
             raise ExportError(
                 f"the network in {runtime} differs from eager by {difference:.1e} of the largest "
                 f"output; at most {tolerance:.0e} is allowed"
             )
-        return call
+        return begun
 
     return compared
 
 
-def _compile(net: nn.Module, input_shape: Sequence[int]) -> Start:
-    def start(x: Tensor, threads: int) -> Callable[[], Any]:
-        call = partial(torch.compile(net, fullgraph=True, dynamic=False), x)
+def _bound(function: Callable[..., Any], x: Any) -> Callable[[], Any]:
+    """A call on an input without arguments, and without `call` inside what is measured."""
+    if isinstance(x, Mapping):
+        return partial(function, **x)
+    return partial(function, *x) if isinstance(x, tuple) else partial(function, x)
+
+
+def _compile(net: nn.Module, input_shape: Any) -> Start:
+    def start(x: Any, threads: int) -> Callable[[], Any]:
+        begun = _bound(torch.compile(net, fullgraph=True, dynamic=False), x)
         try:
-            call()
+            begun()
         except Exception as error:  # compilers raise what they like
             raise ExportError(
                 f"torch.compile cannot compile the network: {first_line(error)}"
             ) from error
-        return call
+        return begun
 
     return start
 
 
-def _onnxruntime(net: nn.Module, input_shape: Sequence[int]) -> Start:
+def _onnxruntime(net: nn.Module, input_shape: Any) -> Start:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as directory:
@@ -109,24 +127,30 @@ def _onnxruntime(net: nn.Module, input_shape: Sequence[int]) -> Start:
         export(net, path, input_shape, "onnx")
         program = path.read_bytes()
 
-    def start(x: Tensor, threads: int) -> Callable[[], Any]:
+    def start(x: Any, threads: int) -> Callable[[], Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-        # Both lie in torch's memory: no call copies them.
-        x, y = x.contiguous(), torch.empty_like(net(x), memory_format=torch.contiguous_format)
+        # All lie in torch's memory: no call copies them.
+        inputs = {name: value.contiguous() for name, value in named_tensors(net, x).items()}
+        outputs = [
+            torch.empty_like(y, memory_format=torch.contiguous_format)
+            for y in tensors_of(call(net, fresh(x)))
+        ]
+        taken = {item.name for item in session.get_inputs()}
         binding = session.io_binding()
-        for bind, name, value in (
-            (binding.bind_input, "input", x),
-            (binding.bind_output, "output", y),
+        for bind, values in (
+            (binding.bind_input, {n: v for n, v in inputs.items() if n in taken}),
+            (binding.bind_output, dict(zip(output_names(len(outputs)), outputs, strict=True))),
         ):
-            array = value.numpy()
-            bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            for name, value in values.items():
+                array = value.numpy()
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-        def call(x: Tensor = x) -> Tensor:  # holds the input, which the binding does not
+        def run(inputs: Any = inputs) -> Any:  # holds the inputs, which the binding does not
             session.run_with_iobinding(binding)
-            return y
+            return outputs[0] if len(outputs) == 1 else outputs
 
-        return call
+        return run
 
     return start

@@ -29,6 +29,7 @@ from pyro_sbp.deployment.rebuilding import (
     fill,
     non_persistent_buffers,
     resize_layers,
+    settle_lazy_layers,
 )
 from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
@@ -106,6 +107,7 @@ def save(
     separate = has_attention(fresh) and any(isinstance(m, Attention) for m in small.modules())
     if separate:
         fresh = separate_attention(fresh)
+    settle_lazy_layers(fresh, small.state_dict())
     layers = _resized_layers(small, fresh, name)
     tensors, same = unique_tensors(small)
     description = Description(
@@ -314,6 +316,7 @@ def load(
             raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
     try:
         net = construct(constructor, description.kwargs, description.separate_attention)
+        settle_lazy_layers(net, state)
         shapes = resize_layers(net, description, state)
         check_fit(net, description, state, shapes)
         fill(net, description, state)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pyro_sbp.gates.copies import copy_network
 
 __all__ = ["Attention", "separate_attention"]
 
@@ -124,7 +125,7 @@ def separate_attention(net: nn.Module) -> nn.Module:
     Raises:
         ValueError: an attention has `add_bias_kv` or `add_zero_attn` set.
     """
-    net = copy.deepcopy(net)
+    net = copy_network(net)
     if isinstance(net, nn.MultiheadAttention):
         return Attention(net)
     made: dict[nn.Module, Attention] = {}  # one that is shared stays shared

@@ -25,6 +25,7 @@ from pyro_sbp.gates.layers import (
     weight_of,
 )
 from pyro_sbp.gates.nested import convert, same, tensors_of
+from pyro_sbp.gates.steady import repeatable
 
 __all__ = [
     "Gate",
@@ -141,20 +142,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
-
-
-@contextmanager
-def repeatable(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, a network draws the same random numbers each time, makes new tensors in `dtype`, and
-    leaves the random state of the CPU as it was."""
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def call(net: Callable[..., Any], x: Any) -> Any:

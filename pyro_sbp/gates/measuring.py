@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import codes, partitions_that_fit
 from pyro_sbp.gates.folding import call, repeatable
+from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import (
     Select,
     argument,
@@ -36,6 +37,7 @@ from pyro_sbp.gates.layers import (
     serves,
 )
 from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.state import State
 
 __all__ = ["Probe", "Reach", "matrices", "measure"]
 
@@ -79,6 +81,8 @@ class Probe(TorchFunctionMode):
         self.used: set[int] = set()
         self.clean: dict[str, list[Tensor]] = {}
         self.total: Counter[str] = Counter()
+        self.guards = Guards()
+        self.state = State(net)
         self.start(None)
 
     def start(
@@ -94,6 +98,7 @@ class Probe(TorchFunctionMode):
         self.seen: dict[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
         self.awaited = None if until is None else set(until)
+        self.guards.start(inject is None)
 
     @property
     def uncalled(self) -> list[str]:
@@ -120,7 +125,7 @@ class Probe(TorchFunctionMode):
             self.used.update(id(value) for value in (*args, *kwargs.values()))
         found = self._layer(func, args, kwargs)
         if found is None:
-            return func(*args, **kwargs)
+            return self.guards(func, args, kwargs)
         name, layer = found
         index = self.calls[name]
         self.calls[name] += 1
@@ -194,6 +199,8 @@ def _pass(
         return False
     except Exception as error:  # a network's own code may raise anything
         raise _Astray(f"NaN in it leads the network astray: {first_line(error)}") from error
+    finally:
+        probe.state.restore()
     numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
     return any(bool(t.isnan().any()) for t in numbers)
 

@@ -98,12 +98,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
     """A copy of a nested structure, floating-point tensors in `dtype`, all tensors on `device`.
 
+    Complex tensors are converted to the same precision.
+
     Raises:
         TypeError: as `map_tensors`.
     """
 
     def converted(tensor: Tensor) -> Tensor:
         new = dtype if tensor.is_floating_point() else None
+        if tensor.is_complex():
+            new = torch.complex128 if dtype == torch.float64 else torch.complex64
         return tensor.detach().to(device, new, copy=True)
 
     return map_tensors(converted, x)

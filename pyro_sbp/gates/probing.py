@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyro_sbp.errors import did_you_mean, first_line
+from pyro_sbp.gates.copies import materialize, without_idle_hooks
 from pyro_sbp.gates.folding import Gate, Span, call, repeatable
 from pyro_sbp.gates.grouping import Candidate, candidates
 from pyro_sbp.gates.layers import num_columns
@@ -103,6 +104,11 @@ def find_gates(
     """
     if len(set(input_features)) < len(input_features):
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
+    try:
+        materialize(net, example_input)
+    except Exception as error:  # a network's own code may raise anything
+        raise _not_callable(net, example_input, error) from error
+    net = without_idle_hooks(net, example_input)
     features = [_feature_gate(net, layer) for layer in input_features]
     layers = matrices(net)
     for name in ignore:
@@ -153,17 +159,25 @@ def find_gates(
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
     """Call a copy of the network once, and watch its layers."""
+    copied = copy_for_measurement(net, torch.float32, training_paths)
     try:
-        probe = Probe(copy_for_measurement(net, torch.float32, training_paths))
-        with torch.no_grad(), repeatable(torch.float32), probe:
-            output = call(probe.net, convert(x, torch.float32))
+        probe = Probe(copied)
+        try:
+            with torch.no_grad(), repeatable(torch.float32), probe:
+                output = call(probe.net, convert(x, torch.float32))
+        finally:
+            probe.state.restore()
         list(tensors_of(output))
     except Exception as error:  # a network's own code may raise anything
-        raise ValueError(
-            f"{type(net).__name__} cannot be called on the example input ({_shapes(x)}): "
-            f"{first_line(error)}"
-        ) from error
+        raise _not_callable(net, x, error) from error
     return probe
+
+
+def _not_callable(net: nn.Module, x: Any, error: Exception) -> ValueError:
+    return ValueError(
+        f"{type(net).__name__} cannot be called on the example input ({_shapes(x)}): "
+        f"{first_line(error)}"
+    )
 
 
 def _shapes(x: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.gates.copies import copy_network, to_precision
+from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.nested import convert
+from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
 from pyro_sbp.gates.variants import (
     Kind,
@@ -75,12 +77,13 @@ class Proof:
         net = copy_for_measurement(self.net, torch.float64, self.training_paths)
         enliven(net, generator)
         each = {name: value[None] for name, value in theta.items()}
+        decisions = Decisions(relative_difference, TOLERANCE)
         try:
             with torch.no_grad():
-                with repeatable(torch.float64):
+                with undone(net), repeatable(torch.float64), decisions.recorded():
                     masked = GatedNetwork(net, gates)(convert(self.x, torch.float64), each)
                 shrink_in_place(net, gates, theta)
-                with repeatable(torch.float64):
+                with undone(net), repeatable(torch.float64), decisions.repeated():
                     small = call(net, convert(self.x, torch.float64))
             difference = relative_difference(masked, small)
         except Exception as error:  # a network's own code may raise anything
@@ -144,7 +147,7 @@ def copy_for_measurement(
     With `training_paths`, modules that hold others are in training mode: some call heads of
     theirs only there.
     """
-    net = copy.deepcopy(net).to("cpu", dtype).eval().requires_grad_(False)
+    net = to_precision(copy_network(net).to("cpu"), dtype).eval().requires_grad_(False)
     for module in net.modules():
         module.training = training_paths and any(True for _ in module.children())
     return net

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network, drop_broken_hooks, fresh
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize
 from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.sizes import set_sizes
+from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
@@ -212,10 +213,11 @@ def shrink(
         ValueError: theta names no gate of `gates`, or has the wrong length.
         RuntimeError: the smaller network cannot be called on `example_input`.
     """
-    small = copy.deepcopy(net)
+    small = copy_network(net)
     shrink_in_place(small, gates, theta, units)
-    with torch.no_grad(), evaluating(small):
-        call(small, example_input)
+    drop_broken_hooks(small, example_input)
+    with torch.no_grad(), undone(small), evaluating(small):
+        call(small, fresh(example_input))
     return small
 
 

@@ -6,7 +6,6 @@ threshold a smaller one. A budget says which threshold to use.
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network, to_precision, without_idle_hooks
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import Units, cut
@@ -234,14 +234,15 @@ def _ratio(
 ) -> Callable[[float], float]:
     """From a threshold to how many times fewer the smaller network has of something."""
     net, x = candidates.net, candidates.example_input
-    device = torch.device("meta")
+    device, plain = torch.device("meta"), without_idle_hooks(net, x)
     while True:
-        shape = copy.deepcopy(net).to(device, torch.float32)
+        shape = to_precision(copy_network(plain).to(device), torch.float32)
         example = convert(x, torch.float32, device)
         try:
             dense = count(shape, example)
             if candidates.dense is not net:
-                dense = count(copy.deepcopy(candidates.dense).to(device, torch.float32), example)
+                whole = copy_network(candidates.dense).to(device)
+                dense = count(to_precision(whole, torch.float32), example)
             break
         except Exception:  # some networks need numbers to be called
             if device.type == "cpu":
@@ -249,7 +250,7 @@ def _ratio(
             device = torch.device("cpu")
 
     def ratio(level: float) -> float:
-        small = copy.deepcopy(shape)
+        small = copy_network(shape)
         cut(small, candidates.gates, candidates.units_at(level))
         return dense / count(small, example)
 

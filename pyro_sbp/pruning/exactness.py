@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import (
+    copy_network,
+    drop_broken_hooks,
+    fresh,
+    to_precision,
+    without_idle_hooks,
+)
+from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import (
     Gate,
     GatedNetwork,
@@ -17,7 +24,8 @@ from pyro_sbp.gates.folding import (
     evaluating,
     repeatable,
 )
-from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
+from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.surgery import (
     Units,
     cut,
@@ -79,27 +87,31 @@ def checked_shrink(
     reference = theta if reference is None else reference
     # The copies are made one after the other, which needs less memory.
     with torch.no_grad():
-        net_eval = copy.deepcopy(net).eval()
-        with repeatable(torch.get_default_dtype()):
-            masked = _masked(net_eval, gates, reference, map_tensors(_copied, example_input))
-        exact = net_eval.double()
+        net_eval = copy_network(without_idle_hooks(net, example_input)).eval()
+        own = torch.get_default_dtype()
+        # Ties are decided alike: they say nothing about the units.
+        decisions = Decisions(relative_difference, TOLERANCE)
+        with undone(net_eval), repeatable(own):
+            masked = _masked(net_eval, gates, reference, fresh(example_input))
+        exact = to_precision(net_eval, torch.float64)
         theta64 = convert(dict(theta), torch.float64)
-        with repeatable(torch.float64):
+        with undone(exact), repeatable(torch.float64), decisions.recorded():
             reference64 = convert(dict(reference), torch.float64)
             masked64 = _masked(exact, gates, reference64, convert(example_input, torch.float64))
         shrink_in_place(exact, gates, theta64, units)
-        with repeatable(torch.float64):
+        with undone(exact), repeatable(torch.float64), decisions.repeated():
             relative = relative_difference(
                 masked64, call(exact, convert(example_input, torch.float64))
             )
     state = exact.state_dict()
     del exact, net_eval
-    small = copy.deepcopy(net)
+    small = copy_network(net)
     cut(small, gates, surviving_units(gates, theta) if units is None else units)
     small.load_state_dict(state)
     del state
-    with torch.no_grad(), evaluating(small), repeatable(torch.get_default_dtype()):
-        pruned = call(small, map_tensors(_copied, example_input))
+    drop_broken_hooks(small, example_input)
+    with torch.no_grad(), undone(small), evaluating(small), repeatable(own):
+        pruned = call(small, fresh(example_input))
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
     absolute = max(_largest_difference(a, b) for a, b in pairs)
     if not relative <= TOLERANCE:
@@ -114,10 +126,6 @@ def _masked(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], 
     """The output with activations multiplied by theta. A row of theta is used for all examples, so
     that it is not folded into weights."""
     return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:

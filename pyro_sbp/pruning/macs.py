@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_sbp.gates.copies import fresh
 from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.state import undone
 
 __all__ = [
     "by_module",
@@ -88,8 +90,8 @@ def count_macs(net: nn.Module, example_input: Any) -> int:
         example_input: an input, as for `call`; its batch size counts.
     """
     counter = _counter()
-    with torch.no_grad(), evaluating(net), unfused(), counter:
-        call(net, example_input)
+    with torch.no_grad(), undone(net), evaluating(net), unfused(), counter:
+        call(net, fresh(example_input))
     return counter.get_total_flops() // 2
 
 
@@ -115,12 +117,13 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     counter = _counter()
     with (
         torch.no_grad(),
+        undone(net),
         evaluating(net),
         unfused(),
         counter,
         by_module(net, lambda: counter.get_total_flops() // 2) as macs,
     ):
-        call(net, example_input)
+        call(net, fresh(example_input))
     seen: set[int] = set()
     costs: dict[str, tuple[int, int]] = {}
     for layer, module in net.named_modules():

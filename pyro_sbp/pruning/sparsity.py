@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.layers import most_of_columns, rows_of
 from pyro_sbp.gates.probing import find_gates
@@ -171,7 +171,7 @@ def shrink_sparse(
         EquivalenceError: the result differs from the network with these weights set to zero.
     """
     units = remaining_units(net, gates, snr, threshold, round_to, min_units)
-    sparse, kept = copy.deepcopy(net), {}
+    sparse, kept = copy_network(net), {}
     with torch.no_grad():
         for name, value in snr.items():
             mask = value >= threshold

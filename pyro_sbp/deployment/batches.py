@@ -1,0 +1,125 @@
+"""Inputs of networks of any kind as batches: their size, other sizes, and their tensors by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.nested import map_tensors, tensors_of
+
+__all__ = [
+    "CalledFlat",
+    "batch_size",
+    "example_of",
+    "has_batch",
+    "named_tensors",
+    "with_batch_size",
+]
+
+
+def _is_images(x: Any) -> bool:
+    """Whether an input is a list of images, as detectors take: each is one example."""
+    return (
+        isinstance(x, list)
+        and len(x) > 0
+        and all(isinstance(image, Tensor) and image.ndim == 3 for image in x)
+    )
+
+
+def batch_size(x: Any) -> int:
+    """The number of examples in an input: the length of its first tensor, or of a list of images.
+
+    Raises:
+        RequestError: the input has no tensor with a dimension.
+    """
+    if _is_images(x):
+        return len(x)
+    for tensor in tensors_of(x):
+        if tensor.ndim > 0:
+            return len(tensor)
+    raise RequestError("the example input has no tensor with examples in dimension 0")
+
+
+def has_batch(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor of an input with `size` examples has one row for each."""
+    return tensor.ndim > 0 and len(tensor) == size
+
+
+def with_batch_size(x: Any, size: int) -> Any:
+    """A copy of an input with another number of examples.
+
+    Its examples are repeated, or the last ones left out. A tensor whose length is not the number
+    of examples stays as it is.
+    """
+    before = batch_size(x)
+    if _is_images(x):
+        return [x[place % before].clone() for place in range(size)]
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if not has_batch(tensor, before):
+            return tensor.clone()
+        return tensor[torch.arange(size, device=tensor.device) % before]
+
+    return map_tensors(repeated, x)
+
+
+def example_of(x: Any, dtype: torch.dtype, size: int, generator: torch.Generator) -> Any:
+    """An input with `size` examples.
+
+    Args:
+        x: an input, whose examples are repeated, or the shape of one example, of which random ones
+            in [0, 1) are made.
+        dtype: of random examples.
+        generator: draws them.
+    """
+    if isinstance(x, Sequence) and all(isinstance(length, int) for length in x):
+        return torch.rand(size, *x, generator=generator, device="cpu").to(dtype)
+    return with_batch_size(map_tensors(lambda tensor: tensor.detach().cpu(), x), size)
+
+
+def named_tensors(net: nn.Module, x: Any) -> dict[str, Tensor]:
+    """The tensors of an input, each under the name of the argument that it is a part of."""
+    if isinstance(x, Tensor):
+        return {"input": x}
+    if isinstance(x, Mapping):
+        parts = {str(key): value for key, value in x.items()}
+    elif isinstance(x, tuple):
+        known = list(inspect.signature(net.forward).parameters.values())
+        names = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
+        names += [f"input_{place}" for place in range(len(names), len(x))]
+        parts = dict(zip(names, x, strict=False))
+    else:
+        parts = {"input": x}
+    found = {}
+    for name, part in parts.items():
+        tensors = list(tensors_of(part))
+        for place, tensor in enumerate(tensors):
+            found[name if len(tensors) == 1 else f"{name}_{place}"] = tensor
+    return found
+
+
+class CalledFlat(nn.Module):
+    """A network that is called on the tensors of its input, one after the other.
+
+    Args:
+        net: the network.
+        x: an input, with the structure and the values besides tensors that it is called with.
+    """
+
+    def __init__(self, net: nn.Module, x: Any) -> None:
+        super().__init__()
+        self.net = net
+        self._structure = [x]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """The outputs of the network: one tensor, or a tuple of them."""
+        given = iter(tensors)
+        output = call(self.net, map_tensors(lambda _: next(given), self._structure[0]))
+        outputs = tuple(tensors_of(output))
+        return outputs[0] if len(outputs) == 1 else outputs

@@ -1,0 +1,101 @@
+"""Choices among numbers, such as the largest ones, that are the same in two networks up to ties.
+
+Two networks that compute the same in exact arithmetic differ by rounding errors, by which a tie may
+be decided either way: which of two equal scores is among the top k, or which of two boxes
+suppresses the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Decisions"]
+
+_NAMES = (
+    *("topk", "sort", "argsort", "msort", "max", "min", "argmax", "argmin", "kthvalue", "median"),
+    *("nanmedian", "mode", "round", "floor", "ceil", "trunc"),
+)
+_CHOOSING = frozenset(
+    {
+        *(getattr(torch, name) for name in _NAMES),
+        *(getattr(Tensor, name) for name in _NAMES),
+        *(F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices),
+        *(F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices),
+        F.adaptive_max_pool3d_with_indices,
+    }
+)
+_NMS = "torchvision::nms"
+_Difference = Callable[[Any, Any], float]
+
+
+class Decisions:
+    """Records the choices of one network, and gives them to another where it chooses among the
+    same.
+
+    Args:
+        difference: how far tensors are from those that were recorded.
+        tolerance: how far they may be to count as the same.
+    """
+
+    def __init__(self, difference: _Difference, tolerance: float) -> None:
+        self.difference, self.tolerance = difference, tolerance
+        self.taken: list[tuple[Any, list[Tensor], Any]] = []
+
+    def recorded(self) -> TorchFunctionMode:
+        """A context for the network that is called first."""
+        return _Recording(self.taken)
+
+    def repeated(self) -> TorchFunctionMode:
+        """A context for the other one."""
+        return _Repeating(self)
+
+
+def _chooses(func: Any) -> bool:
+    if func in _CHOOSING:
+        return True
+    operation = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return operation and _NMS in str(getattr(func, "_qualified_op_name", "") or func.name())
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+class _Recording(TorchFunctionMode):
+    def __init__(self, taken: list[tuple[Any, list[Tensor], Any]]) -> None:
+        super().__init__()
+        self.taken = taken
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [x.clone() for x in _tensors(args, kwargs)] if _chooses(func) else []
+        out = func(*args, **kwargs)
+        if given:
+            kept = out.clone() if isinstance(out, Tensor) else out
+            self.taken.append((func, given, kept))
+        return out
+
+
+class _Repeating(TorchFunctionMode):
+    def __init__(self, decisions: Decisions) -> None:
+        super().__init__()
+        self.decisions = decisions
+        self.waiting = list(decisions.taken)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _chooses(func) or not self.waiting:
+            return func(*args, **kwargs)
+        known, given, out = self.waiting.pop(0)
+        now = _tensors(args, kwargs)
+        if known is not func or [x.shape for x in given] != [x.shape for x in now]:
+            return func(*args, **kwargs)
+        if not self.decisions.difference(given, now) <= self.decisions.tolerance:
+            return func(*args, **kwargs)
+        return out.clone() if isinstance(out, Tensor) else out

@@ -1,0 +1,199 @@
+"""Functions that cannot be given NaN while a network is probed with it.
+
+Some functions look for NaN, some read memory at the places that their input names, some raise an
+error. They get clean numbers, and answer NaN where they were to be given some.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Endless", "Guards"]
+
+#: Functions that answer whether numbers are NaN.
+_TESTS = frozenset(
+    {
+        *(torch.isnan, Tensor.isnan, torch.isfinite, Tensor.isfinite),
+        *(torch.isinf, Tensor.isinf, torch.isreal, Tensor.isreal),
+    }
+)
+_COMPARISONS = frozenset({torch.ne, Tensor.ne, Tensor.__ne__, torch.eq, Tensor.eq, Tensor.__eq__})
+_REPLACING = frozenset({torch.nan_to_num, torch.nan_to_num_, Tensor.nan_to_num, Tensor.nan_to_num_})
+#: Functions that leave NaN out, and those that do not.
+_SKIPPING: dict[Any, Any] = {
+    torch.nansum: torch.sum,
+    Tensor.nansum: torch.sum,
+    torch.nanmean: torch.mean,
+    Tensor.nanmean: torch.mean,
+}
+#: Functions whose argument of this position and name tells the places to read in another one.
+_PLACES: dict[Any, tuple[int, str]] = {
+    F.grid_sample: (1, "grid"),
+    torch.grid_sampler: (1, "grid"),
+    torch.grid_sampler_2d: (1, "grid"),
+    torch.grid_sampler_3d: (1, "grid"),
+}
+#: The same of operations that torch does not define, by name.
+_PLACES_OF_OPERATIONS = {
+    "torchvision::deform_conv2d": (2, "offset"),
+    "torchvision::roi_align": (1, "rois"),
+    "torchvision::roi_pool": (1, "rois"),
+    "torchvision::ps_roi_align": (1, "rois"),
+    "torchvision::ps_roi_pool": (1, "rois"),
+}
+_OF_TORCH = ("aten::", "prim::", "prims::", "profiler::")
+#: A pass may call so many times as many functions as the first one.
+_LONGER = 50
+
+
+class Endless(RuntimeError):
+    """A pass calls far more functions than the first one."""
+
+    def __init__(self) -> None:
+        super().__init__("a loop of the network does not end on NaN")
+
+
+class Guards:
+    """Calls functions in the passes of a probe.
+
+    The first pass, without NaN of the probe, records what functions that look for NaN find in the
+    network's own numbers. In later ones they answer the same: only NaN of the network itself.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Any, int], Tensor] = {}
+        self.usual = 0
+        self.start(True)
+
+    def start(self, first: bool) -> None:
+        """Begin a pass."""
+        self.first = first
+        self.calls: Counter[Any] = Counter()
+        self.count = 0
+
+    def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Call a function that is no layer."""
+        self.count += 1
+        if self.first:
+            self.usual = self.count
+        elif self.count > _LONGER * self.usual + 10_000:
+            raise Endless
+        if func in _TESTS:
+            return self._test(func, func(*args, **kwargs))
+        if func in _COMPARISONS and len(args) == 2 and args[0] is args[1]:
+            return self._test(func, func(*args, **kwargs))
+        if func in _REPLACING:
+            return self._replace(func, args, kwargs)
+        if func in _SKIPPING:
+            own = self._test(func, args[0].isnan())
+            instead = func if bool(own.any()) else _SKIPPING[func]
+            return instead(*args, **kwargs)
+        if self.first:
+            return func(*args, **kwargs)
+        place = _PLACES.get(func)
+        operation = ""
+        if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            operation = str(getattr(func, "_qualified_op_name", "") or func.name()).split(".")[0]
+            place = _PLACES_OF_OPERATIONS.get(operation)
+        if place is not None:
+            return _with_clean_places(func, args, kwargs, place)
+        if operation and not operation.startswith(_OF_TORCH):
+            return _on_clean(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except Exception:  # functions of linear algebra refuse NaN, for example
+            if not _any_nan((args, kwargs)):
+                raise
+            return _on_clean(func, args, kwargs)
+
+    def _test(self, func: Any, answer: Tensor) -> Tensor:
+        """What a function that looks for NaN has answered in the first pass."""
+        key = (func, self.calls[func])
+        self.calls[func] += 1
+        if self.first:
+            self.found[key] = answer.clone()
+            return answer
+        found = self.found.get(key)
+        return answer if found is None or found.shape != answer.shape else found.clone()
+
+    def _replace(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        nan = args[0].isnan()
+        own = self._test(func, nan)
+        out: Tensor = func(*args, **kwargs)
+        foreign = nan & ~own
+        return out.masked_fill_(foreign, torch.nan) if bool(foreign.any()) else out
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, Mapping):
+        x = x.values()
+    elif not isinstance(x, list | tuple):
+        return []
+    return [tensor for part in x for tensor in _tensors(part)]
+
+
+def _any_nan(x: Any) -> bool:
+    return any(_has_nan(tensor) for tensor in _tensors(x))
+
+
+def _has_nan(x: Tensor) -> bool:
+    return (x.is_floating_point() or x.is_complex()) and bool(x.isnan().any())
+
+
+def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Tensors in arguments or results of a function replaced."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, Mapping):
+        return {key: _map(function, value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_map(function, part) for part in x]
+    if isinstance(x, tuple) and not hasattr(x, "_fields") and type(x) is tuple:
+        return tuple(_map(function, part) for part in x)
+    return x
+
+
+def _cleaned(x: Tensor) -> Tensor:
+    """Ordinary numbers in place of NaN."""
+    return torch.where(x.isnan(), torch.rand_like(x.real), x) if _has_nan(x) else x
+
+
+def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A function's results on clean numbers; all NaN if it was to be given some."""
+    if not _any_nan((args, kwargs)):
+        return func(*args, **kwargs)
+    out = func(*_map(_cleaned, args), **_map(_cleaned, kwargs))
+
+    def nan(x: Tensor) -> Tensor:
+        return torch.full_like(x, torch.nan) if x.is_floating_point() or x.is_complex() else x
+
+    if isinstance(out, tuple) and type(out) is not tuple:  # as torch.return_types
+        return type(out)([_map(nan, part) for part in out])
+    return _map(nan, out)
+
+
+def _with_clean_places(
+    func: Any, args: Any, kwargs: Mapping[str, Any], place: tuple[int, str]
+) -> Any:
+    """A function's result with NaN in every example whose places were NaN."""
+    position, name = place
+    args, kwargs = list(args), dict(kwargs)
+    places: Tensor = args[position] if position < len(args) else kwargs[name]
+    wrong = places.isnan().flatten(1).any(1)
+    if not bool(wrong.any()):
+        return func(*args, **kwargs)
+    if position < len(args):
+        args[position] = _cleaned(places)
+    else:
+        kwargs[name] = _cleaned(places)
+    out: Tensor = func(*args, **kwargs)
+    out[wrong] = torch.nan
+    return out

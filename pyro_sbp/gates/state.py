@@ -1,0 +1,205 @@
+"""What a network keeps between two calls, so that each measurement begins with the same state.
+
+Spiking neurons keep a potential, caches keep keys, networks keep their last features, and hooks of
+the user add up statistics. What can be reached from a network is recorded, and put back.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["State", "reachable", "undone"]
+
+#: Packages whose classes and functions keep nothing that belongs to one network.
+_LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "pyro", "pyro_sbp"})
+
+
+def _of_library(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _LIBRARIES
+
+
+def _has_attributes(thing: Any) -> bool:
+    """Whether the attributes of an object may be what a network keeps."""
+    if isinstance(thing, nn.Module):
+        return True
+    plain = isinstance(thing, type | FunctionType | MethodType | functools.partial | Tensor)
+    return not plain and hasattr(thing, "__dict__") and not _of_library(type(thing))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global names that a function uses, those of functions inside it included."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The global variables that a function uses and may change."""
+    for name in _names(function.__code__):
+        if name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        if isinstance(value, FunctionType):
+            if not _of_library(value):
+                yield name, value
+        elif _is_state(value):
+            yield name, value
+
+
+def _is_state(value: Any) -> bool:
+    if isinstance(value, int | float | Tensor | list | dict | set | deque | torch.Generator):
+        return True
+    return value is None or (not isinstance(value, type) and _has_attributes(value))
+
+
+def _of_classes(module: nn.Module) -> Iterator[Any]:
+    """What the classes of a module hold for all of its instances, and their methods."""
+    for cls in type(module).__mro__:
+        if not _of_library(cls):
+            for value in vars(cls).values():
+                if isinstance(value, FunctionType | Tensor | list | dict | set | deque):
+                    yield value
+
+
+def _inside(thing: Any, functions: bool) -> Iterator[Any]:
+    """What an object holds."""
+    if isinstance(thing, Tensor | str | bytes | int | float | type(None)):
+        return
+    if isinstance(thing, dict):
+        yield from thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
+        yield from thing
+    elif isinstance(thing, MethodType):
+        yield thing.__self__
+        yield thing.__func__
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, thing.args, thing.keywords)
+    elif isinstance(thing, FunctionType):
+        if functions:
+            yield from (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
+            yield from thing.__defaults__ or ()
+            yield from (thing.__kwdefaults__ or {}).values()
+            yield from (value for _, value in _globals_of(thing))
+    elif _has_attributes(thing):
+        yield vars(thing)
+        if functions and isinstance(thing, nn.Module):
+            yield from _of_classes(thing)
+
+
+def _full(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  (an empty cell raises)
+    except ValueError:
+        return False
+    return True
+
+
+def reachable(net: nn.Module, functions: bool = True) -> Iterator[Any]:
+    """All objects that a network holds, each once: modules, tensors, containers, other objects.
+
+    Args:
+        net: the network.
+        functions: whether what functions hold belongs to it, of hooks and of methods: variables
+            around them, default arguments, and global variables of their modules.
+    """
+    waiting: list[Any] = [net]
+    seen: dict[int, Any] = {}
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) not in seen:
+            seen[id(thing)] = thing
+            yield thing
+            waiting.extend(_inside(thing, functions))
+
+
+class State:
+    """A record of what a network holds besides its parameters.
+
+    Args:
+        net: the network. Attributes, containers, buffers and other tensors are recorded, and
+            variables that its hooks and methods use; parameters are not.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._cells: list[tuple[Any, Any]] = []
+        self._globals: list[tuple[dict[str, Any], str, Any]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        with torch.no_grad():
+            for thing in reachable(net):
+                self._record(thing)
+
+    def _record(self, thing: Any) -> None:
+        if isinstance(thing, nn.Parameter):
+            return
+        if isinstance(thing, Tensor):
+            if not thing.is_meta and type(thing) is Tensor and thing.layout is torch.strided:
+                self._tensors.append((thing, thing.detach().clone()))
+        elif isinstance(thing, torch.Generator):
+            self._generators.append((thing, thing.get_state()))
+        elif isinstance(thing, dict):
+            self._containers.append((thing, dict(thing)))
+        elif isinstance(thing, list | set | deque):
+            self._containers.append((thing, list(thing)))
+        elif isinstance(thing, FunctionType):
+            for cell in thing.__closure__ or ():
+                if _full(cell):
+                    self._cells.append((cell, cell.cell_contents))
+            for name, value in _globals_of(thing):
+                self._globals.append((thing.__globals__, name, value))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, content in self._containers:
+            _refill(container, content)
+        for cell, value in self._cells:
+            if not _full(cell) or cell.cell_contents is not value:
+                cell.cell_contents = value
+        for variables, name, value in self._globals:
+            if variables.get(name) is not value:
+                variables[name] = value
+        for generator, state in self._generators:
+            generator.set_state(state)
+        with torch.no_grad():
+            for tensor, value in self._tensors:
+                if tensor.shape != value.shape or tensor.dtype != value.dtype:
+                    tensor.data = value.clone()
+                elif not torch.equal(tensor, value):
+                    tensor.detach().copy_(value)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Put back what a dictionary, a list, a set or a queue held, if it is not the same."""
+    if isinstance(container, dict):
+        same = len(container) == len(content) and all(
+            key in container and container[key] is value for key, value in content.items()
+        )
+        if not same:
+            container.clear()
+            container.update(content)
+    elif len(container) != len(content) or any(
+        a is not b for a, b in zip(container, content, strict=True)
+    ):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(content)
+
+
+@contextmanager
+def undone(net: nn.Module) -> Iterator[None]:
+    """Inside, a network may be called; afterwards it holds what it held before."""
+    state = State(net)
+    try:
+        yield
+    finally:
+        state.restore()

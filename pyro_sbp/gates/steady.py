@@ -1,0 +1,186 @@
+"""Calls of a network that do not depend on how wide its layers are, except by what they compute.
+
+A network that draws random numbers of the shape of its units draws others once some are removed,
+and one that casts to float32 rounds. Neither says whether units can be removed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["repeatable"]
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+#: Names of types of tensors for `Tensor.type`.
+_TYPES = ("torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor")
+_NEW = frozenset({torch.rand, torch.randn})
+_LIKE = frozenset({torch.rand_like, torch.randn_like})
+_IN_PLACE = {
+    getattr(Tensor, name): name
+    for name in ("uniform_", "normal_", "exponential_", "cauchy_", "log_normal_", "geometric_")
+}
+_DROPOUTS = frozenset(
+    {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+        *(F.feature_alpha_dropout, torch.dropout, torch.dropout_, torch.alpha_dropout),
+        *(torch.feature_dropout, torch.feature_alpha_dropout),
+    }
+)
+_BERNOULLI = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
+#: Functions whose draws do not have the shape of an argument; they are drawn as they are.
+_OTHERS = frozenset(
+    {
+        *(torch.randint, torch.randint_like, torch.randperm, torch.multinomial),
+        *(Tensor.multinomial, torch.poisson, Tensor.random_),
+    }
+)
+
+
+@contextmanager
+def repeatable(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a network draws the same random numbers each time, makes new tensors in `dtype`, and
+    leaves the random states of the CPU as they were.
+
+    All elements of a random tensor have the same value, another one in every call: the numbers do
+    not depend on the width of a layer. Dropout that is active has no effect. In float64, code that
+    asks for float32 or less gets float64.
+    """
+    before = torch.get_default_dtype()
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            with _Steady(dtype):
+                yield
+        finally:
+            torch.set_default_dtype(before)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class _Steady(TorchFunctionMode):
+    """Gives random tensors one value, and casts to float32 the `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.draws = 0
+        self.rules: dict[Any, Callable[..., Any]] = {
+            **dict.fromkeys(_NEW, self._new),
+            **dict.fromkeys(_LIKE, self._like),
+            **dict.fromkeys(_IN_PLACE, self._in_place),
+            **dict.fromkeys(_DROPOUTS, _without_dropout),
+            **dict.fromkeys(_BERNOULLI, self._bernoulli),
+            **dict.fromkeys(_OTHERS, self._seeded),
+            torch.normal: self._normal,
+            F.gumbel_softmax: _without_gumbel,
+            F.rrelu: _leaky,
+            F.scaled_dot_product_attention: _without_attention_dropout,
+        }
+        if dtype == torch.float64:
+            self.rules |= dict.fromkeys(_CASTS, lambda func, x, **_: x.double())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dtype == torch.float64:
+            if any(type(value) is torch.dtype or isinstance(value, str | type) for value in args):
+                args = tuple(map(_widened, args))
+            if "dtype" in kwargs:
+                kwargs = {**kwargs, "dtype": _widened(kwargs["dtype"])}
+        rule = self.rules.get(func)
+        return func(*args, **kwargs) if rule is None else rule(func, *args, **kwargs)
+
+    def _seed(self) -> None:
+        self.draws += 1
+        torch.random.default_generator.manual_seed(self.draws)
+
+    def _seeded(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        self._seed()
+        return func(*args, **kwargs)
+
+    def _new(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        out: Tensor = func(*args, **kwargs)
+        self._seed()
+        return out.detach().copy_(func(1, dtype=out.dtype, device=out.device))
+
+    def _like(self, func: Any, x: Any, **kwargs: Any) -> Any:
+        out: Tensor = func(x, **kwargs)
+        self._seed()
+        return out.detach().copy_(func(out.new_empty(1)))
+
+    def _in_place(self, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("generator", None)
+        self._seed()
+        return x.copy_(func(x.new_empty(1), *args, **kwargs))
+
+    def _uniform(self) -> float:
+        self._seed()
+        return float(torch.rand((), dtype=torch.float64, device="cpu"))
+
+    def _bernoulli(self, func: Any, x: Any, p: Any = None, **kwargs: Any) -> Any:
+        p = kwargs.get("p", p)
+        chance = (0.5 if func is Tensor.bernoulli_ else x) if p is None else p
+        chance = torch.as_tensor(chance, dtype=x.dtype, device=x.device)
+        drawn = (self._uniform() < chance).to(x.dtype).where(~chance.isnan(), torch.nan)
+        return x.copy_(drawn) if func is Tensor.bernoulli_ else drawn.expand(x.shape).clone()
+
+    def _normal(self, func: Any, mean: Any, std: Any = 1.0, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(mean, Tensor) and not isinstance(std, Tensor):
+            out: Tensor = func(mean, std, *args, **kwargs)
+            self._seed()
+            return out.copy_(func(mean, std, 1))
+        self._seed()
+        like = mean if isinstance(mean, Tensor) else std
+        return mean + std * torch.randn((), dtype=like.dtype, device=like.device)
+
+
+def _widened(value: Any) -> Any:
+    if type(value) is torch.dtype:
+        return torch.float64 if value in _NARROW else value
+    if isinstance(value, type) and f"{value.__module__}.{value.__name__}" in _TYPES:
+        return torch.float64
+    return "torch.DoubleTensor" if isinstance(value, str) and value in _TYPES else value
+
+
+def _without_dropout(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The mean of dropout: its input."""
+    return func(x, 0.0, False)
+
+
+def _without_gumbel(
+    func: Any, logits: Any, tau: float = 1, hard: bool = False, eps: float = 0, dim: int = -1
+) -> Any:
+    """The same noise on all logits does not change the softmax."""
+    soft = (logits / tau).softmax(dim)
+    if not hard:
+        return soft
+    return torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+
+
+def _leaky(
+    func: Any,
+    x: Any,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Any:
+    return func(x, lower, upper, False, inplace)
+
+
+def _without_attention_dropout(func: Any, *args: Any, **kwargs: Mapping[str, Any]) -> Any:
+    args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+    return func(*args, **({**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
