@@ -84,7 +84,7 @@ class Settings:
     sentences: int = 20_000
     dense_epochs: int = 2
     noise_epochs: int = 4
-    finetune_epochs: int = 2
+    finetune_epochs: int = 1
     batch_size: int = 32
     learning_rate: float = 5e-5
     noise_learning_rate: float = 2e-2
@@ -375,19 +375,19 @@ class Run:
         self.begin(name)
         units = {gate: unit.to_dict() for gate, unit in units_of(small).items()}  # type: ignore[union-attr]
         start = time.monotonic()
-        with torch.autocast("cpu", torch.bfloat16):
-            sbp.fine_tune(
-                small,
-                self.train,
-                epochs,
-                teacher=teacher,
-                distill=settings.distill,
-                learning_rate=settings.finetune_learning_rate,
-                optimizer="adamw",
-                weight_decay=0.01,
-                schedule="linear",
-                decay=1.0,
-            )
+        sbp.fine_tune(
+            small,
+            self.train,
+            epochs,
+            teacher=teacher,
+            distill=settings.distill,
+            learning_rate=settings.finetune_learning_rate,
+            precision="bf16-mixed",
+            optimizer="adamw",
+            weight_decay=0.01,
+            schedule="linear",
+            decay=1.0,
+        )
         print(f"  {epochs} epochs of fine-tuning: {time.monotonic() - start:.0f} s")
         self.record(name, small, pruned=before, units=units)
         config = small.net.config.to_dict()  # type: ignore[union-attr,operator]

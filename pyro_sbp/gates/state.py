@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -25,6 +26,21 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "pyro", "pyr
 
 def _of_library(thing: Any) -> bool:
     return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _LIBRARIES
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Whether a package is installed, and not code of the user. What it keeps in variables of its
+    modules and classes does not belong to one network."""
+    if package in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _of_user(thing: Any) -> bool:
+    """Whether a function or a class is code of the user."""
+    return not _is_installed((getattr(thing, "__module__", None) or "builtins").partition(".")[0])
 
 
 def _has_attributes(thing: Any) -> bool:
@@ -50,7 +66,7 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
             continue
         value = function.__globals__[name]
         if isinstance(value, FunctionType):
-            if not _of_library(value):
+            if _of_user(value):
                 yield name, value
         elif _is_state(value):
             yield name, value
@@ -65,7 +81,7 @@ def _is_state(value: Any) -> bool:
 def _of_classes(module: nn.Module) -> Iterator[Any]:
     """What the classes of a module hold for all of its instances, and their methods."""
     for cls in type(module).__mro__:
-        if not _of_library(cls):
+        if _of_user(cls):
             for value in vars(cls).values():
                 if isinstance(value, FunctionType | Tensor | list | dict | set | deque):
                     yield value
@@ -76,7 +92,7 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
     if isinstance(thing, Tensor | str | bytes | int | float | type(None)):
         return
     if isinstance(thing, dict):
-        yield from thing.values()
+        yield from dict.values(thing)  # subclasses may make something of a value
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing
     elif isinstance(thing, MethodType):
@@ -85,7 +101,7 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, FunctionType):
-        if functions:
+        if functions and _of_user(thing):
             yield from (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
             yield from thing.__defaults__ or ()
             yield from (thing.__kwdefaults__ or {}).values()
@@ -149,10 +165,10 @@ class State:
         elif isinstance(thing, torch.Generator):
             self._generators.append((thing, thing.get_state()))
         elif isinstance(thing, dict):
-            self._containers.append((thing, dict(thing)))
+            self._containers.append((thing, dict(dict.items(thing))))
         elif isinstance(thing, list | set | deque):
             self._containers.append((thing, list(thing)))
-        elif isinstance(thing, FunctionType):
+        elif isinstance(thing, FunctionType) and _of_user(thing):
             for cell in thing.__closure__ or ():
                 if _full(cell):
                     self._cells.append((cell, cell.cell_contents))
@@ -183,7 +199,7 @@ def _refill(container: Any, content: Any) -> None:
     """Put back what a dictionary, a list, a set or a queue held, if it is not the same."""
     if isinstance(container, dict):
         same = len(container) == len(content) and all(
-            key in container and container[key] is value for key, value in content.items()
+            dict.get(container, key, container) is value for key, value in content.items()
         )
         if not same:
             container.clear()
