@@ -89,7 +89,8 @@ def prune(
     from pyro_sbp.training import again
 
     torch.set_num_threads(threads)
-    data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
+    size = request.image_size or architecture.image_size
+    data = load_dataset(request.dataset, data_dir, size, device=request.device)
     summary = again.prune_again(request, data, run, target, **settings)
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=2))

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -401,8 +402,15 @@ def _state(
     return {**tensors, **{name: tensors[first] for name, first in description.same.items()}}
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
+def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None:
     """Load a state dict into a network, from a file of `torch.save` or safetensors.
+
+    Args:
+        net: the network, which is changed in place.
+        path: the file.
+        classes: the number of classes of the data. A layer with as many outputs, of which the file
+            has another number, keeps its initial values, and a `UserWarning` says so. None refuses
+            such a file.
 
     Raises:
         RequestError: the file cannot be read, holds no state dict, or one of another network, or
@@ -431,6 +439,11 @@ def load_weights(net: nn.Module, path: Path) -> None:
     for name, value in state.items():
         if name in own and own[name].is_floating_point() != value.is_floating_point():
             raise RequestError(f"{path} has {value.dtype} for {name!r}; expected {own[name].dtype}")
+    layer = None if classes is None else _other_classes(state, own, classes)
+    if layer is not None:
+        for name in own:
+            if name.rpartition(".")[0] == layer:
+                state = {**state, name: own[name]}
     try:
         net.load_state_dict(state)
     except Exception as error:  # damaged metadata of a state dict may raise anything
@@ -438,12 +451,55 @@ def load_weights(net: nn.Module, path: Path) -> None:
             raise RequestError(
                 f"{path} has the weights of a pruned network; expected those of the whole one"
             ) from error
-        lines = str(error).splitlines()
         raise RequestError(
-            f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"
+            f"{path} has the weights of another network: "
+            f"{_differences(state, own) or first_line(error)}"
         ) from error
+    if layer is not None:
+        warnings.warn(
+            f"{path} has a layer {layer!r} of another number of classes than {classes}, so that "
+            "layer keeps its initial values",
+            stacklevel=2,
+        )
     # A buffer may be infinite on purpose, such as a mask.
     wrong = [name for name, value in net.named_parameters() if not bool(value.isfinite().all())]
     wrong += [name for name, value in net.named_buffers() if bool(value.isnan().any())]
     if wrong:
         raise RequestError(f"{path} has values that are not finite, in {wrong[0]!r}")
+
+
+def _other_classes(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], classes: int
+) -> str | None:
+    """The one layer that has an output for each class, where a file has other outputs; or None."""
+    others = [name for name in own if name in state and state[name].shape != own[name].shape]
+    layers = {name.rpartition(".")[0] for name in others}
+    fits = all(
+        state[name].ndim == own[name].ndim > 0
+        and len(own[name]) == classes
+        and state[name].shape[1:] == own[name].shape[1:]
+        for name in others
+    )
+    return layers.pop() if fits and len(layers) == 1 else None
+
+
+def _differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """In which tensors a state dict differs from that of a network, in one line; "" for none."""
+    parts = []
+    missing = [name for name in own if name not in state]
+    others = [name for name in state if name not in own]
+    shapes = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if shapes:
+        name = shapes[0]
+        parts.append(
+            f"{name!r} is {list(state[name].shape)}, not {list(own[name].shape)}{_more(shapes)}"
+        )
+    if missing:
+        parts.append(f"{missing[0]!r}{_more(missing)} is missing")
+    if others:
+        parts.append(f"{others[0]!r}{_more(others)} belongs to no layer")
+    return "; ".join(parts)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

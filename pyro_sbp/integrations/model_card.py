@@ -1,4 +1,4 @@
-"""The README.md of a pruned network, in the form that the Hugging Face Hub shows as a model card."""
+"""The README.md of a pruned network, which the Hugging Face Hub shows as its model card."""
 
 from __future__ import annotations
 
