@@ -157,7 +157,8 @@ def prune(
     from pyro_sbp.training import again
 
     torch.set_num_threads(threads)
-    data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
+    size = request.image_size or architecture.image_size
+    data = load_dataset(request.dataset, data_dir, size, device=request.device)
     try:
         budget = ratio_budget(macs_ratio, parameters_ratio)
         if speedup is not None:
