@@ -195,6 +195,20 @@ def test_the_training_loops(library, monkeypatch):
         assert count_macs(found["small"], example) < count_macs(found["model"], example)
 
 
+@pytest.mark.parametrize("library", ["torch", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_hub(library):
+    local, of_transformers = fenced("hub.md", "python")
+    if library == "torch":
+        found = executed("hub.md", [local])
+        assert torch.equal(found["same"](found["x"]), found["small"](found["x"]))
+        return
+    pytest.importorskip("transformers")
+    found = executed("hub.md", [of_transformers])
+    same, small = (found[name](**found["tokens"]).logits for name in ("same", "small"))
+    assert torch.equal(same, small)
+
+
 def test_what_a_unit_of_lenet_5_costs():
     net, x = LeNet5(), torch.rand(1, 1, 28, 28)
     gates = find_gates(net, x, ["fc1"])
@@ -220,7 +234,7 @@ def test_the_commands_exist():
     assert lines
     for line in lines:
         program, command, *words = line.split("#")[0].split()
-        assert program in ("pyro-sbp", "pip", "make")
+        assert program in ("pyro-sbp", "pip", "make", "torchrun")
         if program != "pyro-sbp":
             continue
         options = {name for option in cli.commands[command].params for name in option.opts}
@@ -241,6 +255,7 @@ def test_every_block_and_link_is_checked(name):
         "budgets.md": 1,
         "from_pyro.md": 1,
         "training_loops.md": 3,
+        "hub.md": 2,
     }
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
