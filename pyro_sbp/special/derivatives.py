@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["Saved", "Second", "attach", "constant", "is_tracked", "without_copies"]
+__all__ = [
+    "Saved",
+    "Second",
+    "attach",
+    "constant",
+    "is_tracked",
+    "may_look",
+    "without_copies",
+]
 
 #: From the inputs to the rows of the matrix of second derivatives.
 Second = Callable[..., Sequence[Sequence[Tensor]]]
@@ -68,6 +76,7 @@ def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
         return derivatives
     if ctx.second is None:
         return [_OnceDifferentiable.apply(d, *inputs) for d in derivatives]
+    inputs = tuple(x.to(torch.float64) for x in inputs)
     rows = ctx.second(*inputs)
     return [
         attach(d, *zip(inputs, row, strict=True)) for d, row in zip(derivatives, rows, strict=True)
@@ -111,7 +120,7 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
         RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
-    inputs = [x.to(torch.float64).expand(value.shape) for x in untracked]
+    inputs = [x.expand(value.shape) for x in untracked]
     derivatives = [d.expand(value.shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
@@ -132,6 +141,16 @@ def is_tracked(x: Tensor) -> bool:
     # torch.func hides from the inner transforms what the outer ones ask for.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or forward_ad.unpack_dual(x).tangent is not None
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether Python may choose by the values of ``x``: on a CPU, with nothing that records them.
+
+    A trace or a compiled graph would hold for the values of one call only, and vmap has several.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def without_copies(x: Tensor) -> Tensor:
