@@ -90,6 +90,8 @@ def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None
         ValueError: it cannot.
     """
     new, old = tuple(batch_shape), tuple(distribution.batch_shape)
+    if new == old:
+        return
     try:
         fits = torch.broadcast_shapes(old, new) == new
     except RuntimeError:

@@ -16,7 +16,7 @@ from pyro_sbp.distributions.additive_normal import AdditiveNormal
 from pyro_sbp.distributions.improper_log_uniform import ImproperLogUniform
 from pyro_sbp.distributions.log_uniform_kl import kl_of_normal
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
-from pyro_sbp.special.derivatives import without_copies
+from pyro_sbp.special.derivatives import is_tracked, may_look, without_copies
 
 
 @register_kl(TruncatedNormal, Uniform)
@@ -24,11 +24,19 @@ def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     low, high = (without_copies(bound) for bound in p._parameters[2:])
     low_q, high_q = without_copies(q.low), without_copies(q.high)
-    wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
-    contained = (low >= low_q) & (high <= high_q)
-    outside = torch.where(contained, wider.log(), torch.inf)
-    kl = p._compute(special.kl_to_uniform) + outside
+    kl = p._compute(special.kl_to_uniform)
+    if not (_are_same(low, low_q) and _are_same(high, high_q)):
+        wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
+        contained = (low >= low_q) & (high <= high_q)
+        kl = kl + torch.where(contained, wider.log(), torch.inf)
     return kl.to(p._dtype).expand(shape)
+
+
+def _are_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two bounds are known to be equal, and constant."""
+    if x.numel() != 1 or y.numel() != 1 or is_tracked(x) or is_tracked(y):
+        return False
+    return may_look(x) and may_look(y) and float(x) == float(y)
 
 
 @register_kl(TruncatedNormal, TruncatedNormal)

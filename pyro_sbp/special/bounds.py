@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_sbp.special.blocks import in_blocks
 from pyro_sbp.special.derivatives import attach, constant, is_tracked
 from pyro_sbp.special.frame import Frame, Value, frame, moments
 
@@ -54,7 +55,7 @@ def evaluate(
 ) -> Tensor:
     """``function`` of the parameters with its gradient; `at_end` takes its value first."""
     with torch.no_grad():
-        v = function(frame(loc, scale, low, high))
+        v = Value(*in_blocks(lambda *p: function(frame(*p)), loc, scale, low, high))
         ends = bound_pairs(
             loc, scale, low, high, lambda end, log_q: at_end(v.value, end, log_q).detach()
         )

@@ -176,17 +176,15 @@ class Frame(NamedTuple):
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
-    shape = torch.broadcast_shapes(loc.shape, scale.shape, low.shape, high.shape)
+    shape = loc.shape
+    if not shape == scale.shape == low.shape == high.shape:
+        shape = torch.broadcast_shapes(loc.shape, scale.shape, low.shape, high.shape)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
     below, above = (low - loc) / scale, (loc - high) / scale
-    return Frame(
-        (below >= above).to(torch.float64).mul_(2).sub_(1).expand(shape),
-        *(x.expand(shape) for x in (loc, scale, low, high)),
-        torch.maximum(below, above).expand(shape),
-        (-torch.minimum(below, above)).expand(shape),
-        ((high - low) / scale).expand(shape),
-        precision,
-    )
+    sign = (below >= above).to(torch.float64).mul_(2).sub_(1)
+    alpha, beta = torch.maximum(below, above), torch.minimum(below, above).neg_()
+    found = (sign, loc, scale, low, high, alpha, beta, (high - low) / scale)
+    return Frame(*(x if x.shape == shape else x.expand(shape) for x in found), precision)
 
 
 class Moments(Protocol):

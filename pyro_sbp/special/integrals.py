@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_sbp.special.blocks import in_blocks
 from pyro_sbp.special.bounds import bound_pairs, evaluate
 from pyro_sbp.special.derivatives import attach, constant, may_look
 from pyro_sbp.special.frame import (
@@ -62,13 +63,16 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     ``value`` broadcasts against the parameters. Twice differentiable.
     """
     with torch.no_grad():
-        terms = _terms(*_integrated(loc, scale, low, high))
-        d = _density(constant(value), low, high, terms)
+        d = _Density(*in_blocks(_density_of, value, loc, scale, low, high))
         ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
         # The bounds are inputs of the second derivatives in any case.
         ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
     pairs = (value, d.in_value), (loc, d.in_loc), (scale, d.in_scale), *ends
     return attach(d.log_q, *pairs, second=_second_of_log_density)
+
+
+def _density_of(value: Tensor, *parameters: Tensor) -> _Density:
+    return _density(constant(value), *parameters[2:], _terms(*_integrated(*parameters)))
 
 
 def _second_of_log_density(
