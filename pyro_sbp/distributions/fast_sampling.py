@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from pyro_sbp.special.blocks import BLOCK, in_blocks
-from pyro_sbp.special.derivatives import attach, constant, may_look, without_copies
+from pyro_sbp.special.derivatives import (
+    attach,
+    common_shape,
+    constant,
+    may_look,
+    without_copies,
+)
 from pyro_sbp.special.frame import frame
 from pyro_sbp.special.quantiles import quantile_pairs
 
@@ -72,7 +78,7 @@ def exp_quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tenso
 
 def _draws(u: Tensor, *parameters: Tensor) -> list[Tensor]:
     """The draws, and their derivatives in loc and in scale."""
-    shape = torch.broadcast_shapes(*(x.shape for x in parameters))
+    shape = common_shape(*parameters)
     if u.shape == shape:
         return in_blocks(lambda u, *p: _draw(u, _terms(*p)), u, *parameters)
     terms = _terms(*parameters)

@@ -97,8 +97,8 @@ class TruncatedLogNormal(TransformedDistribution):
         whole = Whole(sizes, self.base_dist._compute, self.rsample)
         parts = []
         for index, base in enumerate(self.base_dist.split(sizes)):
-            part = TruncatedLogNormal(*base._parameters, validate_args=False)
-            part.base_dist = base
+            part = TruncatedLogNormal.__new__(TruncatedLogNormal)
+            TransformedDistribution.__init__(part, base, ExpTransform(), validate_args=False)
             part._validate_args = self._validate_args
             part._part = Part(whole, index)
             parts.append(part)

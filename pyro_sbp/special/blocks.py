@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import may_look
+from pyro_sbp.special.derivatives import common_shape, may_look
 
 __all__ = ["BLOCK", "in_blocks"]
 
@@ -22,12 +22,11 @@ def in_blocks(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> lis
         function: from tensors that broadcast to tensors of the shape that they have together.
         inputs: what it is called with; whole, if they are few or are copied along a dimension.
     """
-    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    size = shape.numel()
     sizes = {x.numel() for x in inputs}
+    size = max(sizes)
     if size <= BLOCK or not sizes <= {1, size} or not all(map(may_look, inputs)):
         return list(function(*inputs))
-    count = -(-size // BLOCK)
+    shape, count = common_shape(*inputs), -(-size // BLOCK)
     split = (
         [x.reshape(())] * count if x.numel() == 1 else x.reshape(-1).split(BLOCK) for x in inputs
     )

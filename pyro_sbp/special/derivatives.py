@@ -14,6 +14,7 @@ __all__ = [
     "Saved",
     "Second",
     "attach",
+    "common_shape",
     "constant",
     "is_tracked",
     "may_look",
@@ -120,13 +121,26 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
         RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
-    inputs = [x.expand(value.shape) for x in untracked]
-    derivatives = [d.expand(value.shape) for _, d in pairs]
+    inputs = [_expanded(x, value.shape) for x in untracked]
+    derivatives = [_expanded(d, value.shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Attach.apply(value, None, *inputs, *derivatives)
     return value
+
+
+def _expanded(x: Tensor, shape: torch.Size) -> Tensor:
+    return x if x.shape == shape else x.expand(shape)
+
+
+def common_shape(*tensors: Tensor) -> torch.Size:
+    """The shape that tensors broadcast to."""
+    # torch's own function takes as long as ten small operations.
+    shapes = {x.shape for x in tensors if x.ndim}
+    if len(shapes) > 1:
+        return torch.broadcast_shapes(*shapes)
+    return shapes.pop() if shapes else torch.Size(())
 
 
 def constant(x: Tensor) -> Tensor:

@@ -20,7 +20,13 @@ import torch
 from numpy.polynomial.legendre import Legendre, leggauss
 from torch import Tensor
 
-from pyro_sbp.special.derivatives import attach, constant, may_look, without_copies
+from pyro_sbp.special.derivatives import (
+    attach,
+    common_shape,
+    constant,
+    may_look,
+    without_copies,
+)
 
 __all__ = ["mean_excess", "mills_ratio"]
 
@@ -59,6 +65,9 @@ _WIDE = 1.0  # in width: below it moments in closed form cancel
 
 
 _MOST_SCALES = 37.0
+
+
+_FEW = 1000  # elements, for which sums take no longer than what it needs to find them
 
 
 NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
@@ -176,9 +185,7 @@ class Frame(NamedTuple):
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
-    shape = loc.shape
-    if not shape == scale.shape == low.shape == high.shape:
-        shape = torch.broadcast_shapes(loc.shape, scale.shape, low.shape, high.shape)
+    shape = common_shape(loc, scale, low, high)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
     below, above = (low - loc) / scale, (loc - high) / scale
     sign = (below >= above).to(torch.float64).mul_(2).sub_(1)
@@ -225,9 +232,10 @@ def moments(f: Frame) -> Moments:
         return integrate(f)
     inside = (f.alpha < 0) & (f.width > _WIDE)
     count = int(inside.count_nonzero())
-    if count == 0:
-        return integrate(f)
-    return ByErf(f) if count == inside.numel() else ByRegion(f, inside)
+    if count == inside.numel():
+        return ByErf(f)
+    # To take the elements apart costs some forty small operations.
+    return integrate(f) if count < _FEW else ByRegion(f, inside)
 
 
 class ByErf:
