@@ -121,17 +121,15 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
         RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
-    inputs = [_expanded(x, value.shape) for x in untracked]
-    derivatives = [_expanded(d, value.shape) for _, d in pairs]
+    # Gradients of copies add up in float64: in float32 those of opposite signs would lose digits.
+    shape = value.shape
+    inputs = [x if x.shape == shape else x.to(torch.float64).expand(shape) for x in untracked]
+    derivatives = [d if d.shape == shape else d.expand(shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Attach.apply(value, None, *inputs, *derivatives)
     return value
-
-
-def _expanded(x: Tensor, shape: torch.Size) -> Tensor:
-    return x if x.shape == shape else x.expand(shape)
 
 
 def common_shape(*tensors: Tensor) -> torch.Size:
