@@ -28,9 +28,9 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
         ValueError: the shapes do not broadcast, or a parameter is not a number.
     """
     tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
-    if len(tensors) == len(parameters) and len({(x.shape, x.dtype) for x in tensors}) == 1:
-        if tensors[0].is_floating_point():
-            return tensors
+    kinds = {(x.shape, x.dtype) for x in tensors}
+    if len(tensors) == len(parameters) and len(kinds) == 1 and tensors[0].is_floating_point():
+        return tensors
     dtype, device = torch.get_default_dtype(), None
     if tensors:
         device = max(tensors, key=lambda x: x.ndim).device

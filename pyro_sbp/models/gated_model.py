@@ -119,7 +119,8 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         """The prior of a gate's theta, of batch shape ``[units]``."""
         # Not `self.gated`: Pyro would record all parameters of the network at every access.
         like = next(self._modules["gated"].parameters())  # type: ignore[union-attr]
-        key = name, self.prior_scale, like.device, Distribution._validate_args
+        modes = torch.get_default_dtype(), torch.is_inference_mode_enabled()
+        key = name, self.prior_scale, like.device, Distribution._validate_args, *modes
         if torch.compiler.is_compiling() or key not in self._priors:
             self._priors[key] = theta_prior(self.prior_scale, self._sizes[name], like)
         return self._priors[key]
