@@ -28,6 +28,9 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
         ValueError: the shapes do not broadcast, or a parameter is not a number.
     """
     tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
+    kinds = {(x.shape, x.dtype) for x in tensors}
+    if len(tensors) == len(parameters) and len(kinds) == 1 and tensors[0].is_floating_point():
+        return tensors
     dtype, device = torch.get_default_dtype(), None
     if tensors:
         device = max(tensors, key=lambda x: x.ndim).device
@@ -90,6 +93,8 @@ def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None
         ValueError: it cannot.
     """
     new, old = tuple(batch_shape), tuple(distribution.batch_shape)
+    if new == old:
+        return
     try:
         fits = torch.broadcast_shapes(old, new) == new
     except RuntimeError:

@@ -9,31 +9,45 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Exponential, HalfNormal, Normal, Uniform, register_kl
+from torch.distributions import Distribution, Exponential, HalfNormal, Normal, Uniform, register_kl
 
 from pyro_sbp import special
 from pyro_sbp.distributions.additive_normal import AdditiveNormal
 from pyro_sbp.distributions.improper_log_uniform import ImproperLogUniform
 from pyro_sbp.distributions.log_uniform_kl import kl_of_normal
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
-from pyro_sbp.special.derivatives import without_copies
+from pyro_sbp.special.derivatives import is_tracked, may_look, without_copies
+
+
+def _shape(p: Distribution, q: Distribution) -> torch.Size:
+    if p.batch_shape == q.batch_shape:
+        return p.batch_shape
+    return torch.broadcast_shapes(p.batch_shape, q.batch_shape)
 
 
 @register_kl(TruncatedNormal, Uniform)
 def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     low, high = (without_copies(bound) for bound in p._parameters[2:])
     low_q, high_q = without_copies(q.low), without_copies(q.high)
-    wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
-    contained = (low >= low_q) & (high <= high_q)
-    outside = torch.where(contained, wider.log(), torch.inf)
-    kl = p._compute(special.kl_to_uniform) + outside
+    kl = p._compute(special.kl_to_uniform)
+    if not (_are_same(low, low_q) and _are_same(high, high_q)):
+        wider = (high_q.double() - low_q.double()) / (high.double() - low.double())
+        contained = (low >= low_q) & (high <= high_q)
+        kl = kl + torch.where(contained, wider.log(), torch.inf)
     return kl.to(p._dtype).expand(shape)
+
+
+def _are_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two bounds are known to be equal, and constant."""
+    if x.numel() != 1 or y.numel() != 1 or is_tracked(x) or is_tracked(y):
+        return False
+    return may_look(x) and may_look(y) and float(x) == float(y)
 
 
 @register_kl(TruncatedNormal, TruncatedNormal)
 def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     # A prior is often one for all elements.
     of_q = (without_copies(x) for x in q._parameters)
     kl = special.kl_to_truncated_normal(*p._parameters, *of_q)
@@ -54,7 +68,7 @@ def _kl_truncated_normal_half_normal(p: TruncatedNormal, q: HalfNormal) -> Tenso
 
 @register_kl(TruncatedNormal, Exponential)
 def _kl_truncated_normal_exponential(p: TruncatedNormal, q: Exponential) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     rate = q.rate.double()
     kl = rate * p._compute(special.mean) - rate.log() - p._compute(special.entropy)
     kl = torch.where(p._parameters[2] >= 0, kl, torch.inf)
@@ -63,7 +77,7 @@ def _kl_truncated_normal_exponential(p: TruncatedNormal, q: Exponential) -> Tens
 
 @register_kl(Uniform, TruncatedNormal)
 def _kl_uniform_truncated_normal(p: Uniform, q: TruncatedNormal) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     loc, scale, low_q, high_q = q._parameters
     low, high = p.low.double(), p.high.double()
     width = high - low
@@ -77,11 +91,11 @@ def _kl_uniform_truncated_normal(p: Uniform, q: TruncatedNormal) -> Tensor:
 
 @register_kl(AdditiveNormal, ImproperLogUniform)
 def _kl_additive_normal_improper_log_uniform(p: AdditiveNormal, q: ImproperLogUniform) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     return kl_of_normal(p.loc, p.log_variance, q.exact).expand(shape)
 
 
 @register_kl(Normal, ImproperLogUniform)
 def _kl_normal_improper_log_uniform(p: Normal, q: ImproperLogUniform) -> Tensor:
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = _shape(p, q)
     return kl_of_normal(p.loc, 2 * p.scale.log(), q.exact).expand(shape)

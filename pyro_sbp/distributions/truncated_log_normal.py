@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
 
 from pyro_sbp import special
+from pyro_sbp.distributions import fast_sampling
 from pyro_sbp.distributions.checks import (
     broadcast_parameters,
     check_expand,
@@ -96,8 +97,8 @@ class TruncatedLogNormal(TransformedDistribution):
         whole = Whole(sizes, self.base_dist._compute, self.rsample)
         parts = []
         for index, base in enumerate(self.base_dist.split(sizes)):
-            part = TruncatedLogNormal(*base._parameters, validate_args=False)
-            part.base_dist = base
+            part = TruncatedLogNormal.__new__(TruncatedLogNormal)
+            TransformedDistribution.__init__(part, base, ExpTransform(), validate_args=False)
             part._validate_args = self._validate_args
             part._part = Part(whole, index)
             parts.append(part)
@@ -191,6 +192,9 @@ class TruncatedLogNormal(TransformedDistribution):
         if self._part is not None and self._part.draws(shape):
             return self._part.draw()
         # exp() before rounding: log theta in float32 would cost theta 1e-6 of its size.
+        if self._dtype == torch.float32:
+            u = fast_sampling.uniform(shape, self.log_low.device)
+            return fast_sampling.exp_quantile(u, *self.base_dist._parameters)
         theta = self.base_dist._rsample64(sample_shape).exp()
         return clamp_theta(theta, self.log_low, self.log_high)
 

@@ -217,7 +217,7 @@ def factors(
 
 class _Gating(TorchFunctionMode):
     """Scale the columns of readers, each known by its weight: by ``[columns]`` in the weight or in
-    the input, whichever has fewer elements, by ``[batch, columns]`` in the input."""
+    the input, whichever is cheaper, by ``[batch, columns]`` in the input."""
 
     def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -233,13 +233,27 @@ class _Gating(TorchFunctionMode):
         if layer is None or weight is None or not serves(func, layer):
             return func(*args, **given)
         x, scale = argument(of_x, args, given), self.scales[name]
-        if scale.ndim == 1 and weight.numel() < x.numel():
+        if scale.ndim == 1 and _is_cheaper_in_weight(x, weight):
             (position, key), new = of_weight, weight * column_factor(layer, scale.to(weight.dtype))
         else:
             (position, key), new = of_x, _scaled_input(name, layer, x, scale)
         if position < len(args):
             return func(*args[:position], new, *args[position + 1 :], **given)
         return func(*args, **{**given, key: new})
+
+
+#: From how many rows of the input on a product with the weight costs more than the weight does.
+_MANY_ROWS = 64
+
+
+def _is_cheaper_in_weight(x: Tensor, weight: Tensor) -> bool:
+    """Whether noise of the columns costs less in the weight than in the input."""
+    if weight.numel() < x.numel():
+        return True
+    # Data need no gradient, but noise in them would: one more product with the weight.
+    rows = x.numel() // x.shape[-1]
+    trained = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
+    return trained and weight.ndim == 2 and rows >= _MANY_ROWS
 
 
 def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> TorchFunctionMode:

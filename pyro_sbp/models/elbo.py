@@ -14,7 +14,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, kl_divergence
 
 __all__ = ["ClosedFormELBO", "Parts"]
 
@@ -94,7 +94,7 @@ class ClosedFormELBO(ELBO):
                 raise ValueError(f"the latent site {name!r} of the model is not in the guide")
             q = guide_trace.nodes[name]
             _check_reparameterized(name, q)
-            kl = kl + self._total(kl_divergence(q["fn"], site["fn"]), q, site)
+            kl = kl + self._total(_divergence(q["fn"], site["fn"]), q, site)
         for name, q in _samples(guide_trace):
             if name in model_trace.nodes:
                 continue
@@ -133,6 +133,21 @@ class ClosedFormELBO(ELBO):
 def _samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sample sites of a trace, by name."""
     return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
+
+
+def _divergence(q: Any, p: Any) -> Tensor:
+    """The KL divergence; of distributions that a plate has copied it is summed once."""
+    events = getattr(q, "reinterpreted_batch_ndims", 0)
+    if not (isinstance(q, Independent) and isinstance(p, Independent)) or (
+        events != p.reinterpreted_batch_ndims
+    ):
+        return kl_divergence(q, p)
+    kl = single = _divergence(q.base_dist, p.base_dist)
+    for dim in range(kl.ndim - events):
+        if kl.stride(dim) == 0 and kl.size(dim) > 1:
+            single = single.narrow(dim, 0, 1)
+    shape = kl.shape[: kl.ndim - events]
+    return single.sum(list(range(-events, 0))).expand(shape) if events else kl
 
 
 def _check_reparameterized(name: str, site: Any) -> None:

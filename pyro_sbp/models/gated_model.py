@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.folding import Gate, GatedNetwork, tensors_of
@@ -91,6 +92,7 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         self.likelihood = likelihood
         self.kl_scale = scales_of(list(self._sizes), kl_scale)
         self.prior_scale = prior_scale
+        self._priors: dict[Any, Any] = {}
 
     def sample_sites(self, distribution: Callable[[str], Any], x: Any) -> dict[str, Tensor]:
         """Sample theta of every gate; model and guide share it, and with it plates and weights.
@@ -115,7 +117,13 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
 
     def prior(self, name: str) -> TruncatedLogUniform | TruncatedLogNormal:
         """The prior of a gate's theta, of batch shape ``[units]``."""
-        return theta_prior(self.prior_scale, self._sizes[name], next(self.gated.parameters()))
+        # Not `self.gated`: Pyro would record all parameters of the network at every access.
+        like = next(self._modules["gated"].parameters())  # type: ignore[union-attr]
+        modes = torch.get_default_dtype(), torch.is_inference_mode_enabled()
+        key = name, self.prior_scale, like.device, Distribution._validate_args, *modes
+        if torch.compiler.is_compiling() or key not in self._priors:
+            self._priors[key] = theta_prior(self.prior_scale, self._sizes[name], like)
+        return self._priors[key]
 
     def forward(self, x: Any, y: Any = None) -> Any:
         """Sample theta, call the network, and sample or observe the labels, which are returned.

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_sbp.special.blocks import in_blocks
 from pyro_sbp.special.derivatives import attach, constant, is_tracked
-from pyro_sbp.special.frame import Frame, Value, frame, integrate
+from pyro_sbp.special.frame import Frame, Value, frame, moments
 
 __all__ = ["bound_pairs", "evaluate"]
 
@@ -33,7 +34,7 @@ def bound_pairs(
         return []
     pairs = []
     f = frame(loc, scale, low, high)
-    log_mass = integrate(f).log_mass + f.scale.log()
+    log_mass = (moments(f).mass * f.scale).log()
     near_low = f.sign > 0
     for bound, sign in ((low, 1.0), (high, -1.0)):
         far = torch.where(f.alpha > 0, f.width, f.beta)
@@ -54,7 +55,7 @@ def evaluate(
 ) -> Tensor:
     """``function`` of the parameters with its gradient; `at_end` takes its value first."""
     with torch.no_grad():
-        v = function(frame(loc, scale, low, high))
+        v = Value(*in_blocks(lambda *p: function(frame(*p)), loc, scale, low, high))
         ends = bound_pairs(
             loc, scale, low, high, lambda end, log_q: at_end(v.value, end, log_q).detach()
         )

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-__all__ = ["Saved", "Second", "attach", "constant", "is_tracked", "without_copies"]
+__all__ = [
+    "Saved",
+    "Second",
+    "attach",
+    "common_shape",
+    "constant",
+    "is_tracked",
+    "may_look",
+    "without_copies",
+]
 
 #: From the inputs to the rows of the matrix of second derivatives.
 Second = Callable[..., Sequence[Sequence[Tensor]]]
@@ -68,6 +77,7 @@ def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
         return derivatives
     if ctx.second is None:
         return [_OnceDifferentiable.apply(d, *inputs) for d in derivatives]
+    inputs = tuple(x.to(torch.float64) for x in inputs)
     rows = ctx.second(*inputs)
     return [
         attach(d, *zip(inputs, row, strict=True)) for d, row in zip(derivatives, rows, strict=True)
@@ -111,13 +121,24 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
         RuntimeError: in a backward pass that asks for derivatives that are not given.
     """
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
-    inputs = [x.to(torch.float64).expand(value.shape) for x in untracked]
-    derivatives = [d.expand(value.shape) for _, d in pairs]
+    # Gradients of copies add up in float64: in float32 those of opposite signs would lose digits.
+    shape = value.shape
+    inputs = [x if x.shape == shape else x.to(torch.float64).expand(shape) for x in untracked]
+    derivatives = [d if d.shape == shape else d.expand(shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Attach.apply(value, None, *inputs, *derivatives)
     return value
+
+
+def common_shape(*tensors: Tensor) -> torch.Size:
+    """The shape that tensors broadcast to."""
+    # torch's own function takes as long as ten small operations.
+    shapes = {x.shape for x in tensors if x.ndim}
+    if len(shapes) > 1:
+        return torch.broadcast_shapes(*shapes)
+    return shapes.pop() if shapes else torch.Size(())
 
 
 def constant(x: Tensor) -> Tensor:
@@ -132,6 +153,16 @@ def is_tracked(x: Tensor) -> bool:
     # torch.func hides from the inner transforms what the outer ones ask for.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or forward_ad.unpack_dual(x).tangent is not None
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether Python may choose by the values of ``x``: on a CPU, with nothing that records them.
+
+    A trace or a compiled graph would hold for the values of one call only, and vmap has several.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def without_copies(x: Tensor) -> Tensor:

@@ -8,18 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_sbp.special.blocks import in_blocks
 from pyro_sbp.special.bounds import bound_pairs, evaluate
-from pyro_sbp.special.derivatives import attach, constant
+from pyro_sbp.special.derivatives import attach, constant, may_look
 from pyro_sbp.special.frame import (
     HALF_LOG_2PI,
     NUM_NEAR_UNIFORM_NODES,
     Frame,
-    Nodes,
+    Moments,
     Value,
     expectation,
     frame,
     integrate,
     mean_e,
+    moments,
     rule_on,
 )
 
@@ -44,10 +46,10 @@ def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
     """
 
     def function(f: Frame) -> Value:
-        n = integrate(f)
+        n = moments(f)
         slope = f.alpha.clamp_min(0)
         return Value(
-            n.log_mass - 0.5 * slope.square() - HALF_LOG_2PI,
+            n.mass.log() - 0.5 * slope.square() - HALF_LOG_2PI,
             f.sign * n.slope / f.scale,
             (slope.square() + 2 * mean_e(n) - 1) / f.scale,
         )
@@ -61,13 +63,16 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     ``value`` broadcasts against the parameters. Twice differentiable.
     """
     with torch.no_grad():
-        terms = _terms(*_integrated(loc, scale, low, high))
-        d = _density(constant(value), low, high, terms)
+        d = _Density(*in_blocks(_density_of, value, loc, scale, low, high))
         ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
         # The bounds are inputs of the second derivatives in any case.
         ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
     pairs = (value, d.in_value), (loc, d.in_loc), (scale, d.in_scale), *ends
     return attach(d.log_q, *pairs, second=_second_of_log_density)
+
+
+def _density_of(value: Tensor, *parameters: Tensor) -> _Density:
+    return _density(constant(value), *parameters[2:], _terms(*_integrated(*parameters)))
 
 
 def _second_of_log_density(
@@ -126,13 +131,13 @@ class _Terms(NamedTuple):
     mean_e: Tensor
 
 
-def _integrated(*parameters: Tensor) -> tuple[Frame, Nodes]:
+def _integrated(*parameters: Tensor) -> tuple[Frame, Moments]:
     f = frame(*parameters)
-    return f, integrate(f)
+    return f, moments(f)
 
 
-def _terms(f: Frame, n: Nodes) -> _Terms:
-    slope, log_total = f.alpha.clamp_min(0), n.log_mass + f.scale.log()
+def _terms(f: Frame, n: Moments) -> _Terms:
+    slope, log_total = f.alpha.clamp_min(0), (n.mass * f.scale).log()
     return _Terms(f.mode, f.sign * f.scale, slope, log_total, n.mean, mean_e(n))
 
 
@@ -140,21 +145,24 @@ def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
     outside = (x < low) | (x > high)
     r = (x - t.mode) / t.step
     e = r * (t.slope + 0.5 * r)
-    return _Density(
-        outside,
-        torch.where(outside, -math.inf, -e - t.log_total),
-        torch.where(outside, 0.0, -(t.slope + r) / t.step),
-        torch.where(outside, 0.0, (r - t.mean) / t.step),
-        torch.where(outside, 0.0, 2 * (e - t.mean_e) / t.step.abs()),
+    found = (
+        -e - t.log_total,
+        -(t.slope + r) / t.step,
+        (r - t.mean) / t.step,
+        2 * (e - t.mean_e) / t.step.abs(),
     )
+    if not (may_look(outside) and not outside.any()):
+        rest = (-math.inf, 0.0, 0.0, 0.0)
+        found = tuple(map(torch.where, (outside,) * 4, rest, found))
+    return _Density(outside, *found)
 
 
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Differential entropy in nats. Error 1e-12 of max(1, value)."""
 
     def function(f: Frame) -> Value:
-        n = integrate(f)
-        return expectation(n.log_mass + f.scale.log() + mean_e(n), f, n, n.slope, 1.0)
+        n = moments(f)
+        return expectation((n.mass * f.scale).log() + mean_e(n), f, n, n.slope, 1.0)
 
     return evaluate(function, loc, scale, low, high, lambda v, end, log_q: v + log_q - 1)
 
@@ -167,11 +175,12 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
     """
 
     def function(f: Frame) -> Value:
-        n = integrate(f)
-        value = f.width.log() - n.log_mass - mean_e(n)
+        n = moments(f)
+        value = (f.width / n.mass).log() - mean_e(n)
         near_uniform = _kl_near_uniform if f.precision == torch.float64 else _kl_series
-        threshold = _NEAR_UNIFORM[f.precision]
-        value = torch.where(value > threshold, value, near_uniform(f))
+        large = value > _NEAR_UNIFORM[f.precision]
+        if not (may_look(large) and large.all()):
+            value = torch.where(large, value, near_uniform(f))
         return expectation(value, f, n, -n.slope, -1.0)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
@@ -271,7 +280,7 @@ def _kl_between(*parameters: Tensor) -> tuple[Tensor, ...]:
     r = g.sign * (f.mode - g.mode) / g.scale + ratio * n.mean
     slope = g.alpha.clamp_min(0) + r
     mean_of_e = r * (slope - 0.5 * r) + 0.5 * ratio.square() * n.var
-    value = mean_of_e - mean_e(n) + m.log_mass - n.log_mass + (g.scale / f.scale).log()
+    value = mean_of_e - mean_e(n) + (m.mass * g.scale / (n.mass * f.scale)).log()
     contained = (low >= low_q) & (high <= high_q)
     value = torch.where(contained, value.clamp_min(0), math.inf)
     of_p = expectation(value, f, n, slope * ratio - n.slope, ratio.square() - 1)
@@ -282,7 +291,7 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Mean of x. Relative error 1e-12 of the larger of its size and the standard deviation."""
 
     def function(f: Frame) -> Value:
-        n = integrate(f)
+        n = moments(f)
         step = f.sign * f.scale
         return expectation(f.mode + step * n.mean, f, n, step, 0.0)
 
@@ -293,7 +302,7 @@ def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Variance of x. Relative error 1e-12."""
 
     def function(f: Frame) -> Value:
-        n = integrate(f)
+        n = moments(f)
         square = f.scale.square()
         return expectation(square * n.var, f, n, 0.0, 2 * square)
 

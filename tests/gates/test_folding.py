@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_sbp.gates.folding import Gate, GatedNetwork, Span, fold
 from pyro_sbp.gates.probing import find_gates
@@ -130,3 +131,30 @@ def test_the_gated_network_compiles_whole(lenet):
     gated = GatedNetwork(net, gates)
     compiled = torch.compile(gated, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, theta), gated(x, theta))
+
+
+def test_noise_of_data_needs_no_gradient_of_the_data():
+    # The gradient of the noise through the input would be one more product with the weight.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x = torch.randn(80, 6, dtype=torch.float64)
+    gates = find_gates(net, x, input_features=["0"])
+    theta = {name: value.requires_grad_() for name, value in draw(gates).items()}
+    leaves = [*theta.values(), *net.parameters()]
+
+    def products(function):
+        with FlopCounterMode(display=False) as counter:
+            function().square().sum().backward()
+        grads = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return grads, counter.get_total_flops()
+
+    ours, flops = products(lambda: GatedNetwork(net, gates)(x, theta))
+    dense = 3 * (6 + 2) * 4 * 2 * 80 - 6 * 4 * 2 * 80  # no gradient of x
+    assert flops == dense
+    hidden = next(gate.name for gate in gates if gate.size == 4)
+    feature = next(gate.name for gate in gates if gate.size == 6)
+    expected, _ = products(lambda: net[2](net[0](x * theta[feature]).relu() * theta[hidden]))
+    for grad, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(grad, other)

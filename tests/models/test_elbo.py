@@ -5,9 +5,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
+from torch.distributions import kl_divergence
 
 import pyro_sbp as sbp
-from pyro_sbp.models.elbo import ClosedFormELBO
+from pyro_sbp.models.elbo import ClosedFormELBO, _divergence
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,13 @@ def test_a_site_without_a_closed_form_is_refused():
         pytest.raises(ValueError, match="latent site 'z' of the model is not in the guide"),
     ):
         ClosedFormELBO().parts(model, lambda x: None, torch.zeros(()))
+
+
+def test_the_kl_of_a_plates_copies_is_summed_once():
+    # Once over [4] and not over the copies [1000, 4]; with the value of all of them.
+    loc = torch.zeros(4, requires_grad=True)
+    q = sbp.distributions.TruncatedLogNormal(loc, torch.ones(4)).expand([1000, 4]).to_event(1)
+    p = sbp.distributions.TruncatedLogUniform().expand([1000, 4]).to_event(1)
+    found = _divergence(q, p)
+    assert found.shape == (1000,) and found.stride() == (0,)
+    torch.testing.assert_close(found, kl_divergence(q, p))

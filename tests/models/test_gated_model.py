@@ -153,3 +153,16 @@ def test_the_kl_is_the_closed_one_to_the_models_own_prior(lenet, elbo, noise_per
         loss = elbo().loss(model, guide, x, y)
     kl = sum(value.sum() for value in guide.kl().values())
     assert loss == pytest.approx(float(nll + kl), rel=1e-5)
+
+
+def test_a_prior_is_made_once_and_follows_its_settings():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model = sbp.GatedModel(net, sbp.find_gates(net, torch.rand(2, 4)), num_data=10)
+    (gate,) = model.gates
+    assert model.prior(gate.name) is model.prior(gate.name)
+    model.prior_scale = 2.0
+    assert isinstance(model.prior(gate.name), TruncatedLogNormal)
+    model.prior_scale = None
+    with torch.inference_mode():
+        model.prior(gate.name)
+    assert not model.prior(gate.name).log_low.is_inference()

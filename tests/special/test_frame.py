@@ -1,5 +1,7 @@
 """Quadrature against mpmath."""
 
+import math
+
 import pytest
 import torch
 from mpmath import mp, mpf
@@ -41,3 +43,30 @@ def test_kl_near_the_uniform_in_float32(loc, scale):
     value = special.kl_to_uniform(*parameters).item()
     exact = Truth(*(torch.tensor(x, dtype=torch.float32).item() for x in (loc, scale, -1.0, 1.0)))
     assert abs(value / exact.kl - 1) < 1e-8
+
+
+@pytest.mark.parametrize("bounds", [(-20.0, 0.0), (-1.0, 1.0), (0.0, math.inf)], ids=str)
+def test_moments_by_region_are_those_of_sums(bounds, monkeypatch):
+    monkeypatch.setattr(frame, "_FEW", 0)
+    torch.manual_seed(0)
+    loc, scale = torch.rand(500) * 12 - 9, torch.exp(torch.rand(500) * 8 - 4)
+    f = frame.frame(loc, scale, *(torch.tensor(bound) for bound in bounds))
+    found = frame.moments(f)
+    assert isinstance(found, frame.ByRegion)
+    by_erf = (f.alpha < 0) & (f.width > frame._WIDE)
+    sums, exact = frame.integrate(f), frame.integrate(f._replace(precision=torch.float64))
+    for name in ("mass", "mean", "var", "third", "var_square"):
+        # In units of the width of the density, as sums of powers of the distance are.
+        power = {"mean": 0.5, "third": 1.5, "var_square": 2.0}.get(name, 0.0)
+        unit = exact.var**power if power else getattr(exact, name)
+        expected = torch.where(by_erf, getattr(exact, name), getattr(sums, name))
+        assert ((getattr(found, name) - expected).abs() / unit).max() < 1e-12, name
+
+
+def test_a_loc_inside_needs_no_sums(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("sums over nodes")
+
+    monkeypatch.setattr(frame, "integrate", refuse)
+    parameters = (torch.tensor(x) for x in ([-9.0, -3.0], [2.0, 1.0], -20.0, 0.0))
+    assert torch.isfinite(special.kl_to_uniform(*parameters)).all()
