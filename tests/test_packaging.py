@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "docs", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard", "transformers",
-    "wandb",
+    "docs", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
+    "transformers", "wandb",
 )  # fmt: skip
 #: What an experiment compares with, or a user names, if it is installed; in no extra.
 ASKED_FOR = {"jax", "numpyro", "timm"}
