@@ -44,8 +44,9 @@ def train(steps: int = 20, own_noise: bool = False) -> tuple[dict[str, Tensor], 
     net = nn.Sequential(
         nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
     ).double()
-    options = {"noise_learning_rate": 0.05, "init_log_scale": -1.0, "kl_scale": 0.3}
-    pruner = Pruner(net, x[:2], len(x), **options).attach()
+    pruner = Pruner(
+        net, x[:2], len(x), kl_scale=0.3, noise_learning_rate=0.05, init_log_scale=-1.0
+    ).attach()
     pruner.guide.double()  # by default the posterior is in float32
     optimizer = torch.optim.Adam(pruner.parameters(lr=1e-2))
     parallel = DistributedDataParallel(net) if dist.is_initialized() else net

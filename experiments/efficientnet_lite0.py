@@ -97,7 +97,8 @@ def main(source: Path, target: Path, images: Path, each: int) -> None:
 
     state = torch.load(source, weights_only=True, map_location="cpu")
     photos = photographs(images, tuple(KINDS), each, 224)
-    rows, best = [], (0.0, "", {})
+    rows: list[list[Any]] = []
+    best: tuple[float, str, dict[str, Tensor]] = (0.0, "", {})
     configs = {name: timm.get_pretrained_cfg(name) for name in VARIANTS}
     for name in VARIANTS:
         net = timm.create_model(name).eval()

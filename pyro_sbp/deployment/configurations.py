@@ -134,7 +134,7 @@ def with_sizes_of(
     }
     if not wrong or target.keys() != found.keys() or len(ratios) > _MOST_RATIOS:
         return content
-    useful = {}
+    useful: dict[tuple[str, int], None] = {}
     for key, value in content.items():
         for ratio in ratios if type(value) is int else ():
             change = (key, int(value * ratio))

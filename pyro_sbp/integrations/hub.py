@@ -152,7 +152,7 @@ def from_pretrained(
     net = load(path, constructor)
     if (path / GENERATION).is_file() and hasattr(net, "generation_config"):
         content = json.loads((path / GENERATION).read_text(encoding="utf-8"))
-        net.generation_config = type(net.generation_config).from_dict(content)  # type: ignore[operator, union-attr]
+        net.generation_config = type(net.generation_config).from_dict(content)  # type: ignore[union-attr]
     return net
 
 

@@ -280,11 +280,14 @@ def test_a_run_from_the_dense_weights_of_another_records_their_error(finished, t
 def test_a_dense_network_is_trained_from_weights_on_request(finished, tmp_path):
     directory, _, args = finished
     more = ("--weights", directory / "dense.pt", "--set", "dense_epochs=1", "--epochs", "1")
-    more = (*more, "--set", "finetune_epochs=0", "--set", "learning_rate=0")
+    more = (*more, "--set", "finetune_epochs=0", "--set", "learning_rate=1e-9")
     assert run(*args, *more, "--output-dir", tmp_path / "run").exit_code == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    assert first["phase"] == "dense"
+    assert json.loads(lines[0])["phase"] == "dense"
+    before, after = (
+        json.loads((path / "summary.json").read_text()) for path in (directory, tmp_path / "run")
+    )
+    assert after["error"]["dense"] == before["error"]["dense"]  # it started from the weights
 
 
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):
