@@ -34,6 +34,32 @@ __all__ = ["prune"]
 )
 @click.option("--macs-ratio", type=float, help="Reduce the MACs by at least this factor.")
 @click.option(
+    "--parameters-ratio", type=float, help="Reduce the parameters by at least this factor."
+)
+@click.option(
+    "--speedup",
+    type=float,
+    help="Make the network at least this many times faster on this machine. Candidates are "
+    "measured beside the dense network.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Examples per call for --speedup.  [default: 1]",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["eager", "compile", "onnxruntime"]),
+    help="Runtime for --speedup, as for bench.  [default: eager]",
+)
+@click.option(
+    "--max-error-increase",
+    type=float,
+    help="Return the smallest network whose error is at most this many percentage points over "
+    "that of the dense network, measured before fine-tuning on the images that the run reserves "
+    "for validation (the setting holdout).",
+)
+@click.option(
     "--round-to",
     type=int,
     default=1,
@@ -42,38 +68,77 @@ __all__ = ["prune"]
 @click.option(
     "--min-units", type=int, default=1, help="Keep at least this many units in each gate."
 )
+@click.option(
+    "--finetune-epochs",
+    type=click.IntRange(0),
+    default=0,
+    help="Fine-tune the pruned network for this many epochs.",
+)
+@click.option(
+    "--distill",
+    type=click.FloatRange(0),
+    help="Temperature of the soft labels for --finetune-epochs; 0 uses the labels of the data.  "
+    "[default: that of the recipe]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(
     run: Path | None,
     criterion: str | None,
     threshold: float | None,
     macs_ratio: float | None,
+    parameters_ratio: float | None,
+    speedup: float | None,
+    batch_size: int | None,
+    runtime: str | None,
+    max_error_increase: float | None,
     round_to: int,
     min_units: int,
+    finetune_epochs: int,
+    distill: float | None,
     as_json: bool,
 ) -> None:
     """Prune a finished run again with other settings.
 
-    RUN is a run directory; by default the newest run. The network is written to RUN/pruned-… and is
-    not fine-tuned.
+    RUN is a run directory; by default the newest run. The network is written to RUN/pruned-…. At
+    most one of --threshold, --macs-ratio, --parameters-ratio, --speedup and --max-error-increase
+    says how much is removed.
     """
     run = find_run(run)
-    if threshold is not None and macs_ratio is not None:
-        raise RequestError("give --threshold or --macs-ratio, not both")
-    if (criterion, threshold, macs_ratio, round_to, min_units) == (None, None, None, 1, 1):
-        raise RequestError("give --criterion, --threshold, --macs-ratio, --round-to or --min-units")
+    budgets = {
+        "threshold": threshold,
+        "macs-ratio": macs_ratio,
+        "parameters-ratio": parameters_ratio,
+        "speedup": speedup,
+        "max-error-increase": max_error_increase,
+    }
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        raise RequestError(f"give one of {', '.join(f'--{name}' for name in given)}, not several")
+    if speedup is None and (batch_size is not None or runtime is not None):
+        option = "--batch-size" if batch_size is not None else "--runtime"
+        raise RequestError(f"{option} applies to --speedup only")
+    if distill is not None and not finetune_epochs:
+        raise RequestError("--distill applies to --finetune-epochs only")
+    if not given and (criterion, round_to, min_units, finetune_epochs) == (None, 1, 1, 0):
+        options = ", ".join(f"--{name}" for name in budgets)
+        raise RequestError(
+            f"give {options}, --criterion, --round-to, --min-units or --finetune-epochs"
+        )
     request = read_request(run)
     rule = request.recipe.rule(criterion)
     settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to}
-    settings["min_units"] = min_units
+    settings |= {"min_units": min_units, "finetune_epochs": finetune_epochs, "distill": distill}
     name = "pruned" if criterion is None else f"pruned-{criterion}"
-    if threshold is not None:
-        settings["threshold"], name = threshold, f"{name}-threshold-{threshold:g}"
-    if macs_ratio is not None:
+    for option, value in given.items():
+        name = f"{name}-{option.removesuffix('-ratio')}-{value:g}"
+    if given and threshold is None:
         rule.criterion.check_budget()
-        settings["macs_ratio"], name = macs_ratio, f"{name}-macs-{macs_ratio:g}"
+    if speedup is not None:
+        name += f"-batch-{batch_size or 1}-{runtime or 'eager'}"
     name += f"-round-{round_to}" if round_to != 1 else ""
     name += f"-min-{min_units}" if min_units != 1 else ""
+    name += f"-finetuned-{finetune_epochs}" if finetune_epochs else ""
+    name += f"-distill-{distill:g}" if distill is not None else ""
     target = run / name
     if target.exists():
         raise RequestError(f"{target} already exists; delete it to prune again with these settings")
@@ -86,14 +151,42 @@ def prune(
     import torch
 
     from pyro_sbp.datasets.loading import load_dataset
+    from pyro_sbp.deployment.runtimes import check_runtimes
+    from pyro_sbp.deployment.speedup import Speedup
+    from pyro_sbp.pruning.budgets import ratio_budget
     from pyro_sbp.training import again
 
     torch.set_num_threads(threads)
-    data = load_dataset(request.dataset, data_dir, architecture.image_size, device=request.device)
-    summary = again.prune_again(request, data, run, target, **settings)
+    size = request.image_size or architecture.image_size
+    data = load_dataset(request.dataset, data_dir, size, device=request.device)
+    try:
+        budget = ratio_budget(macs_ratio, parameters_ratio)
+        if speedup is not None:
+            check_runtimes([runtime or "eager"])
+            budget = Speedup(
+                speedup,
+                batch_size=batch_size or 1,
+                runtime=runtime or "eager",
+                threads=threads,
+                device=request.device,
+            )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    summary = again.prune_again(
+        request,
+        data,
+        run,
+        target,
+        budget=budget,
+        threshold=threshold,
+        max_error_increase=max_error_increase,
+        tell=lambda line: click.echo(line, err=True),
+        **settings,
+    )
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
-        weak = "under the threshold" if macs_ratio is None else "too weak for the budget"
+        by_threshold = not given or threshold is not None
+        weak = "under the threshold" if by_threshold else "too weak for the budget"
         click.echo(closing_table(summary, weak=weak))
         click.echo(f"network: {target}")

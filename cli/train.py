@@ -20,7 +20,7 @@ from pyro_sbp.errors import Elsewhere, RequestError, first_line, unknown
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
-from pyro_sbp.recipes.request import PRECISIONS, Precision, Request
+from pyro_sbp.recipes.request import PRECISIONS, PixelStatistics, Precision, Request
 from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
@@ -57,7 +57,15 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="File of a state dict to start from, instead of training a dense network.",
+    help="File of a state dict to start from, instead of training a dense network. With --set "
+    "dense_epochs=N the dense network is trained from it.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Height and width to which images are resized.  [default: that of the network, or of the "
+    "data]",
 )
 @click.option(
     "--epochs",
@@ -196,7 +204,7 @@ def train(
     with StopWhenDone() as stop:
 
         def load() -> ImageData:
-            size, device = architecture.image_size, fabric.device
+            size, device = request.image_size or architecture.image_size, fabric.device
             return load_dataset(request.dataset, data_dir, size, workers, device)
 
         quiet = as_json or not is_first()
@@ -243,6 +251,7 @@ def _request(
     devices: int | None,
     precision: str | None,
     channels_last: bool | None,
+    image_size: int | None,
     epochs: int | None,
     settings: Sequence[str],
     **changes: Any,
@@ -265,11 +274,11 @@ def _request(
             "leave out --method, or choose another recipe"
         )
     given = {name: value for name, value in changes.items() if value is not None}
-    flags = {**given, "epochs": epochs, "dense_epochs": weights}
-    for assignment in settings:
-        setting = assigned_setting(assignment)
+    flags = {**given, "epochs": epochs}
+    assigned = [assigned_setting(assignment) for assignment in settings]
+    for setting, assignment in zip(assigned, settings, strict=True):
         if "=" in assignment and flags.get(setting) is not None:
-            flag = "weights" if setting == "dense_epochs" else setting.replace("_", "-")
+            flag = setting.replace("_", "-")
             raise RequestError(f"--{flag} and --set {assignment} contradict each other; give one")
     if epochs is not None:
         chosen = chosen.with_epochs(epochs)
@@ -277,7 +286,14 @@ def _request(
     if weights is not None:
         if not weights.is_file():
             raise RequestError(f"--weights: there is no file {weights}")
-        chosen = chosen.replace(dense_epochs=0)
+        if "dense_epochs" not in assigned:
+            chosen = chosen.replace(dense_epochs=0)
+    config = architecture.data_config()
+    standardize_by: PixelStatistics | None = None
+    if config is not None:
+        image_size = image_size or config.image_size
+        if "standardize" not in assigned:
+            standardize_by = {"mean": list(config.mean), "std": list(config.std)}
     device = check_device(device or "auto")
     seed = 0 if seed is None else seed
     if not 0 <= seed < 2**63:
@@ -299,6 +315,8 @@ def _request(
         devices=devices,
         precision=cast(Precision, _precision(precision or "32-true", device)),
         channels_last=bool(channels_last),
+        image_size=image_size,
+        standardize_by=standardize_by,
     )
 
 

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pyro_sbp.errors import RequestError, did_you_mean
-from pyro_sbp.experiments import criteria, frontier, method_tables, network_tables
+from pyro_sbp.experiments import criteria, frontier, method_tables, minilm_tables, network_tables
 from pyro_sbp.experiments.rows import Record, read_records
 from pyro_sbp.training.files import write_text
 
@@ -44,6 +44,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
     "criteria": criteria.table,
+    "minilm": minilm_tables.results,
+    "minilm-units": minilm_tables.units,
+    "minilm-speed": minilm_tables.speed,
 }
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")
@@ -126,11 +129,16 @@ def _run(root: Path, check: bool) -> list[str]:
             del pages[path]
         stale += found
     figures = frontier.out_of_date(root, records)
-    stale += [f"{name}: out of date: it is missing, or of other numbers" for name in figures]
+    of_minilm = minilm_tables.out_of_date(root)
+    stale += [
+        f"{name}: out of date: it is missing, or of other numbers"
+        for name in (*figures, *of_minilm)
+    ]
     if check:
         return stale
     if figures:
         frontier.draw(root, records, figures)
+    minilm_tables.draw(root, of_minilm)
     for path, text in pages.items():
         try:
             write_text(path, text)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyro_sbp.deployment.benchmarking import benchmark
     from pyro_sbp.deployment.exporting import export
     from pyro_sbp.deployment.saving import load, save
+    from pyro_sbp.deployment.speedup import Speedup
     from pyro_sbp.gates.attention import separate_attention
     from pyro_sbp.gates.folding import Gate, GatedNetwork, fold
     from pyro_sbp.gates.probing import find_gates
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
     from pyro_sbp.models.sparse_model import SparseModel
     from pyro_sbp.models.truncated_normal_guide import TruncatedNormalGuide
+    from pyro_sbp.pruning.budgets import MaxErrorIncrease
     from pyro_sbp.pruning.costs import UnitCosts
     from pyro_sbp.pruning.macs import count_macs
     from pyro_sbp.pruning.pruner import Pruner
@@ -40,8 +42,10 @@ __all__ = [
     "Gate",
     "GatedModel",
     "GatedNetwork",
+    "MaxErrorIncrease",
     "Pruner",
     "SparseModel",
+    "Speedup",
     "TruncatedLogNormalGuide",
     "TruncatedNormalGuide",
     "UnitCosts",
@@ -71,6 +75,7 @@ _find, _names, _ = lazy_loader.attach(
         "deployment.benchmarking": ["benchmark"],
         "deployment.exporting": ["export"],
         "deployment.saving": ["load", "save"],
+        "deployment.speedup": ["Speedup"],
         "gates.attention": ["separate_attention"],
         "gates.folding": ["Gate", "GatedNetwork", "fold"],
         "gates.probing": ["find_gates"],
@@ -83,6 +88,7 @@ _find, _names, _ = lazy_loader.attach(
         "models.sparse_guide": ["AdditiveNormalGuide"],
         "models.sparse_model": ["SparseModel"],
         "models.truncated_normal_guide": ["TruncatedNormalGuide"],
+        "pruning.budgets": ["MaxErrorIncrease"],
         "pruning.costs": ["UnitCosts"],
         "pruning.macs": ["count_macs"],
         "pruning.pruner": ["Pruner"],

@@ -8,14 +8,29 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_sbp.errors import RequestError, did_you_mean, first_line, unknown
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ARCHITECTURES", "Architecture", "find_architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "DataConfig", "find_architecture"]
+
+
+class DataConfig(NamedTuple):
+    """The images that a pretrained model was trained on.
+
+    Attributes:
+        image_size: their height and width.
+        mean, std: by channel, of pixels in [0, 1], which it was standardised by.
+        fixed: whether the network takes other sizes only if its constructor gets them.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,25 @@ class Architecture:
     input_features: tuple[str, ...] = ()
     input_argument: str | None = None
 
-    def kwargs(self, channels: int, num_classes: int) -> dict[str, int]:
+    def data_config(self) -> DataConfig | None:
+        """The images that the pretrained weights of a model of timm expect; None for others.
+
+        Raises:
+            RequestError: timm has no such model.
+        """
+        module, _, name = self.constructor.partition(":")
+        if module != "timm":
+            return None
+        self.resolve()
+        config: Any = importlib.import_module("timm").get_pretrained_cfg(name)
+        if config is None:
+            return None
+        fixed = bool(config.fixed_input_size)
+        return DataConfig(config.input_size[-1], tuple(config.mean), tuple(config.std), fixed)
+
+    def kwargs(
+        self, channels: int, num_classes: int, image_size: int | None = None
+    ) -> dict[str, int]:
         """The arguments that fit the constructor to the data."""
         kwargs = {}
         constructor = self.resolve()
@@ -50,6 +83,9 @@ class Architecture:
             kwargs[self.input_argument] = channels
         elif self.input_argument == "in_features" and self.image_size:
             kwargs["in_features"] = channels * self.image_size**2
+        config = self.data_config()
+        if config is not None and config.fixed and image_size not in (None, config.image_size):
+            kwargs["img_size"] = image_size
         return kwargs
 
     def name_to_save(self) -> str:

@@ -34,6 +34,8 @@ def timm(monkeypatch):
     module.__spec__ = types.SimpleNamespace(name="timm")
     module.is_model = lambda name: name == "tiny_model"
     module.list_models = lambda: ["tiny_model"]
+    images = {"input_size": (3, 24, 24), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.1)}
+    module.get_pretrained_cfg = lambda name: types.SimpleNamespace(fixed_input_size=True, **images)
     module.model_entrypoint = lambda name: {"tiny_model": tiny_model}[name]
     monkeypatch.setitem(sys.modules, "timm", module)
 
@@ -43,6 +45,15 @@ def test_a_model_of_timm_is_found_by_its_name(timm):
     assert architecture.resolve() is tiny_model
     assert architecture.kwargs(1, 10) == {"num_classes": 10, "in_chans": 1}
     assert architecture.name_to_save() == "test_architectures:tiny_model"
+
+
+def test_a_model_of_timm_says_what_images_it_expects(timm):
+    architecture = find_architecture("timm:tiny_model")
+    assert architecture.data_config() == (24, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), True)
+    # One that takes no other size has to be told.
+    assert "img_size" not in architecture.kwargs(3, 10, 24)
+    assert architecture.kwargs(3, 10, 32)["img_size"] == 32
+    assert find_architecture("lenet5").data_config() is None
 
 
 def test_an_unknown_model_of_timm_is_refused(timm):

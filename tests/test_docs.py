@@ -18,7 +18,7 @@ from pyro_sbp.models.gated_model import theta_prior
 from pyro_sbp.networks import LeNet5
 from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.criteria import check_prior
-from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.settings import read_recipe
 
@@ -195,6 +195,20 @@ def test_the_training_loops(library, monkeypatch):
         assert count_macs(found["small"], example) < count_macs(found["model"], example)
 
 
+@pytest.mark.parametrize("library", ["torch", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_hub(library):
+    local, of_transformers = fenced("hub.md", "python")
+    if library == "torch":
+        found = executed("hub.md", [local])
+        assert torch.equal(found["same"](found["x"]), found["small"](found["x"]))
+        return
+    pytest.importorskip("transformers")
+    found = executed("hub.md", [of_transformers])
+    same, small = (found[name](**found["tokens"]).logits for name in ("same", "small"))
+    assert torch.equal(same, small)
+
+
 def test_what_a_unit_of_lenet_5_costs():
     net, x = LeNet5(), torch.rand(1, 1, 28, 28)
     gates = find_gates(net, x, ["fc1"])
@@ -220,7 +234,7 @@ def test_the_commands_exist():
     assert lines
     for line in lines:
         program, command, *words = line.split("#")[0].split()
-        assert program in ("pyro-sbp", "pip", "make")
+        assert program in ("pyro-sbp", "pip", "make", "torchrun")
         if program != "pyro-sbp":
             continue
         options = {name for option in cli.commands[command].params for name in option.opts}
@@ -238,8 +252,10 @@ def test_every_block_and_link_is_checked(name):
         "own_network.md": 1,
         "distributions.md": 1,
         "criteria.md": 1,
+        "budgets.md": 1,
         "from_pyro.md": 1,
         "training_loops.md": 3,
+        "hub.md": 2,
     }
     assert len(fenced(name, "python")) == tested.get(name, 0)
 
@@ -266,6 +282,13 @@ def test_the_distributions_in_your_own_model():
     space = page("distributions.md")
     assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]
     assert space["samples"]["y"].shape == (100, 300)
+
+
+def test_budgets():
+    space = page("budgets.md")
+    assert 4 * count_parameters(space["quarter"]) <= count_parameters(space["net"])
+    assert space["error"](space["close"]) <= 40
+    assert len(space["fast"][0].weight) < 4096
 
 
 def test_the_recipe_of_the_command_line(tmp_path):

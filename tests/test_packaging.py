@@ -16,11 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "docs", "experiments", "export", "lightning", "mlflow", "report", "tensorboard", "transformers",
-    "wandb",
+    "docs", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
+    "transformers", "wandb",
 )  # fmt: skip
-#: What an experiment compares with if it is installed. It is large, and in no extra.
-ASKED_FOR = {"jax", "numpyro"}
+#: What an experiment compares with, or a user names, if it is installed; in no extra.
+ASKED_FOR = {"jax", "numpyro", "timm"}
 #: Modules that are for those who have installed an extra.
 OF_EXTRAS = ("truncated_normal_truth.py", "lightning.py", "transformers.py")
 PLACES = {"pyro_sbp": "pyro_sbp", "cli": "pyro_sbp/cli", "experiments": "pyro_sbp/experiments"}

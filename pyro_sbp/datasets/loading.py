@@ -91,12 +91,24 @@ class ImageData:
         labels = labels.to(self.train.labels)
         return dataclasses.replace(self, train=self.train.with_labels(labels))
 
-    def standardized(self) -> ImageData:
+    def standardized(self, by: Standardization | None = None) -> ImageData:
         """The same, every channel standardised by its mean and deviation over training images.
+
+        Those given as `by` are used instead; grey images use their means over the channels.
 
         Of more than `STANDARDIZE_ON` training images, a sample is measured: the same one whether
         they are streamed or not.
         """
+        if by is not None:
+            device, channels = self.train.labels.device, self.image_shape[0]
+            if channels == 1:
+                by = Standardization(by.mean.mean(0, keepdim=True), by.std.mean(0, keepdim=True))
+            if len(by.mean) != channels or len(by.std) != channels:
+                raise RequestError(
+                    f"mean and std are of {len(by.mean)} channels; the images have {channels}"
+                )
+            given = by.to(device)
+            return self._each(lambda split: split.standardized_by(given))
         drawn = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self.train), generator=drawn, device="cpu")
         sample = order[:STANDARDIZE_ON].sort().values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,11 @@ class Standardization:
 
     mean: Tensor
     std: Tensor
+
+    @classmethod
+    def of(cls, mean: Sequence[float], std: Sequence[float]) -> Standardization:
+        """By given values, one a channel."""
+        return cls(*(torch.tensor(x, device="cpu")[:, None, None] for x in (mean, std)))
 
     @classmethod
     def measure(cls, batches: Iterable[Tensor]) -> Standardization:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import functools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pyro_sbp import networks
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment import file_sets
+from pyro_sbp.deployment.configurations import (
+    CONFIG,
+    build_from_config,
+    config_of,
+    parse_config,
+    takes_config,
+    with_sizes_of,
+)
+from pyro_sbp.deployment.constructors import name_of, resolve, trusted
 from pyro_sbp.deployment.description import INDEX, Description, UnknownFormat
 from pyro_sbp.deployment.file_sets import part
 from pyro_sbp.deployment.rebuilding import (
@@ -42,7 +51,7 @@ __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 
 #: What a saved network may consist of.
-FILES = ("model.safetensors", "sparse.safetensors", INDEX, "units.json")
+FILES = ("model.safetensors", "sparse.safetensors", INDEX, CONFIG, "units.json")
 
 
 def save(
@@ -55,12 +64,17 @@ def save(
     overwrite: bool = False,
     standardization: Standardization | None = None,
     sparse: bool = False,
+    beside: Collection[str] = (),
 ) -> None:
     """Write a pruned network to a directory.
 
     ``model.safetensors`` holds the tensors. ``network.json`` holds the constructor, what differs
     from what it builds, which parameters are frozen, and a SHA-256 checksum of every file.
     ``units.json`` holds the units if they are given or `prune` has set them on the network.
+
+    For a model of Hugging Face transformers, ``config.json`` holds its own configuration. If every
+    layer has kept as many units, the configuration has the new numbers, and transformers can load
+    the directory without pyro-sbp.
 
     A new directory appears only when all of its files are complete. With `overwrite`, the old
     network can be loaded until the new one is complete, and the new one from then on, even if the
@@ -79,7 +93,8 @@ def save(
         small: the network, from `prune` or `shrink`.
         directory: where to write; it must not exist or be empty.
         constructor: what built the original network, a callable or its name ``module:callable``.
-        kwargs: the constructor's arguments, plain values.
+            For a model of transformers, its class, as in ``type(model)``.
+        kwargs: the constructor's arguments, plain values, besides the configuration.
         units: what is left of every gate: its total, and the kept and zeroed indices. By default
             the attribute `units` that `prune` has set on the network.
         input_shape: the shape of one example, for those who load the network.
@@ -88,6 +103,7 @@ def save(
             load it.
         sparse: write also ``sparse.safetensors``, which leaves out zeros. Either file is enough to
             load the network.
+        beside: names of other files that may be in the directory, and stay as they are.
 
     Raises:
         FileExistsError: the directory exists and is not empty, or holds more than a saved network.
@@ -97,12 +113,18 @@ def save(
     """
     path = Path(directory)
     there = {file.name for file in path.iterdir()} if path.exists() else set()
-    there -= {part(path / name).name for name in FILES}
+    there -= {part(path / name).name for name in FILES} | {*beside}
     if there and not (overwrite and there <= set(FILES)):
         hint = "it holds other files" if overwrite else "give another, or overwrite=True"
         raise FileExistsError(f"{path} is not empty: {hint}")
-    name = constructor if isinstance(constructor, str) else _name(constructor)
-    build = _resolve(name) if isinstance(constructor, str) else constructor
+    name = constructor if isinstance(constructor, str) else name_of(constructor)
+    build = resolve(name) if isinstance(constructor, str) else constructor
+    config = None
+    if takes_config(build):
+        config, more = config_of(small)
+        kwargs = {**more, **(kwargs or {})}
+        config = with_sizes_of(small, build, config, kwargs)
+        build = functools.partial(build_from_config, build, config)
     fresh = build(**(kwargs or {}))
     separate = has_attention(fresh) and any(isinstance(m, Attention) for m in small.modules())
     if separate:
@@ -142,9 +164,11 @@ def save(
     kept = units_of(small)
     if units is None and kept is not None:
         units = {gate: unit.to_dict() for gate, unit in kept.items()}
-    if units is not None:
-        text = json.dumps(units) + "\n"
-        writers["units.json"] = lambda file: file.write_text(text, encoding="utf-8")
+    texts: dict[str, Any] = {"units.json": units, CONFIG: config}
+    for file_name, content in texts.items():
+        if content is not None:
+            text = json.dumps(content, indent=2 if file_name == CONFIG else None) + "\n"
+            writers[file_name] = functools.partial(_write_text, text)
 
     def describe(checksums: Mapping[str, str]) -> str:
         return dataclasses.replace(description, checksums=checksums).to_json()
@@ -205,8 +229,10 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
         if type(found) is not type(module):
             raise ValueError(f"{name} builds a {type(module).__name__} at {layer!r}, not {found}")
         for attribute in SIZE_ATTRIBUTES:
-            if getattr(found, attribute, None) != getattr(module, attribute, None):
-                change[attribute] = getattr(found, attribute)
+            size = getattr(found, attribute, None)
+            # A module may have a method of this name, as models of transformers do.
+            if isinstance(size, int) and size != getattr(module, attribute, None):
+                change[attribute] = size
         if change:
             layers[layer] = change
     if here:
@@ -243,9 +269,13 @@ def _changed_buffers(small: nn.Module, fresh: nn.Module) -> dict[str, torch.Tens
     }
 
 
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, {"format": "pt"})  # as transformers expects
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"safetensors cannot hold this network: {first_line(error)}") from error
 
@@ -282,8 +312,8 @@ def load(
 
     Args:
         directory: the directory of the network.
-        constructor: what built the original network. Those of `pyro_sbp.networks` and
-            `torchvision.models` are found by their name; any other must be passed.
+        constructor: what built the original network. Those of `pyro_sbp.networks`, torchvision,
+            timm and transformers are found by their name; any other must be passed.
 
     Raises:
         ValueError: a file is missing or damaged, or the constructor is not among the trusted ones
@@ -308,18 +338,25 @@ def load(
             raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
         raise ValueError(f"{path} holds no whole saved network: {first_line(error)}") from error
     name = description.constructor
-    if constructor is None:
-        constructor = _trusted(name, description.kwargs)
-        if constructor is None:
-            raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
     try:
-        net = construct(constructor, description.kwargs, description.separate_attention)
+        constructor = constructor or trusted(name, description.kwargs)
+    except ImportError as error:
+        raise ValueError(
+            f"{path} was built by {name}, which cannot be imported: {first_line(error)}"
+        ) from error
+    if constructor is None:
+        raise ValueError(f"{path} was built by {name}: pass it as load(..., constructor=...)")
+    build = constructor
+    if takes_config(constructor):
+        build = functools.partial(build_from_config, constructor, _read_config(path, description))
+    try:
+        net = construct(build, description.kwargs, description.separate_attention)
         settle_lazy_layers(net, state)
         shapes = resize_layers(net, description, state)
         check_fit(net, description, state, shapes)
         fill(net, description, state)
     except Exception as error:  # a constructor may raise anything if its arguments are damaged
-        given = _name(constructor)
+        given = name_of(constructor)
         saved = "does not" if given == name else f"was saved from {name} and does not"
         raise ValueError(f"{path} {saved} fit {given}: {first_line(error)}") from error
     return net.eval()
@@ -343,6 +380,21 @@ def _read_tensors(path: Path, description: Description) -> dict[str, torch.Tenso
         raise ValueError(f"{file.name} is damaged: {damage(error)}") from error
 
 
+def _read_config(path: Path, description: Description) -> dict[str, Any]:
+    """The configuration of a model of transformers.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        file = file_sets.locate(path, CONFIG, (description.checksums or {}).get(CONFIG))
+        if file is None:
+            raise ValueError(f"{CONFIG} is missing")
+        return parse_config(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no whole saved network: {damage(error)}") from error
+
+
 def _state(
     tensors: Mapping[str, torch.Tensor], description: Description
 ) -> dict[str, torch.Tensor]:
@@ -353,8 +405,15 @@ def _state(
     return {**tensors, **{name: tensors[first] for name, first in description.same.items()}}
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
+def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None:
     """Load a state dict into a network, from a file of `torch.save` or safetensors.
+
+    Args:
+        net: the network, which is changed in place.
+        path: the file.
+        classes: the number of classes of the data. A layer with as many outputs, of which the file
+            has another number, keeps its initial values, and a `UserWarning` says so. None refuses
+            such a file.
 
     Raises:
         RequestError: the file cannot be read, holds no state dict, or one of another network, or
@@ -383,6 +442,11 @@ def load_weights(net: nn.Module, path: Path) -> None:
     for name, value in state.items():
         if name in own and own[name].is_floating_point() != value.is_floating_point():
             raise RequestError(f"{path} has {value.dtype} for {name!r}; expected {own[name].dtype}")
+    layer = None if classes is None else _other_classes(state, own, classes)
+    if layer is not None:
+        for name in own:
+            if name.rpartition(".")[0] == layer:
+                state = {**state, name: own[name]}
     try:
         net.load_state_dict(state)
     except Exception as error:  # damaged metadata of a state dict may raise anything
@@ -390,10 +454,16 @@ def load_weights(net: nn.Module, path: Path) -> None:
             raise RequestError(
                 f"{path} has the weights of a pruned network; expected those of the whole one"
             ) from error
-        lines = str(error).splitlines()
         raise RequestError(
-            f"{path} has the weights of another network: {lines[min(1, len(lines) - 1)].strip()}"
+            f"{path} has the weights of another network: "
+            f"{_differences(state, own) or first_line(error)}"
         ) from error
+    if layer is not None:
+        warnings.warn(
+            f"{path} has a layer {layer!r} of another number of classes than {classes}, so that "
+            "layer keeps its initial values",
+            stacklevel=2,
+        )
     # A buffer may be infinite on purpose, such as a mask.
     wrong = [name for name, value in net.named_parameters() if not bool(value.isfinite().all())]
     wrong += [name for name, value in net.named_buffers() if bool(value.isnan().any())]
@@ -401,25 +471,38 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise RequestError(f"{path} has values that are not finite, in {wrong[0]!r}")
 
 
-def _name(constructor: Callable[..., nn.Module]) -> str:
-    qualified = getattr(constructor, "__qualname__", type(constructor).__qualname__)
-    return f"{constructor.__module__}:{qualified}"
+def _other_classes(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], classes: int
+) -> str | None:
+    """The one layer that has an output for each class, where a file has other outputs; or None."""
+    others = [name for name in own if name in state and state[name].shape != own[name].shape]
+    layers = {name.rpartition(".")[0] for name in others}
+    fits = all(
+        state[name].ndim == own[name].ndim > 0
+        and len(own[name]) == classes
+        and state[name].shape[1:] == own[name].shape[1:]
+        for name in others
+    )
+    return layers.pop() if fits and len(layers) == 1 else None
 
 
-def _resolve(name: str) -> Callable[..., nn.Module]:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """In which tensors a state dict differs from that of a network, in one line; "" for none."""
+    parts = []
+    missing = [name for name in own if name not in state]
+    others = [name for name in state if name not in own]
+    shapes = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if shapes:
+        name = shapes[0]
+        parts.append(
+            f"{name!r} is {list(state[name].shape)}, not {list(own[name].shape)}{_more(shapes)}"
+        )
+    if missing:
+        parts.append(f"{missing[0]!r}{_more(missing)} is missing")
+    if others:
+        parts.append(f"{others[0]!r}{_more(others)} belongs to no layer")
+    return "; ".join(parts)
 
 
-def _trusted(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module] | None:
-    """A network of pyro_sbp or torchvision; None for any other, as a file must not name code."""
-    module, _, attribute = name.partition(":")
-    if module == "pyro_sbp.networks":
-        return getattr(networks, attribute) if attribute in networks.__all__ else None
-    downloads = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"} & set(kwargs)
-    if module.startswith("torchvision.models") and not downloads:
-        from torchvision.models import get_model_builder, list_models
-
-        if attribute in list_models():
-            return get_model_builder(attribute)
-    return None
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

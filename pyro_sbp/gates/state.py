@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -21,8 +22,6 @@ __all__ = ["State", "reachable", "undone"]
 
 #: Packages whose classes and functions keep nothing that belongs to one network.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "pyro", "pyro_sbp"})
-
-
 #: Dictionaries of a module whose contents belong to its state, or hold functions.
 _OF_MODULES = (
     *("_buffers", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
@@ -41,6 +40,21 @@ class _Attributes:
 
 def _of_library(thing: Any) -> bool:
     return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _LIBRARIES
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Whether a package is installed, and not code of the user. What it keeps in variables of its
+    modules and classes does not belong to one network."""
+    if package in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _of_user(thing: Any) -> bool:
+    """Whether a function or a class is code of the user."""
+    return not _is_installed((getattr(thing, "__module__", None) or "builtins").partition(".")[0])
 
 
 def _has_attributes(thing: Any) -> bool:
@@ -66,7 +80,7 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
             continue
         value = function.__globals__[name]
         if isinstance(value, FunctionType):
-            if not _of_library(value):
+            if _of_user(value):
                 yield name, value
         elif _is_state(value):
             yield name, value
@@ -81,7 +95,7 @@ def _is_state(value: Any) -> bool:
 def _of_classes(module: nn.Module) -> Iterator[Any]:
     """What the classes of a module hold for all of its instances, and their methods."""
     for cls in type(module).__mro__:
-        if not _of_library(cls):
+        if _of_user(cls):
             for value in vars(cls).values():
                 if isinstance(value, FunctionType | Tensor | list | dict | set | deque):
                     yield value
@@ -92,7 +106,7 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
     if isinstance(thing, Tensor | str | bytes | int | float | type(None)):
         return
     if isinstance(thing, dict):
-        yield from thing.values()
+        yield from dict.values(thing)  # subclasses may make something of a value
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing
     elif isinstance(thing, MethodType):
@@ -101,14 +115,14 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, FunctionType):
-        if functions:
+        if functions and _of_user(thing):
             yield from (cell.cell_contents for cell in thing.__closure__ or () if _full(cell))
             yield from thing.__defaults__ or ()
             yield from (thing.__kwdefaults__ or {}).values()
             yield from (value for _, value in _globals_of(thing))
     elif isinstance(thing, nn.Module):
         kept = vars(thing)
-        yield from (kept[name] for name in _OF_MODULES if kept.get(name))
+        yield from (kept[n] for n in _OF_MODULES if kept.get(n) or n == "_buffers")
         yield _Attributes(thing)
         if functions:
             yield from _of_classes(thing)
@@ -173,10 +187,10 @@ class State:
         elif isinstance(thing, _Attributes):
             self._record(thing.content)
         elif isinstance(thing, dict):
-            self._containers.append((thing, dict(thing), _ids(thing)))
+            self._containers.append((thing, dict(dict.items(thing)), _ids(thing)))
         elif isinstance(thing, list | set | deque):
             self._containers.append((thing, list(thing), _ids(thing)))
-        elif isinstance(thing, FunctionType):
+        elif isinstance(thing, FunctionType) and _of_user(thing):
             for cell in thing.__closure__ or ():
                 if _full(cell):
                     self._cells.append((cell, cell.cell_contents))
@@ -210,7 +224,8 @@ class State:
 
 def _ids(container: Any) -> list[int]:
     """What a dictionary, a list, a set or a queue holds, by identity."""
-    return [*map(id, container.values() if isinstance(container, dict) else container)]
+    # Of a lazy dictionary, such as that of an installed package, nothing is loaded.
+    return [*map(id, dict.values(container) if isinstance(container, dict) else container)]
 
 
 @contextmanager

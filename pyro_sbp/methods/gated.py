@@ -28,6 +28,7 @@ from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, copied,
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_prior
 from pyro_sbp.models.sites import scales_of
+from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import check_prior, guide_scores, scores
@@ -245,7 +246,7 @@ class GatedMethod(Method[G]):
         *,
         criterion: str | None = None,
         threshold: float | None = None,
-        macs_ratio: float | None = None,
+        budget: Budget | None = None,
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
@@ -257,8 +258,8 @@ class GatedMethod(Method[G]):
         """
         rule = self.recipe.rule(criterion)
         criterion = rule.criterion.name
-        check_settings(criterion, threshold, macs_ratio, round_to, min_units)
-        if threshold is None and macs_ratio is None:
+        check_settings(criterion, threshold, budget, round_to, min_units)
+        if threshold is None and budget is None:
             threshold = rule.threshold
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
@@ -277,7 +278,7 @@ class GatedMethod(Method[G]):
             self.example_input,
             criterion=criterion,
             threshold=threshold,
-            macs_ratio=macs_ratio,
+            budget=budget,
             round_to=round_to,
             min_units=min_units,
             dense=self.net,

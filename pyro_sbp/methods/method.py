@@ -12,6 +12,7 @@ from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import Units
 from pyro_sbp.methods.phase import Phase, Predict
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
+from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.exactness import Equivalence
 from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.recipes.settings import Recipe
@@ -98,7 +99,7 @@ class Method(ABC, Generic[R]):
         *,
         criterion: str | None = None,
         threshold: float | None = None,
-        macs_ratio: float | None = None,
+        budget: Budget | None = None,
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
@@ -106,7 +107,7 @@ class Method(ABC, Generic[R]):
 
         Args:
             criterion: what decides; by default the recipe's criterion.
-            threshold, macs_ratio, round_to, min_units: what to keep, as for `choose_units`. Without
+            threshold, budget, round_to, min_units: what to keep, as for `choose_units`. Without
                 the first two, the threshold is that of `Recipe.rule`.
 
         Raises:

@@ -106,7 +106,8 @@ def _hold_zeros(net: nn.Module) -> list[Any]:
     Vectors are excluded, because many of them start at zero, such as biases and the gains of
     residual branches.
     """
-    matrices = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+    trained = (p for p in net.parameters() if p.ndim > 1 and p.requires_grad)
+    matrices = [(p, p.detach() != 0) for p in trained]
     return [
         p.register_hook(lambda grad, mask=mask: grad * mask)
         for p, mask in matrices

@@ -15,7 +15,8 @@ from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, noise_groups, rising_kl
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
-from pyro_sbp.pruning.choosing import check_settings, least_level
+from pyro_sbp.pruning.budgets import Budget, Candidates, find_level
+from pyro_sbp.pruning.choosing import check_settings
 from pyro_sbp.pruning.sparsity import (
     KeptWeights,
     needed_units,
@@ -56,17 +57,17 @@ class SparseVD(Method[SparseVDRecipe]):
         *,
         criterion: str | None = None,
         threshold: float | None = None,
-        macs_ratio: float | None = None,
+        budget: Budget | None = None,
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
         """Make a smaller network from the weights with a signal-to-noise ratio of `threshold` or
-        more, or of the lowest threshold that gives `macs_ratio` times fewer MACs. The other
-        arguments are those of `choose_units`."""
+        more, or of the threshold that meets a budget. The other arguments are those of
+        `choose_units`."""
         rule = self.recipe.rule(criterion)
-        check_settings(rule.criterion.name, threshold, macs_ratio, round_to, min_units)
+        check_settings(rule.criterion.name, threshold, budget, round_to, min_units)
         snr = self.guide.snr()
-        if macs_ratio is None:
+        if budget is None:
             level = rule.threshold if threshold is None else threshold
         else:
             levels = torch.cat([value.flatten() for value in snr.values()]).unique()
@@ -74,9 +75,14 @@ class SparseVD(Method[SparseVDRecipe]):
             def units_at(level: float) -> dict[str, Units]:
                 return remaining_units(self.net, self.gates, snr, level, round_to, min_units)
 
-            level = least_level(
-                self.net, self.gates, self.example_input, levels, macs_ratio, units_at
+            def network_at(level: float) -> nn.Module:
+                x = self.example_input
+                return shrink_sparse(self.net, self.gates, snr, x, level, round_to, min_units).small
+
+            candidates = Candidates(
+                self.net, self.gates, self.example_input, levels, units_at, network_at, self.net
             )
+            level = find_level(candidates, budget)
         self.cut(level, round_to, min_units)
 
     def cut(self, level: float, round_to: int = 1, min_units: int = 1) -> None:

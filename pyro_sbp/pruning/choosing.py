@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.copies import copy_network, to_precision, without_idle_hooks
 from pyro_sbp.gates.folding import Gate
-from pyro_sbp.gates.nested import convert, same
+from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.surgery import (
     Units,
-    cut,
     readable,
+    shrink,
     surviving_units,
 )
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.site_statistics import check_statistics
+from pyro_sbp.pruning.budgets import Budget, Candidates, find_level
 from pyro_sbp.pruning.criteria import guide_scores
-from pyro_sbp.pruning.macs import count_macs
-from pyro_sbp.recipes.criteria import CRITERIA, Criterion, find_criterion
+from pyro_sbp.recipes.criteria import find_criterion
 
 __all__ = [
     "Choice",
@@ -31,7 +30,6 @@ __all__ = [
     "check_threshold",
     "choose_units",
     "held_gates",
-    "least_level",
     "masked_mean",
     "nothing_reaches",
 ]
@@ -46,7 +44,7 @@ def check_threshold(threshold: float, criterion: str = "snr") -> None:
 def check_settings(
     criterion: str,
     threshold: float | None,
-    macs_ratio: float | None,
+    budget: Budget | None,
     round_to: int,
     min_units: int,
 ) -> None:
@@ -55,12 +53,11 @@ def check_settings(
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
-    if threshold is not None and macs_ratio is not None:
-        raise ValueError("give a threshold or a macs_ratio, not both")
+    if threshold is not None and budget is not None:
+        raise ValueError(f"give a threshold or a {budget.name}, not both")
     if threshold is not None:
         check_threshold(threshold, criterion)
-    if macs_ratio is not None:
-        _check_number("macs_ratio", macs_ratio)
+    if budget is not None:
         found.check_budget()
 
 
@@ -119,7 +116,7 @@ def choose_units(
     *,
     criterion: str = "snr",
     threshold: float | None = None,
-    macs_ratio: float | None = None,
+    budget: Budget | None = None,
     round_to: int = 1,
     min_units: int = 1,
     dense: nn.Module | None = None,
@@ -134,8 +131,7 @@ def choose_units(
         criterion: what the scores are, "snr", "bmrs-n" or "bmrs-u" (`pyro_sbp.pruning.criteria`).
         threshold: units with score >= threshold are kept; by default, without a budget, 1 for "snr"
             and 0.919 for the others.
-        macs_ratio: instead of the threshold, keep as much as leaves the network with at least this
-            many times fewer MACs.
+        budget: instead of a threshold, the condition that the smaller network has to meet.
         round_to: every gate keeps a multiple of this many units: of those under the threshold, the
             best stay. A gate of fewer keeps all.
         min_units: every gate keeps at least this many units, its best ones, also where no unit of
@@ -143,14 +139,14 @@ def choose_units(
             features that are flattened from them), the units of the later gate are the best of
             those that the earlier one still reaches. With 0 a gate may lose all, and a residual
             branch with it all that it adds but a constant; one column of zeros stays for the shape.
-        dense: the network whose MACs a budget counts from, where `net` was cut before.
+        dense: the network with which a budget compares, where `net` was cut before.
 
     Raises:
         ValueError: there is no such criterion, a setting is out of range, the threshold removes
             every unit of every gate and `min_units` is 0, the criterion does not rank units and
             there is a budget, or the budget cannot be met; the message says what can.
     """
-    check_settings(criterion, threshold, macs_ratio, round_to, min_units)
+    check_settings(criterion, threshold, budget, round_to, min_units)
     scale = find_criterion(criterion)
     threshold = scale.threshold if threshold is None else threshold
     if not gates:
@@ -169,17 +165,29 @@ def choose_units(
         units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=score)
         return Choice(theta, units, level, held)
 
-    if macs_ratio is None:
+    if budget is None:
         if threshold > float(levels[-1]) and not min_units:
             raise ValueError(
                 f"threshold {threshold:g} with min_units 0 removes every unit of every gate; "
                 f"the largest {scale.title} is {float(levels[-1]):.4g}"
             )
         return chosen(threshold)
-    units_at = lambda level: chosen(level).units  # noqa: E731
-    return chosen(
-        least_level(net, gates, example_input, levels, macs_ratio, units_at, dense, scale)
+
+    def network_at(level: float) -> nn.Module:
+        choice = chosen(level)
+        return shrink(net, gates, choice.theta, example_input, choice.units)
+
+    candidates = Candidates(
+        net,
+        gates,
+        example_input,
+        levels,
+        lambda level: chosen(level).units,
+        network_at,
+        net if dense is None else dense,
+        scale,
     )
+    return chosen(find_level(candidates, budget))
 
 
 def held_gates(score: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
@@ -196,49 +204,6 @@ def nothing_reaches(
         f"no {element} reaches the threshold {threshold:g}, so next to nothing is left of the "
         f"network; the largest {find_criterion(criterion).title} is {largest:.4g}"
     )
-
-
-def least_level(
-    net: nn.Module,
-    gates: Sequence[Gate],
-    example_input: Any,
-    levels: Tensor,
-    macs_ratio: float,
-    units_at: Callable[[float], Mapping[str, Units]],
-    dense: nn.Module | None = None,
-    criterion: Criterion = CRITERIA["snr"],
-) -> float:
-    """The lowest threshold at which a network has so many times fewer MACs.
-
-    Args:
-        net, gates, example_input: the network.
-        levels: the thresholds that make a difference, rising.
-        macs_ratio: how many times fewer.
-        units_at: from a threshold to what remains of the units.
-        dense: the network whose MACs count, where `net` was cut before.
-        criterion: what the thresholds are on.
-
-    Raises:
-        ValueError: the ratio is under 1 or not met by the highest threshold.
-    """
-    if not 1 <= macs_ratio < float("inf"):
-        raise ValueError(f"macs_ratio is {macs_ratio}; expected a number >= 1")
-    ratio = _macs_ratios(net, gates, example_input, dense)
-    most = ratio(units_at(float(levels[-1])))
-    if most < macs_ratio:
-        raise ValueError(
-            f"macs_ratio {macs_ratio:g} cannot be met: with a threshold at the largest "
-            f"{criterion.title}, {float(levels[-1]):.4g}, the network has {most:.2f} times "
-            "fewer MACs"
-        )
-    low, high = 0, len(levels) - 1  # the answer is at most at high
-    while low < high:
-        middle = (low + high) // 2
-        if ratio(units_at(float(levels[middle]))) >= macs_ratio:
-            high = middle
-        else:
-            low = middle + 1
-    return float(levels[high])
 
 
 def _bring_back(
@@ -340,29 +305,3 @@ def _bring_back_jointly(
             bring_back(gate, unit)
             changed, count = True, int(kept([])[gate.name].sum())
     return changed
-
-
-def _macs_ratios(
-    net: nn.Module, gates: Sequence[Gate], example_input: Any, whole: nn.Module | None
-) -> Callable[[Mapping[str, Units]], float]:
-    """From what remains of the units to how many times fewer MACs, counted without computing."""
-    device, plain = torch.device("meta"), without_idle_hooks(net, example_input)
-    while True:
-        shape = to_precision(copy_network(plain).to(device), torch.float32)
-        x = convert(example_input, torch.float32, device)
-        try:
-            dense = count_macs(shape, x)
-            if whole is not None:
-                dense = count_macs(to_precision(copy_network(whole).to(device), torch.float32), x)
-            break
-        except Exception:  # some networks need numbers to be called
-            if device.type == "cpu":
-                raise
-            device = torch.device("cpu")
-
-    def ratio(units: Mapping[str, Units]) -> float:
-        small = copy_network(shape)
-        cut(small, gates, units)
-        return dense / count_macs(small, x)
-
-    return ratio

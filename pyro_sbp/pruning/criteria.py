@@ -112,11 +112,11 @@ def guide_scores(guide: Any, criterion: str = "snr") -> dict[str, Tensor]:
 
 
 def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -> None:
-    """Raise ValueError where a unit that falls to its prior would not be under a threshold.
+    """Raise ValueError if a unit whose posterior equals its prior would reach the threshold.
 
     Args:
         scale: the `prior_scale` of `GatedModel`.
-        threshold, criterion: by which units are kept.
+        threshold, criterion: what decides which units are kept.
     """
     if scale is None:
         return

@@ -1,4 +1,4 @@
-"""Smaller networks that are compared with the masked network they come from."""
+"""Cutting of networks, with a comparison of the result and the masked network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class EquivalenceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Equivalence:
-    """How far a pruned network is from the masked one.
+    """The difference of a pruned network from the masked one.
 
     Attributes:
         max_rel_diff_float64: the `relative_difference` of their outputs in float64.
@@ -67,23 +67,25 @@ def checked_shrink(
     units: Mapping[str, Units] | None = None,
     reference: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, Equivalence]:
-    """Shrink a network and compare the result with the masked network, without using `fold` there.
+    """Shrink a network, and compare the result with the masked network.
 
-    The work is done in float64, and the checked weights are those of the returned network.
+    The masked network multiplies activations by theta, so the comparison does not rely on the
+    folding of theta into weights. Cutting and comparison are done in float64, and the weights that
+    were compared are those of the returned network.
 
     Args:
         net, gates, theta, example_input, units: as for `shrink`.
-        reference: the theta of the masked network, if it is another one: that of no gate where
-            the units that theta removes are not read anyway.
+        reference: the theta of the masked network, if it differs from `theta`. It is empty if no
+            layer reads the units that theta removes.
 
     Returns:
-        The smaller network, and how far it is from the masked one.
+        The smaller network, and its difference from the masked one.
 
     Raises:
         EquivalenceError: the `relative_difference` of their outputs in float64 is more than 1e-10.
     """
     reference = theta if reference is None else reference
-    # One copy after the other, so that there are never many of them at a time.
+    # The copies are made one after the other, which needs less memory.
     with torch.no_grad():
         net_eval = copy_network(without_idle_hooks(net, example_input)).eval()
         own = torch.get_default_dtype()
@@ -121,12 +123,13 @@ def checked_shrink(
 
 
 def _masked(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], x: Any) -> Any:
-    """The network with its activations multiplied: a row for all examples, so nothing folds."""
+    """The output with activations multiplied by theta. A row of theta is used for all examples, so
+    that it is not folded into weights."""
     return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference of two tensors; one that is NaN counts as 0."""
+    """The largest absolute difference of two tensors; NaN counts as 0."""
     wide = torch.complex128 if a.is_complex() else torch.float64
     differences = (a.to(wide) - b.to(wide)).abs().nan_to_num()
     return float(differences.max()) if differences.numel() else 0.0

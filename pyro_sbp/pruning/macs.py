@@ -32,9 +32,9 @@ __all__ = [
 def unfused() -> Iterator[None]:
     """Inside, torch runs attention and recurrent layers as separate matrix products.
 
-    By default torch may run a whole attention, transformer layer or LSTM as one operation, in
-    which no counter sees the products. Which of them it does so depends on the device, the dtype
-    and the mode. The settings are restored at the end.
+    By default torch can run a whole attention, transformer layer or LSTM as one operation, whose
+    products are not counted. Whether it does depends on the device, the dtype and the mode. The
+    settings are restored at the end.
     """
     mkldnn: Any = torch.backends.mkldnn
     cudnn: Any = torch.backends.cudnn
@@ -69,7 +69,7 @@ _FORMULAS = {
     torch.ops.aten.vdot: _vector_flops,
     torch.ops.aten.addmv: _added_flops,
     torch.ops.aten.addbmm: _added_flops,
-    # A network may ask for this kernel by itself, within `sdpa_kernel` of its own.
+    # A network can select this kernel by its own `sdpa_kernel`.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 
@@ -96,22 +96,22 @@ def count_macs(net: nn.Module, example_input: Any) -> int:
 
 
 def count_parameters(net: nn.Module) -> int:
-    """How many numbers the network's parameters hold."""
+    """The number of elements of all parameters."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
 def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
-    """MACs in one call and parameters of every layer that has weights of its own.
+    """MACs in one call and parameters of every layer that has parameters of its own.
 
-    A layer counts what runs in itself, not in the modules that it calls.
+    Operations count for the innermost module that runs them.
 
     Args:
         net, example_input: as for `count_macs`.
 
     Returns:
-        From a layer's name to its MACs and its parameters, in the order of the network. What is
-        counted outside of these layers, such as the products of separated attention, has the
-        name "". A parameter that two layers share counts for the first. The sums are those of
+        From the name of a layer to its MACs and its parameters, in the order of the network.
+        Operations outside of these layers, such as the products of separated attention, have the
+        name "". A parameter that two layers share counts for the first one. The sums are those of
         `count_macs` and `count_parameters`.
     """
     counter = _counter()
@@ -130,8 +130,7 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
         new = [p for p in module.parameters(False) if id(p) not in seen]
         if layer and any(True for _ in module.parameters(False)):
             seen.update(map(id, new))
-            # The first input's selection of a pruned layer wraps it: it is still the layer of
-            # that name.
+            # A `Select` before a pruned layer wraps it, but the layer keeps its name.
             costs[original_name(net, layer)] = macs.pop(layer, 0), sum(p.numel() for p in new)
     rest = sum(macs.values()), count_parameters(net) - sum(count for _, count in costs.values())
     return costs if rest == (0, 0) else {**costs, "": rest}
@@ -139,11 +138,11 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
 
 @contextmanager
 def by_module(net: nn.Module, total: Callable[[], int]) -> Iterator[Counter[str]]:
-    """Inside, add up by how much `total` grows in each module while the network is called.
+    """Inside, attribute the growth of `total` to the modules of a network that is called.
 
     Yields:
-        From the name of a module to what was added while it was the innermost one that was being
-        called; "" outside of all of them. Complete once the block has ended.
+        From the name of a module to the growth while it was the innermost module being called; ""
+        for the growth outside of all modules. It is complete after the block.
     """
     found, inside, before = Counter[str](), [""], total()
 
@@ -169,7 +168,7 @@ def by_module(net: nn.Module, total: Callable[[], int]) -> Iterator[Counter[str]
 
 
 def original_name(net: nn.Module, layer: str) -> str:
-    """What a layer was called before a cut put a `Select` before it: ``fc1`` for ``fc1.layer``."""
+    """The name of a layer before a cut put a `Select` before it: ``fc1`` for ``fc1.layer``."""
     parent, _, leaf = layer.rpartition(".")
     selects = isinstance(getattr(net.get_submodule(parent), "select", None), Select)
     return parent if leaf == "layer" and selects else layer

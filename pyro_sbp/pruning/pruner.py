@@ -196,7 +196,8 @@ class Pruner:
             ValueError, EquivalenceError: as `pyro_sbp.prune`.
         """
         self.detach()
-        if not {"threshold", "macs_ratio", "criterion"} & what.keys():
+        decided = {"threshold", "macs_ratio", "parameters_ratio", "budget", "criterion"}
+        if not decided & what.keys():
             what["threshold"] = self.threshold
         return prune(self.model, self.guide, self.example_input, **what)
 

@@ -11,6 +11,7 @@ from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.site_statistics import check_statistics
+from pyro_sbp.pruning.budgets import Budget, ratio_budget
 from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
 from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.exactness import checked_shrink
@@ -26,6 +27,8 @@ def prune(
     *,
     criterion: str = "snr",
     macs_ratio: float | None = None,
+    parameters_ratio: float | None = None,
+    budget: Budget | None = None,
     round_to: int = 1,
     min_units: int = 1,
 ) -> nn.Module:
@@ -39,7 +42,10 @@ def prune(
         guide: its posterior.
         example_input: an input of the network, on which the result is compared with the masked
             network.
-        threshold, criterion, macs_ratio, round_to, min_units: what to keep, as for `choose_units`.
+        threshold, criterion, round_to, min_units: what to keep, as for `choose_units`.
+        macs_ratio, parameters_ratio: instead of a threshold, keep as much as leaves the network
+            with at least this many times fewer MACs, or parameters.
+        budget: any other condition on the network, such as `Speedup` or `MaxErrorIncrease`.
 
     Returns:
         A plain network with E[theta] folded into its weights, in the training mode of the original.
@@ -53,6 +59,9 @@ def prune(
             than 1e-10 in float64.
     """
     check_statistics(guide)
+    ratio = ratio_budget(macs_ratio, parameters_ratio)
+    if budget is not None and ratio is not None:
+        raise ValueError(f"give a budget or a {ratio.name}, not both")
     net, gates = model.gated.net, model.gates
     score = guide_scores(guide, criterion)
     choice = choose_units(
@@ -63,7 +72,7 @@ def prune(
         example_input,
         criterion=criterion,
         threshold=threshold,
-        macs_ratio=macs_ratio,
+        budget=ratio if budget is None else budget,
         round_to=round_to,
         min_units=min_units,
     )

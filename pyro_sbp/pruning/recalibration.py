@@ -1,4 +1,4 @@
-"""Batch norm statistics measured again, for a network whose activations have changed."""
+"""Measurement of batch norm statistics for a network whose activations have changed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["recalibrate_batch_norm"]
 def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     """Set the running statistics of batch norms to their mean over batches, in place.
 
-    Pruning changes what a batch norm sees; its running statistics are still those of the network
-    with noise. Weights are not touched. A network without batch norm stays as it is, and no batch
-    is taken.
+    Pruning changes the inputs of batch norms, but their running statistics are still those of the
+    network with noise. Weights are not changed. For a network without batch norm, nothing is done
+    and no batch is read.
 
     Args:
         net: the network.
-        batches: inputs of it; each counts the same.
+        batches: inputs of the network; all batches have the same weight.
 
     Raises:
         ValueError: there is no batch.

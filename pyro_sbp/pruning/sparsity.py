@@ -1,4 +1,4 @@
-"""From weights to keep to a smaller network: which units it still needs, and without the others."""
+"""Pruning of single weights, and removal of the units that no remaining weight reads."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ THRESHOLD = math.exp(-1.5)
 
 @dataclass(frozen=True)
 class KeptWeights:
-    """The single weights that are kept.
+    """The number of weights that are kept.
 
     Attributes:
-        layers: for every layer with noise, its weights that are kept, and all of them.
-        kept: the weights that are kept, with those of layers without noise.
-        total: all weights.
+        layers: for every layer with noise, the number of its kept weights and of all its weights.
+        kept: the number of kept weights, including all weights of layers without noise.
+        total: the number of all weights.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -52,29 +52,30 @@ class KeptWeights:
 
     @classmethod
     def of(cls, layers: Mapping[str, tuple[int, int]], total: int) -> KeptWeights:
-        """Those of a network that has `total` weights in all."""
+        """The counts of a network that has `total` weights."""
         kept, noisy = (sum(counts) for counts in zip(*layers.values(), strict=True))
         return cls(layers, kept + total - noisy, total)
 
     @property
     def compression(self) -> float | None:
-        """All weights over those that are kept, as the paper counts it; None where none is kept."""
+        """All weights over kept weights, as in the paper; None if no weight is kept."""
         return self.total / self.kept if self.kept else None
 
 
 def needed_units(
     net: nn.Module, gates: Sequence[Gate], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The units of every gate that some weight reads, to a fixed point.
+    """The units of every gate that some weight reads.
 
-    A unit whose columns are empty is read by nobody: to remove it changes nothing. The rows that
-    made it go with it, and with them the last readers of other units.
+    If all weights in the columns of a unit are zero, no layer reads the unit, and removing it
+    changes nothing. The rows that compute the unit are then removed too. These rows may be the last
+    readers of other units, so the computation is repeated until nothing changes.
 
     Args:
         net: the network.
         gates: its gates, from `find_gates`.
-        masks: from layer to a bool tensor of its weight's shape, False where the weight is zero; a
-            layer that is not named has none that is.
+        masks: from layer name to a bool tensor of the shape of its weight, False where the weight
+            is zero. A layer that is not named has no zeros.
 
     Returns:
         From gate name to a float tensor ``[units]``, the theta for `shrink`: 1 for a unit that is
@@ -98,7 +99,7 @@ def needed_units(
             return theta
         theta = new
         for gate in gates:
-            # What writes a unit that is gone is gone.
+            # The rows that compute a removed unit are removed.
             for span in gate.writers:
                 if span.layer in masks:
                     alive = theta[gate.name][span.units.clamp(min=0)].bool() | (span.units < 0)
@@ -114,14 +115,14 @@ def remaining_units(
     round_to: int = 1,
     min_units: int = 1,
 ) -> dict[str, Units]:
-    """What remains of every gate's units if weights under a threshold are zero.
+    """The units of every gate that remain if weights under a threshold are set to zero.
 
     Args:
         net, gates: the network.
         snr: the signal-to-noise ratio of every weight, by layer.
-        threshold: the least ratio of a weight that is kept.
-        round_to, min_units: as for `choose_units`. Units that have to remain besides those needed
-            are columns of zeros, as their weights are.
+        threshold: the smallest signal-to-noise ratio of a weight that is kept.
+        round_to, min_units: as for `choose_units`. Units that remain only for these settings are
+            columns of zeros.
     """
     masks = {name: value >= threshold for name, value in snr.items()}
     return surviving_units(
@@ -134,13 +135,14 @@ def remaining_units(
 
 
 class Sparse(NamedTuple):
-    """A network of sparse weights, smaller by the units that nobody reads.
+    """A network with sparse weights, without the units that no weight reads.
 
     Attributes:
         small: the network.
-        equivalence: how far it is from the network with its weights under the threshold zero.
-        units: what remains of every gate.
-        kept: how many weights of every layer reach the threshold, and of how many.
+        equivalence: its difference from the original network with the weights under the threshold
+            set to zero.
+        units: the remaining units of every gate.
+        kept: for every layer, the number of weights that reach the threshold and of all weights.
     """
 
     small: nn.Module
@@ -158,7 +160,7 @@ def shrink_sparse(
     round_to: int = 1,
     min_units: int = 1,
 ) -> Sparse:
-    """Put weights under a threshold to zero, and remove the units that no other weight reads.
+    """Set weights under a threshold to zero, and remove the units that no other weight reads.
 
     Args:
         net: the network; it is not changed.
@@ -166,7 +168,7 @@ def shrink_sparse(
         example_input: an input of the network, on which the result is compared with `net`.
 
     Raises:
-        EquivalenceError: the result differs from the network with these weights zero.
+        EquivalenceError: the result differs from the network with these weights set to zero.
     """
     units = remaining_units(net, gates, snr, threshold, round_to, min_units)
     sparse, kept = copy_network(net), {}
@@ -177,7 +179,7 @@ def shrink_sparse(
             kept[name] = (int(mask.sum()), mask.numel())
     like = next(sparse.parameters())
     theta = {name: unit.kept.to(like) for name, unit in units.items()}
-    # Not compared with what theta masks, which removes the same units.
+    # The reference is the sparse network without a mask, in which no layer reads these units.
     small, equivalence = checked_shrink(sparse, gates, theta, example_input, units, reference={})
     return Sparse(small, equivalence, units, kept)
 
@@ -189,26 +191,28 @@ def prune_weights(
     threshold: float = THRESHOLD,
     input_features: Sequence[str] = (),
 ) -> nn.Module:
-    """Make the smaller network that the posterior of weights asks for (arXiv 1701.05369).
+    """Prune single weights by their posterior (Molchanov et al. 2017, arXiv 1701.05369).
 
-    Weights under the threshold are zero, and units that no other weight reads are removed. If no
-    weight reaches the threshold, all are zero, and a `UserWarning` says so.
+    Weights under the threshold are set to zero, and units that no other weight reads are removed.
+    If no weight reaches the threshold, all weights with noise are set to zero, with a
+    `UserWarning`.
 
     Args:
         model: the network with noise on its weights.
         guide: its posterior.
         example_input: a batch of the network's inputs.
-        threshold: the least signal-to-noise ratio of a weight; by default that of log alpha = 3.
-        input_features: dense layers that may lose single input features, as for `find_gates`.
+        threshold: the smallest signal-to-noise ratio of a weight that is kept; by default that of
+            log alpha = 3.
+        input_features: dense layers whose input features can be removed, as for `find_gates`.
 
     Returns:
-        A plain network, in the training mode of the original. Its attribute `units` says what
-        became of the units of every gate, as of `prune`.
+        A plain network, in the training mode of the original. Its attribute `units` lists the kept
+        units of every gate, as for `prune`.
 
     Raises:
         ValueError: the threshold is negative or not finite.
         EquivalenceError: the `relative_difference` of the result from the network with these
-            weights zero is more than 1e-10 in float64.
+            weights set to zero is more than 1e-10 in float64.
     """
     check_threshold(threshold)
     net = model.noisy.net

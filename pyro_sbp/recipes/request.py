@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes.settings import RECIPE_CLASSES, STRICT, Recipe, refusing
@@ -17,6 +18,13 @@ __all__ = ["PRECISIONS", "Precision", "Request"]
 #: Mixed: parameters are float32, the network's matrix products bfloat16.
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+class PixelStatistics(TypedDict):
+    """The mean and the standard deviation of pixels in [0, 1], by channel."""
+
+    mean: list[float]
+    std: list[float]
 
 
 @refusing
@@ -35,6 +43,10 @@ class Request:
         devices: the number of processes.
         precision: one of `PRECISIONS`.
         channels_last: whether images have the channels-last memory format.
+        image_size: height and width to which images are resized; None for those of the
+            architecture or of the data.
+        standardize_by: what images are standardised by, such as the statistics that the weights
+            were trained with; None leaves it to the recipe.
 
     Raises:
         RequestError: a value has a wrong type or is out of its bounds.
@@ -50,6 +62,8 @@ class Request:
     devices: Annotated[int, Field(ge=1)] = 1
     precision: Precision = "32-true"
     channels_last: bool = False
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    standardize_by: PixelStatistics | None = None
 
     @property
     def method(self) -> str:

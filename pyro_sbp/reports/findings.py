@@ -89,7 +89,7 @@ def _sweep(run: Run, data_dir: Path | None, criterion: str | None) -> list[dict[
     request = run.request
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("the run was made on a CUDA device, and there is none on this machine")
-    size = find_architecture(request.arch).image_size
+    size = request.image_size or find_architecture(request.arch).image_size
     data_dir = Path(request.data_dir) if data_dir is None else data_dir
     check_dataset(request.dataset, data_dir, download=False)
     data = load_dataset(request.dataset, data_dir, size, device=request.device)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyro
 import torch
+from torch import nn
 
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
+from pyro_sbp.pruning.budgets import Budget, MaxErrorIncrease
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.devices import launch
@@ -26,33 +29,94 @@ __all__ = ["prune_again", "replayed", "sweep"]
 
 @workers_watched()
 def prune_again(
-    request: Request, data: ImageData, directory: Path, target: Path, **settings: Any
+    request: Request,
+    data: ImageData,
+    directory: Path,
+    target: Path,
+    *,
+    max_error_increase: float | None = None,
+    finetune_epochs: int = 0,
+    distill: float | None = None,
+    budget: Budget | None = None,
+    tell: Callable[[str], object] = print,
+    **settings: Any,
 ) -> Summary:
-    """Prune a finished run again with other settings, without fine-tuning.
+    """Prune a finished run again with other settings.
 
     Args:
         request, data, directory: of the run, as for `train`.
         target: where the network is saved; it must not exist.
+        max_error_increase: the smallest network whose error on the images reserved for validation
+            is at most this many percentage points over that of the dense network, before
+            fine-tuning.
+        finetune_epochs: epochs of fine-tuning of the result, with the run's other settings.
+        distill: the temperature of soft labels for these epochs; by default the recipe's.
+        budget: any other budget.
+        tell: called with a line that says what was measured for a budget.
         settings: what to keep, as for `Method.prune`.
 
     Returns:
         The summary that `train` would return for this network.
 
     Raises:
-        RequestError: the run has no complete checkpoint, or `choose_units` does not accept the
-            settings.
+        RequestError: the run has no complete checkpoint, no images for validation where an error is
+            to be measured, or `choose_units` does not accept the settings.
     """
-    with replayed(request, data, directory) as (job, loop):
+    with replayed(request, data, directory) as (job, loop), TemporaryDirectory() as other:
+        if max_error_increase is not None:
+            budget = _error_budget(max_error_increase, job, loop)
         try:
-            job.method.prune(**settings)
+            job.method.prune(budget=budget, **settings)
         except ValueError as error:
             raise RequestError(str(error)) from error
+        if budget is not None:
+            tell(_measured(budget))
         loop.recalibrate()
         loop.measure("pruned", job.method.small)
         for split in loop.errors:
             loop.errors[split].pop("finetuned", None)
             loop.calibration[split].pop("finetuned", None)
-    return write_result(job, loop, target)
+        if finetune_epochs:
+            loop.directory = Path(other)  # of metrics and checkpoints that nobody resumes from
+            recipe = job.method.recipe.replace(finetune_epochs=finetune_epochs)
+            if distill is not None:
+                recipe = recipe.replace(distill=distill)
+            job.method.recipe = loop.recipe = recipe
+            torch.manual_seed(request.seed)
+            loop.order.manual_seed(request.seed)
+            loop.train(job.method.finetuning())
+            loop.measure("finetuned", job.method.small)
+        return write_result(job, loop, target)
+
+
+def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
+    """The budget of an error on the images reserved for validation."""
+    if job.data.validation is None:
+        raise RequestError(
+            "max_error_increase is measured on images that are reserved for validation, and this "
+            "run has none; train with --set holdout=5000, or give another budget"
+        )
+    dense = loop.errors["validation"].get("dense")
+    if dense is None:
+        raise RequestError(
+            "max_error_increase is relative to the error of the dense network, and this run "
+            "trained none; give another budget"
+        )
+
+    def error(net: nn.Module) -> float:
+        loop.recalibrate(net)
+        return loop.evaluate(net, job.data.validation).error
+
+    try:
+        return MaxErrorIncrease(target, error, dense)
+    except ValueError as wrong:
+        raise RequestError(str(wrong)) from wrong
+
+
+def _measured(budget: Budget) -> str:
+    """What was measured to meet a budget, in a line."""
+    found = budget.describe(budget.measured[budget.level])
+    return f"{len(budget.measured)} networks compared: {found}"
 
 
 @workers_watched()

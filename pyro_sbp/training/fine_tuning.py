@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
-from contextlib import ExitStack
-from typing import Any, TypedDict, Unpack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ def fine_tune(
     teacher: Callable[..., Tensor] | None = None,
     distill: float | None = None,
     learning_rate: float = 3e-4,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
     **settings: Unpack[Settings],
 ) -> list[float]:
     """Train a pruned network in place, as the phase of fine-tuning of `pyro-sbp train` does.
@@ -63,6 +65,7 @@ def fine_tune(
             mean, ``partial(model.gated, theta=guide.mean())``.
         distill: the temperature of the soft labels, 4 unless it is given.
         learning_rate: the learning rate of the weights.
+        precision: "bf16-mixed" computes each step under `torch.autocast` in bfloat16.
         settings: `optimizer`, `momentum`, `weight_decay`, `clip_gradient`, `schedule`, `warmup`,
             `decay`, `label_smoothing`, `average` and `recalibrate`, which mean and default to what
             they do in a recipe (docs/recipes.md).
@@ -72,10 +75,20 @@ def fine_tune(
         temperature times the KL divergence from the teacher to the network.
 
     Raises:
-        RequestError: a setting is unknown, out of its bounds or without effect, or `batches` is
-            empty or has no length.
+        RequestError: a setting is unknown, out of its bounds or without effect, `batches` is empty
+            or has no length, or the call is inside `torch.autocast`, which would keep using the
+            weights of the first step.
         FloatingPointError: the loss or a parameter is not finite.
     """
+    device = next((p.device.type for p in small.parameters()), "cpu")
+    if torch.is_autocast_enabled(device):
+        raise RequestError(
+            "torch.autocast keeps copies of the weights until its block ends, so the network would "
+            'not learn inside it; call fine_tune outside, with precision="bf16-mixed"'
+        )
+    if precision not in ("32-true", "bf16-mixed"):
+        raise RequestError(f"precision is {precision!r}; expected '32-true' or 'bf16-mixed'")
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16-mixed")
     if teacher is None and distill is not None:
         raise RequestError("distill is the temperature of a teacher's soft labels; give a teacher")
     if distill is not None and not distill > 0:
@@ -93,10 +106,15 @@ def fine_tune(
             recalibrate_batch_norm(small, (x for x, _ in batches))
         phase = fine_tuning(small, recipe, {}, teacher)
         stack.callback(phase.finish)
-        return _train(phase, batches, steps)
+        return _train(phase, batches, steps, autocast)
 
 
-def _train(phase: PlainPhase, batches: Iterable[tuple[Any, Tensor]], steps: int) -> list[float]:
+def _train(
+    phase: PlainPhase,
+    batches: Iterable[tuple[Any, Tensor]],
+    steps: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[float]:
     """The loss of every epoch of a phase."""
     recipe, small = phase.recipe, phase.module
     optimization = Optimization(phase.groups(), recipe, phase.epochs * steps, phase.decays)
@@ -106,7 +124,8 @@ def _train(phase: PlainPhase, batches: Iterable[tuple[Any, Tensor]], steps: int)
         phase.train_mode()
         total, seen = torch.zeros((), device="cpu"), 0
         for x, y in batches:
-            loss = phase.loss(x, y).loss
+            with autocast():
+                loss = phase.loss(x, y).loss
             optimization.zero_grad()
             loss.backward()
             optimization.step()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment.benchmarking import device_name
 from pyro_sbp.deployment.saving import load_weights
 from pyro_sbp.errors import RequestError, first_line
@@ -63,6 +64,8 @@ def prepare_data(request: Request, data: ImageData, device: torch.device) -> Ima
         data = data.with_random_labels(request.seed)
     if recipe.holdout:
         data = data.held_out(recipe.holdout)
+    if request.standardize_by is not None:
+        return data.standardized(Standardization.of(**request.standardize_by))
     return data.standardized() if recipe.standardize else data
 
 
@@ -77,7 +80,7 @@ def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[st
     """
     torch.manual_seed(request.seed)
     architecture = find_architecture(request.arch)
-    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes))
+    kwargs = architecture.kwargs(data.image_shape[0], len(data.classes), data.image_shape[-1])
     example, _ = data.test.batch(slice(0, 8))
     return _build(architecture.resolve(), kwargs, example, len(data.classes)), kwargs
 
@@ -102,7 +105,7 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
     example, _ = data.test.batch(slice(0, 8))
     # A run that resumes does not need the file: its checkpoint has later weights.
     if request.weights is not None and not (directory / "checkpoint.pt").exists():
-        dense = with_weights(dense, Path(request.weights))
+        dense = with_weights(dense, Path(request.weights), len(data.classes))
     if has_attention(dense):
         dense = separate_attention(dense)
     dtype = dtype_of(request.precision)
@@ -123,22 +126,29 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
     return Job(request, data, example, kwargs, method, macs, parameters)
 
 
-def with_weights(net: nn.Module, path: Path) -> nn.Module:
+def with_weights(net: nn.Module, path: Path, classes: int | None = None) -> nn.Module:
     """The network with the weights of a file.
 
     The file has the weights of the network as it is built, or with separate attention, as in a run.
+    If the file is of a network with another number of classes, the last layer keeps its initial
+    values, and a `UserWarning` says so.
+
+    Args:
+        net: the network.
+        path: the file.
+        classes: the number of classes of the data; None refuses another last layer.
 
     Raises:
         RequestError: the file cannot be read, or belongs to another network.
     """
     if not has_attention(net):
-        load_weights(net, path)
+        load_weights(net, path, classes)
         return net
     separate = separate_attention(net)
     try:
-        load_weights(separate, path)
+        load_weights(separate, path, classes)
     except RequestError:
-        load_weights(net, path)
+        load_weights(net, path, classes)
         return net
     return separate
 

@@ -162,8 +162,9 @@ class Loop:
         if not noisy:
             raise RequestError(f"{self.directory} was stopped before its noise was trained")
 
-    def recalibrate(self) -> None:
-        """Measure the batch norm statistics of the smaller network if `recalibrate` is set."""
+    def recalibrate(self, net: nn.Module | None = None) -> None:
+        """Measure the batch norm statistics of a network, by default the smaller one, if
+        `recalibrate` is set."""
         if not self.recipe.recalibrate:
             return
         size, data = self.recipe.batch_size, self.data.train
@@ -171,7 +172,8 @@ class Loop:
         order = torch.Generator().manual_seed(self.request.seed)
         sample = torch.randperm(len(data), generator=order, device="cpu")[:RECALIBRATE_ON]
         with closing(data.batches(sample.split(size))) as batches:
-            recalibrate_batch_norm(self.method.small, (self._input(x) for x, _ in batches))
+            small = self.method.small if net is None else net
+            recalibrate_batch_norm(small, (self._input(x) for x, _ in batches))
 
     def go(self) -> None:
         """Run all phases, or resume from the checkpoint if there is one."""

@@ -1,6 +1,7 @@
 """pyro-sbp prune, in process."""
 
 import json
+import re
 
 import pytest
 from helpers import run, train_quickly
@@ -21,12 +22,20 @@ def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give --criterion, --threshold, --macs-ratio, --round-to or --min-units"),
-        (["--threshold", "1", "--macs-ratio", "2"], "not both"),
+        ([], "give --threshold, --macs-ratio, --parameters-ratio, --speedup, --max-error-increase"),
+        (["--threshold", "1", "--macs-ratio", "2"], "not several"),
         (["--threshold", "-1"], "expected a signal-to-noise ratio >= 0"),
         (["--threshold", "1e9", "--min-units", "0"], "removes every unit of every gate"),
         (["--macs-ratio", "1e9"], "times fewer MACs"),
         (["--threshold", "1", "--round-to", "0"], "round_to is 0"),
+        (["--parameters-ratio", "1e9"], "times fewer parameters"),
+        (["--parameters-ratio", "0.5"], "parameters_ratio is 0.5; expected a number >= 1"),
+        (["--speedup", "2", "--parameters-ratio", "2"], "give one of --parameters-ratio, --speed"),
+        (["--speedup", "0.5"], "speedup is 0.5; expected a number >= 1"),
+        (["--batch-size", "8", "--macs-ratio", "2"], "--batch-size applies to --speedup only"),
+        (["--runtime", "eager"], "--runtime applies to --speedup only"),
+        (["--max-error-increase", "0.5"], "train with --set holdout=5000"),
+        (["--distill", "4"], "--distill applies to --finetune-epochs only"),
     ],
 )
 def test_bad_requests_write_nothing(finished, args, words):
@@ -34,6 +43,28 @@ def test_bad_requests_write_nothing(finished, args, words):
     result = run("prune", finished, *args)
     assert result.exit_code == 2 and words in result.stderr
     assert set(finished.iterdir()) == before
+
+
+def test_fewer_parameters_and_more_epochs(finished):
+    options = ("--parameters-ratio", "3", "--finetune-epochs", "1", "--distill", "2", "--json")
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    result = run("prune", finished, *options)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["parameters"]["ratio"] >= 3 and summary["error"]["finetuned"] is not None
+    assert re.search(r"^\d+ networks compared: the network has \d+\.\d\d times fewer parameters$",
+                     result.stderr, flags=re.M)  # fmt: skip
+    assert (finished / "pruned-parameters-3-finetuned-1-distill-2" / "network.json").exists()
+    after = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert all(after[name] == time for name, time in before.items())
+
+
+@pytest.mark.slow
+def test_a_speedup_is_measured(finished):
+    result = run("prune", finished, "--speedup", "1.01", "--batch-size", "32", "--json")
+    assert result.exit_code == 0, result.output
+    assert "times faster (eager, batch size 32, cpu, threads: " in result.stderr
+    assert (finished / "pruned-speedup-1.01-batch-32-eager").exists()
 
 
 def test_what_it_made_can_be_measured_and_exported(finished):

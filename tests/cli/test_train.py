@@ -138,10 +138,6 @@ BAD = [
         ["--arch", "lenet5", "--epochs", "2", "--set", "epochs=3"],
         "--epochs and --set epochs=3 contradict each other; give one",
     ),
-    (
-        ["--arch", "lenet5", "--weights", "net.pt", "--set", "dense-epochs=3"],
-        "--weights and --set dense-epochs=3 contradict each other; give one",
-    ),
     (["--arch", "lenet5", "--logger", "wand"], "unknown logger 'wand'; did you mean 'wandb'?"),
     (["--arch", "lenet6"], "unknown arch 'lenet6'; did you mean 'lenet5'? expected "),
     ([], "--arch is missing"),
@@ -279,6 +275,16 @@ def test_a_run_from_the_dense_weights_of_another_records_their_error(finished, t
     assert after["error"]["dense"] == before["error"]["dense"] is not None
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert not any(json.loads(line)["phase"] == "dense" for line in lines)
+
+
+def test_a_dense_network_is_trained_from_weights_on_request(finished, tmp_path):
+    directory, _, args = finished
+    more = ("--weights", directory / "dense.pt", "--set", "dense_epochs=1", "--epochs", "1")
+    more = (*more, "--set", "finetune_epochs=0", "--set", "learning_rate=0")
+    assert run(*args, *more, "--output-dir", tmp_path / "run").exit_code == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert first["phase"] == "dense"
 
 
 def test_a_directory_in_use_is_not_touched(finished, tmp_path):

@@ -348,6 +348,35 @@ def test_what_is_no_state_dict_is_refused(state, words, tmp_path):
         load_weights(nn.Linear(3, 2), tmp_path / "weights.pt")
 
 
+def test_the_parameters_of_another_network_are_named(tmp_path):
+    state = {"weight": torch.ones(2, 4), "gain": torch.ones(2), "offset": torch.ones(2)}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(RequestError) as raised:
+        load_weights(nn.Linear(3, 2), tmp_path / "weights.pt")
+    assert str(raised.value).endswith(
+        "another network: 'weight' is [2, 4], not [2, 3]; 'bias' is missing; "
+        "'gain' (and 1 more) belongs to no layer"
+    )
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_last_layer_of_other_classes_keeps_its_initial_values(tmp_path):
+    def net(classes):
+        return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, classes))
+
+    torch.manual_seed(0)
+    pretrained, fresh = net(9), net(5)
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pt")
+    before = fresh[2].weight.clone()
+    with pytest.warns(UserWarning, match=r"a layer '2' of another number of classes than 5, so"):
+        load_weights(fresh, tmp_path / "weights.pt", classes=5)
+    assert torch.equal(fresh[0].weight, pretrained[0].weight)
+    assert torch.equal(fresh[2].weight, before)
+    for classes in (None, 4):  # no layer has four outputs
+        with pytest.raises(RequestError, match=r"'2.weight' is \[9, 4\], not \[5, 4\]"):
+            load_weights(net(5), tmp_path / "weights.pt", classes=classes)
+
+
 def test_damaged_metadata_of_a_state_dict_are_refused(tmp_path):
     state = nn.Linear(3, 2).state_dict()
     state._metadata = ["damaged"]

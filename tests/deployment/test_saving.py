@@ -243,6 +243,20 @@ def tied():
     return net
 
 
+class WithMethod(sbp.networks.LeNet5):
+    """A network that has a method of a name that some layers give to one of their sizes."""
+
+    def num_parameters(self):
+        return 1
+
+
+def test_a_method_is_not_taken_for_a_size(small, tmp_path):
+    net, x = small
+    net.__class__ = WithMethod
+    sbp.save(net, tmp_path / "net", constructor=WithMethod)
+    assert torch.equal(sbp.load(tmp_path / "net", constructor=WithMethod)(x), net(x))
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     net, x = tied().eval(), torch.rand(2, 4)
     sbp.save(net, tmp_path / "net", constructor=tied)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.folding import GatedNetwork, call
 from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
 from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs
@@ -288,7 +289,7 @@ def test_networks_of_any_input_are_gated_and_cut_exactly(name):
     macs = 2 * (3 * 5 + 4 * 5 + 5 * 6 + 6 * 2)
     assert count_macs(net, x) == macs
     snr = {name: value + 0.1 for name, value in theta.items()}
-    choice = choose_units(net, gates, theta, snr, x, macs_ratio=1.2)
+    choice = choose_units(net, gates, theta, snr, x, budget=MacsRatio(1.2))
     assert any(bool(unit.removed.any()) for unit in choice.units.values())
     torch.testing.assert_close(GatedNetwork(net, gates)(x, {}).a, call(net, x).a)
 

@@ -16,6 +16,7 @@ from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.methods.gated import Turn
 from pyro_sbp.methods.rbp import RBP, in_order
 from pyro_sbp.networks import LeNet5, LeNet300_100
+from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import RBPRecipe, SBPRecipe
@@ -316,11 +317,11 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
     assert higher["macs"]["pruned"] < summary["macs"]["pruned"]
     # A budget counts from the dense network; one that is met already takes nothing.
     ratio = summary["macs"]["ratio"]
-    assert prune("met", macs_ratio=0.9 * ratio)[0]["units"] == summary["units"]
-    half = prune("half", macs_ratio=2 * ratio)[0]["macs"]["ratio"]
+    assert prune("met", budget=MacsRatio(0.9 * ratio))[0]["units"] == summary["units"]
+    half = prune("half", budget=MacsRatio(2 * ratio))[0]["macs"]["ratio"]
     assert 2 * ratio <= half < 4 * ratio
     with pytest.raises(RequestError, match=r"cannot be met: .* the network has"):
-        prune("no", macs_ratio=1e6)
+        prune("no", budget=MacsRatio(1e6))
     rows = again.sweep(request(), digits, directory, [0.5, 1.0, 3.0])
     assert [row["macs"] for row in rows[:2]] == [summary["macs"]["pruned"]] * 2
     assert rows[2]["macs"] == higher["macs"]["pruned"]

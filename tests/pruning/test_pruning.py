@@ -10,6 +10,7 @@ import pyro_sbp as sbp
 from pyro_sbp.gates import folding as gates_module
 from pyro_sbp.gates import surgery
 from pyro_sbp.pruning import choosing
+from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units, masked_mean
 from pyro_sbp.pruning.exactness import EquivalenceError, checked_shrink
 from pyro_sbp.pruning.macs import count_macs
@@ -114,7 +115,7 @@ def test_a_budget_is_met_with_the_lowest_threshold(lenet, ratio):
     small = sbp.prune(model, guide, x, macs_ratio=ratio)
     assert dense / count_macs(small, x[:1]) >= ratio
     choice = choose_units(
-        model.gated.net, model.gates, guide.mean(), guide.snr(), x, macs_ratio=ratio
+        model.gated.net, model.gates, guide.mean(), guide.snr(), x, budget=MacsRatio(ratio)
     )
     levels = torch.cat(list(guide.snr().values())).unique()
     below = levels[levels < choice.threshold]

@@ -6,6 +6,7 @@ from tiny_network import Net, labelled_images
 
 from pyro_sbp.deployment.saving import load
 from pyro_sbp.errors import RequestError
+from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.request import Request
@@ -43,11 +44,11 @@ def test_other_settings_give_other_networks_beside_the_run(data, finished, tmp_p
     assert same.error.finetuned is None and summary.error.finetuned is not None
     every = prune_again(REQUEST, data, directory, tmp_path / "every", threshold=0.0)
     assert [unit.kept for unit in every.units] == [12] and every.macs.pruned == 16 * 12 + 12 * 2
-    few = prune_again(REQUEST, data, directory, tmp_path / "few", macs_ratio=4.0)
+    few = prune_again(REQUEST, data, directory, tmp_path / "few", budget=MacsRatio(4.0))
     net = load(tmp_path / "few", Net)
     assert few.macs.pruned == count_macs(net, torch.zeros(1, 1, 4, 4)) <= (16 + 2) * 12 / 4
     with pytest.raises(RequestError, match="cannot be met"):
-        prune_again(REQUEST, data, directory, tmp_path / "none", macs_ratio=100.0)
+        prune_again(REQUEST, data, directory, tmp_path / "none", budget=MacsRatio(100.0))
     assert not (tmp_path / "none").exists()
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
 
@@ -71,3 +72,41 @@ def test_a_sweep_has_the_thresholds_of_the_method_and_of_the_recipe(data, finish
 def test_a_run_without_a_checkpoint_is_refused(data, tmp_path):
     with pytest.raises(RequestError, match="checkpoint"):
         sweep(REQUEST, data, tmp_path)
+
+
+def test_the_smallest_network_within_an_error(tmp_path):
+    recipe = RECIPE.replace(holdout=40)
+    request = Request("tiny_network:Net", "digits", recipe)
+    data, directory = labelled_images(), tmp_path / "run"
+    train(request, data, directory)
+    lines: list[str] = []
+    summary = prune_again(
+        request, data, directory, tmp_path / "small", max_error_increase=10.0, tell=lines.append
+    )
+    errors = summary.validation_error
+    assert errors.pruned <= errors.dense + 10
+    assert len(lines) == 1 and f"the error is {errors.pruned:.2f} %" in lines[0]
+    # No threshold that was measured gives a smaller network within it.
+    rows = sweep(request, data, directory)
+    smaller = [row for row in rows if row["macs"] < summary.macs.pruned]
+    assert all(row["error"] > errors.dense + 10 for row in smaller)
+    whole = prune_again(
+        request, data, directory, tmp_path / "whole", max_error_increase=100.0, tell=lines.append
+    )
+    assert whole.macs.pruned <= summary.macs.pruned
+
+
+def test_an_error_needs_images_for_validation(data, finished, tmp_path):
+    with pytest.raises(RequestError, match="train with --set holdout=5000"):
+        prune_again(REQUEST, data, finished[0], tmp_path / "none", max_error_increase=1.0)
+
+
+def test_fine_tuning_later_is_that_of_the_run(data, finished, tmp_path):
+    directory, summary = finished
+    again = prune_again(REQUEST, data, directory, tmp_path / "again", finetune_epochs=1)
+    assert again.error.finetuned == pytest.approx(summary.error.finetuned, abs=5)
+    changed = torch.nn.utils.parameters_to_vector(load(tmp_path / "again", Net).parameters())
+    plain = prune_again(REQUEST, data, directory, tmp_path / "plain")
+    assert plain.units == again.units
+    before = torch.nn.utils.parameters_to_vector(load(tmp_path / "plain", Net).parameters())
+    assert not torch.equal(changed, before)

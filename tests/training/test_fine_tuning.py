@@ -97,6 +97,34 @@ def test_zeros_of_matrices_and_statistics_of_batch_norms_stay(data):
     assert bool(net[0].weight.grad[2].any())
 
 
+def test_bfloat16_learns_the_same(data):
+    batches = list(zip(*(part.split(16) for part in data), strict=True))
+    net, same = network(), network()
+    expected = sbp.fine_tune(net, batches, 20, learning_rate=1e-2)
+    losses = sbp.fine_tune(same, batches, 20, learning_rate=1e-2, precision="bf16-mixed")
+    # Every step uses the weights of the step before.
+    assert losses == pytest.approx(expected, rel=0.1) and losses != expected
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in same.parameters())
+
+
+def test_autocast_around_it_is_refused(data):
+    words = 'outside, with precision="bf16-mixed"'
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RequestError, match=words):
+        sbp.fine_tune(network(), [data])
+    with pytest.raises(RequestError, match="expected '32-true' or 'bf16-mixed'"):
+        sbp.fine_tune(network(), [data], precision="16-mixed")
+
+
+def test_frozen_parameters_stay_with_zeros_in_them(data):
+    net = network()
+    net[0].weight.requires_grad_(False)[2] = 0
+    before = copy.deepcopy(net)
+    sbp.fine_tune(net, [data], 2)
+    assert torch.equal(net[0].weight, before[0].weight)
+    assert not torch.equal(net[2].weight, before[2].weight)
+
+
 def test_recalibration_measures_the_statistics(data):
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
     hidden = net[0](data[0]).detach()

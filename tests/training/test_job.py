@@ -76,6 +76,10 @@ def test_the_recipe_says_what_becomes_of_the_data(data):
     held = prepare_data(request(holdout=10), data, CPU)
     assert (len(held.train), len(held.validation), len(held.test)) == (30, 10, 40)
     assert prepare_data(request(standardize=True), data, CPU).train.standardization is not None
+    given = {"mean": [0.25], "std": [0.5]}
+    by_values = dataclasses.replace(request(), standardize_by=given)
+    x, y = (prepare_data(r, data, CPU).train.batch(slice(4))[0] for r in (by_values, request()))
+    torch.testing.assert_close(x, (y - 0.25) / 0.5)
     labels = prepare_data(request(random_labels=True), data, CPU).train.labels
     assert not torch.equal(labels, data.train.labels)
     assert torch.equal(labels, prepare_data(request(random_labels=True), data, CPU).train.labels)

@@ -1,0 +1,257 @@
+"""Budgets: which of the networks that a posterior offers is wanted.
+
+A posterior ranks the units, so every threshold on their scores gives a network, and a higher
+threshold a smaller one. A budget says which threshold to use.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.copies import copy_network, to_precision, without_idle_hooks
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.nested import convert
+from pyro_sbp.gates.surgery import Units, cut
+from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.recipes.criteria import CRITERIA, Criterion
+
+__all__ = [
+    "Budget",
+    "Candidates",
+    "MacsRatio",
+    "MaxErrorIncrease",
+    "ParametersRatio",
+    "find_level",
+    "ratio_budget",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The networks that can be returned, by the threshold that gives them.
+
+    Attributes:
+        net, gates, example_input: the network that is cut.
+        levels: the thresholds that make a difference, rising ``[levels]``.
+        units_at: from a threshold to what remains of the units, by gate.
+        network_at: from a threshold to the smaller network.
+        dense: the dense network, which is another one than `net` where `net` was cut before.
+        criterion: what the thresholds are on.
+    """
+
+    net: nn.Module
+    gates: Sequence[Gate]
+    example_input: Any
+    levels: Tensor
+    units_at: Callable[[float], Mapping[str, Units]]
+    network_at: Callable[[float], nn.Module]
+    dense: nn.Module
+    criterion: Criterion = CRITERIA["snr"]
+
+
+class Budget(ABC):
+    """A condition on the smaller network, which `find_level` meets by the choice of a threshold.
+
+    A subclass measures a candidate in `measurement`. What was measured is in `measured`.
+
+    Args:
+        target: the bound.
+
+    Attributes:
+        measured: from threshold to what was measured there, in the order of measurement.
+        level: the threshold that was found.
+
+    Raises:
+        ValueError: the target is not a number, or out of range.
+    """
+
+    #: The name of the budget in requests.
+    name: str
+    #: Whether the measured value has to be at least the target. Then the largest network that meets
+    #: it is wanted, and otherwise, with at most the target, the smallest.
+    at_least = True
+    #: The least target that makes sense.
+    least = 1.0
+
+    def __init__(self, target: float) -> None:
+        tensor = isinstance(target, Tensor) and target.numel() == 1
+        if isinstance(target, bool) or not (tensor or isinstance(target, Real)):
+            raise ValueError(f"{self.name} is {target!r}; expected a number")
+        if not self.least <= target < math.inf:
+            raise ValueError(f"{self.name} is {target}; expected a number >= {self.least:g}")
+        self.target = float(target)
+        self.measured: dict[float, float] = {}
+        self.level = math.nan
+
+    @abstractmethod
+    def measurement(self, candidates: Candidates) -> Callable[[float], float]:
+        """A function from a threshold to the value of the network that it gives."""
+
+    @abstractmethod
+    def describe(self, value: float) -> str:
+        """What a network with a value is, as in "the network has 2.00 times fewer MACs"."""
+
+    def is_met(self, value: float) -> bool:
+        """Whether a network with this value is within the budget."""
+        return value >= self.target if self.at_least else value <= self.target
+
+    def confirm(self, candidates: Candidates, index: int) -> int:
+        """The index of the level to use where bisection has found `index`, for budgets whose
+        measurements vary."""
+        return index
+
+
+class MacsRatio(Budget):
+    """At least `target` times fewer multiply-accumulates than the dense network."""
+
+    name = "macs_ratio"
+
+    def measurement(self, candidates: Candidates) -> Callable[[float], float]:
+        """The ratio of the MACs, counted on the meta device where the network can be called."""
+        return _ratio(candidates, lambda net, x: count_macs(net, x))
+
+    def describe(self, value: float) -> str:
+        """The ratio in words."""
+        return f"the network has {value:.2f} times fewer MACs"
+
+
+class ParametersRatio(Budget):
+    """At least `target` times fewer parameters than the dense network."""
+
+    name = "parameters_ratio"
+
+    def measurement(self, candidates: Candidates) -> Callable[[float], float]:
+        """The ratio of the numbers of parameters."""
+        return _ratio(candidates, lambda net, x: count_parameters(net))
+
+    def describe(self, value: float) -> str:
+        """The ratio in words."""
+        return f"the network has {value:.2f} times fewer parameters"
+
+
+class MaxErrorIncrease(Budget):
+    """An error of at most `target` percentage points over that of the dense network.
+
+    The smallest such network is wanted. The error is measured before any fine-tuning. It need not
+    rise with the threshold everywhere, so the search, which halves the range of thresholds, may
+    miss a smaller network that is within the budget too.
+
+    Args:
+        target: percentage points.
+        error: from a network to its error in percent, on images that were not trained on and that
+            are not the test set.
+        dense_error: the error of the dense network on the same images.
+    """
+
+    name = "max_error_increase"
+    at_least = False
+    least = 0.0
+
+    def __init__(
+        self, target: float, error: Callable[[nn.Module], float], dense_error: float
+    ) -> None:
+        super().__init__(target)
+        self.error, self.dense_error = error, dense_error
+
+    def measurement(self, candidates: Candidates) -> Callable[[float], float]:
+        """The increase of the error."""
+        return lambda level: self.error(candidates.network_at(level)) - self.dense_error
+
+    def describe(self, value: float) -> str:
+        """The error in words."""
+        error = self.dense_error + value
+        return (
+            f"the error is {error:.2f} %, {value:+.2f} points over the {self.dense_error:.2f} % of "
+            "the dense network"
+        )
+
+    def is_met(self, value: float) -> bool:
+        """Whether the increase is at most the target, but for rounding of the difference."""
+        return value <= self.target + 1e-9
+
+
+def ratio_budget(
+    macs_ratio: float | None = None, parameters_ratio: float | None = None
+) -> Budget | None:
+    """The budget of a request; None without one.
+
+    Raises:
+        ValueError: both are given, or one is out of range.
+    """
+    if macs_ratio is not None and parameters_ratio is not None:
+        raise ValueError("give macs_ratio or parameters_ratio, not both")
+    if macs_ratio is not None:
+        return MacsRatio(macs_ratio)
+    return None if parameters_ratio is None else ParametersRatio(parameters_ratio)
+
+
+def find_level(candidates: Candidates, budget: Budget) -> float:
+    """The threshold of the network that a budget asks for, found by bisection.
+
+    Raises:
+        ValueError: no threshold meets the budget; the message says what can be met.
+    """
+    value = budget.measurement(candidates)
+    budget.measured = {}
+
+    def met(index: int) -> bool:
+        level = float(levels[index])
+        if level not in budget.measured:
+            budget.measured[level] = value(level)
+        return budget.is_met(budget.measured[level])
+
+    levels = candidates.levels if budget.at_least else candidates.levels.flip(0)
+    low, high = 0, len(levels) - 1  # the levels from the most wanted to the easiest
+    if not met(high):
+        level = float(levels[high])
+        end = "largest" if budget.at_least else "smallest"
+        raise ValueError(
+            f"{budget.name} {budget.target:g} cannot be met: with a threshold at the {end} "
+            f"{candidates.criterion.title}, {level:.4g}, {budget.describe(budget.measured[level])}"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if met(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if budget.at_least:
+        high = budget.confirm(candidates, high)
+    budget.level = float(levels[high])
+    return budget.level
+
+
+def _ratio(
+    candidates: Candidates, count: Callable[[nn.Module, Any], int]
+) -> Callable[[float], float]:
+    """From a threshold to how many times fewer the smaller network has of something."""
+    net, x = candidates.net, candidates.example_input
+    device, plain = torch.device("meta"), without_idle_hooks(net, x)
+    while True:
+        shape = to_precision(copy_network(plain).to(device), torch.float32)
+        example = convert(x, torch.float32, device)
+        try:
+            dense = count(shape, example)
+            if candidates.dense is not net:
+                whole = copy_network(candidates.dense).to(device)
+                dense = count(to_precision(whole, torch.float32), example)
+            break
+        except Exception:  # some networks need numbers to be called
+            if device.type == "cpu":
+                raise
+            device = torch.device("cpu")
+
+    def ratio(level: float) -> float:
+        small = copy_network(shape)
+        cut(small, candidates.gates, candidates.units_at(level))
+        return dense / count(small, example)
+
+    return ratio
