@@ -203,6 +203,17 @@ def test_places_that_are_computed_are_never_nan():
     assert names(Warped(), torch.randn(2, 3, 4, 4)) == ["where", "a"]
 
 
+def test_functions_that_refuse_nan_answer_nan():
+    def inverted(h):
+        square = torch.eye(8)[: h.shape[-1], : h.shape[-1]] + 0 * h.mean()
+        return h.relu() @ torch.linalg.inv(square)
+
+    gates = sbp.find_gates(Net(inverted), torch.randn(3, 4))
+    assert gates == [] and gates.left_alone["a"].startswith("several of its units reach")
+    counted = sbp.find_gates(Net(lambda h: h.relu() + int(h.sum())), torch.randn(3, 4))
+    assert "astray" in counted.left_alone["a"]
+
+
 def test_a_loop_that_does_not_end_on_nan_is_ended():
     def settle(h):
         y = h.relu()
@@ -217,9 +228,9 @@ def test_a_loop_that_does_not_end_on_nan_is_ended():
 @pytest.mark.parametrize(
     "between",
     [
-        lambda h: F.dropout(h.relu(), 0.3, training=True),
+        lambda h: F.dropout(input=h.relu(), p=0.3, training=True),
         lambda h: h.relu() * (torch.rand_like(h) < 0.7),
-        lambda h: h.relu() + torch.randn(h.shape),
+        lambda h: h.relu() + torch.normal(0.0, 1.0, h.shape),
         lambda h: h.relu() * torch.bernoulli(torch.full_like(h, 0.5)),
         lambda h: h.relu() * torch.distributions.Normal(0.0, 1.0).sample(h.shape),
     ],
