@@ -20,6 +20,7 @@ __all__ = [
     "has_batch",
     "is_shape",
     "named_tensors",
+    "on_device",
     "shapes_of",
     "with_batch_size",
 ]
@@ -69,6 +70,11 @@ def with_batch_size(x: Any, size: int) -> Any:
         return tensor[torch.arange(size, device=tensor.device) % before]
 
     return map_tensors(repeated, x)
+
+
+def on_device(x: Any, device: torch.device) -> Any:
+    """A copy of an input on a device."""
+    return map_tensors(lambda tensor: tensor.to(device), x)
 
 
 def is_shape(x: Any) -> bool:

@@ -108,7 +108,8 @@ class Replay(TorchFunctionMode):
 
 
 def _address(tensor: Tensor) -> int:
-    return torch._C._storage_address(tensor)
+    address: int = torch._C._storage_address(tensor)  # type: ignore[attr-defined]  # no stub
+    return address
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
