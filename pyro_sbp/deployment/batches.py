@@ -18,7 +18,10 @@ __all__ = [
     "batch_size",
     "example_of",
     "has_batch",
+    "is_shape",
     "named_tensors",
+    "on_device",
+    "shapes_of",
     "with_batch_size",
 ]
 
@@ -69,6 +72,29 @@ def with_batch_size(x: Any, size: int) -> Any:
     return map_tensors(repeated, x)
 
 
+def on_device(x: Any, device: torch.device) -> Any:
+    """A copy of an input on a device."""
+    return map_tensors(lambda tensor: tensor.to(device), x)
+
+
+def is_shape(x: Any) -> bool:
+    """Whether this is a shape, right or wrong, in place of an input: a sequence of no tensors."""
+    if isinstance(x, str):
+        return True
+    parts = (Tensor, list, tuple, Mapping)
+    return isinstance(x, Sequence) and not any(isinstance(part, parts) for part in x)
+
+
+def shapes_of(x: Any) -> str:
+    """The shapes of examples in words, for an input or a shape."""
+    if is_shape(x):
+        return str(x)
+    try:
+        return ", ".join(str(list(tensor.shape[1:])) for tensor in tensors_of(x)) or "no tensor"
+    except TypeError:
+        return f"a {type(x).__name__}"
+
+
 def example_of(x: Any, dtype: torch.dtype, size: int, generator: torch.Generator) -> Any:
     """An input with `size` examples.
 
@@ -78,7 +104,7 @@ def example_of(x: Any, dtype: torch.dtype, size: int, generator: torch.Generator
         dtype: of random examples.
         generator: draws them.
     """
-    if isinstance(x, Sequence) and all(isinstance(length, int) for length in x):
+    if is_shape(x):
         return torch.rand(size, *x, generator=generator, device="cpu").to(dtype)
     return with_batch_size(map_tensors(lambda tensor: tensor.detach().cpu(), x), size)
 

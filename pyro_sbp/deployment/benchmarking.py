@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_sbp.deployment.batches import batch_size, with_batch_size
+from pyro_sbp.deployment.batches import batch_size, on_device, with_batch_size
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
 from pyro_sbp.deployment.runtimes import Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate
-from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 from pyro_sbp.machine import processor_name
@@ -208,7 +207,7 @@ def benchmark(
             if runtime != "onnxruntime" or device.type == "cpu"
         }
         for size in batch_sizes:
-            x = map_tensors(lambda t, d=device: t.to(d), with_batch_size(example_input, size))
+            x = on_device(with_batch_size(example_input, size), device)
             for count in threads if device.type == "cpu" else (torch.get_num_threads(),):
                 for runtime, of_nets in starts.items():
                     latencies.append(_latency(of_nets, x, device, count, seconds, runtime))

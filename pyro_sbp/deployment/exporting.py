@@ -21,6 +21,7 @@ from pyro_sbp.deployment.batches import (
     example_of,
     has_batch,
     named_tensors,
+    shapes_of,
 )
 from pyro_sbp.deployment.file_sets import sync
 from pyro_sbp.errors import RequestError, first_line
@@ -94,18 +95,12 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
     dtype = next(dtypes, torch.float32)
     try:
         inputs = [example_of(input_shape, dtype, size, generator) for size in BATCHES]
-        shapes = [list(x.shape[1:]) for x in tensors_of(inputs[0])]
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"no inputs can be made for the network: {error}") from error
-    try:
         with torch.no_grad():
             output = call(net, fresh(inputs[0]))
     except Exception as error:  # a network may raise anything for an input of a wrong shape
-        words = ", ".join(map(str, shapes)) if isinstance(inputs[0], tuple) else input_shape
-        if not isinstance(inputs[0], tuple) and not isinstance(words, list | tuple):
-            words = ", ".join(map(str, shapes))
         raise RequestError(
-            f"the network does not take inputs of shape {words}: {first_line(error)}"
+            f"the network does not take inputs of shape {shapes_of(input_shape)}: "
+            f"{first_line(error)}"
         ) from error
     try:
         outputs = list(tensors_of(output))

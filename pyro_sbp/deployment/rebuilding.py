@@ -106,7 +106,8 @@ def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         ndim = 2 if weight is None else max(weight.ndim, 2)
         # What torch does at the first call; only the shape of the input matters.
         example = torch.empty(1, columns, *(1,) * (ndim - 2), device="meta")
-        module._infer_parameters(module, (example,))
+        lazy: Any = module
+        lazy._infer_parameters(lazy, (example,))
 
 
 def resize_layers(

@@ -42,7 +42,7 @@ def copy_network(net: nn.Module) -> nn.Module:
         ValueError: a module or another object in the network refuses to be copied.
     """
     memo: dict[int, Any] = {}
-    originals = []  # alive, so that their ids stay their own
+    originals: list[Any] = []  # alive, so that their ids stay their own
     for thing in reachable(net, functions=False):
         if isinstance(thing, Tensor) and thing.requires_grad and not thing.is_leaf:
             memo[id(thing)] = thing.detach().clone()

@@ -110,7 +110,10 @@ class Guards:
         except Exception:  # functions of linear algebra refuse NaN, for example
             if not _any_nan((args, kwargs)):
                 raise
-            return _on_clean(func, args, kwargs)
+            out = _on_clean(func, args, kwargs)
+            if not _any_nan(out):  # numbers that cannot say that they come from NaN
+                raise
+            return out
 
     def _test(self, func: Any, answer: Tensor) -> Tensor:
         """What a function that looks for NaN has answered in the first pass."""

@@ -12,7 +12,8 @@ groups of a group norm. Writers that reach no column in common share a pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,8 @@ from pyro_sbp.gates.layers import (
     operands,
     serves,
 )
-from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.replay import Replay
 from pyro_sbp.gates.state import State
 
 __all__ = ["Probe", "Reach", "matrices", "measure"]
@@ -58,13 +60,17 @@ class _Through(BaseException):
 class Probe(TorchFunctionMode):
     """Watch the layers of a network, known by their weight or running mean, while it is called.
 
+    Args:
+        net: a copy of the network, in float32.
+        x: its input in float32, for this probe only.
+
     The first call caches what every matrix layer answers. In later ones each answers with its
     cached output, so that a NaN injected into one layer's output stops at the layers it reaches.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, x: Any) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.x = net, x
         self.layers: dict[int, tuple[str, nn.Module]] = {}
         for name, module in net.named_modules():
             if isinstance(module, Select):
@@ -80,8 +86,10 @@ class Probe(TorchFunctionMode):
                         self.layers.setdefault(id(tensor), (name, module))
         self.used: set[int] = set()
         self.clean: dict[str, list[Tensor]] = {}
+        self.answers: dict[str, list[Any]] = {}  # the same, as the network has got them
         self.total: Counter[str] = Counter()
         self.guards = Guards()
+        self.replay = Replay()
         self.state = State(net)
         self.start(None)
 
@@ -99,6 +107,7 @@ class Probe(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self.awaited = None if until is None else set(until)
         self.guards.start(inject is None)
+        self.replay.start(inject is None)
 
     @property
     def uncalled(self) -> list[str]:
@@ -141,6 +150,7 @@ class Probe(TorchFunctionMode):
             out = func(*args, **kwargs)
             if is_matrix(layer):
                 self.clean.setdefault(name, []).append(out.clone())
+                self.answers.setdefault(name, []).append(out)
             return out
         if self.awaited is not None and self.calls[name] == self.total[name]:
             self.awaited.discard(name)
@@ -148,10 +158,20 @@ class Probe(TorchFunctionMode):
                 raise _Through
         if not is_matrix(layer):
             return func(*args, **kwargs)
+        if name not in self.inject:
+            return self.answers[name][index]
         out = self.clean[name][index].clone()
-        if name in self.inject:
-            out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
+        out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
         return out
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a call of the network on the probe's input is a pass."""
+        try:
+            with torch.no_grad(), repeatable(torch.float32), self.replay, self:
+                yield
+        finally:
+            self.state.restore()
 
 
 @dataclass
@@ -181,7 +201,6 @@ class Reach:
 
 def _pass(
     probe: Probe,
-    x: Any,
     inject: Mapping[str, Tensor],
     until: Iterable[str] | None = None,
 ) -> bool:
@@ -193,14 +212,12 @@ def _pass(
     probe.start(inject, until)
     try:
         # The fused kernels of attention lose a NaN.
-        with repeatable(torch.float32), probe, sdpa_kernel(SDPBackend.MATH):
-            output = call(probe.net, convert(x, torch.float32))
+        with probe.watching(), sdpa_kernel(SDPBackend.MATH):
+            output = call(probe.net, probe.x)
     except _Through:
         return False
     except Exception as error:  # a network's own code may raise anything
         raise _Astray(f"NaN in it leads the network astray: {first_line(error)}") from error
-    finally:
-        probe.state.restore()
     numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
     return any(bool(t.isnan().any()) for t in numbers)
 
@@ -210,12 +227,11 @@ def matrices(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if is_matrix(module)]
 
 
-def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
+def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
     """Where the rows of all writers arrive.
 
     Args:
         probe: of the network, after its first pass.
-        x: the network's input.
         writers: layers of the network that produce units.
     """
     net, reaches = probe.net, []
@@ -224,7 +240,7 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
         reaches.append(reach)
         try:
             if _pass(
-                probe, x, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
+                probe, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
             ):
                 reach.problem = "reaches an output of the network"
                 continue
@@ -235,7 +251,7 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
         if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
             reach.problem = "no layer reads it"
     for together in _apart([reach for reach in reaches if reach.problem is None]):
-        _decode(probe, x, together)
+        _decode(probe, together)
     return reaches
 
 
@@ -257,10 +273,10 @@ def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
     return [members for members, _ in sets]
 
 
-def _decode(probe: Probe, x: Any, reaches: Sequence[Reach]) -> None:
+def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:
     """Find the class of every column that writers which do not meet reach."""
     decodings = [_Decoding(reach) for reach in reaches]
-    _decode_bits(probe, x, decodings)
+    _decode_bits(probe, decodings)
     for decoding in decodings:
         decoding.finish()
     mixed = [
@@ -268,13 +284,13 @@ def _decode(probe: Probe, x: Any, reaches: Sequence[Reach]) -> None:
     ]
     trying = [_Guesses(decoding) for decoding in mixed]
     for _ in range(_PARTITIONS):
-        _compare_rows(probe, x, trying)
+        _compare_rows(probe, trying)
         decodings = []
         for guesses in trying:
             if guesses.partitions:
                 guesses.decoding.reach.classes = guesses.partitions.pop(0)
                 decodings.append(_Decoding(guesses.decoding.reach, partial=True))
-        _decode_bits(probe, x, decodings)
+        _decode_bits(probe, decodings)
         for decoding in decodings:
             decoding.finish()
         failed = {
@@ -352,7 +368,7 @@ class _Decoding:
         return f"several of its units reach the same column of {self.mixed!r}"
 
 
-def _decode_bits(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
+def _decode_bits(probe: Probe, decodings: Sequence[_Decoding]) -> None:
     """Run the passes that identify the classes of writers which reach no column in common."""
     while active := [decoding for decoding in decodings if decoding.unfinished]:
         clear = [decoding for decoding in active if not decoding.mixed]
@@ -361,7 +377,7 @@ def _decode_bits(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
         for half in range(2):
             chosen = {decoding.reach.writer: decoding.rows(half) for decoding in active}
             try:
-                _pass(probe, x, chosen, until)
+                _pass(probe, chosen, until)
             except _Astray as error:
                 for decoding in active:
                     decoding.reach.problem = str(error)
@@ -369,15 +385,15 @@ def _decode_bits(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
         for decoding in active:
             decoding.add(passes)
         _look_at_first_rows(
-            probe, x, [decoding for decoding in clear if decoding.mixed and not decoding.partial]
+            probe, [decoding for decoding in clear if decoding.mixed and not decoding.partial]
         )
 
 
-def _look_at_first_rows(probe: Probe, x: Any, decodings: Sequence[_Decoding]) -> None:
+def _look_at_first_rows(probe: Probe, decodings: Sequence[_Decoding]) -> None:
     """Note what the first row of some writers reaches: all of a layer, if there are no classes."""
     if not decodings:
         return
-    hits = _reached(probe, x, [(decoding.reach, 0) for decoding in decodings])
+    hits = _reached(probe, [(decoding.reach, 0) for decoding in decodings])
     for decoding in decodings:
         for name, seen in decoding.reach.seen.items():
             decoding.first[name] = hits[name] & seen if name in hits else ~seen & seen
@@ -420,23 +436,23 @@ class _Guesses:
             self.misses += 1
 
 
-def _compare_rows(probe: Probe, x: Any, trying: Sequence[_Guesses]) -> None:
+def _compare_rows(probe: Probe, trying: Sequence[_Guesses]) -> None:
     """Exclude partitions by single rows, until the first looks right."""
     for guesses in trying:
         guesses.misses = 0
     while rows := [(g, row) for g in trying if (row := g.row()) is not None]:
-        hits = _reached(probe, x, [(guesses.decoding.reach, row) for guesses, row in rows])
+        hits = _reached(probe, [(guesses.decoding.reach, row) for guesses, row in rows])
         for guesses, row in rows:
             guesses.learn(row, hits)
 
 
-def _reached(probe: Probe, x: Any, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
+def _reached(probe: Probe, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
     """What is reached by one row of each of some writers."""
     chosen = {
         reach.writer: torch.arange(len(reach.classes), device="cpu") == row for reach, row in rows
     }
     try:
-        _pass(probe, x, chosen, {name for reach, _ in rows for name in reach.seen})
+        _pass(probe, chosen, {name for reach, _ in rows for name in reach.seen})
     except _Astray:
         return {}
     return probe.seen

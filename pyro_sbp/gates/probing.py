@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize, without_idle_hooks
-from pyro_sbp.gates.folding import Gate, Span, call, repeatable
+from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.grouping import Candidate, candidates
 from pyro_sbp.gates.layers import num_columns
 from pyro_sbp.gates.measuring import Probe, matrices, measure
@@ -138,7 +138,7 @@ def find_gates(
         why = f"{uncalled[0]!r} is not called on the example and might read it"
         return Gates([], left_alone | dict.fromkeys(order, why), order)
     with torch.no_grad():
-        reaches = measure(probe, x, order)
+        reaches = measure(probe, order)
     found = candidates(probe.net, reaches)
     left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     del probe
@@ -161,12 +161,9 @@ def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
     """Call a copy of the network once, and watch its layers."""
     copied = copy_for_measurement(net, torch.float32, training_paths)
     try:
-        probe = Probe(copied)
-        try:
-            with torch.no_grad(), repeatable(torch.float32), probe:
-                output = call(probe.net, convert(x, torch.float32))
-        finally:
-            probe.state.restore()
+        probe = Probe(copied, convert(x, torch.float32))
+        with probe.watching():
+            output = call(probe.net, probe.x)
         list(tensors_of(output))
     except Exception as error:  # a network's own code may raise anything
         raise _not_callable(net, x, error) from error

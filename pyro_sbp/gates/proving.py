@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.copies import copy_network, to_precision
+from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
 from pyro_sbp.gates.grouping import Candidate
+from pyro_sbp.gates.locating import Trail, suspects
 from pyro_sbp.gates.nested import convert
-from pyro_sbp.gates.state import undone
+from pyro_sbp.gates.state import State
 from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
 from pyro_sbp.gates.variants import (
     Kind,
@@ -46,26 +48,45 @@ def _all_but_one(size: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator, device="cpu")[1:]
 
 
+_Pattern = Callable[[int, torch.Generator], Tensor]
+_PATTERNS: tuple[_Pattern, ...] = (_a_third, _first_half, _all_but_one)
+
+
+def _first(gate: Gate) -> tuple[bool, str]:
+    """What tells gates apart, whatever their units are."""
+    return bool(gate.writers), (gate.writers or gate.readers)[0].layer
+
+
 class Proof:
     """Shrinks a network by random theta and compares it with the masked one, in float64.
 
     Which units go decides whether code that counts on the width of something is found out: some
     here and there, those that come first, all but one.
+
+    Args:
+        net: the network; it is not changed.
+        x: its input.
+        training_paths: as for `copy_for_measurement`.
     """
 
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
-        self.net, self.x, self.training_paths = net, x, training_paths
+        self.net = net
+        self.x = convert(x, torch.float64)
+        self._exact = copy_for_measurement(net, torch.float64, training_paths)
+        enliven(self._exact, torch.Generator().manual_seed(0))
+        self._state = State(self._exact)
+        self._where: str | None = None  # the module in which the last cut went wrong
         self._learned: dict[Kind, Variant] = {}  # what the gates of a kind need
         self._failed: Counter[Kind] = Counter()
 
-    def problem(self, gates: Sequence[Gate]) -> str | None:
+    def problem(
+        self, gates: Sequence[Gate], patterns: Sequence[_Pattern] = _PATTERNS
+    ) -> str | None:
         """Why the shrunk network differs from the masked one; None if it does not."""
-        problems = (self._try(gates, gone) for gone in (_a_third, _first_half, _all_but_one))
+        problems = (self._try(gates, gone) for gone in patterns)
         return next((problem for problem in problems if problem is not None), None)
 
-    def _try(
-        self, gates: Sequence[Gate], gone: Callable[[int, torch.Generator], Tensor]
-    ) -> str | None:
+    def _try(self, gates: Sequence[Gate], gone: _Pattern) -> str | None:
         generator = torch.Generator().manual_seed(0)
         theta = {}
         for gate in gates:
@@ -74,35 +95,66 @@ class Proof:
             )
             values[gone(gate.size, generator)] = 0
             theta[gate.name] = values
-        net = copy_for_measurement(self.net, torch.float64, self.training_paths)
-        enliven(net, generator)
         each = {name: value[None] for name, value in theta.items()}
         decisions = Decisions(relative_difference, TOLERANCE)
+        trails = Trail(), Trail()
         try:
             with torch.no_grad():
-                with undone(net), repeatable(torch.float64), decisions.recorded():
-                    masked = GatedNetwork(net, gates)(convert(self.x, torch.float64), each)
+                with self._measured(trails[0], self._exact), decisions.recorded():
+                    masked = GatedNetwork(self._exact, gates)(fresh(self.x), each)
+                net = copy_network(self._exact)
                 shrink_in_place(net, gates, theta)
-                with undone(net), repeatable(torch.float64), decisions.repeated():
-                    small = call(net, convert(self.x, torch.float64))
+                with self._measured(trails[1], net), decisions.repeated():
+                    small = call(net, fresh(self.x))
             difference = relative_difference(masked, small)
         except Exception as error:  # a network's own code may raise anything
+            self._where = trails[0].first_difference(trails[1])
             return f"cutting it fails: {first_line(error)}"
         if not difference <= TOLERANCE:
+            self._where = trails[0].first_difference(trails[1])
             return f"cutting it changes the output by {difference:.1e}"
         return None
+
+    @contextmanager
+    def _measured(self, trail: Trail, net: nn.Module) -> Iterator[None]:
+        try:
+            with trail.followed(net), repeatable(torch.float64):
+                yield
+        finally:
+            self._state.restore()
 
     def keep(
         self, candidates: Sequence[Candidate], proven: list[Gate], left_alone: dict[str, str]
     ) -> None:
-        """Add the gates that can be cut together to `proven`, found by halving.
+        """Add the gates that can be cut together to `proven`, in the order of the candidates.
 
         For a gate that cannot be cut as it was measured, variants are tried: with sizes that are
         written into modules, and with larger units. A variant that works is tried first for later
         gates of the same kind. A gate without a variant that works is not prunable.
         """
+        found: list[Gate] = []
+        failed: dict[str, str] = {}
+        # One pattern of units finds most problems.
+        self._keep(candidates, found, failed, _PATTERNS[:1])
+        if found and self.problem(found, _PATTERNS[1:]) is not None:
+            found, failed = [], {}
+            self._learned.clear()
+            self._failed.clear()
+            self._keep(candidates, found, failed, _PATTERNS)
+        # A variant may have another name than what was measured; it has the same first writer.
+        place = {_first(candidate.gate): i for i, candidate in enumerate(candidates)}
+        proven += sorted(found, key=lambda gate: place[_first(gate)])
+        left_alone |= failed
+
+    def _keep(
+        self,
+        candidates: Sequence[Candidate],
+        proven: list[Gate],
+        left_alone: dict[str, str],
+        patterns: Sequence[_Pattern],
+    ) -> None:
         gates = [self._as_learned(candidate) for candidate in candidates]
-        problem = self.problem([*proven, *gates])
+        problem = self.problem([*proven, *gates], patterns)
         if problem is None:
             proven += gates
         elif len(gates) == 1:
@@ -112,9 +164,21 @@ class Proof:
             else:
                 proven.append(other)
         else:
-            half = len(gates) // 2
-            self.keep(candidates[:half], proven, left_alone)
-            self.keep(candidates[half:], proven, left_alone)
+            for part in self._parts(candidates, gates):
+                self._keep(part, proven, left_alone, patterns)
+
+    def _parts(
+        self, candidates: Sequence[Candidate], gates: Sequence[Gate]
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+        """Candidates that are likely to be cut together, and the others: those of the module in
+        which the cut went wrong, or half of them."""
+        wrong = set(suspects(gates, self._where)) if self._where is not None else set()
+        if 0 < len(wrong) < len(gates):
+            right = [c for c, gate in zip(candidates, gates, strict=True) if gate.name not in wrong]
+            rest = [c for c, gate in zip(candidates, gates, strict=True) if gate.name in wrong]
+            return right, rest
+        half = len(gates) // 2
+        return candidates[:half], candidates[half:]
 
     def _as_learned(self, candidate: Candidate) -> Gate:
         variant = self._learned.get(kind_of(self.net, candidate.gate))

@@ -22,6 +22,20 @@ __all__ = ["State", "reachable", "undone"]
 
 #: Packages whose classes and functions keep nothing that belongs to one network.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "pyro", "pyro_sbp"})
+#: Dictionaries of a module whose contents belong to its state, or hold functions.
+_OF_MODULES = (
+    *("_buffers", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_forward_hooks_always_called", "_forward_hooks_with_kwargs"),
+)
+#: The attributes that torch gives to every module, with which a network does nothing.
+_NOT_OWN = frozenset(vars(nn.Module()))
+
+
+class _Attributes:
+    """The attributes of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.content = vars(module)
 
 
 def _of_library(thing: Any) -> bool:
@@ -106,10 +120,16 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
             yield from thing.__defaults__ or ()
             yield from (thing.__kwdefaults__ or {}).values()
             yield from (value for _, value in _globals_of(thing))
+    elif isinstance(thing, nn.Module):
+        kept = vars(thing)
+        yield from (kept[n] for n in _OF_MODULES if kept.get(n) or n == "_buffers")
+        yield _Attributes(thing)
+        if functions:
+            yield from _of_classes(thing)
+    elif isinstance(thing, _Attributes):
+        yield from (value for name, value in thing.content.items() if name not in _NOT_OWN)
     elif _has_attributes(thing):
         yield vars(thing)
-        if functions and isinstance(thing, nn.Module):
-            yield from _of_classes(thing)
 
 
 def _full(cell: Any) -> bool:
@@ -147,7 +167,7 @@ class State:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._containers: list[tuple[Any, Any]] = []
+        self._containers: list[tuple[Any, Any, list[int]]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._cells: list[tuple[Any, Any]] = []
         self._globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -164,10 +184,12 @@ class State:
                 self._tensors.append((thing, thing.detach().clone()))
         elif isinstance(thing, torch.Generator):
             self._generators.append((thing, thing.get_state()))
+        elif isinstance(thing, _Attributes):
+            self._record(thing.content)
         elif isinstance(thing, dict):
-            self._containers.append((thing, dict(dict.items(thing))))
+            self._containers.append((thing, dict(dict.items(thing)), _ids(thing)))
         elif isinstance(thing, list | set | deque):
-            self._containers.append((thing, list(thing)))
+            self._containers.append((thing, list(thing), _ids(thing)))
         elif isinstance(thing, FunctionType) and _of_user(thing):
             for cell in thing.__closure__ or ():
                 if _full(cell):
@@ -177,8 +199,13 @@ class State:
 
     def restore(self) -> None:
         """Put everything back."""
-        for container, content in self._containers:
-            _refill(container, content)
+        for container, content, ids in self._containers:
+            if _ids(container) != ids:
+                container.clear()
+                if isinstance(container, dict | set):
+                    container.update(content)
+                else:
+                    container.extend(content)
         for cell, value in self._cells:
             if not _full(cell) or cell.cell_contents is not value:
                 cell.cell_contents = value
@@ -195,20 +222,10 @@ class State:
                     tensor.detach().copy_(value)
 
 
-def _refill(container: Any, content: Any) -> None:
-    """Put back what a dictionary, a list, a set or a queue held, if it is not the same."""
-    if isinstance(container, dict):
-        same = len(container) == len(content) and all(
-            dict.get(container, key, container) is value for key, value in content.items()
-        )
-        if not same:
-            container.clear()
-            container.update(content)
-    elif len(container) != len(content) or any(
-        a is not b for a, b in zip(container, content, strict=True)
-    ):
-        container.clear()
-        (container.update if isinstance(container, set) else container.extend)(content)
+def _ids(container: Any) -> list[int]:
+    """What a dictionary, a list, a set or a queue holds, by identity."""
+    # Of a lazy dictionary, such as that of an installed package, nothing is loaded.
+    return [*map(id, dict.values(container) if isinstance(container, dict) else container)]
 
 
 @contextmanager

@@ -95,13 +95,18 @@ class _Steady(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 and func is not Tensor.view:  # which reads bits
             if any(type(value) is torch.dtype or isinstance(value, str | type) for value in args):
                 args = tuple(map(_widened, args))
             if "dtype" in kwargs:
                 kwargs = {**kwargs, "dtype": _widened(kwargs["dtype"])}
         rule = self.rules.get(func)
-        return func(*args, **kwargs) if rule is None else rule(func, *args, **kwargs)
+        if rule is None:
+            return func(*args, **kwargs)
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
+        return rule(func, *args, **kwargs)
 
     def _seed(self) -> None:
         self.draws += 1
@@ -141,7 +146,7 @@ class _Steady(TorchFunctionMode):
         if not isinstance(mean, Tensor) and not isinstance(std, Tensor):
             out: Tensor = func(mean, std, *args, **kwargs)
             self._seed()
-            return out.copy_(func(mean, std, 1))
+            return out.copy_(func(mean, std, (1,)))
         self._seed()
         like = mean if isinstance(mean, Tensor) else std
         return mean + std * torch.randn((), dtype=like.dtype, device=like.device)

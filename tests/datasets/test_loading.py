@@ -160,3 +160,12 @@ def test_data_can_be_compared():
     assert one == one and one != other and one.train != other.train
     assert one.standardized().train.standardization != other.standardized().train.standardization
     assert len({one, other}) == 2
+
+
+def test_a_folder_with_one_class_is_refused(tmp_path):
+    make_folder(tmp_path, classes=("images",))
+    with pytest.raises(RequestError, match="one class only, images; expected a directory for each"):
+        check_dataset(f"folder:{tmp_path}", tmp_path)
+    (tmp_path / "train" / "images" / "cat").mkdir()
+    with pytest.raises(RequestError, match="such as cat, belong one level up"):
+        check_dataset(f"folder:{tmp_path}", tmp_path)

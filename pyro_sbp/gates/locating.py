@@ -1,0 +1,88 @@
+"""Where a network that was cut goes wrong: the first of its modules that fails or gives others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate
+
+__all__ = ["Trail", "suspects"]
+
+#: How far sums over the outputs of a module that computes the same may be apart, relatively.
+_TOLERANCE = 1e-7
+
+
+class Trail:
+    """What the modules of a network give in one call: sums over outputs, in order of their ends.
+
+    Attributes:
+        ends: name of the module, shape of its first output, and two sums over it.
+        inside: the modules that have begun and not ended.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, torch.Size, tuple[float, float]]] = []
+        self.inside: list[str] = []
+
+    @contextmanager
+    def followed(self, net: nn.Module) -> Iterator[None]:
+        """Inside, the calls of a network's modules are recorded."""
+
+        def begin(name: str) -> None:
+            self.inside.append(name)
+
+        def end(name: str, out: Any) -> None:
+            self.inside.pop()
+            if isinstance(out, list | tuple) and out:
+                out = out[0]
+            if isinstance(out, Tensor) and out.is_floating_point():
+                sums = float(out.sum()), float(out.abs().sum())
+                self.ends.append((name, out.shape, sums))
+
+        with ExitStack() as hooks:
+            for name, module in net.named_modules():
+                before = module.register_forward_pre_hook(lambda *_, n=name: begin(n))
+                hooks.callback(before.remove)
+                after = module.register_forward_hook(lambda m, a, out, n=name: end(n, out))
+                hooks.callback(after.remove)
+            yield
+
+    def first_difference(self, other: Trail) -> str | None:
+        """The first module that gives others in another call, or in which that call failed.
+
+        Modules whose outputs have another shape are passed over.
+        """
+        for (name, shape, sums), (other_name, other_shape, other_sums) in zip(
+            self.ends, other.ends, strict=False
+        ):
+            if name != other_name:
+                return name
+            scale = max(sums[1], 1e-30)
+            far = any(
+                not abs(a - b) <= _TOLERANCE * scale for a, b in zip(sums, other_sums, strict=True)
+            )
+            if shape == other_shape and far:
+                return name
+        return other.inside[-1] if other.inside else None
+
+
+def suspects(gates: Sequence[Gate], module: str) -> list[str]:
+    """The names of gates that touch a module from inside; of the nearest module around it that has
+    some."""
+    while True:
+        found = [
+            gate.name
+            for gate in gates
+            if any(
+                span.layer == module or span.layer.startswith(f"{module}.")
+                for span in (*gate.writers, *gate.readers, *gate.channelwise)
+            )
+        ]
+        if found or "." not in module:
+            return found
+        module = module.rpartition(".")[0]
