@@ -28,9 +28,10 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
         ValueError: the shapes do not broadcast, or a parameter is not a number.
     """
     tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
-    kinds = {(x.shape, x.dtype) for x in tensors}
-    if len(tensors) == len(parameters) and len(kinds) == 1 and tensors[0].is_floating_point():
-        return tensors
+    if len(tensors) == len(parameters) and tensors[0].is_floating_point():
+        first = tensors[0]
+        if all(x.shape == first.shape and x.dtype == first.dtype for x in tensors):
+            return tensors
     dtype, device = torch.get_default_dtype(), None
     if tensors:
         device = max(tensors, key=lambda x: x.ndim).device

@@ -135,10 +135,10 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
 def common_shape(*tensors: Tensor) -> torch.Size:
     """The shape that tensors broadcast to."""
     # torch's own function takes as long as ten small operations.
-    shapes = {x.shape for x in tensors if x.ndim}
-    if len(shapes) > 1:
-        return torch.broadcast_shapes(*shapes)
-    return shapes.pop() if shapes else torch.Size(())
+    shapes = [x.shape for x in tensors if x.ndim] or [torch.Size(())]
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
+    return torch.broadcast_shapes(*shapes)
 
 
 def constant(x: Tensor) -> Tensor:
