@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution
 
+from pyro_sbp.special.derivatives import has_shape
+
 __all__ = [
     "broadcast_parameters",
     "check_bounds",
@@ -30,7 +32,7 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
     tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
     if len(tensors) == len(parameters) and tensors[0].is_floating_point():
         first = tensors[0]
-        if all(x.shape == first.shape and x.dtype == first.dtype for x in tensors):
+        if all(has_shape(x, first.shape) and x.dtype == first.dtype for x in tensors):
             return tensors
     dtype, device = torch.get_default_dtype(), None
     if tensors:
