@@ -35,7 +35,7 @@ def test_copied_parameters_are_not_evaluated_for_every_copy(monkeypatch):
     assert shapes == [(4,)] and found.shape == (20, 4)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
 def test_traces_of_a_moment_agree():
     def mean(loc):
         return TruncatedNormal(loc, 1.0, -1.0, 1.0, validate_args=False).mean
