@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution
 
+from pyro_sbp.special.derivatives import has_shape
+
 __all__ = [
     "broadcast_parameters",
     "check_bounds",
@@ -28,9 +30,10 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
         ValueError: the shapes do not broadcast, or a parameter is not a number.
     """
     tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
-    kinds = {(x.shape, x.dtype) for x in tensors}
-    if len(tensors) == len(parameters) and len(kinds) == 1 and tensors[0].is_floating_point():
-        return tensors
+    if len(tensors) == len(parameters) and tensors[0].is_floating_point():
+        first = tensors[0]
+        if all(has_shape(x, first.shape) and x.dtype == first.dtype for x in tensors):
+            return tensors
     dtype, device = torch.get_default_dtype(), None
     if tensors:
         device = max(tensors, key=lambda x: x.ndim).device

@@ -22,9 +22,11 @@ def in_blocks(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> lis
         function: from tensors that broadcast to tensors of the shape that they have together.
         inputs: what it is called with; whole, if they are few or are copied along a dimension.
     """
+    if not all(map(may_look, inputs)):
+        return list(function(*inputs))
     sizes = {x.numel() for x in inputs}
     size = max(sizes)
-    if size <= BLOCK or not sizes <= {1, size} or not all(map(may_look, inputs)):
+    if size <= BLOCK or not sizes <= {1, size}:
         return list(function(*inputs))
     shape, count = common_shape(*inputs), -(-size // BLOCK)
     split = (

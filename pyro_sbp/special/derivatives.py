@@ -16,6 +16,7 @@ __all__ = [
     "attach",
     "common_shape",
     "constant",
+    "has_shape",
     "is_tracked",
     "may_look",
     "without_copies",
@@ -123,8 +124,8 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
     # Gradients of copies add up in float64: in float32 those of opposite signs would lose digits.
     shape = value.shape
-    inputs = [x if x.shape == shape else x.to(torch.float64).expand(shape) for x in untracked]
-    derivatives = [d if d.shape == shape else d.expand(shape) for _, d in pairs]
+    inputs = [x if has_shape(x, shape) else x.to(torch.float64).expand(shape) for x in untracked]
+    derivatives = [d if has_shape(d, shape) else d.expand(shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
@@ -135,10 +136,15 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
 def common_shape(*tensors: Tensor) -> torch.Size:
     """The shape that tensors broadcast to."""
     # torch's own function takes as long as ten small operations.
-    shapes = {x.shape for x in tensors if x.ndim}
-    if len(shapes) > 1:
-        return torch.broadcast_shapes(*shapes)
-    return shapes.pop() if shapes else torch.Size(())
+    shapes = [x.shape for x in tensors if x.ndim] or [torch.Size(())]
+    if not torch.jit.is_tracing() and all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
+    return torch.broadcast_shapes(*shapes)
+
+
+def has_shape(x: Tensor, shape: torch.Size) -> bool:
+    """Whether ``x`` needs no expanding; never in a trace, which records sizes."""
+    return not torch.jit.is_tracing() and x.shape == shape
 
 
 def constant(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ is not negligible.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from pyro_sbp.special.derivatives import (
     attach,
     common_shape,
     constant,
+    has_shape,
     may_look,
     without_copies,
 )
@@ -190,8 +191,21 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     below, above = (low - loc) / scale, (loc - high) / scale
     sign = (below >= above).to(torch.float64).mul_(2).sub_(1)
     alpha, beta = torch.maximum(below, above), torch.minimum(below, above).neg_()
-    found = (sign, loc, scale, low, high, alpha, beta, (high - low) / scale)
-    return Frame(*(x if x.shape == shape else x.expand(shape) for x in found), precision)
+
+    def full(x: Tensor) -> Tensor:
+        return x if has_shape(x, shape) else x.expand(shape)
+
+    return Frame(
+        full(sign),
+        full(loc),
+        full(scale),
+        full(low),
+        full(high),
+        full(alpha),
+        full(beta),
+        full((high - low) / scale),
+        precision,
+    )
 
 
 class Moments(Protocol):
@@ -288,8 +302,9 @@ class ByRegion:
         self._shape = inside.shape
         self._places = [x.reshape(-1).nonzero().squeeze(1) for x in (inside, ~inside)]
         lengths = (f.alpha, f.beta, f.width)
-        self._parts = []
-        for places, function in zip(self._places, (ByErf, integrate), strict=True):
+        self._parts: list[Moments] = []
+        ways: tuple[Callable[[Frame], Moments], ...] = ByErf, integrate
+        for places, function in zip(self._places, ways, strict=True):
             alpha, beta, width = (x.reshape(-1)[places] for x in lengths)
             self._parts.append(function(f._replace(alpha=alpha, beta=beta, width=width)))
 

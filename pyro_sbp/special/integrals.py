@@ -71,8 +71,8 @@ def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
     return attach(d.log_q, *pairs, second=_second_of_log_density)
 
 
-def _density_of(value: Tensor, *parameters: Tensor) -> _Density:
-    return _density(constant(value), *parameters[2:], _terms(*_integrated(*parameters)))
+def _density_of(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Density:
+    return _density(constant(value), low, high, _terms(*_integrated(loc, scale, low, high)))
 
 
 def _second_of_log_density(
@@ -145,7 +145,7 @@ def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
     outside = (x < low) | (x > high)
     r = (x - t.mode) / t.step
     e = r * (t.slope + 0.5 * r)
-    found = (
+    found: tuple[Tensor, ...] = (
         -e - t.log_total,
         -(t.slope + r) / t.step,
         (r - t.mean) / t.step,

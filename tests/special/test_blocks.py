@@ -1,7 +1,9 @@
 """Functions that are evaluated in blocks."""
 
+import pytest
 import torch
 
+from pyro_sbp.distributions import TruncatedNormal
 from pyro_sbp.special import blocks
 
 
@@ -31,3 +33,12 @@ def test_copied_parameters_are_not_evaluated_for_every_copy(monkeypatch):
 
     (found,) = blocks.in_blocks(function, torch.zeros(20, 4), torch.ones(4))
     assert shapes == [(4,)] and found.shape == (20, 4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+def test_traces_of_a_moment_agree():
+    def mean(loc):
+        return TruncatedNormal(loc, 1.0, -1.0, 1.0, validate_args=False).mean
+
+    traced = torch.jit.trace(mean, torch.zeros(3))  # which traces twice and compares
+    torch.testing.assert_close(traced(torch.ones(3)), mean(torch.ones(3)))
