@@ -8,7 +8,7 @@ as deleting column c.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from pyro_sbp.gates.layers import (
     weight_of,
 )
 from pyro_sbp.gates.nested import convert, same, tensors_of
-from pyro_sbp.gates.steady import repeatable
+from pyro_sbp.gates.steady import eager, repeatable
 
 __all__ = [
     "Gate",
@@ -280,6 +280,10 @@ def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tens
     return x * scale.to(x.dtype).view(shape)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 class GatedNetwork(nn.Module):
     """A network whose units are multiplied by theta: a pure function of the input and theta.
 
@@ -313,7 +317,9 @@ class GatedNetwork(nn.Module):
         draws = {value.shape[:-2] for value in theta.values()}
         if any(draws):
             return self._each(x, theta, draws)
-        with gating(self.net, self.gates, theta):
+        # A program of a compiled network inside would keep theta of an earlier call.
+        compiled = any(_is_compiled(module) for module in self.net.modules())
+        with eager() if compiled else nullcontext(), gating(self.net, self.gates, theta):
             return call(self.net, x)
 
     def _each(self, x: Any, theta: Mapping[str, Tensor], draws: set[torch.Size]) -> Tensor:

@@ -72,7 +72,8 @@ class Proof:
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net = net
         self.x = convert(x, torch.float64)
-        self._exact = copy_for_measurement(net, torch.float64, training_paths)
+        # With gradients, as DistributedDataParallel is not copied without.
+        self._exact = copy_for_measurement(net, torch.float64, training_paths, frozen=False)
         enliven(self._exact, torch.Generator().manual_seed(0))
         self._state = State(self._exact)
         self._where: str | None = None  # the module in which the last cut went wrong
@@ -102,7 +103,7 @@ class Proof:
             with torch.no_grad():
                 with self._measured(trails[0], self._exact), decisions.recorded():
                     masked = GatedNetwork(self._exact, gates)(fresh(self.x), each)
-                net = copy_network(self._exact)
+                net = copy_network(self._exact).requires_grad_(False)
                 shrink_in_place(net, gates, theta)
                 with self._measured(trails[1], net), decisions.repeated():
                     small = call(net, fresh(self.x))
@@ -204,14 +205,16 @@ class Proof:
 
 
 def copy_for_measurement(
-    net: nn.Module, dtype: torch.dtype, training_paths: bool = False
+    net: nn.Module, dtype: torch.dtype, training_paths: bool = False, frozen: bool = True
 ) -> nn.Module:
-    """A copy for measurements: on the CPU, as in evaluation, without gradients.
+    """A copy for measurements: on the CPU, as in evaluation, without gradients if it is `frozen`.
 
     With `training_paths`, modules that hold others are in training mode: some call heads of
     theirs only there.
     """
-    net = to_precision(copy_network(net).to("cpu"), dtype).eval().requires_grad_(False)
+    net = to_precision(copy_network(net).to("cpu"), dtype).eval()
+    if frozen:
+        net.requires_grad_(False)
     for module in net.modules():
         module.training = training_paths and any(True for _ in module.children())
     return net

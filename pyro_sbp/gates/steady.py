@@ -7,8 +7,9 @@ and one that casts to float32 rounds. Neither says whether units can be removed.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["repeatable"]
+__all__ = ["eager", "repeatable"]
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
@@ -53,7 +54,7 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
 
     All elements of a random tensor have the same value, another one in every call: the numbers do
     not depend on the width of a layer. Dropout that is active has no effect. In float64, code that
-    asks for float32 or less gets float64.
+    asks for float32 or less gets float64. Networks that were compiled run eagerly.
     """
     before = torch.get_default_dtype()
     states = random.getstate(), np.random.get_state()
@@ -63,12 +64,20 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
         np.random.seed(0)
         torch.set_default_dtype(dtype)
         try:
-            with _Steady(dtype):
+            with eager(), _Steady(dtype):
                 yield
         finally:
             torch.set_default_dtype(before)
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Inside, networks that were compiled run as they are written, which can be followed."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()  # an import of it takes seconds
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class _Steady(TorchFunctionMode):

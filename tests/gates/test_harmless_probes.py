@@ -323,3 +323,21 @@ def test_lazy_layers_are_created_first():
     net, x = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3)), torch.randn(3, 4)
     assert names(net, x) == ["0"]
     assert pruned(net, x)[0].out_features == 5
+
+
+def test_compiled_networks_are_measured_as_they_are_written():
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph
+
+    net = torch.compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), backend=backend)
+    x = torch.randn(3, 4)
+    (gate,) = sbp.find_gates(net, x)
+    assert gate.name == "_orig_mod.0" and compiled == []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        theta = {gate.name: torch.rand(8) * (torch.arange(8) > seed)}
+        small = sbp.shrink(net, [gate], theta, x)
+        torch.testing.assert_close(sbp.GatedNetwork(net, [gate])(x, theta), small(x))
