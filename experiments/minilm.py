@@ -308,7 +308,9 @@ class Run:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        asked = {**json.loads(json.dumps(asdict(settings))), "validate": validate}
+        asked = {**asdict(settings), "validate": validate}
+        # A run can get networks of further budgets later.
+        del asked["budgets"]
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "settings.json"
         if not path.exists():
@@ -396,8 +398,13 @@ class Run:
     def networks(self) -> list[str]:
         """The names of the smaller networks that are complete."""
         kinds = ("sbp", "magnitude")
-        names = [f"{kind}-{budget:g}" for kind in kinds for budget in self.settings.budgets]
-        return [name for name in names if (self.directory / name).exists()]
+        found = {path.parent.name for path in self.directory.glob("*/network.json")}
+        known = [name.partition("-") for name in found]
+        return [
+            f"{kind}-{budget}"
+            for kind in kinds
+            for budget in sorted((b for k, _, b in known if k == kind), key=float)
+        ]
 
     def begin(self, stage: str) -> None:
         """Seed the order of the sentences and the generator of torch for a stage."""
