@@ -341,3 +341,13 @@ def test_compiled_networks_are_measured_as_they_are_written():
         theta = {gate.name: torch.rand(8) * (torch.arange(8) > seed)}
         small = sbp.shrink(net, [gate], theta, x)
         torch.testing.assert_close(sbp.GatedNetwork(net, [gate])(x, theta), small(x))
+
+
+def test_a_network_in_several_processes_is_copied(tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(Net(torch.relu))
+        assert names(net) == ["module.a", "module.b"]
+    finally:
+        torch.distributed.destroy_process_group()
