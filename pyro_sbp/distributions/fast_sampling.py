@@ -136,7 +136,8 @@ def _terms(*parameters: Tensor) -> _Terms:
     loc, scale, low, high = (constant(without_copies(x)) for x in parameters)
     ends = torch.stack(torch.broadcast_tensors((low - loc) / scale, (high - loc) / scale))
     far = (ends[0] > _FAR) | (ends[1] < -_FAR)
-    scaled = ends.clamp_(-_MOST, _MOST).mul(_SQRT_HALF)
+    ends = ends.clamp(-_MOST, _MOST)  # not in place, for which vmap has no rule
+    scaled = ends.mul(_SQRT_HALF)
     density = scaled.square().neg_().exp_()
     of_near = (_with_rise(x) for x in (scaled.erf_(), density, ends.mul_(density)))
     near = _Near(*(x for pair in of_near for x in pair))

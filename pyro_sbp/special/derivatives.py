@@ -124,13 +124,26 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
     # Gradients of copies add up in float64: in float32 those of opposite signs would lose digits.
     shape = value.shape
-    inputs = [x if has_shape(x, shape) else x.to(torch.float64).expand(shape) for x in untracked]
+    inputs = [
+        x if has_shape(x, shape) and not _is_parameter(x) else _wide(x).expand(shape)
+        for x in untracked
+    ]
     derivatives = [d if has_shape(d, shape) else d.expand(shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Attach.apply(value, None, *inputs, *derivatives)
     return value
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether ``x`` may be changed in place before the backward pass, as parameters are."""
+    return x.requires_grad and x.is_leaf
+
+
+def _wide(x: Tensor) -> Tensor:
+    """A copy of a parameter in float64, or another tensor in float64."""
+    return x.to(torch.float64, copy=_is_parameter(x))
 
 
 def common_shape(*tensors: Tensor) -> torch.Size:

@@ -257,7 +257,7 @@ class ByErf:
 
     def __init__(self, f: Frame) -> None:
         # Beyond there is no mass, and next to nothing takes very long.
-        self._ends = torch.stack([f.alpha, f.beta]).clamp_(-_MOST_SCALES, _MOST_SCALES)
+        self._ends = torch.stack([f.alpha, f.beta]).clamp(-_MOST_SCALES, _MOST_SCALES)
         scaled = self._ends * SQRT_HALF
         below, above = torch.erf(scaled)
         self.mass = (above - below).mul_(_SQRT_HALF_PI)
