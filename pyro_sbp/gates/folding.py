@@ -48,13 +48,16 @@ class Span:
     """Which unit each row or column of a layer carries.
 
     `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
-    layer with `groups` must keep the same number of them in each group that it keeps. Two spans
-    are equal if these three are.
+    layer with `groups` must keep the same number of them in each group that it keeps. With a
+    `tensor`, a parameter or buffer of the module `layer`, the rows or columns are those along its
+    dimension `dim`. Two spans are equal if these five are.
     """
 
     layer: str
     units: Tensor
     groups: int = 1
+    tensor: str = ""
+    dim: int = 0
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -64,6 +67,11 @@ class Span:
 
     def __hash__(self) -> int:
         return hash((self.layer, len(self.units), self.groups))
+
+    @property
+    def key(self) -> str:
+        """What the rows or columns are of: the layer, or a dimension of one of its tensors."""
+        return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:
         """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
@@ -107,7 +115,8 @@ class Gate:
         size: the number of units.
         readers: the layers that take the units as input columns.
         writers: the layers that produce them as output rows. None for a gate on input features.
-        channelwise: the layers between, which treat every channel alone.
+        channelwise: the layers between, which treat every channel alone, and the parameters and
+            buffers between that hold something for each channel.
         selects: the `Select` modules between, which an earlier cut put before a reader: the unit of
             every feature that flows into them.
         sizes: the attributes of modules that have to follow the number of units.
@@ -124,7 +133,7 @@ class Gate:
     def __repr__(self) -> str:
         parts = [repr(self.name), f"{self.size} units"]
         for kind in ("writers", "readers", "channelwise", "selects"):
-            layers = ", ".join(span.layer for span in getattr(self, kind))
+            layers = ", ".join(span.key for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
         names = ", ".join(dict.fromkeys(f"{s.module}.{s.attribute}" for s in self.sizes))
         parts += [f"sizes: {names}"] if names else []

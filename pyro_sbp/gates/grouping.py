@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate, Span
 from pyro_sbp.gates.layers import Select, groups_of, is_channelwise, is_reader
+from pyro_sbp.gates.loose import Follower
 from pyro_sbp.gates.measuring import Reach
 
-__all__ = ["Candidate", "candidates"]
+__all__ = ["Candidate", "candidates", "groups_of_writers"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Candidate:
     Attributes:
         gate: the gate.
         reaches: where its writers arrive; none for a gate on input features.
+        followers: tensors that may have slices for its units.
     """
 
     gate: Gate
     reaches: tuple[Reach, ...] = ()
+    followers: tuple[Follower, ...] = ()
 
     def coarser(self, net: nn.Module, parts: int) -> Candidate | None:
         """The same with units of `parts` units each, one of every part of the writer.
@@ -43,7 +46,7 @@ class Candidate:
             _coarser(reach, most // parts) if reach.size == most else reach
             for reach in self.reaches
         )
-        return Candidate(_gate(net, reaches), reaches)
+        return Candidate(_gate(net, reaches, self.followers), reaches, self.followers)
 
 
 def _coarser(reach: Reach, size: int) -> Reach:
@@ -54,20 +57,32 @@ def _coarser(reach: Reach, size: int) -> Reach:
     return replace(reach, classes=reach.classes % size, columns=columns)
 
 
-def candidates(net: nn.Module, reaches: Iterable[Reach]) -> list[Candidate]:
-    """Gates from where the rows of all writers arrive, in the order of their first writers.
+def candidates(
+    net: nn.Module, groups: Sequence[Sequence[Reach]], followers: Sequence[Sequence[Follower]]
+) -> list[Candidate]:
+    """Gates from writers that belong together, in the order of their first writers.
 
     A writer that is in none has a problem, which is noted.
+
+    Args:
+        net: the network.
+        groups: from `groups_of_writers`.
+        followers: the tensors that may have slices for the units of each group.
     """
-    groups = _groups([reach for reach in reaches if reach.problem is None])
-    return [found for group in groups for found in _split_at_single_units(net, group)]
+    return [
+        found
+        for group, of_group in zip(groups, followers, strict=True)
+        for found in _split_at_single_units(net, group, tuple(of_group))
+    ]
 
 
-def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
+def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
     """Writers that share a column of some layer, together; in order of their first writer."""
     together = DisjointSet(reach.writer for reach in reaches)
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
+        if reach.beside in together:
+            together.merge(reach.beside, reach.writer)
         for name, classes in reach.columns.items():
             for column in torch.nonzero(classes >= 0).flatten().tolist():
                 together.merge(owner.setdefault((name, column), reach.writer), reach.writer)
@@ -77,33 +92,49 @@ def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
     return list(groups.values())
 
 
-def _split_at_single_units(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
+def _split_at_single_units(
+    net: nn.Module, group: Sequence[Reach], followers: tuple[Follower, ...]
+) -> list[Candidate]:
     """One gate of writers that belong together, or several if that would be of one unit."""
-    gate = _gate(net, group)
+    gate = _gate(net, group, followers)
     if gate.size > 1 or len(group) == 1:
-        return [Candidate(gate, tuple(group))]
+        return [Candidate(gate, tuple(group), followers)]
     # As a map of attention that multiplies all channels, or keys that all heads share.
     least = min(group, key=lambda reach: reach.size)
-    rest = [reach for reach in group if reach is not least]
-    found = [one for others in _groups(rest) for one in _split_at_single_units(net, others)]
+    rest = [reach for reach in group if least.writer not in (reach.writer, reach.beside)]
+    found = [
+        one
+        for others in groups_of_writers(rest)
+        for one in _split_at_single_units(net, others, followers)
+    ]
     if least.size > 1:
-        return [*_split_at_single_units(net, [least]), *found]
+        return [*_split_at_single_units(net, [least], followers), *found]
     if found:
         least.problem = "has one unit, which reaches all units of another layer"
         return found
-    return [Candidate(gate, tuple(group))]
+    return [Candidate(gate, tuple(group), followers)]
 
 
-def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
+def _gate(net: nn.Module, group: Sequence[Reach], followers: Sequence[Follower]) -> Gate:
     """One gate from writers that belong together; classes that share a column are one unit."""
     same = DisjointSet((reach.writer, own) for reach in group for own in range(reach.size))
+    rows = {reach.writer: reach.classes.tolist() for reach in group}
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
+        for own, other in zip(rows[reach.writer], rows.get(reach.beside, ()), strict=False):
+            same.merge((reach.writer, own), (reach.beside, other))
         for name, classes in reach.columns.items():
             for column, own in enumerate(classes.tolist()):
                 if own >= 0:
                     unit = (reach.writer, own)
                     same.merge(owner.setdefault((name, column), unit), unit)
+    slices: dict[tuple[int, int], Any] = {}  # from a slice of a follower to one of its units
+    for index, follower in enumerate(followers):
+        for name, numbers in follower.columns.items():
+            for column, own in enumerate(numbers.tolist()):
+                if own >= 0 and (name, column) in owner:
+                    unit = owner[name, column]
+                    same.merge(slices.setdefault((index, own), unit), unit)
     number: dict[Any, int] = {}
     units = {
         reach.writer: torch.tensor(
@@ -122,6 +153,15 @@ def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
         layer = net.get_submodule(name)
         return Span(name, units, 1 if is_channelwise(layer) else groups_of(layer))
 
+    following = []
+    for index, follower in enumerate(followers):
+        carried = [slices.get((index, own)) for own in range(follower.slices.size)]
+        if any(unit is not None for unit in carried):
+            its = [-1 if unit is None else number[same[unit]] for unit in carried]
+            following += [
+                Span(follower.slices.layer, torch.tensor(its, device="cpu"), tensor=leaf, dim=dim)
+                for leaf, dim in follower.slices.tensors
+            ]
     readers = {name for name in spans if is_reader(net.get_submodule(name))}
     selects = {name for name in spans if isinstance(net.get_submodule(name), Select)}
     return Gate(
@@ -129,8 +169,9 @@ def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
         size=len(number),
         writers=tuple(span(reach.writer, units[reach.writer][reach.classes]) for reach in group),
         readers=tuple(span(name, units) for name, units in spans.items() if name in readers),
-        channelwise=tuple(
-            span(name, units) for name, units in spans.items() if name not in readers | selects
+        channelwise=(
+            *(span(name, units) for name, units in spans.items() if name not in readers | selects),
+            *following,
         ),
         selects=tuple(span(name, units) for name, units in spans.items() if name in selects),
     )

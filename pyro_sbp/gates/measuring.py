@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.classes import codes, partitions_that_fit
+from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
 from pyro_sbp.gates.folding import call, repeatable
 from pyro_sbp.gates.layers import (
     Select,
@@ -35,12 +35,14 @@ from pyro_sbp.gates.layers import (
     operands,
     serves,
 )
+from pyro_sbp.gates.loose import Follower, LooseTensors, Slices, decode, slices_to_try
 from pyro_sbp.gates.nested import convert, tensors_of
 
-__all__ = ["Probe", "Reach", "matrices", "measure"]
+__all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 
 #: How many partitions of a writer's rows are measured at most, of those that fit.
 _PARTITIONS = 4
+_UNREAD = "no layer reads it"
 #: After how many rows in a row that exclude nothing a partition is measured.
 _MISSES = 2
 
@@ -76,9 +78,11 @@ class Probe(TorchFunctionMode):
                 ):
                     if tensor is not None:
                         self.layers.setdefault(id(tensor), (name, module))
+        self.loose = LooseTensors(net)
         self.used: set[int] = set()
         self.clean: dict[str, list[Tensor]] = {}
         self.total: Counter[str] = Counter()
+        self.trace: set[int] | None = None
         self.start(None)
 
     def start(
@@ -93,6 +97,8 @@ class Probe(TorchFunctionMode):
         self.inject = inject
         self.seen: dict[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
+        self.number = 0
+        self.loose.start()
         self.awaited = None if until is None else set(until)
 
     @property
@@ -120,7 +126,13 @@ class Probe(TorchFunctionMode):
             self.used.update(id(value) for value in (*args, *kwargs.values()))
         found = self._layer(func, args, kwargs)
         if found is None:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if self.loose.places:
+                self.loose.watch(func, args, kwargs, out)
+            self.number += 1
+            if self.trace is not None and isinstance(out, Tensor) and bool(out.isnan().any()):
+                self.trace.add(self.number)
+            return out
         name, layer = found
         index = self.calls[name]
         self.calls[name] += 1
@@ -159,6 +171,8 @@ class Reach:
             several rows reach the same column, classes are those of rows that belong together.
         seen: from a layer to the columns that any row reaches.
         columns: from a layer to the class that each column is reached by, or -1.
+        beside: a writer whose rows meet these in a sum, if no layer reads these: they are cut along.
+        met: the tensors that no known layer holds and that the rows meet, by module and name.
         problem: why the rows are no units.
     """
 
@@ -166,6 +180,8 @@ class Reach:
     classes: Tensor
     seen: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    beside: str | None = None
+    met: set[tuple[str, str]] = field(default_factory=set)
     problem: str | None = None
 
     @property
@@ -215,6 +231,8 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
     for writer in writers:
         reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer)), device="cpu"))
         reaches.append(reach)
+        probe.loose.met = reach.met
+        probe.loose.watching = True
         try:
             if _pass(
                 probe, x, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
@@ -224,12 +242,118 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
         except _Astray as error:
             reach.problem = str(error)
             continue
+        finally:
+            probe.loose.watching = False
         reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
         if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
-            reach.problem = "no layer reads it"
+            reach.problem = _UNREAD
+    _join_unread(probe, x, reaches)
     for together in _apart([reach for reach in reaches if reach.problem is None]):
         _decode(probe, x, together)
+    problems = {reach.writer: reach.problem for reach in reaches}
+    for reach in reaches:
+        if reach.beside is not None and problems[reach.beside] is not None:
+            reach.problem = _UNREAD
     return reaches
+
+
+def _join_unread(probe: Probe, x: Any, reaches: Sequence[Reach]) -> None:
+    """Find the stream that a writer which no layer reads is added to.
+
+    The last layer of a residual stack is one where only sums of the layers inside are used. Its
+    values do not matter, but it has to have as many rows as the stream, in any order.
+    """
+    unread = [reach for reach in reaches if reach.problem == _UNREAD]
+    others = [reach for reach in reaches if reach.problem is None]
+    for reach in unread:
+        reached = _trace(probe, x, reach)
+        meeting = [
+            (min(common), other.writer)
+            for other in others
+            if len(other.classes) == len(reach.classes)
+            and (common := reached & _trace(probe, x, other))
+        ]
+        if meeting:
+            reach.problem, reach.beside = None, min(meeting)[1]
+
+
+def _trace(probe: Probe, x: Any, reach: Reach) -> set[int]:
+    """The numbers of the calls of functions, in order, that answer with NaN of a writer."""
+    probe.trace = set()
+    try:
+        _pass(probe, x, {reach.writer: torch.ones_like(reach.classes, dtype=torch.bool)})
+        return probe.trace
+    finally:
+        probe.trace = None
+
+
+def follow(probe: Probe, x: Any, groups: Sequence[Sequence[Reach]]) -> list[list[Follower]]:
+    """The tensors that no known layer holds and that have slices for the units of writers.
+
+    Args:
+        probe: of the network, after its first pass.
+        x: the network's input.
+        groups: writers that belong together. Different groups reach no column in common, so that
+            tensors which meet different groups share passes.
+
+    Returns:
+        The tensors of each group.
+    """
+    met = [set().union(*(reach.met for reach in group)) for group in groups]
+    pending = [
+        (slices, [n for n, here in enumerate(met) if any(p in here for p in slices.places)])
+        for slices in slices_to_try(probe.loose, set().union(*met))
+    ]
+    columns = [_columns_of(group) for group in groups]
+    found: list[list[Follower]] = [[] for _ in groups]
+    while pending:
+        chosen: list[tuple[Slices, list[int]]] = []
+        for item in pending:
+            if not any(set(item[1]) & set(others) for _, others in chosen):
+                chosen.append(item)
+        pending = [item for item in pending if item not in chosen]
+        passes = _passes_of(probe, x, [slices for slices, _ in chosen], set().union(*columns))
+        for slices, numbers in chosen:
+            here = [columns[number] for number in numbers]
+            follower = decode(slices, passes[: 2 * bits_of(slices.size)], _merged(here))
+            if follower is not None:
+                for number in numbers:
+                    found[number].append(follower)
+            elif len(slices.tensors) > 1:
+                pending += [(single, numbers) for single in slices.singly()]
+    return found
+
+
+def _columns_of(group: Sequence[Reach]) -> dict[str, Tensor]:
+    """The columns of readers and other layers that the units of a group reach, bool."""
+    return _merged([{n: c >= 0 for n, c in reach.columns.items()} for reach in group])
+
+
+def _merged(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    for one in columns:
+        for name, here in one.items():
+            merged[name] = merged[name] | here if name in merged else here
+    return merged
+
+
+def _passes_of(
+    probe: Probe, x: Any, all_slices: Sequence[Slices], until: set[str]
+) -> list[dict[str, Tensor]]:
+    """What is reached by slices, in a pass for each bit of their numbers and its complement."""
+    passes = []
+    for index in range(2 * max(bits_of(slices.size) for slices in all_slices)):
+        for slices in all_slices:
+            if index < 2 * bits_of(slices.size):
+                probe.loose.fill(slices, codes(slices.size)[index])
+        try:
+            _pass(probe, x, {}, until)
+            passes.append(probe.seen)
+        except _Astray:
+            passes.append({})
+        finally:
+            probe.loose.restore()
+    return passes
 
 
 def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:

@@ -10,9 +10,9 @@ from torch import nn
 
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.folding import Gate, Span, call, repeatable
-from pyro_sbp.gates.grouping import Candidate, candidates
+from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.layers import num_columns
-from pyro_sbp.gates.measuring import Probe, matrices, measure
+from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
@@ -133,7 +133,9 @@ def find_gates(
         return Gates([], left_alone | dict.fromkeys(order, why), order)
     with torch.no_grad():
         reaches = measure(probe, x, order)
-    found = candidates(probe.net, reaches)
+        groups = groups_of_writers([reach for reach in reaches if reach.problem is None])
+        followers = follow(probe, x, groups)
+    found = candidates(probe.net, groups, followers)
     left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     del probe
     # A gate on features stands just before the layer that reads them.
