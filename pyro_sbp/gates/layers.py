@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_sbp.gates.recurrent import RECURRENT_SIZES, is_recurrent, resize_recurrent
 from pyro_sbp.networks import PlaceChannels, place_channels
 
 __all__ = [
@@ -64,7 +65,7 @@ _ROW_SIZES = (
 )
 _COLUMN_SIZES = ("in_features", "in_channels", "nx")
 #: All attributes of layers that `resize` changes.
-SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups")
+SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups", *RECURRENT_SIZES)
 
 
 class Select(nn.Module):
@@ -91,7 +92,7 @@ def is_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # to normalise a row mixes its columns
     layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
-    known = isinstance(module, layers) or _is_conv1d(module)
+    known = isinstance(module, layers) or _is_conv1d(module) or is_recurrent(module)
     return known and not is_channelwise(module)
 
 
@@ -137,6 +138,8 @@ def known_tensors(module: nn.Module) -> tuple[str, ...]:
         return ("weight", "source")
     if is_channelwise(module):
         return ("weight", "bias", "running_mean", "running_var")
+    if is_recurrent(module):
+        return tuple(module._parameters)
     return ("weight", "bias") if is_matrix(module) else ()
 
 
@@ -186,6 +189,8 @@ def num_rows(module: nn.Module) -> int:
     """How many units a matrix layer produces."""
     if isinstance(module, PlaceChannels):
         return len(module.source)
+    if is_recurrent(module):
+        return module.hidden_size
     return module.get_parameter("weight").shape[_row_dim(module)]
 
 
@@ -193,6 +198,8 @@ def num_columns(module: nn.Module) -> int:
     """How many units a reader takes."""
     if isinstance(module, PlaceChannels):
         return len(module.weight)
+    if is_recurrent(module):
+        return module.input_size
     return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
 
 
@@ -272,6 +279,9 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
         return
     if isinstance(module, PlaceChannels):
         _resize_places(module, rows, columns)
+        return
+    if is_recurrent(module):
+        resize_recurrent(module, rows, columns)
         return
     if groups_of(module) > 1:
         _resize_groups(module, rows, columns)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.layers import known_tensors
 
-__all__ = ["Follower", "LooseTensors", "Slices", "decode", "slices_to_try"]
+__all__ = ["Follower", "LooseTensors", "Slices", "Place", "decode", "slices_to_try", "tensors_in"]
 
 #: A tensor of a network: the name of its module, and its own in there.
 Place = tuple[str, str]
@@ -97,11 +97,14 @@ class LooseTensors:
 
     def watch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what a function has done."""
-        inputs = list(_tensors((*args, *kwargs.values())))
-        found = [self.sources(tensor) for tensor in inputs]
+        inputs = list(tensors_in((*args, *kwargs.values())))
+        # What an integer selects from a tensor is computed from that tensor alone.
+        found = [
+            self.sources(tensor) if _is_inexact(tensor) else frozenset[Place]() for tensor in inputs
+        ]
         sources = frozenset[Place]().union(*(places for places in found if places is not None))
         if None not in found:
-            for tensor in _tensors([out]):
+            for tensor in tensors_in([out]):
                 self._sources.setdefault(id(tensor), (tensor, sources))
             return
         if inputs and found[0] is not None and _is_in_place(func):
@@ -127,18 +130,22 @@ class LooseTensors:
     _saved: dict[Place, Tensor] = field(default_factory=dict)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among the arguments of a function, also in lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _has_slices(tensor: Tensor) -> bool:
-    inexact = tensor.is_floating_point() or tensor.is_complex()
     # A tensor that was expanded cannot be written to.
-    return inexact and tensor.numel() > 1 and 0 not in tensor.stride()
+    return _is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
 
 
 def _has_nan(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ groups of a group norm. Writers that reach no column in common share a pass.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,19 +25,18 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
 from pyro_sbp.gates.folding import call, repeatable
-from pyro_sbp.gates.layers import (
-    Select,
-    argument,
-    channel_dim,
-    is_channelwise,
-    is_matrix,
-    is_reader,
-    num_rows,
-    operands,
-    serves,
+from pyro_sbp.gates.layers import channel_dim, is_matrix
+from pyro_sbp.gates.loose import (
+    Follower,
+    LooseTensors,
+    Slices,
+    decode,
+    slices_to_try,
+    tensors_in,
 )
-from pyro_sbp.gates.loose import Follower, LooseTensors, Slices, decode, slices_to_try
-from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
+from pyro_sbp.gates.recurrent import first_weight, is_recurrent
+from pyro_sbp.gates.uses import Use, Uses, hidden_of
 
 __all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 
@@ -65,24 +65,13 @@ class Probe(TorchFunctionMode):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.layers: dict[int, tuple[str, nn.Module]] = {}
-        for name, module in net.named_modules():
-            if isinstance(module, Select):
-                self.layers[id(module.index)] = (name, module)
-            elif is_matrix(module) or is_channelwise(module):
-                # Only what the module holds: a weight that is computed is another one each time.
-                for tensor in (
-                    module._parameters.get("weight"),
-                    module._buffers.get("weight"),
-                    module._buffers.get("running_mean"),
-                ):
-                    if tensor is not None:
-                        self.layers.setdefault(id(tensor), (name, module))
         self.loose = LooseTensors(net)
+        self.uses = Uses(net, self.loose)
         self.used: set[int] = set()
-        self.clean: dict[str, list[Tensor]] = {}
+        self.clean: dict[str, list[Any]] = {}
         self.total: Counter[str] = Counter()
         self.trace: set[int] | None = None
+        self.spreads: set[str] | None = None
         self.start(None)
 
     def start(
@@ -106,59 +95,107 @@ class Probe(TorchFunctionMode):
         """Matrix layers of whose weight nothing made use in the first pass."""
         names = []
         for name in matrices(self.net):
-            weight = self.net.get_submodule(name)._parameters.get("weight")
+            module = self.net.get_submodule(name)
+            weight = (
+                first_weight(module)
+                if is_recurrent(module)
+                else module._parameters.get("weight")
+            )
             parent = self.net.get_submodule(name.rpartition(".")[0])
             inside = isinstance(parent, nn.MultiheadAttention)
             if weight is not None and id(weight) not in self.used and not inside:
                 names.append(name)
         return names
 
-    def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
-        for value in (*args, *kwargs.values()):
-            found = self.layers.get(id(value))
-            if found is not None and serves(func, found[1]):
-                return found
-        return None
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inject is None:
-            self.used.update(id(value) for value in (*args, *kwargs.values()))
-        found = self._layer(func, args, kwargs)
-        if found is None:
+        first = self.inject is None
+        if first:
+            self.used.update(map(id, tensors_in((*args, *kwargs.values()))))
+        use = self.uses.of(func, args, kwargs, record=first)
+        if use is None:
             out = func(*args, **kwargs)
-            if self.loose.places:
-                self.loose.watch(func, args, kwargs, out)
+            self.loose.watch(func, args, kwargs, out)
             self.number += 1
             if self.trace is not None and isinstance(out, Tensor) and bool(out.isnan().any()):
                 self.trace.add(self.number)
             return out
-        name, layer = found
-        index = self.calls[name]
-        self.calls[name] += 1
-        if not isinstance(layer, nn.Embedding):
-            x: Tensor = argument(operands(func)[0], args, kwargs)
-            dim = channel_dim(layer, x)
+        index = self.calls[use.name]
+        self.calls[use.name] += 1
+        for name, x, dim in use.sees:
             # A sum is NaN where one of its numbers is, and needs no copy of them.
             rest = [d for d in range(x.ndim) if d != dim]
-            hit = (x.sum(rest) if rest else x).isnan()
-            self.seen[name] = self.seen[name] | hit if name in self.seen else hit
-        if self.inject is None:
-            self.total[name] += 1
+            self._see(name, (x.sum(rest) if rest else x).isnan())
+            if self.spreads is not None and name in self.uses.products and _is_spread(x, dim):
+                self.spreads.add(name)
+        if first:
+            self.total[use.name] += 1
             out = func(*args, **kwargs)
-            if is_matrix(layer):
-                self.clean.setdefault(name, []).append(out.clone())
+            if use.writes:
+                self.clean.setdefault(use.name, []).append(map_tensors(torch.clone, out))
             return out
-        if self.awaited is not None and self.calls[name] == self.total[name]:
-            self.awaited.discard(name)
+        if self.awaited is not None and self.calls[use.name] == self.total[use.name]:
+            self.awaited -= {use.name, hidden_of(use.name)}
             if not self.awaited:
                 raise _Through
-        if not is_matrix(layer):
+        if not use.writes:
             return func(*args, **kwargs)
-        out = self.clean[name][index].clone()
-        if name in self.inject:
-            out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
+        return self._answer(use, index)
+
+    def _see(self, name: str, hit: Tensor) -> None:
+        self.seen[name] = self.seen[name] | hit if name in self.seen else hit
+
+    def _answer(self, use: Use, index: int) -> Any:
+        """What a layer has answered in the first pass, with NaN in some channels."""
+        assert self.inject is not None
+        out = map_tensors(torch.clone, self.clean[use.name][index])
+        if use.bias is not None:
+            out = out + 0 * use.bias
+        if use.name in self.inject:
+            chosen, layer = self.inject[use.name], self.uses.module(use.name)
+            for tensor in tensors_of(out):
+                dim = use.out_dim
+                if dim is None:
+                    assert layer is not None
+                    dim = channel_dim(layer, tensor)
+                channels = tensor.movedim(dim, 0)
+                # Both directions of a recurrent layer have the same units.
+                channels[chosen.repeat(len(channels) // len(chosen))] = torch.nan
+            hidden = hidden_of(use.name)
+            if hidden in self.uses.layouts:
+                self._see(hidden, chosen)
         return out
+
+    def settle(self, x: Any) -> None:
+        """Decide, after the first pass, which products are like layers, and name them.
+
+        Of others the columns are no channels but positions: NaN in one channel of a writer shows in
+        all columns, in some of the rows of the input, and passes through to the same channel.
+        """
+        if not self.uses.products:
+            return
+        self.spreads = set()
+        inject = {
+            name: torch.arange(self.uses.layouts[name].size, device="cpu") == 0
+            for name in self.clean
+        }
+        with contextlib.suppress(_Astray):
+            _pass(self, x, inject)
+        for name in self.spreads:
+            self.uses.forget(name)
+            del self.clean[name]
+        self.spreads = None
+        short = self.uses.shorten()
+        self.clean = {short.get(name, name): answers for name, answers in self.clean.items()}
+        self.total = Counter({short.get(name, name): n for name, n in self.total.items()})
+
+
+def _is_spread(x: Tensor, dim: int) -> bool:
+    """Whether NaN is in all places along a dimension or in none, but not everywhere."""
+    there = x.isnan()
+    return bool(
+        there.any() and not there.all() and torch.equal(there.any(dim), there.all(dim))
+    )
 
 
 @dataclass
@@ -227,9 +264,9 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
         x: the network's input.
         writers: layers of the network that produce units.
     """
-    net, reaches = probe.net, []
+    layouts, reaches = probe.uses.layouts, []
     for writer in writers:
-        reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer)), device="cpu"))
+        reach = Reach(writer, torch.arange(layouts[writer].size, device="cpu"))
         reaches.append(reach)
         probe.loose.met = reach.met
         probe.loose.watching = True
@@ -245,7 +282,8 @@ def measure(probe: Probe, x: Any, writers: Sequence[str]) -> list[Reach]:
         finally:
             probe.loose.watching = False
         reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
-        if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
+        own = hidden_of(writer)
+        if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
             reach.problem = _UNREAD
     _join_unread(probe, x, reaches)
     for together in _apart([reach for reach in reaches if reach.problem is None]):
@@ -299,7 +337,8 @@ def follow(probe: Probe, x: Any, groups: Sequence[Sequence[Reach]]) -> list[list
     Returns:
         The tensors of each group.
     """
-    met = [set().union(*(reach.met for reach in group)) for group in groups]
+    weights = set(probe.uses.products.values())
+    met = [set().union(*(reach.met for reach in group)) - weights for group in groups]
     pending = [
         (slices, [n for n, here in enumerate(met) if any(p in here for p in slices.places)])
         for slices in slices_to_try(probe.loose, set().union(*met))

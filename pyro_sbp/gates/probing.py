@@ -132,13 +132,17 @@ def find_gates(
         why = f"{uncalled[0]!r} is not called on the example and might read it"
         return Gates([], left_alone | dict.fromkeys(order, why), order)
     with torch.no_grad():
+        probe.settle(x)
+        order = list(probe.clean)
         reaches = measure(probe, x, order)
         groups = groups_of_writers([reach for reach in reaches if reach.problem is None])
         followers = follow(probe, x, groups)
-    found = candidates(probe.net, groups, followers)
+    layouts = probe.uses.layouts
+    found = candidates(layouts, groups, followers)
     left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     del probe
     # A gate on features stands just before the layer that reads them.
+    order = list(dict.fromkeys(layouts[name].layer for name in order))
     place = {name: index for index, name in enumerate(order)}
     found.sort(key=lambda candidate: place[candidate.gate.writers[0].layer])
     for gate in features:

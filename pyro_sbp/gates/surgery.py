@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize, resize_tensor
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent
 from pyro_sbp.gates.sizes import set_sizes
 from pyro_sbp.gates.units import Units, forget_units
 
@@ -253,6 +254,8 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         layer, tensor, dim = spans[key].layer, spans[key].tensor, spans[key].dim
         module = net.get_submodule(layer)
         columns = wanted.get(key)
+        if tensor == HIDDEN and is_recurrent(module):
+            continue  # removed with the rows
         if tensor:
             resize_tensor(module, tensor, dim, _index(rows.get(key)), _index(columns))
             continue
