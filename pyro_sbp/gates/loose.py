@@ -114,6 +114,11 @@ class LooseTensors:
             if any(_has_nan(tensor) for tensor in data):
                 self.met |= sources & self.places.keys()
 
+    def meet(self, tensor: Tensor) -> None:
+        """Note that a tensor is added to NaN of the data."""
+        if self.watching:
+            self.met |= (self.sources(tensor) or frozenset()) & self.places.keys()
+
     def fill(self, slices: Slices, chosen: Tensor) -> None:
         """Put NaN into some slices, in place, until `restore` is called."""
         for leaf, dim in slices.tensors:

@@ -71,7 +71,9 @@ class Probe(TorchFunctionMode):
         self.clean: dict[str, list[Any]] = {}
         self.total: Counter[str] = Counter()
         self.trace: set[int] | None = None
-        self.spreads: set[str] | None = None
+        #: While `settle` decides: what sees NaN in whole rows, and what sees other NaN.
+        self.spread: set[str] | None = None
+        self.partial: set[str] | None = None
         self.start(None)
 
     def start(
@@ -126,8 +128,11 @@ class Probe(TorchFunctionMode):
             # A sum is NaN where one of its numbers is, and needs no copy of them.
             rest = [d for d in range(x.ndim) if d != dim]
             self._see(name, (x.sum(rest) if rest else x).isnan())
-            if self.spreads is not None and name in self.uses.products and _is_spread(x, dim):
-                self.spreads.add(name)
+            if self.spread is not None and self.partial is not None:
+                if _is_spread(x, dim):
+                    self.spread.add(name)
+                elif bool(self.seen[name].any()):
+                    self.partial.add(name)
         if first:
             self.total[use.name] += 1
             out = func(*args, **kwargs)
@@ -150,8 +155,11 @@ class Probe(TorchFunctionMode):
         assert self.inject is not None
         out = map_tensors(torch.clone, self.clean[use.name][index])
         if use.bias is not None:
-            out = out + 0 * use.bias
+            assert use.out_dim is not None
+            out = out + 0 * use.bias.view(*use.bias.shape, *(1,) * (-use.out_dim - 1))
         if use.name in self.inject:
+            if use.bias is not None:
+                self.loose.meet(use.bias)
             chosen, layer = self.inject[use.name], self.uses.module(use.name)
             for tensor in tensors_of(out):
                 dim = use.out_dim
@@ -166,25 +174,40 @@ class Probe(TorchFunctionMode):
                 self._see(hidden, chosen)
         return out
 
+    def _is_parameter(self, name: str) -> bool:
+        layer, leaf = self.uses.products[name]
+        return leaf in self.net.get_submodule(layer)._parameters
+
     def settle(self, x: Any) -> None:
         """Decide, after the first pass, which products are like layers, and name them.
 
         Of others the columns are no channels but positions: NaN in one channel of a writer shows in
         all columns, in some of the rows of the input, and passes through to the same channel.
         """
-        if not self.uses.products:
-            return
-        self.spreads = set()
-        inject = {
-            name: torch.arange(self.uses.layouts[name].size, device="cpu") == 0
-            for name in self.clean
-        }
-        with contextlib.suppress(_Astray):
-            _pass(self, x, inject)
-        for name in self.spreads:
-            self.uses.forget(name)
-            del self.clean[name]
-        self.spreads = None
+        self.clean = {name: of for name, of in self.clean.items() if name in self.uses.layouts}
+        accepted: set[str] = set()
+        while open_ := [name for name in self.uses.products if name not in accepted]:
+            self.spread, self.partial = set(), set()
+            inject = {
+                name: torch.arange(self.uses.layouts[name].size, device="cpu") == 0
+                for name in self.clean
+                if name not in open_
+            }
+            with contextlib.suppress(_Astray):
+                _pass(self, x, inject)
+            like_layers = (self.partial - self.spread) & set(open_)
+            forgotten = self.spread & set(open_)
+            if not like_layers and not forgotten:
+                # Only the input of the network, or other products, arrive at those that are left.
+                trained = (name for name in open_ if self._is_parameter(name))
+                first = next(trained, None)
+                forgotten = set(open_) if first is None else set()
+                like_layers = set() if first is None else {first}
+            accepted |= like_layers
+            for name in forgotten:
+                self.uses.forget(name)
+                del self.clean[name]
+        self.spread = self.partial = None
         short = self.uses.shorten()
         self.clean = {short.get(name, name): answers for name, answers in self.clean.items()}
         self.total = Counter({short.get(name, name): n for name, n in self.total.items()})

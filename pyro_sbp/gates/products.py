@@ -29,7 +29,7 @@ class Product:
         dims: the dimension of the rows, and of the columns, in the weight.
         x_dim, out_dim: the dimension of the columns in `x`, and of the rows in the result, counted
             from the end.
-        bias: what is added, of a shape that broadcasts over the result.
+        bias: what is added.
     """
 
     x: Tensor
@@ -79,8 +79,6 @@ def _of_layers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     if groups != 1:
         return []
     dims, dim = (1, 0) if func in _TRANSPOSED else (0, 1), 1 - weight.ndim
-    if bias is not None:
-        bias = bias.view(-1, *(1,) * (-dim - 1))
     return [Product(x, place, weight, dims, dim, dim, bias)]
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "column_factors",
     "first_weight",
     "is_recurrent",
+    "recurrent_weights",
     "resize_recurrent",
     "scaled_call",
     "weight_sizes",
@@ -115,6 +116,15 @@ def column_factors(
             # Above a bidirectional layer, the columns of both directions.
             factor = scale.to(tensor.dtype).repeat(tensor.shape[1] // len(scale))
             yield name, tensor, factor
+
+
+def recurrent_weights(module: nn.Module, hidden: bool) -> int:
+    """How many weights have columns that take input features, or with `hidden` hidden units."""
+    return sum(
+        tensor.numel()
+        for _, tensor, of_input, of_hidden in _weights(module)
+        if (of_hidden if hidden else of_input)
+    )
 
 
 def scaled_call(
