@@ -59,8 +59,8 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
-    from pyro_sbp.training.summary import lines_left_alone
     from pyro_sbp.reports.posterior import gate_table, kept_features, nearest_table
+    from pyro_sbp.training.summary import lines_left_alone
 
     gates = description["gates"]
     values = table(*gate_table(description))

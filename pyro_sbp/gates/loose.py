@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.layers import known_tensors
 
-__all__ = ["Follower", "LooseTensors", "Slices", "Place", "decode", "slices_to_try", "tensors_in"]
+__all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try", "tensors_in"]
 
 #: A tensor of a network: the name of its module, and its own in there.
 Place = tuple[str, str]

@@ -99,9 +99,7 @@ class Probe(TorchFunctionMode):
         for name in matrices(self.net):
             module = self.net.get_submodule(name)
             weight = (
-                first_weight(module)
-                if is_recurrent(module)
-                else module._parameters.get("weight")
+                first_weight(module) if is_recurrent(module) else module._parameters.get("weight")
             )
             parent = self.net.get_submodule(name.rpartition(".")[0])
             inside = isinstance(parent, nn.MultiheadAttention)
@@ -216,9 +214,7 @@ class Probe(TorchFunctionMode):
 def _is_spread(x: Tensor, dim: int) -> bool:
     """Whether NaN is in all places along a dimension or in none, but not everywhere."""
     there = x.isnan()
-    return bool(
-        there.any() and not there.all() and torch.equal(there.any(dim), there.all(dim))
-    )
+    return bool(there.any() and not there.all() and torch.equal(there.any(dim), there.all(dim)))
 
 
 @dataclass
@@ -231,7 +227,7 @@ class Reach:
             several rows reach the same column, classes are those of rows that belong together.
         seen: from a layer to the columns that any row reaches.
         columns: from a layer to the class that each column is reached by, or -1.
-        beside: a writer whose rows meet these in a sum, if no layer reads these: they are cut along.
+        beside: a writer whose rows meet these in a sum, if no layer reads these: both are cut.
         met: the tensors that no known layer holds and that the rows meet, by module and name.
         problem: why the rows are no units.
     """

@@ -200,4 +200,6 @@ def _why_unknown(net: nn.Module, name: str, probe: Probe) -> str:
         return "belongs to an nn.MultiheadAttention, see separate_attention"
     if "weight" not in net.get_submodule(name)._parameters:
         return "computes its weight"
+    if name in probe.uses.computing:
+        return "computes another weight from its own in every call"
     return "has a weight that is used elsewhere"

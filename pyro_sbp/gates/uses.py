@@ -27,6 +27,8 @@ from pyro_sbp.gates.recurrent import HIDDEN, call_of, first_weight, is_recurrent
 
 __all__ = ["Layout", "Use", "Uses", "hidden_of"]
 
+_NO_LAYER = nn.Identity()
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -91,11 +93,13 @@ class Uses:
 
     Attributes:
         layouts: by name, of layers, and of products that were recorded.
+        computing: layers that compute another weight from their own in every call.
     """
 
     def __init__(self, net: nn.Module, loose: LooseTensors) -> None:
         self.loose = loose
         self.layouts: dict[str, Layout] = {}
+        self.computing: set[str] = set()
         self._modules: dict[str, nn.Module] = {}
         self._by_tensor: dict[int, str] = {}
         self._products: dict[Place, str] = {}
@@ -145,6 +149,11 @@ class Uses:
             if name is not None and serves(func, self._modules[name]):
                 return self._of_layer(name, func, args, kwargs)
         for product in products(func, args, kwargs):
+            self.computing.update(
+                layer
+                for layer, leaf in self.loose.sources(product.weight) or ()
+                if leaf == "weight" and serves(func, self._modules.get(layer, _NO_LAYER))
+            )
             use = self._of_product(product, record)
             if use is not None:
                 return use
@@ -189,9 +198,7 @@ class Uses:
         name = f"{layer}.{leaf}" if layer else leaf
         size = self.loose.places[place].shape[rows]
         self._products[place] = name
-        self.layouts[name] = Layout(
-            layer, "reader", tensor=leaf, dims=(rows, columns), size=size
-        )
+        self.layouts[name] = Layout(layer, "reader", tensor=leaf, dims=(rows, columns), size=size)
 
     def forget(self, name: str) -> None:
         """No longer recognise a product."""

@@ -13,8 +13,8 @@ from pyro_sbp.gates.surgery import Units
 from pyro_sbp.methods.phase import Phase, Predict
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.exactness import Equivalence
-from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.pruning.macs import shares_left_alone
+from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.recipes.settings import Recipe
 
 __all__ = ["Method"]

@@ -288,7 +288,9 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         parts.append(pages.paragraph(words, "soft"))
     left = description["left_alone"]
     if left:
-        rows = [(name, with_share(why, description["shares"].get(name))) for name, why in left.items()]
+        rows = [
+            (name, with_share(why, description["shares"].get(name))) for name, why in left.items()
+        ]
         parts.append(
             pages.details(
                 f"Not prunable: {len(left)} of the layers",

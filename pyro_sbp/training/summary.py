@@ -15,7 +15,17 @@ from pydantic.dataclasses import dataclass
 from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.settings import in_one_line
 
-__all__ = ["Calibration", "Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft", "lines_left_alone", "with_share"]
+__all__ = [
+    "Calibration",
+    "Differences",
+    "Errors",
+    "GateUnits",
+    "Size",
+    "Summary",
+    "WeightsLeft",
+    "lines_left_alone",
+    "with_share",
+]
 
 # Keys of later versions are ignored. JSON has lists for tuples.
 _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)

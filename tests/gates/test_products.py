@@ -1,4 +1,4 @@
-"""Weights that no layer holds are readers and writers where a product is linear in their columns."""
+"""Weights that no layer holds are readers and writers, in products linear in their columns."""
 
 from __future__ import annotations
 
