@@ -155,7 +155,7 @@ def test_the_limits():
 def test_the_reasons_are_those_of_the_code():
     code = "".join(
         (ROOT / "pyro_sbp/gates" / f"{name}.py").read_text("utf-8")
-        for name in ("measuring", "grouping", "probing", "proving")
+        for name in ("measuring", "grouping", "probing", "proving", "left_alone")
     )
     for words, _ in table("limits.md", "`left_alone` says"):
         for reason in re.findall(r"`(.+?)`", words):

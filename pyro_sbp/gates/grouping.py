@@ -128,8 +128,8 @@ def _gate(
     rows = {reach.writer: reach.classes.tolist() for reach in group}
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
-        for own, other in zip(rows[reach.writer], rows.get(reach.beside, ()), strict=False):
-            same.merge((reach.writer, own), (reach.beside, other))
+        for own, other in zip(rows[reach.writer], rows.get(reach.beside or "", ()), strict=False):
+            same.merge((reach.writer, own), (reach.beside or "", other))
         for name, classes in reach.columns.items():
             for column, own in enumerate(classes.tolist()):
                 if own >= 0:

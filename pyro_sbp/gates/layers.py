@@ -190,7 +190,7 @@ def num_rows(module: nn.Module) -> int:
     if isinstance(module, PlaceChannels):
         return len(module.source)
     if is_recurrent(module):
-        return module.hidden_size
+        return int(module.hidden_size)  # type: ignore[arg-type]  # an attribute of all of them
     return module.get_parameter("weight").shape[_row_dim(module)]
 
 
@@ -199,7 +199,7 @@ def num_columns(module: nn.Module) -> int:
     if isinstance(module, PlaceChannels):
         return len(module.weight)
     if is_recurrent(module):
-        return module.input_size
+        return int(module.input_size)  # type: ignore[arg-type]  # an attribute of all of them
     return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
 
 

@@ -68,7 +68,7 @@ def others(
 
 
 def _tensors_of_gates(net: nn.Module, gates: Sequence[Gate]) -> set[int]:
-    found = set()
+    found: set[int] = set()
     for gate in gates:
         for span in (*gate.writers, *gate.readers, *gate.channelwise, *gate.selects):
             module = net.get_submodule(span.layer)
@@ -108,9 +108,9 @@ def _why(
         return "belongs to an nn.MultiheadAttention, see separate_attention"
     if getattr(module, "proj_size", 0):
         return "has a proj_size, so that its outputs are not its hidden units"
-    if groups_of(module) > 1 and isinstance(module, nn.modules.conv._ConvTransposeNd):
-        if not is_channelwise(module):
-            return "is a transposed convolution with groups"
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    if transposed and groups_of(module) > 1 and not is_channelwise(module):
+        return "is a transposed convolution with groups"
     if id(parameter) not in probe.used:
         return "is not used on the example"
     meeting = [reach for reach in reaches if layer in reach.seen or place in reach.met]
