@@ -39,6 +39,9 @@ REASONS = {
     "cutting it": "cannot be cut exactly",
     "is not called": "is not called",
     "no layer reads": "is read by no layer",
+    "which is not prunable": "has or meets units of these",
+    "meets no units": "meets no units",
+    "no part of its own": "meets units as a whole",
 }
 
 

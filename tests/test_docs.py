@@ -155,7 +155,7 @@ def test_the_limits():
 def test_the_reasons_are_those_of_the_code():
     code = "".join(
         (ROOT / "pyro_sbp/gates" / f"{name}.py").read_text("utf-8")
-        for name in ("measuring", "grouping", "probing", "proving")
+        for name in ("measuring", "grouping", "probing", "proving", "left_alone")
     )
     for words, _ in table("limits.md", "`left_alone` says"):
         for reason in re.findall(r"`(.+?)`", words):
@@ -253,6 +253,7 @@ def test_every_block_and_link_is_checked(name):
         "distributions.md": 1,
         "criteria.md": 1,
         "budgets.md": 1,
+        "pretrained_transformer.md": 1,
         "from_pyro.md": 1,
         "training_loops.md": 3,
         "hub.md": 2,
@@ -282,6 +283,17 @@ def test_the_distributions_in_your_own_model():
     space = page("distributions.md")
     assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]
     assert space["samples"]["y"].shape == (100, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_pretrained_transformer():
+    pytest.importorskip("transformers")
+    space = page("pretrained_transformer.md")
+    example = {name: value[:1] for name, value in space["inputs"].items()}
+    dense = count_macs(space["dense"], example)
+    for ratio, small in space["ladder"].items():
+        assert dense >= ratio * count_macs(small, example)
 
 
 def test_budgets():

@@ -17,6 +17,7 @@ from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.recurrent import is_recurrent, weight_sizes
 from pyro_sbp.gates.sizes import follows, ratios_around, written_sizes
 from pyro_sbp.networks import PlaceChannels
 
@@ -331,6 +332,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
             return {"weight": (module.num_parameters,)}
         case nn.Embedding():
             return {"weight": (module.num_embeddings, module.embedding_dim)}
+        case _ if is_recurrent(module):
+            return weight_sizes(module)
         case PlaceChannels():
             return {"weight": (module.in_channels,), "source": (module.out_channels,)}
         case _:

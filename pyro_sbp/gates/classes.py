@@ -7,14 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["codes", "partitions", "partitions_that_fit"]
+__all__ = ["bits_of", "codes", "partitions", "partitions_that_fit"]
+
+
+def bits_of(size: int) -> int:
+    """How many bits the numbers of classes have."""
+    return max(1, (size - 1).bit_length())
 
 
 def codes(size: int) -> Tensor:
     """Patterns ``[2 * bits, size]``: which classes a pass sets, each bit and then its opposite."""
-    bits = max(1, (size - 1).bit_length())
     numbers = torch.arange(size, device="cpu")
-    ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits)]).bool()
+    ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits_of(size))]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 

@@ -25,6 +25,16 @@ from pyro_sbp.gates.layers import (
     weight_of,
 )
 from pyro_sbp.gates.nested import convert, same, tensors_of
+from pyro_sbp.gates.products import products
+from pyro_sbp.gates.recurrent import (
+    HIDDEN,
+    Call,
+    call_of,
+    column_factors,
+    first_weight,
+    is_recurrent,
+    scaled_call,
+)
 from pyro_sbp.gates.steady import eager, repeatable
 
 __all__ = [
@@ -49,13 +59,16 @@ class Span:
     """Which unit each row or column of a layer carries.
 
     `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
-    layer with `groups` must keep the same number of them in each group that it keeps. Two spans
-    are equal if these three are.
+    layer with `groups` must keep the same number of them in each group that it keeps. With a
+    `tensor`, a parameter or buffer of the module `layer`, the rows or columns are those along its
+    dimension `dim`. Two spans are equal if these five are.
     """
 
     layer: str
     units: Tensor
     groups: int = 1
+    tensor: str = ""
+    dim: int = 0
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -65,6 +78,11 @@ class Span:
 
     def __hash__(self) -> int:
         return hash((self.layer, len(self.units), self.groups))
+
+    @property
+    def key(self) -> str:
+        """What the rows or columns are of: the layer, or a dimension of one of its tensors."""
+        return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:
         """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
@@ -108,7 +126,8 @@ class Gate:
         size: the number of units.
         readers: the layers that take the units as input columns.
         writers: the layers that produce them as output rows. None for a gate on input features.
-        channelwise: the layers between, which treat every channel alone.
+        channelwise: the layers between, which treat every channel alone, and the parameters and
+            buffers between that hold something for each channel.
         selects: the `Select` modules between, which an earlier cut put before a reader: the unit of
             every feature that flows into them.
         sizes: the attributes of modules that have to follow the number of units.
@@ -125,7 +144,7 @@ class Gate:
     def __repr__(self) -> str:
         parts = [repr(self.name), f"{self.size} units"]
         for kind in ("writers", "readers", "channelwise", "selects"):
-            layers = ", ".join(span.layer for span in getattr(self, kind))
+            layers = ", ".join(span.key for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
         names = ", ".join(dict.fromkeys(f"{s.module}.{s.attribute}" for s in self.sizes))
         parts += [f"sizes: {names}"] if names else []
@@ -159,16 +178,32 @@ def call(net: Callable[..., Any], x: Any) -> Any:
     return net(*x) if isinstance(x, tuple) else net(x)
 
 
-def _column_scales(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The factor of every reader's input columns, the product over the gates that reach it."""
-    scales: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Scaled:
+    """A reader, and what multiplies its columns: the product over the gates that reach it."""
+
+    layer: str
+    tensor: str
+    dim: int
+    scale: Tensor
+
+    @property
+    def name(self) -> str:
+        """The name of the reader in messages."""
+        return ".".join(part for part in (self.layer, self.tensor) if part)
+
+
+def _scaled_readers(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> list[_Scaled]:
+    found: dict[str, _Scaled] = {}
     for gate in gates:
         if gate.name not in theta:
             continue
         for span in gate.readers:
             scale = span.expand(theta[gate.name])
-            scales[span.layer] = scales[span.layer] * scale if span.layer in scales else scale
-    return scales
+            if span.key in found:
+                scale = found[span.key].scale * scale
+            found[span.key] = _Scaled(span.layer, span.tensor, span.dim, scale)
+    return list(found.values())
 
 
 def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
@@ -207,39 +242,105 @@ def factors(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, weight and factor of every weight that `fold` multiplies."""
     check_theta(gates, theta)
-    for layer, scale in _column_scales(gates, theta).items():
+    for reader in _scaled_readers(gates, theta):
+        scale, module = reader.scale, net.get_submodule(reader.layer)
         if scale.ndim != 1:
-            raise ValueError(f"one theta per example does not fold into the weight of {layer!r}")
-        module = net.get_submodule(layer)
-        weight = weight_of(module)
-        yield f"{layer}.weight", weight, column_factor(module, scale.to(weight.dtype))
+            raise ValueError(
+                f"one theta per example does not fold into the weight of {reader.name!r}"
+            )
+        if is_recurrent(module):
+            found = column_factors(module, scale, hidden=reader.tensor == HIDDEN)
+        elif reader.tensor:
+            weight = getattr(module, reader.tensor)
+            shape = [-1 if dim == reader.dim else 1 for dim in range(weight.ndim)]
+            found = iter([(reader.tensor, weight, scale.to(weight.dtype).view(shape))])
+        else:
+            weight = weight_of(module)
+            found = iter([("weight", weight, column_factor(module, scale.to(weight.dtype)))])
+        for leaf, weight, factor in found:
+            yield f"{reader.layer}.{leaf}" if reader.layer else leaf, weight, factor
 
 
 class _Gating(TorchFunctionMode):
     """Scale the columns of readers, each known by its weight: by ``[columns]`` in the weight or in
     the input, whichever is cheaper, by ``[batch, columns]`` in the input."""
 
-    def __init__(self, net: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: nn.Module, readers: Sequence[_Scaled]) -> None:
         super().__init__()
-        layers = {name: net.get_submodule(name) for name in scales}
-        self.readers = {id(weight_of(layers[name])): (name, layers[name]) for name in scales}
-        self.scales = scales
+        self.layers: dict[int, tuple[_Scaled, nn.Module]] = {}
+        self.recurrent: dict[int, dict[str, tuple[_Scaled, nn.Module]]] = {}
+        #: By tensor, of weights that no layer holds and of what is computed from them alone, which
+        #: is kept so that its id stays its own.
+        self.weights: dict[int, tuple[_Scaled, Tensor]] = {}
+        for reader in readers:
+            module = net.get_submodule(reader.layer)
+            if is_recurrent(module):
+                parts = self.recurrent.setdefault(id(first_weight(module)), {})
+                parts[reader.tensor] = reader, module
+            elif reader.tensor:
+                weight = getattr(module, reader.tensor)
+                self.weights[id(weight)] = reader, weight
+            else:
+                self.layers[id(weight_of(module))] = reader, module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
+        if self.recurrent and (recurrent := call_of(func, args)) is not None:
+            parts = self.recurrent.get(id(recurrent.weights[0]), {})
+            return func(*_scaled_recurrence(args, recurrent, parts), **given)
         of_x, of_weight = operands(func)
         weight = argument(of_weight, args, given)
-        name, layer = self.readers.get(id(weight), ("", None))
-        if layer is None or weight is None or not serves(func, layer):
-            return func(*args, **given)
-        x, scale = argument(of_x, args, given), self.scales[name]
+        reader, layer = self.layers.get(id(weight), (None, None))
+        if reader is None or layer is None or weight is None or not serves(func, layer):
+            return self._call(func, args, given)
+        x, scale = argument(of_x, args, given), reader.scale
         if scale.ndim == 1 and _is_cheaper_in_weight(x, weight):
             (position, key), new = of_weight, weight * column_factor(layer, scale.to(weight.dtype))
         else:
-            (position, key), new = of_x, _scaled_input(name, layer, x, scale)
-        if position < len(args):
-            return func(*args[:position], new, *args[position + 1 :], **given)
-        return func(*args, **{**given, key: new})
+            (position, key), new = of_x, _scaled_input(reader, x, channel_dim(layer, x))
+        return func(*_put(args, given, position if position < len(args) else key, new), **given)
+
+    def _call(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
+        """Call a function that is no layer of `layers`: it may be a product."""
+        if not self.weights:
+            return func(*args, **given)
+        for product in products(func, args, given):
+            found = self.weights.get(id(product.weight))
+            if found is not None and id(product.x) not in self.weights:
+                x = _scaled_input(found[0], product.x, product.x.ndim + product.x_dim)
+                return func(*_put(args, given, product.place, x), **given)
+        out = func(*args, **given)
+        for value in args:
+            found = self.weights.get(id(value))
+            if found is not None and isinstance(out, Tensor) and out.numel() == value.numel():
+                self.weights[id(out)] = found[0], out
+        return out
+
+
+def _put(args: Sequence[Any], given: dict[str, Any], place: int | str, new: Any) -> Sequence[Any]:
+    """Positional arguments with another one at a place; named ones are changed."""
+    if isinstance(place, str):
+        given[place] = new
+        return args
+    return (*args[:place], new, *args[place + 1 :])
+
+
+def _scaled_recurrence(
+    args: Sequence[Any], call: Call, parts: Mapping[str, tuple[_Scaled, nn.Module]]
+) -> Sequence[Any]:
+    x, hidden = call.x, None
+    for tensor, (reader, _) in parts.items():
+        if tensor != HIDDEN:
+            x = _scaled_input(reader, x, x.ndim - 1, call.batch_dim)
+        elif reader.scale.ndim == 1 or len(reader.scale) == 1:
+            hidden = reader.scale.flatten()
+        else:
+            raise ValueError(
+                f"the hidden units of the recurrent layer {reader.layer!r} can have one theta for "
+                "a batch only, as it multiplies weights: use noise_per='batch'"
+            )
+    module = next((module for _, module in parts.values()), None)
+    return args if module is None else scaled_call(module, args, call, x, hidden)
 
 
 #: From how many rows of the input on a product with the weight costs more than the weight does.
@@ -263,21 +364,25 @@ def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -
         net, gates: as for `GatedNetwork`.
         theta: from gate name to ``[units]`` or ``[batch, units]``.
     """
-    return _Gating(net, _column_scales(gates, theta))
+    return _Gating(net, _scaled_readers(gates, theta))
 
 
-def _scaled_input(name: str, layer: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-    dim = channel_dim(layer, x)
+def _scaled_input(reader: _Scaled, x: Tensor, dim: int, batch_dim: int | None = 0) -> Tensor:
+    """The input of a reader, scaled along a dimension."""
+    scale = reader.scale
     shape = [1] * x.ndim
     shape[dim] = scale.shape[-1]
     if scale.ndim == 2 and len(scale) > 1:
-        if dim == 0 or x.shape[0] != len(scale):
+        if batch_dim is None or dim == batch_dim or x.shape[batch_dim] != len(scale):
+            where = "0" if batch_dim is None else str(batch_dim)
             raise ValueError(
-                f"layer {name!r} gets an input of shape {list(x.shape)}, without the batch of "
-                f"{len(scale)} in dimension 0, which noise per example needs"
+                f"layer {reader.name!r} gets an input of shape {list(x.shape)}, without the batch "
+                f"of {len(scale)} in dimension {where}, which noise per example needs"
             )
-        shape[0] = len(scale)
-    return x * scale.to(x.dtype).view(shape)
+        shape[batch_dim] = len(scale)
+        if batch_dim > dim:
+            scale = scale.T
+    return x * scale.to(x.dtype).reshape(shape)
 
 
 def _is_compiled(module: nn.Module) -> bool:

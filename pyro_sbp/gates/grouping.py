@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from scipy.cluster.hierarchy import DisjointSet
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_sbp.gates.folding import Gate, Span
-from pyro_sbp.gates.layers import Select, groups_of, is_channelwise, is_reader
+from pyro_sbp.gates.loose import Follower
 from pyro_sbp.gates.measuring import Reach
+from pyro_sbp.gates.uses import Layout
 
-__all__ = ["Candidate", "candidates"]
+__all__ = ["Candidate", "candidates", "groups_of_writers"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class Candidate:
 
     Attributes:
         gate: the gate.
+        layouts: where rows and columns lie, by name.
         reaches: where its writers arrive; none for a gate on input features.
+        followers: tensors that may have slices for its units.
     """
 
     gate: Gate
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     reaches: tuple[Reach, ...] = ()
+    followers: tuple[Follower, ...] = ()
 
-    def coarser(self, net: nn.Module, parts: int) -> Candidate | None:
+    def coarser(self, parts: int) -> Candidate | None:
         """The same with units of `parts` units each, one of every part of the writer.
 
         This is what code needs that splits the units into parts of equal size, by ``chunk``.
@@ -43,7 +48,8 @@ class Candidate:
             _coarser(reach, most // parts) if reach.size == most else reach
             for reach in self.reaches
         )
-        return Candidate(_gate(net, reaches), reaches)
+        gate = _gate(self.layouts, reaches, self.followers)
+        return Candidate(gate, self.layouts, reaches, self.followers)
 
 
 def _coarser(reach: Reach, size: int) -> Reach:
@@ -54,20 +60,34 @@ def _coarser(reach: Reach, size: int) -> Reach:
     return replace(reach, classes=reach.classes % size, columns=columns)
 
 
-def candidates(net: nn.Module, reaches: Iterable[Reach]) -> list[Candidate]:
-    """Gates from where the rows of all writers arrive, in the order of their first writers.
+def candidates(
+    layouts: Mapping[str, Layout],
+    groups: Sequence[Sequence[Reach]],
+    followers: Sequence[Sequence[Follower]],
+) -> list[Candidate]:
+    """Gates from writers that belong together, in the order of their first writers.
 
     A writer that is in none has a problem, which is noted.
+
+    Args:
+        layouts: where rows and columns lie, by name.
+        groups: from `groups_of_writers`.
+        followers: the tensors that may have slices for the units of each group.
     """
-    groups = _groups([reach for reach in reaches if reach.problem is None])
-    return [found for group in groups for found in _split_at_single_units(net, group)]
+    return [
+        found
+        for group, of_group in zip(groups, followers, strict=True)
+        for found in _split_at_single_units(layouts, group, tuple(of_group))
+    ]
 
 
-def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
+def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
     """Writers that share a column of some layer, together; in order of their first writer."""
     together = DisjointSet(reach.writer for reach in reaches)
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
+        if reach.beside in together:
+            together.merge(reach.beside, reach.writer)
         for name, classes in reach.columns.items():
             for column in torch.nonzero(classes >= 0).flatten().tolist():
                 together.merge(owner.setdefault((name, column), reach.writer), reach.writer)
@@ -77,33 +97,51 @@ def _groups(reaches: Sequence[Reach]) -> list[list[Reach]]:
     return list(groups.values())
 
 
-def _split_at_single_units(net: nn.Module, group: Sequence[Reach]) -> list[Candidate]:
+def _split_at_single_units(
+    layouts: Mapping[str, Layout], group: Sequence[Reach], followers: tuple[Follower, ...]
+) -> list[Candidate]:
     """One gate of writers that belong together, or several if that would be of one unit."""
-    gate = _gate(net, group)
+    gate = _gate(layouts, group, followers)
     if gate.size > 1 or len(group) == 1:
-        return [Candidate(gate, tuple(group))]
+        return [Candidate(gate, layouts, tuple(group), followers)]
     # As a map of attention that multiplies all channels, or keys that all heads share.
     least = min(group, key=lambda reach: reach.size)
-    rest = [reach for reach in group if reach is not least]
-    found = [one for others in _groups(rest) for one in _split_at_single_units(net, others)]
+    rest = [reach for reach in group if least.writer not in (reach.writer, reach.beside)]
+    found = [
+        one
+        for others in groups_of_writers(rest)
+        for one in _split_at_single_units(layouts, others, followers)
+    ]
     if least.size > 1:
-        return [*_split_at_single_units(net, [least]), *found]
+        return [*_split_at_single_units(layouts, [least], followers), *found]
     if found:
         least.problem = "has one unit, which reaches all units of another layer"
         return found
-    return [Candidate(gate, tuple(group))]
+    return [Candidate(gate, layouts, tuple(group), followers)]
 
 
-def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
+def _gate(
+    layouts: Mapping[str, Layout], group: Sequence[Reach], followers: Sequence[Follower]
+) -> Gate:
     """One gate from writers that belong together; classes that share a column are one unit."""
     same = DisjointSet((reach.writer, own) for reach in group for own in range(reach.size))
+    rows = {reach.writer: reach.classes.tolist() for reach in group}
     owner: dict[tuple[str, int], tuple[str, int]] = {}
     for reach in group:
+        for own, other in zip(rows[reach.writer], rows.get(reach.beside or "", ()), strict=False):
+            same.merge((reach.writer, own), (reach.beside or "", other))
         for name, classes in reach.columns.items():
             for column, own in enumerate(classes.tolist()):
                 if own >= 0:
                     unit = (reach.writer, own)
                     same.merge(owner.setdefault((name, column), unit), unit)
+    slices: dict[tuple[int, int], Any] = {}  # from a slice of a follower to one of its units
+    for index, follower in enumerate(followers):
+        for name, numbers in follower.columns.items():
+            for column, own in enumerate(numbers.tolist()):
+                if own >= 0 and (name, column) in owner:
+                    unit = owner[name, column]
+                    same.merge(slices.setdefault((index, own), unit), unit)
     number: dict[Any, int] = {}
     units = {
         reach.writer: torch.tensor(
@@ -118,21 +156,28 @@ def _gate(net: nn.Module, group: Sequence[Reach]) -> Gate:
             mapped = torch.where(classes >= 0, units[reach.writer][classes.clamp(min=0)], -1)
             spans[name] = torch.maximum(spans[name], mapped) if name in spans else mapped
 
-    def span(name: str, units: Tensor) -> Span:
-        layer = net.get_submodule(name)
-        return Span(name, units, 1 if is_channelwise(layer) else groups_of(layer))
-
-    readers = {name for name in spans if is_reader(net.get_submodule(name))}
-    selects = {name for name in spans if isinstance(net.get_submodule(name), Select)}
+    following = []
+    for index, follower in enumerate(followers):
+        carried = [slices.get((index, own)) for own in range(follower.slices.size)]
+        if any(unit is not None for unit in carried):
+            its = [-1 if unit is None else number[same[unit]] for unit in carried]
+            following += [
+                Span(follower.slices.layer, torch.tensor(its, device="cpu"), tensor=leaf, dim=dim)
+                for leaf, dim in follower.slices.tensors
+            ]
+    columns = {
+        role: [layouts[n].columns(units) for n, units in spans.items() if layouts[n].role == role]
+        for role in ("reader", "channelwise", "select")
+    }
     return Gate(
         name=_namesake(group, len(number)),
         size=len(number),
-        writers=tuple(span(reach.writer, units[reach.writer][reach.classes]) for reach in group),
-        readers=tuple(span(name, units) for name, units in spans.items() if name in readers),
-        channelwise=tuple(
-            span(name, units) for name, units in spans.items() if name not in readers | selects
+        writers=tuple(
+            layouts[reach.writer].rows(units[reach.writer][reach.classes]) for reach in group
         ),
-        selects=tuple(span(name, units) for name, units in spans.items() if name in selects),
+        readers=tuple(columns["reader"]),
+        channelwise=(*columns["channelwise"], *following),
+        selects=tuple(columns["select"]),
     )
 
 

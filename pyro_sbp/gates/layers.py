@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_sbp.gates.recurrent import RECURRENT_SIZES, is_recurrent, resize_recurrent
 from pyro_sbp.networks import PlaceChannels, place_channels
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "is_linear_in_weight",
     "is_matrix",
     "is_reader",
+    "known_tensors",
     "most_of_columns",
     "num_columns",
     "num_rows",
     "operands",
     "resize",
+    "resize_tensor",
     "rows_of",
     "serves",
     "weight_of",
@@ -35,14 +38,8 @@ __all__ = [
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+#: Batch and instance norms of every kind.
+_NORMS = (nn.modules.batchnorm._NormBase,)
 #: Functions that are linear in the columns of a weight, f(input, weight, bias, ...), and theirs.
 _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.linear: (nn.Linear,),
@@ -68,7 +65,7 @@ _ROW_SIZES = (
 )
 _COLUMN_SIZES = ("in_features", "in_channels", "nx")
 #: All attributes of layers that `resize` changes.
-SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups")
+SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups", *RECURRENT_SIZES)
 
 
 class Select(nn.Module):
@@ -95,7 +92,7 @@ def is_matrix(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # to normalise a row mixes its columns
     layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
-    known = isinstance(module, layers) or _is_conv1d(module)
+    known = isinstance(module, layers) or _is_conv1d(module) or is_recurrent(module)
     return known and not is_channelwise(module)
 
 
@@ -127,10 +124,23 @@ def is_channelwise(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm):
         return module.num_groups > 1
     return isinstance(module, _NORMS) or (
-        isinstance(module, _CONVOLUTIONS)
+        isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED))
         and module.groups > 1
         and module.groups == module.in_channels == module.out_channels
     )
+
+
+def known_tensors(module: nn.Module) -> tuple[str, ...]:
+    """The names of the tensors of a module that are resized with its rows or columns."""
+    if isinstance(module, Select):
+        return ("index",)
+    if isinstance(module, PlaceChannels):
+        return ("weight", "source")
+    if is_channelwise(module):
+        return ("weight", "bias", "running_mean", "running_var")
+    if is_recurrent(module):
+        return tuple(module._parameters)
+    return ("weight", "bias") if is_matrix(module) else ()
 
 
 def serves(function: Any, module: nn.Module) -> bool:
@@ -170,13 +180,17 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def _row_dim(module: nn.Module) -> int:
-    return 1 if isinstance(module, (nn.Embedding, *_TRANSPOSED)) or _is_conv1d(module) else 0
+    if isinstance(module, _TRANSPOSED):
+        return 0 if is_channelwise(module) else 1
+    return 1 if isinstance(module, nn.Embedding) or _is_conv1d(module) else 0
 
 
 def num_rows(module: nn.Module) -> int:
     """How many units a matrix layer produces."""
     if isinstance(module, PlaceChannels):
         return len(module.source)
+    if is_recurrent(module):
+        return int(module.hidden_size)  # type: ignore[arg-type]  # an attribute of all of them
     return module.get_parameter("weight").shape[_row_dim(module)]
 
 
@@ -184,6 +198,8 @@ def num_columns(module: nn.Module) -> int:
     """How many units a reader takes."""
     if isinstance(module, PlaceChannels):
         return len(module.weight)
+    if is_recurrent(module):
+        return int(module.input_size)  # type: ignore[arg-type]  # an attribute of all of them
     return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
 
 
@@ -258,11 +274,14 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
                 module.num_groups = _whole_groups(rows, module.num_channels // module.num_groups)
             _keep(module, ("weight", "bias", "running_mean", "running_var"), rows, 0)
             _resized(module, _ROW_SIZES, len(rows))
-            if isinstance(module, _CONVOLUTIONS):
+            if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
                 module.groups = module.in_channels = len(rows)
         return
     if isinstance(module, PlaceChannels):
         _resize_places(module, rows, columns)
+        return
+    if is_recurrent(module):
+        resize_recurrent(module, rows, columns)
         return
     if groups_of(module) > 1:
         _resize_groups(module, rows, columns)
@@ -274,6 +293,22 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     if columns is not None:
         _keep(module, ("weight",), columns, 1 - _row_dim(module))
         _resized(module, _COLUMN_SIZES, len(columns))
+
+
+def resize_tensor(
+    module: nn.Module, name: str, dim: int, rows: Tensor | None, columns: Tensor | None
+) -> None:
+    """Keep only some rows or columns, along a dimension, of one tensor of a module, in place.
+
+    Attributes of the module that repeat how many there were follow.
+    """
+    for index, attributes in ((rows, _ROW_SIZES), (columns, _COLUMN_SIZES)):
+        if index is not None:
+            size = getattr(module, name).shape[dim]
+            _keep(module, (name,), index, dim)
+            if not known_tensors(module):
+                written = [a for a in attributes if getattr(module, a, None) == size]
+                _resized(module, tuple(written), len(index))
 
 
 def _whole_groups(rows: Tensor, width: int) -> int:

@@ -11,9 +11,9 @@ groups of a group norm. Writers that reach no column in common share a pass.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,28 +23,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.classes import codes, partitions_that_fit
-from pyro_sbp.gates.folding import call, repeatable
+from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
+from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.guards import Guards
-from pyro_sbp.gates.layers import (
-    Select,
-    argument,
-    channel_dim,
-    is_channelwise,
-    is_matrix,
-    is_reader,
-    num_rows,
-    operands,
-    serves,
+from pyro_sbp.gates.layers import channel_dim, is_matrix
+from pyro_sbp.gates.loose import (
+    Follower,
+    LooseTensors,
+    Slices,
+    decode,
+    slices_to_try,
+    tensors_in,
 )
-from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.nested import map_tensors, tensors_of
+from pyro_sbp.gates.recurrent import first_weight, is_recurrent
 from pyro_sbp.gates.replay import Replay
 from pyro_sbp.gates.state import State
+from pyro_sbp.gates.steady import repeatable
+from pyro_sbp.gates.uses import Use, Uses, hidden_of
 
-__all__ = ["Probe", "Reach", "matrices", "measure"]
+__all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 
 #: How many partitions of a writer's rows are measured at most, of those that fit.
 _PARTITIONS = 4
+_UNREAD = "no layer reads it"
 #: After how many rows in a row that exclude nothing a partition is measured.
 _MISSES = 2
 
@@ -71,26 +73,19 @@ class Probe(TorchFunctionMode):
     def __init__(self, net: nn.Module, x: Any) -> None:
         super().__init__()
         self.net, self.x = net, x
-        self.layers: dict[int, tuple[str, nn.Module]] = {}
-        for name, module in net.named_modules():
-            if isinstance(module, Select):
-                self.layers[id(module.index)] = (name, module)
-            elif is_matrix(module) or is_channelwise(module):
-                # Only what the module holds: a weight that is computed is another one each time.
-                for tensor in (
-                    module._parameters.get("weight"),
-                    module._buffers.get("weight"),
-                    module._buffers.get("running_mean"),
-                ):
-                    if tensor is not None:
-                        self.layers.setdefault(id(tensor), (name, module))
+        self.loose = LooseTensors(net)
+        self.uses = Uses(net, self.loose)
         self.used: set[int] = set()
-        self.clean: dict[str, list[Tensor]] = {}
+        self.clean: dict[str, list[Any]] = {}
         self.answers: dict[str, list[Any]] = {}  # the same, as the network has got them
-        self.total: Counter[str] = Counter()
         self.guards = Guards()
         self.replay = Replay()
         self.state = State(net)
+        self.total: Counter[str] = Counter()
+        self.trace: set[int] | None = None
+        #: While `settle` decides: what sees NaN in whole rows, and what sees other NaN.
+        self.spread: set[str] | None = None
+        self.partial: set[str] | None = None
         self.start(None)
 
     def start(
@@ -105,6 +100,8 @@ class Probe(TorchFunctionMode):
         self.inject = inject
         self.seen: dict[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
+        self.number = 0
+        self.loose.start()
         self.awaited = None if until is None else set(until)
         self.guards.start(inject is None)
         self.replay.start(inject is None)
@@ -114,64 +111,145 @@ class Probe(TorchFunctionMode):
         """Matrix layers of whose weight nothing made use in the first pass."""
         names = []
         for name in matrices(self.net):
-            weight = self.net.get_submodule(name)._parameters.get("weight")
+            module = self.net.get_submodule(name)
+            weight = (
+                first_weight(module) if is_recurrent(module) else module._parameters.get("weight")
+            )
             parent = self.net.get_submodule(name.rpartition(".")[0])
             inside = isinstance(parent, nn.MultiheadAttention)
             if weight is not None and id(weight) not in self.used and not inside:
                 names.append(name)
         return names
 
-    def _layer(self, func: Any, args: Any, kwargs: Any) -> tuple[str, nn.Module] | None:
-        for value in (*args, *kwargs.values()):
-            found = self.layers.get(id(value))
-            if found is not None and serves(func, found[1]):
-                return found
-        return None
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inject is None:
-            self.used.update(id(value) for value in (*args, *kwargs.values()))
-        found = self._layer(func, args, kwargs)
-        if found is None:
-            return self.guards(func, args, kwargs)
-        name, layer = found
-        index = self.calls[name]
-        self.calls[name] += 1
-        if not isinstance(layer, nn.Embedding):
-            x: Tensor = argument(operands(func)[0], args, kwargs)
-            dim = channel_dim(layer, x)
+        first = self.inject is None
+        if first:
+            self.used.update(map(id, tensors_in((*args, *kwargs.values()))))
+        use = self.uses.of(func, args, kwargs, record=first)
+        if use is None:
+            out = self.guards(func, args, kwargs)
+            self.loose.watch(func, args, kwargs, out)
+            self.number += 1
+            if self.trace is not None and isinstance(out, Tensor) and bool(out.isnan().any()):
+                self.trace.add(self.number)
+            return out
+        index = self.calls[use.name]
+        self.calls[use.name] += 1
+        for name, x, dim in use.sees:
             # A sum is NaN where one of its numbers is, and needs no copy of them.
             rest = [d for d in range(x.ndim) if d != dim]
-            hit = (x.sum(rest) if rest else x).isnan()
-            self.seen[name] = self.seen[name] | hit if name in self.seen else hit
-        if self.inject is None:
-            self.total[name] += 1
+            self._see(name, (x.sum(rest) if rest else x).isnan())
+            if self.spread is not None and self.partial is not None:
+                if _is_spread(x, dim):
+                    self.spread.add(name)
+                elif bool(self.seen[name].any()):
+                    self.partial.add(name)
+        if first:
+            self.total[use.name] += 1
             out = func(*args, **kwargs)
-            if is_matrix(layer):
-                self.clean.setdefault(name, []).append(out.clone())
-                self.answers.setdefault(name, []).append(out)
+            if use.writes:
+                self.clean.setdefault(use.name, []).append(map_tensors(torch.clone, out))
+                self.answers.setdefault(use.name, []).append(out)
             return out
-        if self.awaited is not None and self.calls[name] == self.total[name]:
-            self.awaited.discard(name)
+        if self.awaited is not None and self.calls[use.name] == self.total[use.name]:
+            self.awaited -= {use.name, hidden_of(use.name)}
             if not self.awaited:
                 raise _Through
-        if not is_matrix(layer):
+        if not use.writes:
             return func(*args, **kwargs)
-        if name not in self.inject:
-            return self.answers[name][index]
-        out = self.clean[name][index].clone()
-        out.movedim(channel_dim(layer, out), 0)[self.inject[name]] = torch.nan
+        return self._answer(use, index)
+
+    def _see(self, name: str, hit: Tensor) -> None:
+        self.seen[name] = self.seen[name] | hit if name in self.seen else hit
+
+    def _answer(self, use: Use, index: int) -> Any:
+        """What a layer has answered in the first pass, with NaN in some channels."""
+        assert self.inject is not None
+        if use.name not in self.inject and use.bias is None:
+            # The very object, which `Replay` knows.
+            return self.answers[use.name][index]
+        out = map_tensors(torch.clone, self.clean[use.name][index])
+        if use.bias is not None:
+            assert use.out_dim is not None
+            out = out + 0 * use.bias.view(*use.bias.shape, *(1,) * (-use.out_dim - 1))
+        if use.name in self.inject:
+            if use.bias is not None:
+                self.loose.meet(use.bias)
+            chosen, layer = self.inject[use.name], self.uses.module(use.name)
+            for tensor in tensors_of(out):
+                dim = use.out_dim
+                if dim is None:
+                    assert layer is not None
+                    dim = channel_dim(layer, tensor)
+                channels = tensor.movedim(dim, 0)
+                # Both directions of a recurrent layer have the same units.
+                channels[chosen.repeat(len(channels) // len(chosen))] = torch.nan
+            hidden = hidden_of(use.name)
+            if hidden in self.uses.layouts:
+                self._see(hidden, chosen)
         return out
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, a call of the network on the probe's input is a pass."""
+    def _is_parameter(self, name: str) -> bool:
+        layer, leaf = self.uses.products[name]
+        return leaf in self.net.get_submodule(layer)._parameters
+
+    @contextlib.contextmanager
+    def watching(self, replay: bool = True) -> Iterator[None]:
+        """Inside, a call of the network on the probe's input is a pass.
+
+        Args:
+            replay: whether what NaN does not reach is answered as in the first pass, which needs
+                all parameters to be as they were then.
+        """
+        known = self.replay if replay else contextlib.nullcontext()
         try:
-            with torch.no_grad(), repeatable(torch.float32), self.replay, self:
+            with torch.no_grad(), repeatable(torch.float32), known, self:
                 yield
         finally:
             self.state.restore()
+
+    def settle(self) -> None:
+        """Decide, after the first pass, which products are like layers, and name them.
+
+        Of others the columns are no channels but positions: NaN in one channel of a writer shows in
+        all columns, in some of the rows of the input, and passes through to the same channel.
+        """
+        for name in set(self.clean) - set(self.uses.layouts):
+            del self.clean[name], self.answers[name]
+        accepted: set[str] = set()
+        while open_ := [name for name in self.uses.products if name not in accepted]:
+            self.spread, self.partial = set(), set()
+            inject = {
+                name: torch.arange(self.uses.layouts[name].size, device="cpu") == 0
+                for name in self.clean
+                if name not in open_
+            }
+            with contextlib.suppress(_Astray):
+                _pass(self, inject)
+            like_layers = (self.partial - self.spread) & set(open_)
+            forgotten = self.spread & set(open_)
+            if not like_layers and not forgotten:
+                # Only the input of the network, or other products, arrive at those that are left.
+                trained = (name for name in open_ if self._is_parameter(name))
+                first = next(trained, None)
+                forgotten = set(open_) if first is None else set()
+                like_layers = set() if first is None else {first}
+            accepted |= like_layers
+            for name in forgotten:
+                self.uses.forget(name)
+                del self.clean[name], self.answers[name]
+        self.spread = self.partial = None
+        short = self.uses.shorten()
+        self.clean = {short.get(name, name): answers for name, answers in self.clean.items()}
+        self.answers = {short.get(name, name): given for name, given in self.answers.items()}
+        self.total = Counter({short.get(name, name): n for name, n in self.total.items()})
+
+
+def _is_spread(x: Tensor, dim: int) -> bool:
+    """Whether NaN is in all places along a dimension or in none, but not everywhere."""
+    there = x.isnan()
+    return bool(there.any() and not there.all() and torch.equal(there.any(dim), there.all(dim)))
 
 
 @dataclass
@@ -184,6 +262,8 @@ class Reach:
             several rows reach the same column, classes are those of rows that belong together.
         seen: from a layer to the columns that any row reaches.
         columns: from a layer to the class that each column is reached by, or -1.
+        beside: a writer whose rows meet these in a sum, if no layer reads these: both are cut.
+        met: the tensors that no known layer holds and that the rows meet, by module and name.
         problem: why the rows are no units.
     """
 
@@ -191,6 +271,8 @@ class Reach:
     classes: Tensor
     seen: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
+    beside: str | None = None
+    met: set[tuple[str, str]] = field(default_factory=set)
     problem: str | None = None
 
     @property
@@ -203,6 +285,7 @@ def _pass(
     probe: Probe,
     inject: Mapping[str, Tensor],
     until: Iterable[str] | None = None,
+    replay: bool = True,
 ) -> bool:
     """One call with NaN in some channels; whether an output of the network is reached.
 
@@ -212,7 +295,7 @@ def _pass(
     probe.start(inject, until)
     try:
         # The fused kernels of attention lose a NaN.
-        with probe.watching(), sdpa_kernel(SDPBackend.MATH):
+        with probe.watching(replay), sdpa_kernel(SDPBackend.MATH):
             output = call(probe.net, probe.x)
     except _Through:
         return False
@@ -234,10 +317,12 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
         probe: of the network, after its first pass.
         writers: layers of the network that produce units.
     """
-    net, reaches = probe.net, []
+    layouts, reaches = probe.uses.layouts, []
     for writer in writers:
-        reach = Reach(writer, torch.arange(num_rows(net.get_submodule(writer)), device="cpu"))
+        reach = Reach(writer, torch.arange(layouts[writer].size, device="cpu"))
         reaches.append(reach)
+        probe.loose.met = reach.met
+        probe.loose.watching = True
         try:
             if _pass(
                 probe, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
@@ -247,12 +332,120 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
         except _Astray as error:
             reach.problem = str(error)
             continue
+        finally:
+            probe.loose.watching = False
         reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
-        if not any(is_reader(net.get_submodule(name)) for name in reach.seen):
-            reach.problem = "no layer reads it"
+        own = hidden_of(writer)
+        if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
+            reach.problem = _UNREAD
+    _join_unread(probe, reaches)
     for together in _apart([reach for reach in reaches if reach.problem is None]):
         _decode(probe, together)
+    problems = {reach.writer: reach.problem for reach in reaches}
+    for reach in reaches:
+        if reach.beside is not None and problems[reach.beside] is not None:
+            reach.problem = _UNREAD
     return reaches
+
+
+def _join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
+    """Find the stream that a writer which no layer reads is added to.
+
+    The last layer of a residual stack is one where only sums of the layers inside are used. Its
+    values do not matter, but it has to have as many rows as the stream, in any order.
+    """
+    unread = [reach for reach in reaches if reach.problem == _UNREAD]
+    others = [reach for reach in reaches if reach.problem is None]
+    for reach in unread:
+        reached = _trace(probe, reach)
+        meeting = [
+            (min(common), other.writer)
+            for other in others
+            if len(other.classes) == len(reach.classes)
+            and (common := reached & _trace(probe, other))
+        ]
+        if meeting:
+            reach.problem, reach.beside = None, min(meeting)[1]
+
+
+def _trace(probe: Probe, reach: Reach) -> set[int]:
+    """The numbers of the calls of functions, in order, that answer with NaN of a writer."""
+    probe.trace = set()
+    try:
+        _pass(probe, {reach.writer: torch.ones_like(reach.classes, dtype=torch.bool)})
+        return probe.trace
+    finally:
+        probe.trace = None
+
+
+def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Follower]]:
+    """The tensors that no known layer holds and that have slices for the units of writers.
+
+    Args:
+        probe: of the network, after its first pass.
+        groups: writers that belong together. Different groups reach no column in common, so that
+            tensors which meet different groups share passes.
+
+    Returns:
+        The tensors of each group.
+    """
+    weights = set(probe.uses.products.values())
+    met = [set().union(*(reach.met for reach in group)) - weights for group in groups]
+    pending = [
+        (slices, [n for n, here in enumerate(met) if any(p in here for p in slices.places)])
+        for slices in slices_to_try(probe.loose, set().union(*met))
+    ]
+    columns = [_columns_of(group) for group in groups]
+    found: list[list[Follower]] = [[] for _ in groups]
+    while pending:
+        chosen: list[tuple[Slices, list[int]]] = []
+        for item in pending:
+            if not any(set(item[1]) & set(others) for _, others in chosen):
+                chosen.append(item)
+        pending = [item for item in pending if item not in chosen]
+        passes = _passes_of(probe, [slices for slices, _ in chosen], set().union(*columns))
+        for slices, numbers in chosen:
+            here = [columns[number] for number in numbers]
+            follower = decode(slices, passes[: 2 * bits_of(slices.size)], _merged(here))
+            if follower is not None:
+                for number in numbers:
+                    found[number].append(follower)
+            elif len(slices.tensors) > 1:
+                pending += [(single, numbers) for single in slices.singly()]
+    return found
+
+
+def _columns_of(group: Sequence[Reach]) -> dict[str, Tensor]:
+    """The columns of readers and other layers that the units of a group reach, bool."""
+    return _merged([{n: c >= 0 for n, c in reach.columns.items()} for reach in group])
+
+
+def _merged(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    for one in columns:
+        for name, here in one.items():
+            merged[name] = merged[name] | here if name in merged else here
+    return merged
+
+
+def _passes_of(
+    probe: Probe, all_slices: Sequence[Slices], until: set[str]
+) -> list[dict[str, Tensor]]:
+    """What is reached by slices, in a pass for each bit of their numbers and its complement."""
+    passes = []
+    for index in range(2 * max(bits_of(slices.size) for slices in all_slices)):
+        for slices in all_slices:
+            if index < 2 * bits_of(slices.size):
+                probe.loose.fill(slices, codes(slices.size)[index])
+        try:
+            # The parameters that NaN was put into are the same objects.
+            _pass(probe, {}, until, replay=False)
+            passes.append(probe.seen)
+        except _Astray:
+            passes.append({})
+        finally:
+            probe.loose.restore()
+    return passes
 
 
 def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:

@@ -11,9 +11,10 @@ from torch import nn
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize, without_idle_hooks
 from pyro_sbp.gates.folding import Gate, Span, call
-from pyro_sbp.gates.grouping import Candidate, candidates
+from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.layers import num_columns
-from pyro_sbp.gates.measuring import Probe, matrices, measure
+from pyro_sbp.gates.left_alone import companions, others, reasons_by_share, shares
+from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
@@ -27,7 +28,8 @@ class Gates(list[Gate]):
     lists without them, as they are not the gates of one network.
 
     Attributes:
-        left_alone: from the layers that are not prunable to the reason.
+        left_alone: from the layers and parameters that are not prunable to the reason.
+        shares: from each of them to its share of the network's parameters.
         called: the layers with a weight, in the order in which the network first calls them.
     """
 
@@ -36,9 +38,11 @@ class Gates(list[Gate]):
         gates: Iterable[Gate] = (),
         left_alone: Mapping[str, str] | None = None,
         called: Sequence[str] = (),
+        shares: Mapping[str, float] | None = None,
     ):
         super().__init__(gates)
         self.left_alone = dict(left_alone or {})
+        self.shares = dict(shares or {})
         self.called = tuple(called)
 
     @overload
@@ -56,7 +60,11 @@ class Gates(list[Gate]):
         return self._with(self)
 
     def _with(self, gates: Iterable[Gate]) -> Gates:
-        return Gates(gates, self.left_alone, self.called)
+        return Gates(gates, self.left_alone, self.called, self.shares)
+
+    def reasons(self) -> str:
+        """What is not prunable, and why, in a line."""
+        return reasons_by_share(self.left_alone, self.shares)
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:
@@ -95,8 +103,9 @@ def find_gates(
             might read any unit.
 
     Returns:
-        A list of gates in the order of data flow. Its attribute `left_alone` maps the layers that
-        are not prunable to the reason.
+        A list of gates in the order of data flow. Its attribute `left_alone` maps the layers and
+        parameters that are not prunable to the reason, and `shares` to their share of the
+        parameters.
 
     Raises:
         ValueError: `input_features` names no dense layer, one twice, or one that is not called;
@@ -136,14 +145,21 @@ def find_gates(
     if uncalled:
         # What is not called on the example may be called on another input, and read any unit.
         why = f"{uncalled[0]!r} is not called on the example and might read it"
-        return Gates([], left_alone | dict.fromkeys(order, why), order)
+        left_alone |= dict.fromkeys(order, why)
+        return Gates([], left_alone, order, shares(net, left_alone, {}))
     with torch.no_grad():
+        probe.settle()
+        order = list(probe.clean)
         reaches = measure(probe, order)
-    found = candidates(probe.net, reaches)
+        groups = groups_of_writers([reach for reach in reaches if reach.problem is None])
+        followers = follow(probe, groups)
+    layouts = probe.uses.layouts
+    found = candidates(layouts, groups, followers)
     left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
-    del probe
+    probe.clean.clear()
     # A gate on features stands just before the layer that reads them.
-    place = {name: index for index, name in enumerate(order)}
+    called = list(dict.fromkeys(layouts[name].layer for name in order))
+    place = {name: index for index, name in enumerate(called)}
     found.sort(key=lambda candidate: place[candidate.gate.writers[0].layer])
     for gate in features:
         layer = gate.readers[0].layer
@@ -154,7 +170,9 @@ def find_gates(
     proven: list[Gate] = []
     if found:
         Proof(net, x, training_paths).keep(found, proven, left_alone)
-    return Gates(proven, left_alone, order)
+    left_alone |= companions(found, left_alone)
+    left_alone |= others(probe, proven, left_alone, reaches)
+    return Gates(proven, left_alone, called, shares(net, left_alone, probe.uses.products))
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
@@ -193,4 +211,6 @@ def _why_unknown(net: nn.Module, name: str, probe: Probe) -> str:
         return "belongs to an nn.MultiheadAttention, see separate_attention"
     if "weight" not in net.get_submodule(name)._parameters:
         return "computes its weight"
+    if name in probe.uses.computing:
+        return "computes another weight from its own in every call"
     return "has a weight that is used elsewhere"

@@ -149,7 +149,11 @@ def _per_unit(gate: Gate) -> set[int]:
 
 def _around(gate: Gate) -> list[str]:
     """The modules around the layers of a gate, up to the innermost one around all of them."""
-    parents = [span.layer.split(".")[:-1] for span in (*gate.writers, *gate.readers)]
+    parents = [
+        # A module that holds a weight of its own may also hold its sizes.
+        span.layer.split(".")[: None if span.tensor else -1]
+        for span in (*gate.writers, *gate.readers)
+    ]
     common = 0
     while all(len(p) > common and p[common] == parents[0][common] for p in parents):
         common += 1

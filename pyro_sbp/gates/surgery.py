@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.copies import copy_network, drop_broken_hooks, fresh
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
-from pyro_sbp.gates.layers import Select, groups_of, resize
+from pyro_sbp.gates.layers import Select, groups_of, resize, resize_tensor
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent
 from pyro_sbp.gates.sizes import set_sizes
 from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.units import Units, forget_units
@@ -39,7 +40,7 @@ def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> di
     found: dict[str, Tensor] = {}
     for gate, span in spans:
         here = _spread(alive[gate], span)
-        found[span.layer] = found[span.layer] & here if span.layer in found else here
+        found[span.key] = found[span.key] & here if span.key in found else here
     return found
 
 
@@ -62,7 +63,7 @@ def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor])
     """
     read = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
     for span in gate.readers:
-        living = columns.get(span.layer, torch.ones_like(span.units, dtype=torch.bool))
+        living = columns.get(span.key, torch.ones_like(span.units, dtype=torch.bool))
         if span.groups > 1 and span.layer in rows:
             groups = rows[span.layer].view(span.groups, -1).any(1)
             living = living & groups.repeat_interleave(len(living) // span.groups)
@@ -250,9 +251,16 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
     # Removing rows upstream decides which columns still arrive; of those, some are wanted.
     arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
     wanted = _alive(_columns(gates), physical)
-    for layer in {**rows, **wanted}:
+    spans = {span.key: span for _, span in (*_rows(gates), *_columns(gates))}
+    for key in {**rows, **wanted}:
+        layer, tensor, dim = spans[key].layer, spans[key].tensor, spans[key].dim
         module = net.get_submodule(layer)
-        columns = wanted.get(layer)
+        columns = wanted.get(key)
+        if tensor == HIDDEN and is_recurrent(module):
+            continue  # removed with the rows
+        if tensor:
+            resize_tensor(module, tensor, dim, _index(rows.get(key)), _index(columns))
+            continue
         resize(module, _index(rows.get(layer)), _index(columns))
         if columns is None:
             continue
@@ -300,9 +308,11 @@ def remaining_gates(
 
     def rest(gate: Gate, span: Span, alive: Mapping[str, Tensor], layer: str = "") -> Span:
         number = physical[gate.name].cumsum(0) - 1
-        old = span.units[alive[span.layer]]
+        old = span.units[alive[span.key]]
         new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
         layer = layer or _present_name(small, span.layer)
+        if span.tensor:
+            return Span(layer, new, tensor=span.tensor, dim=span.dim)
         # A convolution that has come to one channel a group still has rows and columns.
         groups = groups_of(small.get_submodule(layer)) if span.groups > 1 else 1
         return Span(layer, new, groups)

@@ -67,7 +67,7 @@ def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
     """Variants, simple ones first."""
     found = []
     for parts in _PARTS:
-        coarse = candidate.coarser(net, parts)
+        coarse = candidate.coarser(parts)
         if coarse is not None:
             sizes = fitting_sizes(net, coarse.gate)
             for chosen in islice(combined(sizes, _ATTRIBUTES), _VARIANTS):
@@ -78,7 +78,7 @@ def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
 
 def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gate | None:
     """The gate that a variant makes of a candidate; None if it does not apply."""
-    coarse = candidate.coarser(net, variant.parts)
+    coarse = candidate.coarser(variant.parts)
     if coarse is None:
         return None
     sizes = tuple(

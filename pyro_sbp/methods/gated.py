@@ -198,9 +198,8 @@ class GatedMethod(Method[G]):
     def begin(self) -> None:
         recipe, gates = self.recipe, self.gates
         if not gates:
-            layers = "; ".join(f"{name or 'it'} {why}" for name, why in gates.left_alone.items())
             raise ValueError(
-                f"no layer of {type(self.net).__name__} is prunable: {layers or 'it has none'}"
+                f"no layer of {type(self.net).__name__} is prunable: {gates.reasons()}"
             )
         check_prior(recipe.prior_scale, recipe.threshold, recipe.criterion)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)

@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.folding import Gate, GatedNetwork, tensors_of
+from pyro_sbp.gates.probing import Gates
 from pyro_sbp.models.sites import (
     CopiedUnderOwnName,
     categorical,
@@ -78,7 +79,8 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         if noise_per not in ("batch", "example"):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
         if not gates:
-            raise ValueError("there are no gates; gates.left_alone of find_gates says why")
+            why = f": {gates.reasons()}" if isinstance(gates, Gates) else ""
+            raise ValueError(f"there are no gates; gates.left_alone of find_gates says why{why}")
         taken = {"data", "noise", "obs"} & {gate.name for gate in gates}
         if taken:
             raise ValueError(f"a gate is named {taken.pop()!r}, as a site of the model is: rename")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate, Span
-from pyro_sbp.gates.layers import groups_of, num_columns, num_rows
+from pyro_sbp.gates.layers import groups_of, num_columns, num_rows, weight_of
+from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent, recurrent_weights
 from pyro_sbp.pruning.macs import costs_by_layer, original_name
 
 __all__ = ["UnitCosts", "keep_probability", "scales_by_cost"]
@@ -48,6 +49,11 @@ class _Layer:
     groups: int
     writes: _Spans
     reads: _Spans
+
+    @property
+    def all(self) -> float:
+        """MACs where every unit is there."""
+        return self.macs * self.rows * self.columns / self.groups
 
     def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
         """Expected MACs, a scalar."""
@@ -106,7 +112,9 @@ class UnitCosts:
         writes: dict[str, list[tuple[str, Span]]] = {}
         reads: dict[str, list[tuple[str, Span]]] = {}
         for gate in gates:
-            for span in (*gate.writers, *gate.channelwise):
+            # Tensors between layers take part in no product.
+            between = (span for span in gate.channelwise if not span.tensor)
+            for span in (*gate.writers, *between):
                 writes.setdefault(span.layer, []).append((gate.name, span))
             for span in gate.readers:
                 reads.setdefault(span.layer, []).append((gate.name, span))
@@ -117,9 +125,11 @@ class UnitCosts:
         for name in dict.fromkeys([*writes, *reads]):
             cost = macs.pop(original_name(net, name), 0.0)
             if cost:  # not batch norms
-                self._layers.append(
-                    _layer(net.get_submodule(name), cost, writes.get(name, ()), reads.get(name, ()))
+                parts = _parts(
+                    net.get_submodule(name), cost, writes.get(name, ()), reads.get(name, ())
                 )
+                self._layers += parts
+                macs[name] = cost - sum(part.all for part in parts)
         self._rest = sum(macs.values())
 
     def expected(self, keep: Mapping[str, Tensor]) -> float:
@@ -195,8 +205,41 @@ class UnitCosts:
         return whole
 
 
-def _layer(module: nn.Module, macs: float, writes: _Spans, reads: _Spans) -> _Layer:
-    rows, columns, groups = num_rows(module), num_columns(module), groups_of(module)
+def _parts(module: nn.Module, macs: float, writes: _Spans, reads: _Spans) -> list[_Layer]:
+    """The products in a module: one, unless it is recurrent or holds weights that no layer has."""
+    if is_recurrent(module):
+        rows = num_rows(module)
+        products = [
+            (num_columns(module), recurrent_weights(module, hidden=False), ""),
+            (rows, recurrent_weights(module, hidden=True), HIDDEN),
+        ]
+        total = sum(weights for _, weights, _ in products)
+        return [
+            _layer(macs * weights / total, rows, columns, 1, writes, _of(tensor, reads))
+            for columns, weights, tensor in products
+        ]
+    own = [p.numel() for p in module.parameters(recurse=False) if p.ndim > 1]
+    parts = []
+    for tensor in dict.fromkeys(span.tensor for _, span in (*writes, *reads)):
+        here = _of(tensor, writes), _of(tensor, reads)
+        if tensor:
+            share = getattr(module, tensor).numel() / sum(own)
+            rows, columns = (len(spans[0][1].units) if spans else 1 for spans in here)
+            parts.append(_layer(macs * share, rows, columns, 1, *here))
+        else:
+            share = 1 if len(own) < 2 else weight_of(module).numel() / sum(own)
+            sizes = num_rows(module), num_columns(module), groups_of(module)
+            parts.append(_layer(macs * share, *sizes, *here))
+    return parts
+
+
+def _of(tensor: str, spans: _Spans) -> _Spans:
+    return [(gate, span) for gate, span in spans if span.tensor == tensor]
+
+
+def _layer(
+    macs: float, rows: int, columns: int, groups: int, writes: _Spans, reads: _Spans
+) -> _Layer:
     return _Layer(macs * groups / (rows * columns), rows, columns, groups, writes, reads)
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_sbp.gates.copies import fresh
 from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.gates.probing import Gates
 from pyro_sbp.gates.state import undone
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "original_name",
+    "shares_left_alone",
     "unfused",
 ]
 
@@ -134,6 +136,27 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
             costs[original_name(net, layer)] = macs.pop(layer, 0), sum(p.numel() for p in new)
     rest = sum(macs.values()), count_parameters(net) - sum(count for _, count in costs.values())
     return costs if rest == (0, 0) else {**costs, "": rest}
+
+
+def shares_left_alone(
+    net: nn.Module, gates: Gates, example_input: Any
+) -> dict[str, tuple[float, float]]:
+    """What shares of the parameters, and of the MACs, are in layers that are not prunable.
+
+    Args:
+        net, example_input: as for `count_macs`.
+        gates: from `find_gates`.
+
+    Returns:
+        For each name in `gates.left_alone` two fractions. What is counted outside of the layer
+        itself, such as products in the module around a parameter, is not part of its MACs.
+    """
+    costs = costs_by_layer(net, example_input)
+    total = max(sum(macs for macs, _ in costs.values()), 1)
+    return {
+        name: (gates.shares.get(name, 0.0), costs.get(name, (0, 0))[0] / total)
+        for name in gates.left_alone
+    }
 
 
 @contextmanager

@@ -80,8 +80,9 @@ class Pruner:
         self.noise_learning_rate, self.threshold = noise_learning_rate, threshold
         self.gates = find_gates(net, example_input, input_features, ignore=ignore)
         if not self.gates:
-            reasons = "; ".join(f"{name} {why}" for name, why in self.gates.left_alone.items())
-            raise ValueError(f"no layer of {type(net).__name__} is prunable: {reasons}")
+            raise ValueError(
+                f"no layer of {type(net).__name__} is prunable: {self.gates.reasons()}"
+            )
         scales = scales_of([gate.name for gate in self.gates], kl_scale)
         if macs_weight:
             scales = scales_by_cost(scales, UnitCosts(net, self.gates, example_input), macs_weight)

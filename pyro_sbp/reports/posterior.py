@@ -142,7 +142,8 @@ def describe(run: Run, posterior: Posterior, criterion: str | None = None) -> di
     Returns:
         `finished`, `epoch`, `epochs`, `criterion`, `threshold`, `elements` ("units", or for
         SparseVD "weights"), `left_alone` (the layers that are not prunable, and why; None for old
-        runs that do not record it), `waiting` (the gates that RBP has not trained yet) and `gates`,
+        runs that do not record it), `shares` (their shares of the parameters and of the MACs, once
+        the run has finished), `waiting` (the gates that RBP has not trained yet) and `gates`,
         a list of {`gate` (for weights, the layer), `total`, `kept`, `kept_units` (the indices of
         the kept units; None for weights), `zeroed` (None for weights and until the run has
         finished), `snr` and `score` (quantiles by percentage, of the signal-to-noise ratio and of
@@ -195,6 +196,7 @@ def describe(run: Run, posterior: Posterior, criterion: str | None = None) -> di
         "elements": posterior.elements,
         "gates": gates,
         "left_alone": left_alone if run.summary is None else dict(run.summary.left_alone),
+        "shares": {} if run.summary is None else dict(run.summary.shares),
         "waiting": list(posterior.waiting),
     }
 

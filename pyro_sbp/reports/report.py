@@ -16,7 +16,7 @@ from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
 from pyro_sbp.training.runs import Run
-from pyro_sbp.training.summary import Summary
+from pyro_sbp.training.summary import Summary, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -288,7 +288,9 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         parts.append(pages.paragraph(words, "soft"))
     left = description["left_alone"]
     if left:
-        rows = list(left.items())
+        rows = [
+            (name, with_share(why, description["shares"].get(name))) for name, why in left.items()
+        ]
         parts.append(
             pages.details(
                 f"Not prunable: {len(left)} of the layers",

@@ -86,6 +86,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         ),
         held=method.held,
         left_alone=method.left_alone,
+        shares=method.shares,
         macs=Size(job.macs, macs, job.macs / macs),
         parameters=Size(
             job.parameters,

@@ -15,7 +15,17 @@ from pydantic.dataclasses import dataclass
 from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.settings import in_one_line
 
-__all__ = ["Calibration", "Differences", "Errors", "GateUnits", "Size", "Summary", "WeightsLeft"]
+__all__ = [
+    "Calibration",
+    "Differences",
+    "Errors",
+    "GateUnits",
+    "Size",
+    "Summary",
+    "WeightsLeft",
+    "lines_left_alone",
+    "with_share",
+]
 
 # Keys of later versions are ignored. JSON has lists for tuples.
 _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -23,6 +33,23 @@ _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Number = Annotated[float, Field(ge=0, strict=True)]
 _Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+
+
+def with_share(reason: str, share: Sequence[float] | None) -> str:
+    """Why a layer is not prunable, and its share of the parameters and of the MACs, if known."""
+    if share is None:
+        return reason
+    return f"{reason} ({share[0]:.1%} of the parameters, {share[1]:.1%} of the MACs)"
+
+
+def lines_left_alone(
+    left_alone: Mapping[str, str], shares: Mapping[str, Sequence[float]]
+) -> list[str]:
+    """A line for each layer that is not prunable, those with most parameters first."""
+    names = sorted(left_alone, key=lambda name: -shares.get(name, (0.0, 0.0))[0])
+    return [
+        f"not prunable: {name}, {with_share(left_alone[name], shares.get(name))}" for name in names
+    ]
 
 
 #: The labels of the networks of a run in tables.
@@ -179,6 +206,8 @@ class Summary:
         files: bytes of the saved networks.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         left_alone: the layers that are not prunable, and why.
+        shares: their shares of the parameters and of the MACs before training; empty in summaries
+            of earlier versions.
         macs: multiply-accumulates of one example.
         parameters: the number of parameters.
         equivalence: how exact the cut was.
@@ -205,7 +234,12 @@ class Summary:
     files: FileSizes | None = None
     held: tuple[str, ...] = ()
     left_alone: Mapping[str, str] = Field(default_factory=dict)
+    shares: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
     standardize: Mapping[str, Sequence[float]] | None = None
+
+    def not_prunable(self) -> list[str]:
+        """A line for each layer that is not prunable, those with most parameters first."""
+        return lines_left_alone(self.left_alone, self.shares)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -141,7 +141,7 @@ def lstm():
 
     layers = {"a": nn.Linear(3, 5), "lstm": nn.LSTM(5, 6, batch_first=True)}
     layers |= {"b": nn.Linear(6, 7), "head": nn.Linear(7, 2)}
-    return Net(forward, **layers), image(4, 3), {"b": 7}
+    return Net(forward, **layers), image(4, 3), {"a": 5, "lstm": 6, "b": 7}
 
 
 def u_net():

@@ -1,0 +1,162 @@
+"""Say of every layer and parameter that no gate reaches why it is not prunable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.grouping import Candidate
+from pyro_sbp.gates.layers import groups_of, is_channelwise, known_tensors
+from pyro_sbp.gates.loose import Place
+from pyro_sbp.gates.measuring import Probe, Reach
+
+__all__ = ["companions", "others", "reasons_by_share", "shares"]
+
+#: At most this many reasons are named in a message.
+_MOST = 8
+
+
+def companions(candidates: Iterable[Candidate], left_alone: Mapping[str, str]) -> dict[str, str]:
+    """The other writers of units that could not be cut, by the layer that these are named after."""
+    return {
+        reach.writer: f"has the units of {candidate.gate.name!r}, which is not prunable"
+        for candidate in candidates
+        if candidate.gate.name in left_alone
+        for reach in candidate.reaches
+        if reach.writer != candidate.gate.name
+    }
+
+
+def others(
+    probe: Probe,
+    gates: Sequence[Gate],
+    left_alone: Mapping[str, str],
+    reaches: Sequence[Reach],
+) -> dict[str, str]:
+    """Layers and parameters that neither belong to a gate nor have a reason so far, with theirs.
+
+    Args:
+        probe: of the network, after the measurement.
+        gates: those that were proven.
+        left_alone: the reasons so far, of layers that have units of their own.
+        reaches: where the rows of all writers arrive.
+    """
+    net = probe.net
+    covered = _tensors_of_gates(net, gates)
+    for name in left_alone:
+        covered.update(map(id, _own(probe, name)))
+    found: dict[str, str] = {}
+    for layer, module in net.named_modules():
+        rest = {
+            leaf: parameter
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) not in covered and parameter.numel()
+        }
+        covered.update(map(id, rest.values()))
+        why = {
+            leaf: _why(probe, (layer, leaf), module, parameter, left_alone, reaches)
+            for leaf, parameter in rest.items()
+        }
+        whole = layer and len(rest) == sum(p is not None for p in module._parameters.values())
+        if whole and len(set(why.values())) == 1:
+            found[layer] = next(iter(why.values()))
+        else:
+            found |= {f"{layer}.{leaf}" if layer else leaf: words for leaf, words in why.items()}
+    return found
+
+
+def _tensors_of_gates(net: nn.Module, gates: Sequence[Gate]) -> set[int]:
+    found: set[int] = set()
+    for gate in gates:
+        for span in (*gate.writers, *gate.readers, *gate.channelwise, *gate.selects):
+            module = net.get_submodule(span.layer)
+            leaves = known_tensors(module) or (span.tensor,)
+            if span.tensor:
+                leaves = (*leaves, span.tensor)
+            found.update(id(getattr(module, leaf, None)) for leaf in leaves)
+    return found
+
+
+def _own(probe: Probe, name: str) -> list[Tensor]:
+    """The tensors of what has a name in `left_alone` so far: a layer, a product, or a gate."""
+    net, place = probe.net, probe.uses.products.get(name)
+    if place is not None:
+        return [probe.loose.places[place]]
+    modules = dict(net.named_modules())
+    if name not in modules:  # a gate on features
+        return []
+    module = modules[name]
+    known = [getattr(module, leaf, None) for leaf in known_tensors(module)]
+    own = [tensor for tensor in known if isinstance(tensor, Tensor)]
+    if hasattr(module, "parametrizations"):
+        own += module.get_submodule("parametrizations").parameters()
+    return own or list(module.parameters(recurse=False))
+
+
+def _why(
+    probe: Probe,
+    place: Place,
+    module: nn.Module,
+    parameter: Tensor,
+    left_alone: Mapping[str, str],
+    reaches: Sequence[Reach],
+) -> str:
+    layer, _ = place
+    if isinstance(module, nn.MultiheadAttention):
+        return "belongs to an nn.MultiheadAttention, see separate_attention"
+    if getattr(module, "proj_size", 0):
+        return "has a proj_size, so that its outputs are not its hidden units"
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    if transposed and groups_of(module) > 1 and not is_channelwise(module):
+        return "is a transposed convolution with groups"
+    if id(parameter) not in probe.used:
+        return "is not used on the example"
+    meeting = [reach for reach in reaches if layer in reach.seen or place in reach.met]
+    for reach in meeting:
+        if reach.writer in left_alone:
+            return f"meets the units of {reach.writer!r}, which is not prunable"
+    if meeting:
+        return f"has no part of its own for each unit of {meeting[0].writer!r}"
+    return "meets no units of a layer"
+
+
+def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) -> dict[str, float]:
+    """What share of the parameters each of some layers and parameters holds.
+
+    Args:
+        net: the network.
+        names: of layers and parameters.
+        places: the weights of products, by name.
+    """
+    total = sum(parameter.numel() for parameter in net.parameters())
+    modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
+    seen: set[int] = set()
+    found = {}
+    for name in names:
+        if name in places:
+            own = [getattr(modules[places[name][0]], places[name][1])]
+        elif name in modules:
+            module = modules[name]
+            own = list(module.parameters(recurse=False))
+            if hasattr(module, "parametrizations"):
+                own += module.get_submodule("parametrizations").parameters()
+        else:
+            own = [parameters[name]] if name in parameters else []
+        new = [tensor for tensor in own if id(tensor) not in seen]
+        seen.update(map(id, new))
+        found[name] = sum(tensor.numel() for tensor in new) / max(total, 1)
+    return found
+
+
+def reasons_by_share(left_alone: Mapping[str, str], shares: Mapping[str, float]) -> str:
+    """The layers and parameters that are not prunable in a line, those with most numbers first."""
+    names = sorted(left_alone, key=lambda name: -shares.get(name, 0.0))
+    lines = [
+        f"{name or 'it'} {left_alone[name]} ({shares.get(name, 0.0):.0%} of the parameters)"
+        for name in names[:_MOST]
+    ]
+    if len(names) > _MOST:
+        lines.append(f"and {len(names) - _MOST} more")
+    return "; ".join(lines) or "it has no parameters"

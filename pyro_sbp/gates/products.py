@@ -1,0 +1,114 @@
+"""Products with a weight that no layer holds: ``x @ self.weight``, ``F.linear(x, self.weight)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Product", "dimensions", "products"]
+
+_RIGHT = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+_REFLECTED = {Tensor.__rmatmul__}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A call of a function that is linear in the columns of one of its arguments, the weight.
+
+    Attributes:
+        x: the other argument.
+        place: its position in the positional arguments, or its name.
+        weight: the weight.
+        dims: the dimension of the rows, and of the columns, in the weight.
+        x_dim, out_dim: the dimension of the columns in `x`, and of the rows in the result, counted
+            from the end.
+        bias: what is added.
+    """
+
+    x: Tensor
+    place: int | str
+    weight: Tensor
+    dims: tuple[int, int]
+    x_dim: int
+    out_dim: int
+    bias: Tensor | None = None
+
+
+def products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
+    """The ways to see a call as a product with a weight: two of a product of two matrices."""
+    if func is F.linear or func in _CONVOLUTIONS or func in _TRANSPOSED:
+        return _of_layers(func, args, kwargs)
+    if func is torch.addmm or func is Tensor.addmm:
+        names: tuple[str, ...] = ("input", "mat1", "mat2")
+        if kwargs.keys() - set(names):
+            return []  # with factors
+    elif func in _RIGHT or func in _REFLECTED:
+        names = ("input", "other")
+    else:
+        return []
+    given = _given(names, args, kwargs)
+    if given is None:
+        return []
+    *bias, (a_place, a), (b_place, b) = given
+    if func in _REFLECTED:
+        (a_place, a), (b_place, b) = (b_place, b), (a_place, a)
+    found = []
+    if b.ndim == 2 and a.ndim >= 1:
+        found.append(Product(a, a_place, b, (1, 0), -1, -1, bias[0][1] if bias else None))
+    if a.ndim == 2 and b.ndim >= 2 and not bias:
+        found.append(Product(b, b_place, a, (0, 1), -2, -2))
+    return found
+
+
+def _of_layers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
+    given = _given(("input", "weight"), args, kwargs)
+    if given is None:
+        return []
+    (place, x), (_, weight) = given
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if func is F.linear:
+        return [Product(x, place, weight, (0, 1), -1, -1, bias)] if weight.ndim == 2 else []
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if groups != 1:
+        return []
+    dims, dim = (1, 0) if func in _TRANSPOSED else (0, 1), 1 - weight.ndim
+    return [Product(x, place, weight, dims, dim, dim, bias)]
+
+
+def _given(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[int | str, Tensor]] | None:
+    """Position or name, and value, of arguments; None if one is no tensor."""
+    found: list[tuple[int | str, Tensor]] = []
+    for position, name in enumerate(names):
+        place = position if position < len(args) else name
+        value = args[position] if position < len(args) else kwargs.get(name)
+        if not isinstance(value, Tensor):
+            return None
+        found.append((place, value))
+    return found
+
+
+def dimensions(view: Tensor, of: Tensor) -> list[int] | None:
+    """The dimension of a tensor that each dimension of a view of all of its elements is.
+
+    A dimension of length 1 that the tensor does not have is -1. None if it is no such view.
+    """
+    if view.data_ptr() != of.data_ptr() or view.numel() != of.numel():
+        return None
+    left = [dim for dim in range(of.ndim) if of.shape[dim] > 1]
+    found = []
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        same = [dim for dim in left if of.shape[dim] == size and of.stride(dim) == stride]
+        if size > 1 and not same:
+            return None
+        found.append(same[0] if size > 1 else -1)
+        left = [dim for dim in left if dim not in same[:1]]
+    return None if left else found

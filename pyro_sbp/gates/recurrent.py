@@ -1,0 +1,198 @@
+"""What pyro-sbp knows of torch's recurrent layers: where their hidden units lie.
+
+A hidden unit is a row in the block of every gate of the cell, in weights and biases, and a column
+of every weight that reads the state: the recurrent weights, and in a stack the input weights of
+the layer above. `torch.nn` has one `hidden_size` for all layers of a stack and both directions, so
+the units of the same number in all of them are one unit.
+
+Noise multiplies those columns, as it multiplies the columns of other readers: a unit whose theta
+is zero has no effect on any later step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "HIDDEN",
+    "RECURRENT_SIZES",
+    "Call",
+    "call_of",
+    "column_factors",
+    "first_weight",
+    "is_recurrent",
+    "recurrent_weights",
+    "resize_recurrent",
+    "scaled_call",
+    "weight_sizes",
+]
+
+#: What `Span.tensor` calls the columns of all weights that read the hidden state.
+HIDDEN = "weight_hh"
+#: The attributes of recurrent layers that repeat their sizes.
+RECURRENT_SIZES = ("hidden_size", "input_size")
+
+_LAYERS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+_SEQUENCES = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_CELLS = {torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell}
+_LAYER = re.compile(r"_l(\d+)")
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a layer is recurrent, with hidden units that can be removed."""
+    return isinstance(module, _LAYERS) and not getattr(module, "proj_size", 0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a function that runs a recurrent layer.
+
+    Attributes:
+        x: the input, with the features in the last dimension.
+        state: the tensors of the initial state, with the units in the last dimension.
+        weights: of all layers and directions, in the order of the layer's parameters.
+        batch_dim: the dimension of `x` with the batch; None in packed sequences.
+        place: the position of the weights in the arguments; of the first one, in a cell.
+    """
+
+    x: Tensor
+    state: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    batch_dim: int | None
+    place: int
+
+
+def call_of(func: Any, args: Sequence[Any]) -> Call | None:
+    """The arguments of a recurrent function; None for other functions."""
+    if func in _CELLS:
+        batch_dim = 0 if args[0].ndim > 1 else None
+        return Call(args[0], _tensors(args[1]), tuple(args[2:6]), batch_dim, 2)
+    if func not in _SEQUENCES:
+        return None
+    place = next(index for index, value in enumerate(args) if isinstance(value, list))
+    packed = place == 3  # after the sizes of the batches
+    batch_dim = None if packed else int(not args[8])
+    return Call(args[0], _tensors(args[place - 1]), tuple(args[place]), batch_dim, place)
+
+
+def _tensors(state: Any) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else tuple(state)
+
+
+def first_weight(module: nn.Module) -> Tensor:
+    """A weight that a recurrent layer is known by."""
+    return next(module.parameters(recurse=False))
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
+    """The name and tensor of every parameter, in order, and whether its columns take the input
+    of the layer, or hidden units."""
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            found = _LAYER.search(name)
+            stacked = found is not None and int(found[1]) > 0
+            of_input = name.startswith("weight_ih") and not stacked
+            yield name, tensor, of_input, name.startswith("weight") and not of_input
+
+
+def column_factors(
+    module: nn.Module, scale: Tensor, hidden: bool
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and factor of every weight whose columns `scale` multiplies.
+
+    Args:
+        module: a recurrent layer.
+        scale: a factor for every input feature, or with `hidden` for every hidden unit.
+        hidden: which columns.
+    """
+    for name, tensor, of_input, of_hidden in _weights(module):
+        if of_hidden if hidden else of_input:
+            # Above a bidirectional layer, the columns of both directions.
+            factor = scale.to(tensor.dtype).repeat(tensor.shape[1] // len(scale))
+            yield name, tensor, factor
+
+
+def recurrent_weights(module: nn.Module, hidden: bool) -> int:
+    """How many weights have columns that take input features, or with `hidden` hidden units."""
+    return sum(
+        tensor.numel()
+        for _, tensor, of_input, of_hidden in _weights(module)
+        if (of_hidden if hidden else of_input)
+    )
+
+
+def scaled_call(
+    module: nn.Module, args: Sequence[Any], call: Call, x: Tensor, hidden: Tensor | None
+) -> list[Any]:
+    """Arguments of a recurrent function with another input, and columns of hidden units scaled.
+
+    Args:
+        module: the layer.
+        args, call: the arguments before.
+        x: the input.
+        hidden: a factor for every hidden unit, or None.
+    """
+    weights = list(call.weights)
+    if hidden is not None:
+        factors = {name: factor for name, _, factor in column_factors(module, hidden, hidden=True)}
+        for index, (name, *_) in enumerate(_weights(module)):
+            if name in factors:
+                weights[index] = weights[index] * factors[name]
+    rest = list(args[1:])
+    at = call.place - 1
+    if isinstance(rest[at], list):
+        rest[at] = weights
+    else:
+        rest[at : at + len(weights)] = weights
+    return [x, *rest]
+
+
+def resize_recurrent(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Keep only some hidden units, and input features, of a recurrent layer, in place.
+
+    Args:
+        module: the layer.
+        rows, columns: indices of hidden units, and of input features; None keeps all.
+    """
+    size = module.hidden_size
+    assert isinstance(size, int)
+    for name, tensor, of_input, of_hidden in list(_weights(module)):
+        new = tensor.detach()
+        if rows is not None:
+            new = new.index_select(0, _in_blocks(rows, size, new.shape[0]).to(new.device))
+            if of_hidden:
+                new = new.index_select(1, _in_blocks(rows, size, new.shape[1]).to(new.device))
+        if columns is not None and of_input:
+            new = new.index_select(1, columns.to(new.device))
+        setattr(module, name, nn.Parameter(new, requires_grad=tensor.requires_grad))
+    for attribute, index in zip(RECURRENT_SIZES, (rows, columns), strict=True):
+        if index is not None:
+            setattr(module, attribute, len(index))
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()
+
+
+def _in_blocks(index: Tensor, size: int, length: int) -> Tensor:
+    """The places of some units in each block of `size`."""
+    return torch.cat([index + start for start in range(0, length, size)])
+
+
+def weight_sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of a recurrent layer by its sizes."""
+    hidden, features = module.hidden_size, module.input_size
+    assert isinstance(hidden, int) and isinstance(features, int)
+    blocks = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+    rows = hidden * next((n for kind, n in blocks.items() if isinstance(module, kind)), 1)
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, _, of_input, of_hidden in _weights(module):
+        below = hidden * (directions if name.startswith("weight_ih") else 1)
+        columns = features if of_input else below
+        shapes[name] = (rows, columns) if of_input or of_hidden else (rows,)
+    return shapes

@@ -1,0 +1,232 @@
+"""Recognise, among the functions that a network calls, those that do the work of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Span
+from pyro_sbp.gates.layers import (
+    Select,
+    argument,
+    channel_dim,
+    groups_of,
+    is_channelwise,
+    is_matrix,
+    is_reader,
+    num_rows,
+    operands,
+    serves,
+)
+from pyro_sbp.gates.loose import LooseTensors, Place
+from pyro_sbp.gates.products import Product, dimensions, products
+from pyro_sbp.gates.recurrent import HIDDEN, call_of, first_weight, is_recurrent
+
+__all__ = ["Layout", "Use", "Uses", "hidden_of"]
+
+_NO_LAYER = nn.Identity()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows and columns of what has a name in the measurement lie.
+
+    Attributes:
+        layer: the module.
+        role: what becomes of units that reach its columns.
+        groups: into how many groups rows and columns fall.
+        tensor: the weight, if it is none that the module is known by.
+        dims: the dimension of the rows in it, and of the columns.
+        size: how many rows there are.
+    """
+
+    layer: str
+    role: Literal["reader", "channelwise", "select", "other"]
+    groups: int = 1
+    tensor: str = ""
+    dims: tuple[int, int] = (0, 1)
+    size: int = 0
+
+    def rows(self, units: Tensor) -> Span:
+        """A span over the rows."""
+        return Span(self.layer, units, self.groups, self.tensor, self.dims[0] if self.tensor else 0)
+
+    def columns(self, units: Tensor) -> Span:
+        """A span over the columns."""
+        return Span(self.layer, units, self.groups, self.tensor, self.dims[1] if self.tensor else 0)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call that does the work of a layer.
+
+    Attributes:
+        name: of the layer.
+        sees: the tensors whose channels arrive in columns, with the name that has the columns and
+            the dimension of the channels.
+        writes: whether the layer produces units.
+        out_dim: the dimension of the units in the output; None for that of the layer.
+        bias: what is added to the output of a product.
+    """
+
+    name: str
+    sees: tuple[tuple[str, Tensor, int], ...]
+    writes: bool
+    out_dim: int | None = None
+    bias: Tensor | None = None
+
+
+def hidden_of(name: str) -> str:
+    """The name of the columns of hidden units of a recurrent layer."""
+    return f"{name}.{HIDDEN}"
+
+
+class Uses:
+    """The layers of a network, known by their weight or running mean; and products with others.
+
+    Args:
+        net: the network.
+        loose: its tensors.
+
+    Attributes:
+        layouts: by name, of layers, and of products that were recorded.
+        computing: layers that compute another weight from their own in every call.
+    """
+
+    def __init__(self, net: nn.Module, loose: LooseTensors) -> None:
+        self.loose = loose
+        self.layouts: dict[str, Layout] = {}
+        self.computing: set[str] = set()
+        self._modules: dict[str, nn.Module] = {}
+        self._by_tensor: dict[int, str] = {}
+        self._products: dict[Place, str] = {}
+        self._ambiguous: set[Place] = set()
+        for name, module in net.named_modules():
+            tensors: tuple[Tensor | None, ...] = ()
+            if isinstance(module, Select):
+                tensors = (module.index,)
+            elif is_recurrent(module):
+                tensors = (first_weight(module),)
+                self.layouts[hidden_of(name)] = Layout(name, "reader", tensor=HIDDEN)
+            elif is_matrix(module) or is_channelwise(module):
+                # Only what the module holds: a weight that is computed is another one each time.
+                tensors = (
+                    module._parameters.get("weight"),
+                    module._buffers.get("weight"),
+                    module._buffers.get("running_mean"),
+                )
+            if any(tensor is not None for tensor in tensors):
+                self._modules[name], self.layouts[name] = module, _layout(name, module)
+                for tensor in tensors:
+                    if tensor is not None:
+                        self._by_tensor.setdefault(id(tensor), name)
+
+    def module(self, name: str) -> nn.Module | None:
+        """The layer of a name; None for a product."""
+        return self._modules.get(name)
+
+    def of(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], record: bool
+    ) -> Use | None:
+        """What layer a function does the work of, if any.
+
+        Args:
+            func, args, kwargs: the call.
+            record: whether products that were not seen before are recorded.
+        """
+        call = call_of(func, args)
+        if call is not None:
+            name = self._by_tensor.get(id(call.weights[0]))
+            if name is None:
+                return None
+            states = tuple((hidden_of(name), state, state.ndim - 1) for state in call.state)
+            return Use(name, ((name, call.x, call.x.ndim - 1), *states), True, -1)
+        for value in (*args, *kwargs.values()):
+            name = self._by_tensor.get(id(value))
+            if name is not None and serves(func, self._modules[name]):
+                return self._of_layer(name, func, args, kwargs)
+        for product in products(func, args, kwargs):
+            self.computing.update(
+                layer
+                for layer, leaf in self.loose.sources(product.weight) or ()
+                if leaf == "weight" and serves(func, self._modules.get(layer, _NO_LAYER))
+            )
+            use = self._of_product(product, record)
+            if use is not None:
+                return use
+        return None
+
+    def _of_layer(
+        self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Use:
+        layer = self._modules[name]
+        sees: tuple[tuple[str, Tensor, int], ...] = ()
+        if not isinstance(layer, nn.Embedding):
+            x: Tensor = argument(operands(func)[0], args, kwargs)
+            sees = ((name, x, channel_dim(layer, x)),)
+        return Use(name, sees, is_matrix(layer))
+
+    def _of_product(self, product: Product, record: bool) -> Use | None:
+        sources = self.loose.sources(product.weight)
+        if not sources or self.loose.sources(product.x) is not None:
+            return None
+        for place in sources & self.loose.places.keys():
+            dims = dimensions(product.weight, self.loose.places[place])
+            if dims is None or place in self._ambiguous:
+                continue
+            rows, columns = (dims[dim] for dim in product.dims)
+            if min(rows, columns) < 0:
+                continue
+            if record and place not in self._products:
+                self._record(place, rows, columns)
+            name = self._products.get(place)
+            if name is None:
+                continue
+            if self.layouts[name].dims != (rows, columns):
+                self.forget(name)
+                self._ambiguous.add(place)
+                continue
+            seen = (name, product.x, product.x.ndim + product.x_dim)
+            return Use(name, (seen,), True, product.out_dim, product.bias)
+        return None
+
+    def _record(self, place: Place, rows: int, columns: int) -> None:
+        layer, leaf = place
+        name = f"{layer}.{leaf}" if layer else leaf
+        size = self.loose.places[place].shape[rows]
+        self._products[place] = name
+        self.layouts[name] = Layout(layer, "reader", tensor=leaf, dims=(rows, columns), size=size)
+
+    def forget(self, name: str) -> None:
+        """No longer recognise a product."""
+        self._products = {place: n for place, n in self._products.items() if n != name}
+        del self.layouts[name]
+
+    def shorten(self) -> dict[str, str]:
+        """Call products by their modules where these have one each; from old names to new ones."""
+        layers = [layer for layer, _ in self._products]
+        short = {
+            name: place[0]
+            for place, name in self._products.items()
+            if layers.count(place[0]) == 1 and place[0] and place[0] not in self.layouts
+        }
+        self._products = {p: short.get(name, name) for p, name in self._products.items()}
+        self.layouts = {short.get(name, name): of for name, of in self.layouts.items()}
+        return short
+
+    @property
+    def products(self) -> dict[str, Place]:
+        """The names of the products, and where their weights are."""
+        return {name: place for place, name in self._products.items()}
+
+
+def _layout(name: str, module: nn.Module) -> Layout:
+    if isinstance(module, Select):
+        return Layout(name, "select")
+    if is_channelwise(module):
+        return Layout(name, "channelwise")
+    role: Literal["reader", "other"] = "reader" if is_reader(module) else "other"
+    return Layout(name, role, groups_of(module), size=num_rows(module))

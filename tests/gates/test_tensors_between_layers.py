@@ -1,0 +1,181 @@
+"""Whatever treats channels alone between two layers is cut along, in whatever module it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_sbp as sbp
+from pyro_sbp.gates.folding import GatedNetwork, call, convert
+from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units
+
+
+class Gain(nn.Module):
+    """An offset and a gain for each channel, held by this module alone."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(shape))
+        self.register_buffer("gain", torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.gain) + self.offset
+
+
+class FrozenNorm(nn.Module):
+    """A norm that keeps its numbers under names of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_features = channels
+        for name in ("scale", "shift", "centre", "spread"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale * (self.spread + 1e-5).rsqrt()
+        shift = self.shift - self.centre * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class UnitLength(nn.Module):
+    """Scales the positions of each channel to length 1, then by a weight for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x.flatten(2), dim=2).view_as(x) * self.weight[:, None, None]
+
+
+class PositionsOfHeads(nn.Module):
+    """Attention that adds a table of relative positions with a column for each head."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.num_heads, self.head_dim = heads, width // heads
+        self.table = nn.Parameter(torch.randn(2 * length - 1, heads))
+        places = torch.arange(length)
+        self.register_buffer("index", places[:, None] - places + length - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) + self.table[self.index].permute(2, 0, 1)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def conv(*sizes: int, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(*sizes, **options)
+
+
+def between(*layers: nn.Module) -> nn.Module:
+    """A network of two convolutions and what stands between them."""
+    return nn.Sequential(conv(3, 8, 3), *layers, nn.ReLU(), conv(8, 4, 1))
+
+
+def theta_of(gates):
+    generator = torch.Generator().manual_seed(1)
+    theta = {}
+    for gate in gates:
+        theta[gate.name] = torch.rand(gate.size, generator=generator).double() + 0.5
+        theta[gate.name][torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
+    return theta
+
+
+def check(net, x, **sizes):
+    """The gates are of these sizes, and the network is cut exactly, by theirs, twice."""
+    gates = find_gates(net, x)
+    assert {gate.name: gate.size for gate in gates} == sizes, gates.left_alone
+    net, x = net.double().eval(), convert(x, torch.float64)
+    theta = theta_of(gates)
+    with torch.no_grad():
+        masked = GatedNetwork(net, gates)(x, theta)
+        small = shrink(net, gates, theta, x)
+        assert relative_difference(masked, call(small, x)) < 1e-12
+        left = remaining_gates(small, gates, surviving_units(gates, theta))
+        theta = theta_of(left)
+        masked = GatedNetwork(small, left)(x, theta)
+        smaller = shrink(small, left, theta, x)
+        assert relative_difference(masked, call(smaller, x)) < 1e-12
+    return small
+
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.SyncBatchNorm(8),
+        lambda: nn.GroupNorm(8, 8),
+        lambda: FrozenNorm(8),
+        lambda: UnitLength(8),
+        lambda: Gain(1, 8, 1, 1),
+        lambda: Gain(8, 1, 1),
+        lambda: nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8),
+        lambda: nn.Sequential(Gain(8, 1, 1), FrozenNorm(8), Gain(1, 8, 1, 1)),
+    ],
+)
+def test_what_treats_channels_alone_is_resized(layer):
+    torch.manual_seed(0)
+    net = between(layer())
+    small = check(net, IMAGES, **{"0": 8})
+    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    assert not any(8 in shape for shape in shapes.values()), shapes
+
+
+def test_the_numbers_of_a_norm_follow_in_its_attributes():
+    assert check(between(FrozenNorm(8)), IMAGES, **{"0": 8})[1].num_features == 5
+
+
+def test_a_gain_over_a_concatenation_belongs_to_two_gates():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.gain = conv(3, 4, 1), conv(3, 6, 1), Gain(10, 1, 1)
+            self.c = conv(10, 2, 1)
+
+        def forward(self, x):
+            return self.c(self.gain(torch.cat([self.a(x), self.b(x)], 1)).relu())
+
+    torch.manual_seed(0)
+    small = check(Joined(), IMAGES, a=4, b=6)
+    assert small.gain.offset.shape == (2 + 4, 1, 1)
+
+
+def test_a_table_with_a_column_for_each_head_follows_the_heads():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), PositionsOfHeads(12, 3, 4), nn.ReLU(), nn.Linear(12, 2))
+    small = check(net, torch.randn(2, 4, 5), **{"0": 12, "1.qkv": 3, "1.out": 12})
+    assert small[1].table.shape == (7, 2) and small[1].num_heads == 2
+
+
+def test_a_parameter_for_each_position_stays():
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 8, 3), Gain(4, 4), nn.ReLU(), conv(8, 4, 1))
+    assert check(net, IMAGES, **{"0": 8})[1].offset.shape == (4, 4)
+
+
+def test_cut_tensors_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    net = TwoNorms()
+    small = check(net, IMAGES, first=8)
+    sbp.save(small, tmp_path / "small", constructor=TwoNorms)
+    loaded = sbp.load(tmp_path / "small", constructor=TwoNorms)
+    assert loaded.frozen.num_features == 5 and loaded.sync.num_features == 5
+    assert torch.equal(loaded(IMAGES.double()), small(IMAGES.double()))
+
+
+class TwoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sync, self.frozen = conv(3, 8, 3), nn.SyncBatchNorm(8), FrozenNorm(8)
+        self.gain, self.last = Gain(1, 8, 1, 1), conv(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gain(self.frozen(self.sync(self.first(x)))).relu())
