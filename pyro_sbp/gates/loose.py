@@ -126,6 +126,11 @@ class LooseTensors:
             self._saved.setdefault((slices.layer, leaf), tensor.clone())
             tensor.movedim(dim, 0)[chosen] = torch.nan
 
+    @property
+    def filled(self) -> list[Tensor]:
+        """The tensors that `fill` has put NaN into."""
+        return [self.places[place] for place in self._saved]
+
     def restore(self) -> None:
         """Undo `fill`."""
         for place, tensor in self._saved.items():
@@ -159,7 +164,9 @@ def _has_nan(tensor: Tensor) -> bool:
 
 def _is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if name == "__setitem__" or name.startswith("__i"):
+        return True
+    return name.endswith("_") and not name.endswith("__")
 
 
 def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:

@@ -104,7 +104,7 @@ class Probe(TorchFunctionMode):
         self.loose.start()
         self.awaited = None if until is None else set(until)
         self.guards.start(inject is None)
-        self.replay.start(inject is None)
+        self.replay.start(inject is None, self.loose.filled)
 
     @property
     def uncalled(self) -> list[str]:
@@ -195,16 +195,10 @@ class Probe(TorchFunctionMode):
         return leaf in self.net.get_submodule(layer)._parameters
 
     @contextlib.contextmanager
-    def watching(self, replay: bool = True) -> Iterator[None]:
-        """Inside, a call of the network on the probe's input is a pass.
-
-        Args:
-            replay: whether what NaN does not reach is answered as in the first pass, which needs
-                all parameters to be as they were then.
-        """
-        known = self.replay if replay else contextlib.nullcontext()
+    def watching(self) -> Iterator[None]:
+        """Inside, a call of the network on the probe's input is a pass."""
         try:
-            with torch.no_grad(), repeatable(torch.float32), known, self:
+            with torch.no_grad(), repeatable(torch.float32), self.replay, self:
                 yield
         finally:
             self.state.restore()
@@ -285,7 +279,6 @@ def _pass(
     probe: Probe,
     inject: Mapping[str, Tensor],
     until: Iterable[str] | None = None,
-    replay: bool = True,
 ) -> bool:
     """One call with NaN in some channels; whether an output of the network is reached.
 
@@ -295,7 +288,7 @@ def _pass(
     probe.start(inject, until)
     try:
         # The fused kernels of attention lose a NaN.
-        with probe.watching(replay), sdpa_kernel(SDPBackend.MATH):
+        with probe.watching(), sdpa_kernel(SDPBackend.MATH):
             output = call(probe.net, probe.x)
     except _Through:
         return False
@@ -438,8 +431,7 @@ def _passes_of(
             if index < 2 * bits_of(slices.size):
                 probe.loose.fill(slices, codes(slices.size)[index])
         try:
-            # The parameters that NaN was put into are the same objects.
-            _pass(probe, {}, until, replay=False)
+            _pass(probe, {}, until)
             passes.append(probe.seen)
         except _Astray:
             passes.append({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +31,8 @@ class Replay(TorchFunctionMode):
 
     The first pass keeps the results of all functions. A later one begins with the same input, and
     layers answer with the same tensors: what NaN does not reach is not computed again. Results that
-    a function changes in place with NaN are put back after the pass.
+    a function changes in place with NaN are put back after the pass. Tensors that hold NaN before
+    a pass are the same objects as in the first one, so `start` has to be given them.
     """
 
     def __init__(self) -> None:
@@ -41,11 +43,16 @@ class Replay(TorchFunctionMode):
         self._size = 0
         self.start(True)
 
-    def start(self, first: bool) -> None:
-        """Begin a pass."""
+    def start(self, first: bool, changed: Iterable[Tensor] = ()) -> None:
+        """Begin a pass.
+
+        Args:
+            first: whether it is the one that is recorded.
+            changed: tensors that hold other numbers than in the first pass.
+        """
         self._recording = first
         self._used: Counter[Any] = Counter()
-        self._changed: set[int] = set()
+        self._changed = set(map(_address, changed))
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def __exit__(

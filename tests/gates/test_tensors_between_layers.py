@@ -24,6 +24,15 @@ class Gain(nn.Module):
         return x * (1 + self.gain) + self.offset
 
 
+class GainInPlace(Gain):
+    """The same, into what the layer before it has answered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= 1 + self.gain
+        x += self.offset
+        return x
+
+
 class FrozenNorm(nn.Module):
     """A norm that keeps its numbers under names of its own."""
 
@@ -117,6 +126,7 @@ IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
         lambda: UnitLength(8),
         lambda: Gain(1, 8, 1, 1),
         lambda: Gain(8, 1, 1),
+        lambda: GainInPlace(8, 1, 1),
         lambda: nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8),
         lambda: nn.Sequential(Gain(8, 1, 1), FrozenNorm(8), Gain(1, 8, 1, 1)),
     ],
