@@ -234,7 +234,7 @@ def test_the_commands_exist():
     assert lines
     for line in lines:
         program, command, *words = line.split("#")[0].split()
-        assert program in ("pyro-sbp", "pip", "make", "torchrun")
+        assert program in ("pyro-sbp", "pip", "make", "torchrun", "python")
         if program != "pyro-sbp":
             continue
         options = {name for option in cli.commands[command].params for name in option.opts}
