@@ -50,6 +50,8 @@ from pyro_sbp.gates.units import units_of
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 
+#: The metadata of ``model.safetensors``, which transformers expects.
+METADATA = {"format": "pt"}
 #: What a saved network may consist of.
 FILES = ("model.safetensors", "sparse.safetensors", INDEX, CONFIG, "units.json")
 
@@ -275,7 +277,7 @@ def _write_text(text: str, path: Path) -> None:
 
 def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file(tensors, path, {"format": "pt"})  # as transformers expects
+        save_file(tensors, path, METADATA)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"safetensors cannot hold this network: {first_line(error)}") from error
 

@@ -9,7 +9,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.deployment.saving import save, unique_tensors
+from pyro_sbp.deployment.saving import METADATA, save, unique_tensors
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.training.job import Job
@@ -113,4 +113,5 @@ def _file_size(net: nn.Module) -> int:
     """The size in bytes of a network as `save` would store it."""
     tensors = unique_tensors(net)[0].items()
     # As with `Module.to`, the counters of batch norms remain integers.
-    return len(serialize({n: v.float() if v.is_floating_point() else v for n, v in tensors}))
+    content = {n: v.float() if v.is_floating_point() else v for n, v in tensors}
+    return len(serialize(content, METADATA))
