@@ -27,6 +27,7 @@ Needs transformers: ``pip install 'pyro-sbp[transformers]'``.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import sys
@@ -51,7 +52,7 @@ from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs, count_parameters
-from pyro_sbp.training.files import write_json
+from pyro_sbp.training.files import write_json, write_whole
 from pyro_sbp.training.job import machine, versions
 
 __all__ = ["Batches", "SentenceClassifier", "Settings", "magnitudes"]
@@ -271,11 +272,10 @@ def example(batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
 
 def description(net: nn.Module) -> dict[str, int]:
     """MACs of a sentence of 32 tokens, parameters, and those of the encoder's layers."""
-    encoder = net.net.bert.encoder  # type: ignore[union-attr]
     return {
         "macs": count_macs(net, example(1)),
         "parameters": count_parameters(net),
-        "encoder_parameters": count_parameters(encoder),  # type: ignore[arg-type]
+        "encoder_parameters": count_parameters(net.get_submodule("net.bert.encoder")),
     }
 
 
@@ -334,7 +334,7 @@ class Run:
         optimizer = torch.optim.AdamW(weights, lr=self.settings.learning_rate, weight_decay=0.01)
         fit(net, self.train, self.settings.dense_epochs, optimizer)
         self.record("dense", net)
-        save_whole(net.state_dict(), path)
+        save_state(net.state_dict(), path)
         return net
 
     def noisy(self) -> sbp.Pruner:
@@ -364,7 +364,7 @@ class Run:
         pruner.attach()
         fit(net, self.train, settings.noise_epochs, optimizer, pruner.kl_loss, report)
         pruner.detach()
-        save_whole({"net": net.state_dict(), "posterior": pruner.state_dict()}, path)
+        save_state({"net": net.state_dict(), "posterior": pruner.state_dict()}, path)
         return pruner
 
     def finetuned(self, name: str, epochs: int, prune: Callable[[], nn.Module]) -> None:
@@ -375,7 +375,7 @@ class Run:
         before = evaluate(small, self.test)
         teacher = self.dense()
         self.begin(name)
-        units = {gate: unit.to_dict() for gate, unit in units_of(small).items()}  # type: ignore[union-attr]
+        units = {gate: unit.to_dict() for gate, unit in (units_of(small) or {}).items()}
         start = time.monotonic()
         sbp.fine_tune(
             small,
@@ -421,11 +421,11 @@ class Run:
         )
 
 
-def save_whole(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state that is complete, or not at all."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
+def save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state atomically."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getbuffer())
 
 
 def by_noise(run: Run) -> None:

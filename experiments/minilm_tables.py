@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.errors import RequestError
@@ -66,7 +66,6 @@ def results(records: Sequence[Record]) -> str:
     for name, found in _networks(entries).items():
         accuracy = [100 - network["error"] for network in found]
         lost = [network["error"] - network["dense"]["error"] for network in found]
-        median = lambda values: statistics.median(values)  # noqa: E731
         spread = f" ({min(accuracy):.1f} to {max(accuracy):.1f})" if len(found) > 1 else ""
         before = [100 - n["pruned"]["error"] for n in found if "pruned" in n]
         rows.append(

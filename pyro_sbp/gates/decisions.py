@@ -1,4 +1,4 @@
-"""Choices among numbers, such as the largest ones, that are the same in two networks up to ties.
+"""Choices among numbers, such as the largest ones, made alike in the masked and the cut network.
 
 Two networks that compute the same in exact arithmetic differ by rounding errors, by which a tie may
 be decided either way: which of two equal scores is among the top k, or which of two boxes
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from pyro_sbp.gates.functions import operation_name, tensors_in
 
 __all__ = ["Decisions"]
 
@@ -59,12 +61,7 @@ class Decisions:
 def _chooses(func: Any) -> bool:
     if func in _CHOOSING:
         return True
-    operation = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    return operation and _NMS in str(getattr(func, "_qualified_op_name", "") or func.name())
-
-
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return operation_name(func) == _NMS
 
 
 class _Recording(TorchFunctionMode):
@@ -74,7 +71,7 @@ class _Recording(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [x.clone() for x in _tensors(args, kwargs)] if _chooses(func) else []
+        given = [x.clone() for x in tensors_in((args, kwargs))] if _chooses(func) else []
         out = func(*args, **kwargs)
         if given:
             kept = out.clone() if isinstance(out, Tensor) else out
@@ -93,7 +90,7 @@ class _Repeating(TorchFunctionMode):
         if not _chooses(func) or not self.waiting:
             return func(*args, **kwargs)
         known, given, out = self.waiting.pop(0)
-        now = _tensors(args, kwargs)
+        now = list(tensors_in((args, kwargs)))
         if known is not func or [x.shape for x in given] != [x.shape for x in now]:
             return func(*args, **kwargs)
         if not self.decisions.difference(given, now) <= self.decisions.tolerance:

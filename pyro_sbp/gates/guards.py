@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_sbp.gates.functions import has_nan, operation_name, tensors_in
+
 __all__ = ["Endless", "Guards"]
 
 #: Functions that answer whether numbers are NaN.
@@ -97,9 +99,8 @@ class Guards:
         if self.first:
             return func(*args, **kwargs)
         place = _PLACES.get(func)
-        operation = ""
-        if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            operation = str(getattr(func, "_qualified_op_name", "") or func.name()).split(".")[0]
+        operation = operation_name(func)
+        if operation:
             place = _PLACES_OF_OPERATIONS.get(operation)
         if place is not None:
             return _with_clean_places(func, args, kwargs, place)
@@ -108,7 +109,7 @@ class Guards:
         try:
             return func(*args, **kwargs)
         except Exception:  # functions of linear algebra refuse NaN, for example
-            if not _any_nan((args, kwargs)):
+            if not _any_nan(args, kwargs):
                 raise
             out = _on_clean(func, args, kwargs)
             if not _any_nan(out):  # numbers that cannot say that they come from NaN
@@ -133,22 +134,8 @@ class Guards:
         return out.masked_fill_(foreign, torch.nan) if bool(foreign.any()) else out
 
 
-def _tensors(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, Mapping):
-        x = x.values()
-    elif not isinstance(x, list | tuple):
-        return []
-    return [tensor for part in x for tensor in _tensors(part)]
-
-
-def _any_nan(x: Any) -> bool:
-    return any(_has_nan(tensor) for tensor in _tensors(x))
-
-
-def _has_nan(x: Tensor) -> bool:
-    return (x.is_floating_point() or x.is_complex()) and bool(x.isnan().any())
+def _any_nan(*values: Any) -> bool:
+    return any(map(has_nan, tensors_in(values)))
 
 
 def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
@@ -166,12 +153,12 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 def _cleaned(x: Tensor) -> Tensor:
     """Ordinary numbers in place of NaN."""
-    return torch.where(x.isnan(), torch.rand_like(x.real), x) if _has_nan(x) else x
+    return torch.where(x.isnan(), torch.rand_like(x.real), x) if has_nan(x) else x
 
 
 def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """A function's results on clean numbers; all NaN if it was to be given some."""
-    if not _any_nan((args, kwargs)):
+    if not _any_nan(args, kwargs):
         return func(*args, **kwargs)
     out = func(*_map(_cleaned, args), **_map(_cleaned, kwargs))
 

@@ -1,4 +1,4 @@
-"""Say of every layer and parameter that no gate reaches why it is not prunable."""
+"""The reason why a layer or parameter is not prunable, for all that belong to no gate."""
 
 from __future__ import annotations
 
@@ -90,9 +90,14 @@ def _own(probe: Probe, name: str) -> list[Tensor]:
     module = modules[name]
     known = [getattr(module, leaf, None) for leaf in known_tensors(module)]
     own = [tensor for tensor in known if isinstance(tensor, Tensor)]
-    if hasattr(module, "parametrizations"):
-        own += module.get_submodule("parametrizations").parameters()
-    return own or list(module.parameters(recurse=False))
+    return [*own, *_of_parametrizations(module)] or list(module.parameters(recurse=False))
+
+
+def _of_parametrizations(module: nn.Module) -> list[Tensor]:
+    """The parameters from which the weights of a module are computed."""
+    if not hasattr(module, "parametrizations"):
+        return []
+    return list(module.get_submodule("parametrizations").parameters())
 
 
 def _why(
@@ -139,9 +144,7 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
             own = [getattr(modules[places[name][0]], places[name][1])]
         elif name in modules:
             module = modules[name]
-            own = list(module.parameters(recurse=False))
-            if hasattr(module, "parametrizations"):
-                own += module.get_submodule("parametrizations").parameters()
+            own = [*module.parameters(recurse=False), *_of_parametrizations(module)]
         else:
             own = [parameters[name]] if name in parameters else []
         new = [tensor for tensor in own if id(tensor) not in seen]

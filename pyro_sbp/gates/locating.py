@@ -1,4 +1,4 @@
-"""Where a network that was cut goes wrong: the first of its modules that fails or gives others."""
+"""Find the first module in which a cut network fails, or differs from the masked network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _TOLERANCE = 1e-7
 
 
 class Trail:
-    """What the modules of a network give in one call: sums over outputs, in order of their ends.
+    """Sums over the outputs of the modules in one call of a network, in the order of their ends.
 
     Attributes:
-        ends: name of the module, shape of its first output, and two sums over it.
-        inside: the modules that have begun and not ended.
+        ends: for every call that has ended, the name of the module, the shape of its first output,
+            and the sums of its elements and of their absolute values.
+        inside: the names of the modules whose calls have not ended.
     """
 
     def __init__(self) -> None:
@@ -53,9 +54,9 @@ class Trail:
             yield
 
     def first_difference(self, other: Trail) -> str | None:
-        """The first module that gives others in another call, or in which that call failed.
+        """The first module whose output differs in another call, or in which that call failed.
 
-        Modules whose outputs have another shape are passed over.
+        Modules whose outputs have different shapes are skipped.
         """
         for (name, shape, sums), (other_name, other_shape, other_sums) in zip(
             self.ends, other.ends, strict=False
@@ -72,8 +73,8 @@ class Trail:
 
 
 def suspects(gates: Sequence[Gate], module: str) -> list[str]:
-    """The names of gates that touch a module from inside; of the nearest module around it that has
-    some."""
+    """The names of the gates with a layer inside a module; if there are none, those of the nearest
+    module around it that contains some."""
     while True:
         found = [
             gate.name

@@ -7,16 +7,17 @@ measured as it is for layers: NaN in some slices shows up in the columns that th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.functions import changes_in_place, has_nan, tensors_in
 from pyro_sbp.gates.layers import known_tensors
 
-__all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try", "tensors_in"]
+__all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try"]
 
 #: A tensor of a network: the name of its module, and its own in there.
 Place = tuple[str, str]
@@ -107,11 +108,11 @@ class LooseTensors:
             for tensor in tensors_in([out]):
                 self._sources.setdefault(id(tensor), (tensor, sources))
             return
-        if inputs and found[0] is not None and _is_in_place(func):
+        if inputs and found[0] is not None and changes_in_place(func):
             self._sources.pop(id(inputs[0]), None)
         if self.watching and sources & self.places.keys() - self.met:
             data = (tensor for tensor, of in zip(inputs, found, strict=True) if of is None)
-            if any(_has_nan(tensor) for tensor in data):
+            if any(has_nan(tensor) for tensor in data):
                 self.met |= sources & self.places.keys()
 
     def meet(self, tensor: Tensor) -> None:
@@ -140,15 +141,6 @@ class LooseTensors:
     _saved: dict[Place, Tensor] = field(default_factory=dict)
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors among the arguments of a function, also in lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
-
-
 def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -156,17 +148,6 @@ def _is_inexact(tensor: Tensor) -> bool:
 def _has_slices(tensor: Tensor) -> bool:
     # A tensor that was expanded cannot be written to.
     return _is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool(tensor.isnan().any())
-
-
-def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__setitem__" or name.startswith("__i"):
-        return True
-    return name.endswith("_") and not name.endswith("__")
 
 
 def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
 from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.functions import tensors_in
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix
 from pyro_sbp.gates.loose import (
@@ -33,7 +34,6 @@ from pyro_sbp.gates.loose import (
     Slices,
     decode,
     slices_to_try,
-    tensors_in,
 )
 from pyro_sbp.gates.nested import map_tensors, tensors_of
 from pyro_sbp.gates.recurrent import first_weight, is_recurrent

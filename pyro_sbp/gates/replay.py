@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_sbp.gates.functions import changes_in_place
+
 __all__ = ["Replay"]
 
 #: How many bytes of results are kept at most.
@@ -139,7 +141,6 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
 
 def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a function may change its arguments."""
-    name = getattr(func, "__name__", "")
-    if name == "__setitem__" or name.startswith("__i") or (name[-1:] == "_" and name[-2:] != "__"):
+    if changes_in_place(func) or "out" in kwargs:
         return True
-    return "out" in kwargs or any(value is True for value in (*args, *kwargs.values()))
+    return any(value is True for value in (*args, *kwargs.values()))  # as `inplace`

@@ -1,7 +1,8 @@
-"""Calls of a network that do not depend on how wide its layers are, except by what they compute.
+"""Calls of a network whose random numbers and precision do not depend on the width of its layers.
 
-A network that draws random numbers of the shape of its units draws others once some are removed,
-and one that casts to float32 rounds. Neither says whether units can be removed.
+A network that draws random numbers in the shape of its units draws different ones after some are
+removed, and a network that casts to float32 rounds. Without care, either would look like a
+difference that the cut has caused.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def eager() -> AbstractContextManager[Any]:
 
 
 class _Steady(TorchFunctionMode):
-    """Gives random tensors one value, and casts to float32 the `dtype`."""
+    """Fills random tensors with one value, and replaces casts to a lower precision by `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_cuts import check, theta_of
 from torch import Tensor, nn
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import GatedNetwork, call, convert, fold
+from pyro_sbp.gates.folding import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units
+from pyro_sbp.gates.surgery import shrink
 
 POINTS = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -76,38 +77,6 @@ class Filters(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(F.conv2d(x, self.first, self.bias, padding=1)).relu()
         return F.conv_transpose2d(x, self.second, stride=2)
-
-
-def theta_of(gates):
-    generator = torch.Generator().manual_seed(1)
-    theta = {}
-    for gate in gates:
-        theta[gate.name] = torch.rand(gate.size, generator=generator).double() + 0.5
-        theta[gate.name][torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
-    return theta
-
-
-def check(net, x, **sizes):
-    """The gates are of these sizes, and the network is cut exactly, by theirs, twice."""
-    gates = find_gates(net, x)
-    assert {gate.name: gate.size for gate in gates} == sizes, gates.left_alone
-    net, x = net.double().eval(), convert(x, torch.float64)
-    arguments = x if isinstance(x, tuple) else (x,)
-    theta = theta_of(gates)
-    with torch.no_grad():
-        masked = GatedNetwork(net, gates)(x, theta)
-        each = {name: value[None] for name, value in theta.items()}
-        assert relative_difference(masked, GatedNetwork(net, gates)(x, each)) < 1e-12
-        folded = torch.func.functional_call(net, fold(net, gates, theta), arguments)
-        assert relative_difference(masked, folded) < 1e-12
-        assert relative_difference(net(*arguments), masked) > 1e-6
-        small = shrink(net, gates, theta, x)
-        assert relative_difference(masked, call(small, x)) < 1e-12
-        left = remaining_gates(small, gates, surviving_units(gates, theta))
-        theta = theta_of(left)
-        masked = GatedNetwork(small, left)(x, theta)
-        assert relative_difference(masked, call(shrink(small, left, theta, x), x)) < 1e-12
-    return small
 
 
 @pytest.mark.parametrize("kind", TwoWeights.KINDS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact_cuts import check, theta_of
 from torch import nn
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import GatedNetwork, call, convert, fold
+from pyro_sbp.gates.folding import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units
+from pyro_sbp.gates.surgery import shrink
 
 SEQUENCES = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -70,35 +71,6 @@ class Packed(nn.Module):
         lengths = torch.tensor([5, 3], device="cpu")
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
         return self.head(self.rnn(packed)[1][-1])
-
-
-def theta_of(gates):
-    generator = torch.Generator().manual_seed(1)
-    theta = {}
-    for gate in gates:
-        theta[gate.name] = torch.rand(gate.size, generator=generator).double() + 0.5
-        theta[gate.name][torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
-    return theta
-
-
-def check(net, x, **sizes):
-    """The gates are of these sizes, and the network is cut exactly, by theirs, twice."""
-    gates = find_gates(net, x)
-    assert {gate.name: gate.size for gate in gates} == sizes, gates.left_alone
-    net, x = net.double().eval(), convert(x, torch.float64)
-    theta = theta_of(gates)
-    with torch.no_grad():
-        masked = GatedNetwork(net, gates)(x, theta)
-        folded = torch.func.functional_call(net, fold(net, gates, theta), (x,))
-        assert relative_difference(masked, folded) < 1e-12
-        small = shrink(net, gates, theta, x)
-        assert relative_difference(masked, call(small, x)) < 1e-12
-        assert relative_difference(net(x), masked) > 1e-6
-        left = remaining_gates(small, gates, surviving_units(gates, theta))
-        theta = theta_of(left)
-        masked = GatedNetwork(small, left)(x, theta)
-        assert relative_difference(masked, call(shrink(small, left, theta, x), x)) < 1e-12
-    return small
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

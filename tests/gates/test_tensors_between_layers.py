@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact_cuts import check
 from torch import Tensor, nn
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import GatedNetwork, call, convert
-from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units
 
 
 class Gain(nn.Module):
@@ -85,33 +83,6 @@ def conv(*sizes: int, **options: int) -> nn.Conv2d:
 def between(*layers: nn.Module) -> nn.Module:
     """A network of two convolutions and what stands between them."""
     return nn.Sequential(conv(3, 8, 3), *layers, nn.ReLU(), conv(8, 4, 1))
-
-
-def theta_of(gates):
-    generator = torch.Generator().manual_seed(1)
-    theta = {}
-    for gate in gates:
-        theta[gate.name] = torch.rand(gate.size, generator=generator).double() + 0.5
-        theta[gate.name][torch.randperm(gate.size, generator=generator)[: -(-gate.size // 3)]] = 0
-    return theta
-
-
-def check(net, x, **sizes):
-    """The gates are of these sizes, and the network is cut exactly, by theirs, twice."""
-    gates = find_gates(net, x)
-    assert {gate.name: gate.size for gate in gates} == sizes, gates.left_alone
-    net, x = net.double().eval(), convert(x, torch.float64)
-    theta = theta_of(gates)
-    with torch.no_grad():
-        masked = GatedNetwork(net, gates)(x, theta)
-        small = shrink(net, gates, theta, x)
-        assert relative_difference(masked, call(small, x)) < 1e-12
-        left = remaining_gates(small, gates, surviving_units(gates, theta))
-        theta = theta_of(left)
-        masked = GatedNetwork(small, left)(x, theta)
-        smaller = shrink(small, left, theta, x)
-        assert relative_difference(masked, call(smaller, x)) < 1e-12
-    return small
 
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

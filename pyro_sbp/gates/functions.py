@@ -1,0 +1,42 @@
+"""Properties of the functions that a network calls, and of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["changes_in_place", "has_nan", "operation_name", "tensors_in"]
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among arguments or results of a function, also in lists, tuples and mappings."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from tensors_in(value.values())
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether an element of a tensor is NaN; False for integers."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isnan().any())
+
+
+def changes_in_place(func: Any) -> bool:
+    """Whether the name of a function says that it changes its first argument in place."""
+    name = getattr(func, "__name__", "")
+    if name == "__setitem__" or name.startswith("__i"):
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+def operation_name(func: Any) -> str:
+    """The name of an operator such as ``torchvision::nms``; "" for a Python function."""
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(getattr(func, "_qualified_op_name", "") or func.name()).split(".")[0]
+    return ""
