@@ -81,7 +81,7 @@ class Span:
 
     @property
     def key(self) -> str:
-        """What the rows or columns are of: the layer, or a dimension of one of its tensors."""
+        """The layer whose rows or columns these are, or a dimension of one of its tensors."""
         return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:

@@ -8,42 +8,61 @@ from typing import Any, SupportsIndex, overload
 import torch
 from torch import nn
 
+from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize, without_idle_hooks
 from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.layers import num_columns
-from pyro_sbp.gates.left_alone import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
 __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow.
+    """The gates of a network: a list of `Gate` in the order of data flow.
 
-    A slice or a copy of it has the same attributes. Sums and multiples (``+``, ``*``) are plain
-    lists without them, as they are not the gates of one network.
+    `find_gates` returns it. A slice or a copy has the same attributes. Sums and multiples (``+``,
+    ``*``) are plain lists without these attributes, because they are not the gates of one network.
+
+    Args:
+        gates: the gates.
+        not_prunable: see below.
+        called: see below.
+        shares: see below.
+        left_alone: the deprecated name of `not_prunable`.
 
     Attributes:
-        left_alone: from the layers and parameters that are not prunable to the reason.
-        shares: from each of them to its share of the network's parameters.
+        not_prunable: from the name of each layer or parameter that is not prunable to the reason.
+        shares: from each of these names to its share of the parameters of the network, between 0
+            and 1.
         called: the layers with a weight, in the order in which the network first calls them.
     """
 
     def __init__(
         self,
         gates: Iterable[Gate] = (),
-        left_alone: Mapping[str, str] | None = None,
+        not_prunable: Mapping[str, str] | None = None,
         called: Sequence[str] = (),
         shares: Mapping[str, float] | None = None,
+        *,
+        left_alone: Mapping[str, str] | None = None,
     ):
         super().__init__(gates)
-        self.left_alone = dict(left_alone or {})
+        if left_alone is not None:
+            warn_renamed("the argument left_alone of Gates", "not_prunable")
+            not_prunable = left_alone
+        self.not_prunable = dict(not_prunable or {})
         self.shares = dict(shares or {})
         self.called = tuple(called)
+
+    left_alone = renamed_attribute("Gates", "left_alone", "not_prunable")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(with_new_names(state, {"left_alone": "not_prunable"}))
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Gate: ...
@@ -60,11 +79,11 @@ class Gates(list[Gate]):
         return self._with(self)
 
     def _with(self, gates: Iterable[Gate]) -> Gates:
-        return Gates(gates, self.left_alone, self.called, self.shares)
+        return Gates(gates, self.not_prunable, self.called, self.shares)
 
     def reasons(self) -> str:
         """What is not prunable, and why, in a line."""
-        return reasons_by_share(self.left_alone, self.shares)
+        return reasons_by_share(self.not_prunable, self.shares)
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:
@@ -103,7 +122,7 @@ def find_gates(
             might read any unit.
 
     Returns:
-        A list of gates in the order of data flow. Its attribute `left_alone` maps the layers and
+        A list of gates in the order of data flow. Its attribute `not_prunable` maps the layers and
         parameters that are not prunable to the reason, and `shares` to their share of the
         parameters.
 
@@ -141,12 +160,12 @@ def find_gates(
     for layer in input_features:
         if layer not in order:
             raise ValueError(f"input_features names {layer!r}, which is not called on its own")
-    left_alone = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
+    not_prunable = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
     if uncalled:
         # What is not called on the example may be called on another input, and read any unit.
         why = f"{uncalled[0]!r} is not called on the example and might read it"
-        left_alone |= dict.fromkeys(order, why)
-        return Gates([], left_alone, order, shares(net, left_alone, {}))
+        not_prunable |= dict.fromkeys(order, why)
+        return Gates([], not_prunable, order, shares(net, not_prunable, {}))
     with torch.no_grad():
         probe.settle()
         order = list(probe.clean)
@@ -155,7 +174,7 @@ def find_gates(
         followers = follow(probe, groups)
     layouts = probe.uses.layouts
     found = candidates(layouts, groups, followers)
-    left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
+    not_prunable |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     probe.clean.clear()
     # A gate on features stands just before the layer that reads them.
     called = list(dict.fromkeys(layouts[name].layer for name in order))
@@ -169,10 +188,10 @@ def find_gates(
         found.insert(position, Candidate(gate))
     proven: list[Gate] = []
     if found:
-        Proof(net, x, training_paths).keep(found, proven, left_alone)
-    left_alone |= companions(found, left_alone)
-    left_alone |= others(probe, proven, left_alone, reaches)
-    return Gates(proven, left_alone, called, shares(net, left_alone, probe.uses.products))
+        Proof(net, x, training_paths).keep(found, proven, not_prunable)
+    not_prunable |= companions(found, not_prunable)
+    not_prunable |= others(probe, proven, not_prunable, reaches)
+    return Gates(proven, not_prunable, called, shares(net, not_prunable, probe.uses.products))
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:

@@ -125,7 +125,7 @@ class Proof:
             self._state.restore()
 
     def keep(
-        self, candidates: Sequence[Candidate], proven: list[Gate], left_alone: dict[str, str]
+        self, candidates: Sequence[Candidate], proven: list[Gate], not_prunable: dict[str, str]
     ) -> None:
         """Add the gates that can be cut together to `proven`, in the order of the candidates.
 
@@ -145,13 +145,13 @@ class Proof:
         # A variant may have another name than what was measured; it has the same first writer.
         place = {_first(candidate.gate): i for i, candidate in enumerate(candidates)}
         proven += sorted(found, key=lambda gate: place[_first(gate)])
-        left_alone |= failed
+        not_prunable |= failed
 
     def _keep(
         self,
         candidates: Sequence[Candidate],
         proven: list[Gate],
-        left_alone: dict[str, str],
+        not_prunable: dict[str, str],
         patterns: Sequence[_Pattern],
     ) -> None:
         gates = [self._as_learned(candidate) for candidate in candidates]
@@ -161,12 +161,12 @@ class Proof:
         elif len(gates) == 1:
             other = self._variant(candidates[0], gates[0], proven)
             if other is None:
-                left_alone[gates[0].name] = problem
+                not_prunable[gates[0].name] = problem
             else:
                 proven.append(other)
         else:
             for part in self._parts(candidates, gates):
-                self._keep(part, proven, left_alone, patterns)
+                self._keep(part, proven, not_prunable, patterns)
 
     def _parts(
         self, candidates: Sequence[Candidate], gates: Sequence[Gate]

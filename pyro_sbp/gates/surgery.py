@@ -105,11 +105,11 @@ def surviving_units(
         if all(torch.equal(alive[name], new[name]) for name in alive):
             break
         alive = new
-    physical = _physical(gates, alive, min_units, round_to, score or {})
-    return {gate.name: Units(alive[gate.name], physical[gate.name]) for gate in gates}
+    remaining = _remaining(gates, alive, min_units, round_to, score or {})
+    return {gate.name: Units(alive[gate.name], remaining[gate.name]) for gate in gates}
 
 
-def _physical(
+def _remaining(
     gates: Sequence[Gate],
     alive: Mapping[str, Tensor],
     min_units: int,
@@ -117,7 +117,7 @@ def _physical(
     score: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The least units that have to remain, with those alive, for every layer to have a shape."""
-    physical = {name: units.clone() for name, units in alive.items()}
+    remaining = {name: units.clone() for name, units in alive.items()}
     order = {
         gate.name: score.get(gate.name, -torch.arange(gate.size, device="cpu")).detach().cpu()
         for gate in gates
@@ -125,29 +125,29 @@ def _physical(
 
     def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
         """Let the best `count` of the removed units among some remain."""
-        candidates = torch.nonzero(among & ~physical[gate.name]).flatten()
+        candidates = torch.nonzero(among & ~remaining[gate.name]).flatten()
         best = order[gate.name][candidates].argsort(descending=True, stable=True)[:count]
-        physical[gate.name][candidates[best]] = True
+        remaining[gate.name][candidates[best]] = True
         return len(best) > 0
 
     changed = True
     while changed:
         changed = False
         for gate in gates:
-            count = int(physical[gate.name].sum())
+            count = int(remaining[gate.name].sum())
             least = min(max(count, min_units, 1), gate.size)
             missing = min(-(-least // round_to) * round_to, gate.size) - count
             if missing > 0:
                 # Units that are still joined to what remains of the other gates come first.
-                bring_back(gate, readable(gate, gates, physical), missing)
-                missing -= int(physical[gate.name].sum()) - count
+                bring_back(gate, readable(gate, gates, remaining), missing)
+                missing -= int(remaining[gate.name].sum()) - count
                 bring_back(gate, torch.ones(gate.size, dtype=torch.bool, device="cpu"), missing)
                 changed = True
-        changed |= _even_groups(gates, physical, bring_back)
-    return physical
+        changed |= _even_groups(gates, remaining, bring_back)
+    return remaining
 
 
-def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_back: Any) -> bool:
+def _even_groups(gates: Sequence[Gate], remaining: Mapping[str, Tensor], bring_back: Any) -> bool:
     """Make the groups of every layer even that keep anything; say whether that took units."""
     sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
     for gate in gates:
@@ -159,7 +159,7 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
     for both in sides.values():
         # A side without a gate keeps all of its rows or columns, and with them every group.
         present = [spans for spans in both if spans]
-        counts = [_group_counts(spans, physical) for spans in present]
+        counts = [_group_counts(spans, remaining) for spans in present]
         kept = torch.tensor(True, device="cpu")
         if len(counts) > 1:
             kept = (counts[0] > 0) | (counts[1] > 0)
@@ -172,15 +172,15 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
                     units = span.units.view(span.groups, -1)[group]
                     among[units[units >= 0]] = True
                     changed |= bring_back(gate, among, missing)
-                    missing = most - int(_group_counts(spans, physical)[group])
+                    missing = most - int(_group_counts(spans, remaining)[group])
                     if missing <= 0:
                         break
     return changed
 
 
-def _group_counts(spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]) -> Tensor:
+def _group_counts(spans: Sequence[tuple[Gate, Span]], remaining: Mapping[str, Tensor]) -> Tensor:
     """How many rows, or columns, of every group of a layer remain, from its spans."""
-    (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
+    (alive,) = _alive([(gate.name, span) for gate, span in spans], remaining).values()
     return alive.view(spans[0][1].groups, -1).sum(1)
 
 
@@ -246,11 +246,11 @@ def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> 
 def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
     """Remove rows and columns in place; the weights of those that remain are not touched."""
     forget_units(net)
-    physical = {name: unit.physical for name, unit in units.items()}
-    rows = _alive(_rows(gates), physical)
+    remaining = {name: unit.remaining for name, unit in units.items()}
+    rows = _alive(_rows(gates), remaining)
     # Removing rows upstream decides which columns still arrive; of those, some are wanted.
-    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
-    wanted = _alive(_columns(gates), physical)
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), remaining)
+    wanted = _alive(_columns(gates), remaining)
     spans = {span.key: span for _, span in (*_rows(gates), *_columns(gates))}
     for key in {**rows, **wanted}:
         layer, tensor, dim = spans[key].layer, spans[key].tensor, spans[key].dim
@@ -273,12 +273,12 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
             weight = module.get_parameter("weight")
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
             _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
-    for name, arrives in _alive(_selected(gates), physical).items():
+    for name, arrives in _alive(_selected(gates), remaining).items():
         module = net.get_submodule(name)
         assert isinstance(module, Select)
         module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
     for gate in gates:
-        set_sizes(net, gate, int(physical[gate.name].sum()))
+        set_sizes(net, gate, int(remaining[gate.name].sum()))
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
@@ -301,13 +301,13 @@ def remaining_gates(
         gates: the gates of the network that was cut.
         units: what remained of them, from `surviving_units`.
     """
-    physical = {name: unit.physical for name, unit in units.items()}
-    rows, columns = _alive(_rows(gates), physical), _alive(_columns(gates), physical)
-    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
-    selected = _alive(_selected(gates), physical)
+    remaining = {name: unit.remaining for name, unit in units.items()}
+    rows, columns = _alive(_rows(gates), remaining), _alive(_columns(gates), remaining)
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), remaining)
+    selected = _alive(_selected(gates), remaining)
 
     def rest(gate: Gate, span: Span, alive: Mapping[str, Tensor], layer: str = "") -> Span:
-        number = physical[gate.name].cumsum(0) - 1
+        number = remaining[gate.name].cumsum(0) - 1
         old = span.units[alive[span.key]]
         new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
         layer = layer or _present_name(small, span.layer)
@@ -331,7 +331,7 @@ def remaining_gates(
         found.append(
             Gate(
                 gate.name,
-                int(physical[gate.name].sum()),
+                int(remaining[gate.name].sum()),
                 readers=carrying(rest(gate, span, columns) for span in gate.readers),
                 writers=carrying(rest(gate, span, rows) for span in gate.writers),
                 channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),

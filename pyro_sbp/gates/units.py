@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deprecation import renamed_attribute, with_new_names
 from pyro_sbp.gates.nested import same
 
 __all__ = ["Units", "forget_units", "set_units", "units_of"]
@@ -23,29 +24,34 @@ class Units:
 
     Attributes:
         kept: units that carry signal.
-        physical: units that remain in the network. One that remains without being kept is a column
+        remaining: units that remain in the network. One that remains without being kept is a column
             of zeros, left where a layer could not be cut otherwise: nothing would remain of it, or
             its groups would become uneven.
     """
 
     kept: Tensor
-    physical: Tensor
+    remaining: Tensor
+
+    physical = renamed_attribute("Units", "physical", "remaining")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(with_new_names(state, {"physical": "remaining"}))
 
     def __eq__(self, other: object) -> bool:
         return same(self, other)
 
     def __hash__(self) -> int:
-        return hash((len(self.kept), int(self.kept.sum()), int(self.physical.sum())))
+        return hash((len(self.kept), int(self.kept.sum()), int(self.remaining.sum())))
 
     @property
     def removed(self) -> Tensor:
         """Units that are not there any more, bool ``[size]``."""
-        return ~self.physical
+        return ~self.remaining
 
     @property
     def zeroed(self) -> Tensor:
         """Units that remain as a column of zeros, bool ``[size]``."""
-        return self.physical & ~self.kept
+        return self.remaining & ~self.kept
 
     def to_dict(self) -> dict[str, Any]:
         """The number of all units, and the indices of those kept and zeroed, for JSON."""
@@ -54,9 +60,9 @@ class Units:
 
     def then(self, later: Units) -> Units:
         """These units after another cut, which knew only those that this one had left."""
-        kept, physical = torch.zeros_like(self.kept), torch.zeros_like(self.physical)
-        kept[self.physical], physical[self.physical] = later.kept, later.physical
-        return Units(self.kept & kept, physical)
+        kept, remaining = torch.zeros_like(self.kept), torch.zeros_like(self.remaining)
+        kept[self.remaining], remaining[self.remaining] = later.kept, later.remaining
+        return Units(self.kept & kept, remaining)
 
 
 def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:

@@ -80,7 +80,7 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
         if not gates:
             why = f": {gates.reasons()}" if isinstance(gates, Gates) else ""
-            raise ValueError(f"there are no gates; gates.left_alone of find_gates says why{why}")
+            raise ValueError(f"there are no gates; gates.not_prunable of find_gates says why{why}")
         taken = {"data", "noise", "obs"} & {gate.name for gate in gates}
         if taken:
             raise ValueError(f"a gate is named {taken.pop()!r}, as a site of the model is: rename")

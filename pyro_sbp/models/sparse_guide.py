@@ -42,7 +42,7 @@ class AdditiveNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site from its posterior: of local noise, its mean."""
         log_variances = self.model.noisy.in_range()
-        self.model.hand_on(log_variances)
+        self.model.set_log_variances(log_variances)
         return self.model.sample_sites(self._posteriors(log_variances).__getitem__)
 
     def kl(self) -> dict[str, Tensor]:

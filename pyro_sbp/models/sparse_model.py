@@ -10,6 +10,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.distributions import ImproperLogUniform
 from pyro_sbp.models.sites import (
     CopiedUnderOwnName,
@@ -57,7 +58,7 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         init_log_scale: the initial log standard deviation of every weight.
 
     Attributes:
-        left_alone: the layers whose weights have no noise, and why.
+        not_prunable: the layers whose weights have no noise, and why.
 
     Raises:
         ValueError: no layer can have noise, `num_data`, `noise` or `kl_scale` is out of range,
@@ -79,9 +80,9 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         check_num_data(num_data)
         if noise not in ("local", "weight"):
             raise ValueError(f'noise is {noise!r}; expected "local" or "weight"')
-        layers, self.left_alone = find_weights(net, example_input)
+        layers, self.not_prunable = find_weights(net, example_input)
         if not layers:
-            raise ValueError(f"no layer of {type(net).__name__} can be sparse: {self.left_alone}")
+            raise ValueError(f"no layer of {type(net).__name__} can be sparse: {self.not_prunable}")
         taken = {"data", "obs"} & set(layers)
         if taken:
             raise ValueError(f"a layer is named {taken.pop()!r}, as a site of the model is: rename")
@@ -92,6 +93,11 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         self.exact_kl = exact_kl
         self._handed_on = _Once()
         self.kl_scale = scales_of(list(layers), kl_scale, "layer")
+
+    left_alone = renamed_attribute("SparseModel", "left_alone", "not_prunable")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_new_names(state, {"left_alone": "not_prunable"}))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -116,9 +122,19 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         weight = self.noisy.net.get_parameter(f"{name}.weight")
         return ImproperLogUniform(weight.shape, self.exact_kl, start=weight)
 
-    def hand_on(self, log_variances: dict[str, Tensor]) -> None:
-        """Take over what the guide has computed, for the one call that follows it."""
+    def set_log_variances(self, log_variances: dict[str, Tensor]) -> None:
+        """Reuse the log variances that the guide has computed, in the next call only.
+
+        Args:
+            log_variances: from the name of a layer to a tensor of the shape of its weight, from
+                `NoisyWeights.in_range`.
+        """
         self._handed_on = _Once((self._state(), log_variances))
+
+    def hand_on(self, log_variances: dict[str, Tensor]) -> None:
+        """Deprecated name of `set_log_variances`."""
+        warn_renamed("SparseModel.hand_on", "set_log_variances")
+        self.set_log_variances(log_variances)
 
     def _state(self) -> tuple[Any, ...]:
         """What changes with the parameters, and with whether there are gradients."""

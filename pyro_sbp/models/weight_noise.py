@@ -106,7 +106,7 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
         other layers cannot have noise.
     """
     layers: dict[str, nn.Module] = {}
-    left_alone = {}
+    not_prunable = {}
     holders: dict[int, list[str]] = {}
     for name, module in net.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -117,9 +117,9 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
         weight = module._parameters.get("weight")
         others = [other for other in holders.get(id(weight), ()) if other != name]
         if weight is None:
-            left_alone[name] = "its weight is computed from other tensors"
+            not_prunable[name] = "its weight is computed from other tensors"
         elif others:
-            left_alone[name] = f"shares its weight with {others[0]}"
+            not_prunable[name] = f"shares its weight with {others[0]}"
         elif not name:
             raise ValueError("the network is a single layer: give torch.nn.Sequential(layer)")
         else:
@@ -131,12 +131,12 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
     for name in list(layers):
         if mode.served[name] != 1:
             del layers[name]
-            left_alone[name] = (
+            not_prunable[name] = (
                 "it is called several times, for each of which its noise would be another"
                 if mode.served[name]
                 else "its weight is used in a way that noise does not follow"
             )
-    return layers, left_alone
+    return layers, not_prunable
 
 
 class _AtMost(torch.autograd.Function):
