@@ -1,4 +1,4 @@
-"""Find where noise can stand in a network: the units that are measured, and proven to be exact."""
+"""Find the gates of a network: measure its units, and prove that they can be removed exactly."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Gates(list[Gate]):
         return Gates(gates, self.not_prunable, self.called, self.shares)
 
     def reasons(self) -> str:
-        """What is not prunable, and why, in a line."""
+        """The layers and parameters that are not prunable with their reasons, in one line."""
         return reasons_by_share(self.not_prunable, self.shares)
 
 
@@ -91,8 +91,8 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
     if not isinstance(modules.get(layer), nn.Linear):
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         raise ValueError(
-            f"input_features names {layer!r}, which is no nn.Linear of the network; "
-            f"those are {', '.join(dense) or 'none'}"
+            f"input_features names {layer!r}, which is not an nn.Linear of the network; "
+            f"its nn.Linear layers are {', '.join(dense) or 'none'}"
         )
     size = num_columns(modules[layer])
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size, device="cpu")),))
@@ -104,31 +104,32 @@ def find_gates(
     input_features: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Gates:
-    """Find the gates of a network: every set of units that noise can multiply and pruning remove.
+    """Find the gates of a network, which are the sets of units that pruning can remove.
 
-    A set of units is gated if every path from it ends in input columns of readers (dense layers
-    and convolutions), and if removing units was proven to change nothing: random theta with zeros,
-    float64, masked network against shrunk one. An operation that loses NaN (a comparison, a count)
-    hides a path from the first of these; the second has to find it on the example.
+    A set of units has a gate under two conditions. First, every path from the units must end in
+    input columns of readers, which are dense layers and convolutions. This is measured with NaN.
+    Second, it must be proven that units can be removed: with random theta that has zeros, the
+    shrunk network must equal the masked network in float64. Operations that do not propagate NaN,
+    such as comparisons, hide a path from the measurement. The proof then finds it on the example.
 
     Args:
-        net: any network; it is not changed.
-        example_input: an input that it can be called on: a tensor, a tuple of positional arguments
-            or a mapping of named arguments (see `call`). A smaller input takes less time.
-        input_features: names of dense layers whose input columns shall each be a unit of its own
-            (pixels, flattened features).
+        net: any network, which is not changed.
+        example_input: an input of the network: a tensor, a tuple of positional arguments, or a
+            mapping of named arguments (see `call`). A smaller input takes less time.
+        input_features: names of dense layers whose input columns (pixels, flattened features) shall
+            be units, in a gate named ``"LAYER_input"``.
         ignore: names of dense, convolutional or embedding layers that the network does not call on
-            the example, and that shall not matter. Without it such a layer forbids all gates: it
-            might read any unit.
+            the example and that never read units of other layers. Without it, such a layer prevents
+            all gates, because it could read any unit.
 
     Returns:
-        A list of gates in the order of data flow. Its attribute `not_prunable` maps the layers and
-        parameters that are not prunable to the reason, and `shares` to their share of the
-        parameters.
+        The gates, in the order of data flow. The attribute `not_prunable` of the list has the
+        reason for every layer or parameter that belongs to no gate.
 
     Raises:
-        ValueError: `input_features` names no dense layer, one twice, or one that is not called;
-            `ignore` names no such layer; or the network cannot be copied or called on the input.
+        ValueError: `input_features` names something else than a dense layer, a layer twice, or a
+            layer that is not called; `ignore` names something else than a dense, convolutional or
+            embedding layer; or the network cannot be copied, or not be called on the input.
     """
     if len(set(input_features)) < len(input_features):
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
@@ -142,7 +143,7 @@ def find_gates(
     for name in ignore:
         if name not in layers:
             raise ValueError(
-                f"ignore names {name!r}, which is no dense, convolutional or embedding layer of "
+                f"ignore names {name!r}, which is not a dense, convolutional or embedding layer of "
                 f"the network{did_you_mean(name, layers)}"
             )
     x = convert(example_input, torch.float32, torch.device("cpu"))
@@ -159,11 +160,12 @@ def find_gates(
     order = list(probe.clean)
     for layer in input_features:
         if layer not in order:
-            raise ValueError(f"input_features names {layer!r}, which is not called on its own")
+            raise ValueError(f"input_features names {layer!r}, which is not called as a layer")
     not_prunable = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
     if uncalled:
-        # What is not called on the example may be called on another input, and read any unit.
-        why = f"{uncalled[0]!r} is not called on the example and might read it"
+        # A layer that is not called on the example may be called on other inputs, and read any
+        # unit.
+        why = f"{uncalled[0]!r} is not called on the example and could read its units"
         not_prunable |= dict.fromkeys(order, why)
         return Gates([], not_prunable, order, shares(net, not_prunable, {}))
     with torch.no_grad():
@@ -176,7 +178,7 @@ def find_gates(
     found = candidates(layouts, groups, followers)
     not_prunable |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     probe.clean.clear()
-    # A gate on features stands just before the layer that reads them.
+    # A gate on input features comes just before the layer that reads them.
     called = list(dict.fromkeys(layouts[name].layer for name in order))
     place = {name: index for index, name in enumerate(called)}
     found.sort(key=lambda candidate: place[candidate.gate.writers[0].layer])
@@ -195,7 +197,7 @@ def find_gates(
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
-    """Call a copy of the network once, and watch its layers."""
+    """Call a copy of the network once, and record the calls of its layers."""
     copied = copy_for_measurement(net, torch.float32, training_paths)
     try:
         probe = Probe(copied, convert(x, torch.float32))
@@ -222,7 +224,7 @@ def _shapes(x: Any) -> str:
 
 
 def _why_unknown(net: nn.Module, name: str, probe: Probe) -> str:
-    """Why a matrix layer was not seen at work."""
+    """The reason why no call of a layer was recorded."""
     if name in probe.uncalled:
         return "is not called on the example"
     parent = net.get_submodule(name.rpartition(".")[0])

@@ -108,7 +108,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 _NO_SECOND = (
-    "functions of pyro_sbp.special are once differentiable; only log_density has second derivatives"
+    "pyro_sbp.special is once differentiable: it has no second derivatives, except for log_density"
 )
 
 

@@ -388,7 +388,7 @@ def test_a_layer_that_the_example_does_not_call_forbids_gates():
 
 def test_a_layer_to_ignore_must_be_one_of_the_network():
     net = Net(lambda n, x: n.head(n.a(x)), **two(other=nn.Linear(6, 3), norm=nn.ReLU()))
-    words = "ignore names 'othr', which is no .* layer of the network; did you mean 'other'?"
+    words = "ignore names 'othr', which is not a .* layer of the network; did you mean 'other'?"
     with pytest.raises(ValueError, match=words):
         find_gates(net, torch.ones(2, 4), ignore=["other", "othr"])
     with pytest.raises(ValueError, match="ignore names 'norm'"):
@@ -442,14 +442,14 @@ def test_computed_weights_are_not_prunable_every_time():
         assert sizes(gates) == {"2": 4} and gates.not_prunable["1"] == "computes its weight"
 
 
-def test_what_nan_leads_astray_is_not_prunable():
+def test_what_fails_on_nan_is_not_prunable():
     def forward(n, x):
         h = n.a(x)
         return n.head(h.relu()) if h.sum() > -1e9 else n.other(h)
 
     net, x = Net(forward, **two(other=nn.Linear(6, 3))), torch.ones(2, 4)
     gates = find_gates(net, x, ignore=["other"])
-    assert gates == [] and "astray" in gates.not_prunable["a"]
+    assert gates == [] and "fails on NaN" in gates.not_prunable["a"]
 
 
 def test_random_numbers_and_inputs_stay_as_they_were():

@@ -86,7 +86,7 @@ class OwnUnits(nn.Module):
 def test_an_attribute_of_the_network_itself_stays():
     net, x = OwnUnits(), torch.randn(4, 6)
     model = sbp.GatedModel(net, sbp.find_gates(net, x), num_data=100)
-    with pytest.warns(UserWarning, match="OwnUnits has an attribute 'units' of its own"):
+    with pytest.warns(UserWarning, match="OwnUnits already has an attribute 'units'"):
         small = sbp.prune(model, sbp.TruncatedLogNormalGuide(model), x)
     assert small.units == 8
 
