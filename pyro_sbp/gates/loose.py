@@ -68,8 +68,8 @@ class LooseTensors:
     Attributes:
         net: the network.
         places: from the place of each tensor that belongs to no known layer to the tensor.
-        met: the places of the tensors that are combined with NaN of the data in a function. They
-            are recorded while the network is called.
+        watching: whether `met` is recorded.
+        met: the places of the tensors that are combined with NaN of the data in a function.
     """
 
     net: nn.Module

@@ -30,9 +30,7 @@ class Gates(list[Gate]):
 
     Args:
         gates: the gates.
-        not_prunable: see below.
-        called: see below.
-        shares: see below.
+        not_prunable, called, shares: the values of the attributes.
         left_alone: the deprecated name of `not_prunable`.
 
     Attributes:
