@@ -40,7 +40,7 @@ __all__ = ["prune"]
     "--speedup",
     type=float,
     help="Make the network at least this many times faster on this machine. Candidates are "
-    "measured beside the dense network.",
+    "measured in turn with the dense network.",
 )
 @click.option(
     "--batch-size",

@@ -20,7 +20,7 @@ run that started from weights needs it: the file that the run started from.
 Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
 the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
 the logits. Where our run gates the input pixels too, as of LeNet-500-300, the same MACs are had by
-hidden units alone: Torch-Pruning has no notion of an input that is not read.
+hidden units alone: Torch-Pruning cannot remove input features.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def baseline(
         ratio: how many times fewer MACs at least.
         importance: a name of `IMPORTANCES`.
         steps: in how many steps it is pruned.
-        watch: told of the progress.
+        watch: called with the progress.
         learning_rate: after the dense phase; by default the recipe's.
 
     Returns:
@@ -197,7 +197,7 @@ def baseline(
     if request.channels_last:
         net = net.to(memory_format=torch.channels_last)
     method: Any = _TorchPruning(net, data, request, ratio, importance, steps, learning_rate)
-    with tempfile.TemporaryDirectory() as directory:  # of checkpoints that nobody goes on from
+    with tempfile.TemporaryDirectory() as directory:  # no run resumes from these checkpoints
         loop = Loop(request, method, data, Path(directory), fabric, watch)
         loop.go()
     small, names = method.small, ("dense", "pruned", "finetuned")

@@ -60,7 +60,7 @@ def compared(
     rules = [request.recipe.rule(name) for name in CRITERIA]
     rows = []
     with replayed(request, data, directory) as (job, loop), tempfile.TemporaryDirectory() as other:
-        loop.directory = Path(other)  # of metrics and checkpoints that nobody goes on from
+        loop.directory = Path(other)  # no run resumes from these checkpoints
         for criterion, threshold in rules:
             job.method.prune(criterion=criterion.name, threshold=threshold)
             loop.recalibrate()
@@ -109,7 +109,7 @@ def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
 
 def table(records: Sequence[Record]) -> str:
     """The criteria on every recorded run, with the commands below the table."""
-    del records  # of runs; those of comparisons lie in a directory of their own
+    del records  # of runs; those of comparisons are in a separate directory
     cells, notes = [], []
     for path in sorted(DIRECTORY.glob("*.json")):
         try:

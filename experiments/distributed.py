@@ -30,7 +30,7 @@ def train(steps: int = 20, own_noise: bool = False) -> tuple[dict[str, Tensor], 
 
     Args:
         steps: of the optimizer, with minibatches of 32 over all processes.
-        own_noise: whether every process draws noise of its own.
+        own_noise: whether every process draws different noise.
 
     Returns:
         The parameters of the network and of the posterior, and the units by gate.

@@ -1,4 +1,4 @@
-"""The truncated normal beside NumPyro, SciPy and erf written by hand: accuracy and time in one run.
+"""The truncated normal against NumPyro, SciPy and hand-written erf: accuracy and time in one run.
 
     python -m pyro_sbp.experiments.distributions_against [--points N] [--rounds N]
 

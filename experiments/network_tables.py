@@ -1,4 +1,4 @@
-"""Tables of a network's results beside the papers', and of the commands that made them."""
+"""Tables that compare the results of a network with those of the papers, and of the commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dataset_of(arch: str) -> str:
     """The data set that a network's tables are of, unless another is named.
 
     Raises:
-        RequestError: the network is unknown, or has no data set of its own.
+        RequestError: the network is unknown, or has no default data set.
     """
     if arch in _DATASETS:
         return _DATASETS[arch]
@@ -84,7 +84,7 @@ def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: s
 
 
 def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
-    """The paper's SBP beside the named recipes of ours, on the network's own data set.
+    """The paper's SBP and our named recipes, on the network's own data set.
 
     Raises:
         RequestError: no recipe is named, or one has no record.
@@ -162,7 +162,7 @@ def calibration(records: Sequence[Record], arch: str, dataset: str | None = None
 
 
 def speed(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
-    """Measured speed-ups beside MACs ratios, by batch size and runtime, for one thread.
+    """Measured speed-ups and MACs ratios, by batch size and runtime, for one thread.
 
     Raises:
         RequestError: no record has latencies.

@@ -1,4 +1,4 @@
-"""The regression of docs/distributions.md by its guide and by NUTS, beside each other.
+"""The regression of docs/distributions.md by its guide and by NUTS.
 
 `python -m pyro_sbp.experiments.posteriors_by_nuts [SEED ...]` prints one row for each data seed and
 coefficient.

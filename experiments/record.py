@@ -29,7 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def file_name(*parts: Any) -> str:
-    """The file of a record, from its network, data set and whatever else tells it from others.
+    """The file of a record, from its network, data set and all else that distinguishes it from
+    others.
 
     Of ``package.module:callable`` the last two names stay, of ``folder:PATH`` the folder's.
     """
@@ -61,7 +62,7 @@ def record(run: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the run was made with a recipe that has no name here, or it started from weights
-            that lie in no run directory.
+            that are in no run directory.
     """
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
@@ -93,13 +94,13 @@ def made_by(weights: Path) -> Request:
     """The request of the run that wrote a file of weights.
 
     Raises:
-        ValueError: the file does not lie in a run directory.
+        ValueError: the file is not in a run directory.
     """
     try:
         return Request.from_dict(json.loads((weights.parent / "recipe.json").read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the run started from {weights}, which does not lie in a run directory; a record has "
+            f"the run started from {weights}, which is not in a run directory; a record has "
             "to say how its weights were made"
         ) from error
 
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> None:
         name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:
-            sys.exit(f"{path} is of another command; delete it if this one is to take its place")
+            sys.exit(f"{path} is of another command; delete it to replace it by this one")
         path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 

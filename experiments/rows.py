@@ -62,7 +62,7 @@ class Record:
         recipe: of a baseline, the recipe whose epochs it was given.
         baseline: whether it is another library's.
         random_labels: whether its error is that of learning labels drawn at random.
-        error: test error in percent of the network handed over, after the last epoch.
+        error: test error in percent of the final network, after the last epoch.
         dense: that of the dense network before; None where there was none.
         units: units kept, by gate in the order of the network.
         macs_ratio: how many times fewer MACs than the dense network.
@@ -197,7 +197,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Median test error of the networks handed over, in percent."""
+        """Median test error of the final networks, in percent."""
         return self.median(lambda record: record.error)
 
     @property

@@ -77,7 +77,7 @@ def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[
         The page as it should be, and a line for every table that was out of date.
 
     Raises:
-        RequestError: a table is unknown, has no end, or wants a record that is not there.
+        RequestError: a table is unknown, has no end, or needs a record that does not exist.
     """
     lines: list[str] = []
     stale: list[str] = []
@@ -157,7 +157,11 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
         prog="python -m pyro_sbp.experiments.tables",
         description="Rebuild the tables between markers of README.md and docs/, and the figures.",
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, tell what is old")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, and name the tables that are out of date",
+    )
     check = parser.parse_args(arguments).check
     try:
         stale = _run(root, check)

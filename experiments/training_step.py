@@ -3,7 +3,7 @@
 Milliseconds a step of the dense network, of SBP written by hand in torch with the formulas of
 `pyro_sbp.special`, and of this package with its ELBO, with Pyro's, and with Pyro's SVI. All are
 measured in turn, in one run, so that a busy moment of the machine hits all; ratios to the dense
-step count, not milliseconds. `--parts` tells where the time of the closed form goes,
+step count, not milliseconds. `--parts` shows how the time of the closed form is spent,
 `--batch-sizes` how it grows with the batch, `--method sparse-vd` measures noise on weights.
 """
 
@@ -188,7 +188,7 @@ def sparse_steps(
 def parts(
     name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """The dense step and the closed form, and what of it can be done alone, by name."""
+    """The dense step and the closed form, and its parts that can run separately, by name."""
     found = steps(name, batch_size, noise_per, device)
     make, shape, features = NETWORKS[name]
     x = torch.rand(batch_size, *shape, device=device)
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("networks", nargs="*", help=", ".join(known))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="[default: 128, or 32]")
-    parser.add_argument("--parts", action="store_true", help="where the time goes")
+    parser.add_argument("--parts", action="store_true", help="show how the time is spent")
     parser.add_argument("--method", choices=("sbp", "sparse-vd"), default="sbp")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Data sets: labelled images to train and to test on, in memory or streamed from disk.
 
-Names are imported on first use: what tells where data lies (`sources`) needs no torch.
+Names are imported on first use: the module that locates data sets (`sources`) needs no torch.
 """
 
 from typing import TYPE_CHECKING

@@ -74,7 +74,7 @@ class ImageData:
         if count > len(self.train) - 2:
             raise RequestError(
                 f"holdout is {count}; expected at most {len(self.train) - 2}, as two of the "
-                f"{len(self.train)} training images have to be left"
+                f"{len(self.train)} training images must remain"
             )
         drawn = torch.Generator().manual_seed(1)
         order = torch.randperm(len(self.train), generator=drawn, device="cpu")

@@ -1,4 +1,4 @@
-"""Where data sets lie and whether they are whole, found out without loading torch."""
+"""The files of data sets, and whether they are complete. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         class_name: its class in `torchvision.datasets`.
-        folder: where its files lie under the data directory.
+        folder: the directory of its files in the data directory.
         files: the files, as unpacked.
         archives: what they are unpacked from, relative to the data directory.
         host: where it is downloaded from.
@@ -45,7 +45,7 @@ class Source:
     host: str
 
     def is_unpacked(self, data_dir: Path) -> bool:
-        """Whether all files lie under the data directory."""
+        """Whether all files are in the data directory."""
         return all((data_dir / self.folder / file).is_file() for file in self.files)
 
 
@@ -83,11 +83,11 @@ SOURCES = {
 def check_dataset(
     name: str, data_dir: Path, workers: int | None = None, download: bool = True
 ) -> None:
-    """See that a data set is there, whole as far as its sizes tell, or can be downloaded.
+    """Check that the files of a data set exist and have the right sizes, or can be downloaded.
 
     Args:
         name, data_dir, workers: as for `load_dataset`.
-        download: whether it may be downloaded; otherwise it must lie there unpacked.
+        download: whether it may be downloaded; otherwise it must exist there, unpacked.
 
     Raises:
         RequestError: it is unknown, missing, truncated, or a folder that holds no usable images;
@@ -122,7 +122,7 @@ def check_dataset(
 
 
 def _check_idx(path: Path) -> None:
-    """An IDX file tells its dimensions; it must be as long as they say."""
+    """The header of an IDX file has its dimensions, which must agree with its length."""
     with path.open("rb") as file:
         head = file.read(4)
         dims = head[3] if len(head) == 4 and head[:2] == b"\0\0" else 0
@@ -138,7 +138,7 @@ def _check_idx(path: Path) -> None:
 
 
 def _reachable(host: str) -> bool:
-    """Whether the host has an address; behind a proxy only the download itself can tell."""
+    """Whether the host has an address; behind a proxy, only a download can show this."""
     import socket  # not for the help of the command line
     import urllib.request
 

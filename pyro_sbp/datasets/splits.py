@@ -21,7 +21,7 @@ class LabelledImages(ABC):
     """Images with labels, in memory or on disk, of which batches are made.
 
     Attributes:
-        labels: int64 ``[examples]``, on the device where batches are wanted.
+        labels: int64 ``[examples]``, on the device of the batches.
         standardization: applied to every batch last; None leaves pixels in [0, 1].
     """
 
@@ -39,7 +39,7 @@ class LabelledImages(ABC):
 
     @abstractmethod
     def part(self, index: Tensor) -> Self:
-        """The examples of an index tensor, as a split of their own."""
+        """The examples of an index tensor, as a separate split."""
 
     @abstractmethod
     def with_labels(self, labels: Tensor) -> Self:
@@ -85,7 +85,7 @@ class Split(LabelledImages):
     """Images ``[examples, channels, height, width]``, uint8; labels ``[examples]``, int64.
 
     Attributes:
-        images, labels: on the device where batches are wanted.
+        images, labels: on the device of the batches.
         standardization: applied to every batch last; None leaves pixels in [0, 1].
     """
 
@@ -109,7 +109,7 @@ class Split(LabelledImages):
         )
 
     def part(self, index: Tensor) -> Split:
-        """The examples of an index tensor, as a split of their own."""
+        """The examples of an index tensor, as a separate split."""
         index = index.to(self.labels.device)
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 

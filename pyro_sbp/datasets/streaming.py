@@ -29,7 +29,7 @@ __all__ = [
     "workers_watched",
 ]
 
-#: Seconds that a worker goes on for after a SIGTERM.
+#: Seconds that a worker continues after a SIGTERM.
 GRACE = 60
 #: The signals by which a run is asked to stop.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -112,7 +112,7 @@ class StreamedSplit(LabelledImages):
 
     Attributes:
         images: the files.
-        labels: int64 ``[examples]``, on the device where batches are wanted.
+        labels: int64 ``[examples]``, on the device of the batches.
         standardization: applied to every batch last; None leaves pixels in [0, 1].
         workers: how many processes read for `batches`; `batch` reads in this one.
     """
@@ -137,7 +137,7 @@ class StreamedSplit(LabelledImages):
         )
 
     def part(self, index: Tensor) -> StreamedSplit:
-        """The examples of an index tensor, as a split of their own."""
+        """The examples of an index tensor, as a separate split."""
         files = ImageFiles([self.images.paths[i] for i in index.tolist()], self.images.size)
         labels = self.labels[index.to(self.labels.device)]
         return dataclasses.replace(self, images=files, labels=labels)

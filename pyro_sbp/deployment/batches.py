@@ -58,7 +58,7 @@ def with_batch_size(x: Any, size: int) -> Any:
     """A copy of an input with another number of examples.
 
     Its examples are repeated, or the last ones left out. A tensor whose length is not the number
-    of examples stays as it is.
+    of examples is not changed.
     """
     before = batch_size(x)
     if _is_images(x):

@@ -40,8 +40,8 @@ class Latency:
 
     Attributes:
         spread: half the interquartile range over the median, the larger of the two networks.
-        floor_ms: of the network with one unit a layer: what no pruning goes below. None if it was
-            not measured.
+        floor_ms: latency of the network with one unit per layer, the lower bound of any pruning.
+            None if it was not measured.
         runtime: what ran them, one of `runtimes.RUNTIMES`.
     """
 
@@ -63,7 +63,7 @@ class Comparison:
     `str` and `print` give tables of sizes and latencies, and so does a notebook.
 
     Attributes:
-        dense_check, pruned_check: the count of ptflops beside ours.
+        dense_check, pruned_check: the count of ptflops, to compare with ours.
     """
 
     dense_macs: int

@@ -104,8 +104,8 @@ def with_sizes_of(
     """The configuration of a pruned model with the numbers of units that it has left.
 
     A configuration has one number for all layers. Where every layer has kept as many units, that
-    number is set, and transformers alone can load the model. Which numbers those are is found by
-    building the model without its tensors.
+    number is set, and transformers can load the model without this package. Which numbers those are
+    is found by building the model without its tensors.
 
     Args:
         small: the model after pruning.

@@ -95,7 +95,7 @@ def replace(
         sync(directory)
     finally:
         # After the commit, the temporary files may be the only copy of the new content. The disk
-        # tells whether it has happened, as an interrupt can come right after the renaming.
+        # shows whether it has happened, as an interrupt can come right after the renaming.
         if not committing or parts[index].exists():
             for file in parts.values():
                 file.unlink(missing_ok=True)

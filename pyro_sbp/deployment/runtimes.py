@@ -1,4 +1,4 @@
-"""A network's calls in the runtimes it may be handed to: PyTorch, torch.compile, ONNX Runtime."""
+"""Calls of a network in several runtimes: PyTorch, torch.compile, ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _onnxruntime(net: nn.Module, input_shape: Any) -> Start:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-        # All lie in torch's memory: no call copies them.
+        # All are in torch's memory, so no call copies them.
         inputs = {name: value.contiguous() for name, value in named_tensors(net, x).items()}
         outputs = [
             torch.empty_like(y, memory_format=torch.contiguous_format)

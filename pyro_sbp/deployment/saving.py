@@ -82,7 +82,7 @@ def save(
     network can be loaded until the new one is complete, and the new one from then on, even if the
     process is killed in between. An interrupted call may leave files whose names end in ``.part``.
     Those in the directory may be in use; the next `save` to it renames or replaces them. A
-    directory ``NAME.*.part`` beside a new one is never in use once its process has ended, and can
+    directory ``NAME.*.part`` next to a new one is never in use once its process has ended, and can
     be deleted; `save` does not delete it, as it may belong to a process on another machine.
 
     What is kept are tensors: parameters and buffers with their values and types, which of them are

@@ -13,8 +13,8 @@ __all__ = ["Speedup"]
 class Speedup(Budget):
     """A network that is at least `target` times faster than the dense one on this machine.
 
-    The largest such network is wanted. Every candidate is measured beside the dense network, in
-    blocks that take turns. As latencies vary, the network that is found is measured again for
+    The budget selects the largest such network. Every candidate is measured with the dense network,
+    in blocks that take turns. As latencies vary, the network that is found is measured again for
     longer; while it is too slow, the next smaller candidate is tried.
 
     Args:

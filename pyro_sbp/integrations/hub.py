@@ -51,7 +51,7 @@ def save_pretrained(
 
     The folder holds what `pyro_sbp.save` writes, ``config.json``, and ``README.md``, the model
     card. For a model of transformers, ``config.json`` is its own configuration. Other files in the
-    folder, such as those of a tokenizer, stay as they are.
+    folder, such as those of a tokenizer, are not changed.
 
     Args:
         net: the network, from `pyro_sbp.prune` or `pyro_sbp.Pruner.prune`.

@@ -21,9 +21,9 @@ __all__ = ["PruneCallback"]
 class PruneCallback(Callback):
     """Train with noise from one epoch to another, and then replace the network by the smaller one.
 
-    The training step stays as it is: the callback adds the KL divergence to the gradients and
-    trains the posterior by an Adam of its own. After the cut it calls `configure_optimizers` again.
-    In validation the network computes what the pruned network would compute.
+    The training step does not change: the callback adds the KL divergence to the gradients and
+    trains the posterior by a separate Adam optimizer. After the cut it calls `configure_optimizers`
+    again. In validation the network computes what the pruned network would compute.
 
     The number of units that every gate keeps is logged as ``units/GATE`` after every epoch with
     noise.

@@ -78,7 +78,7 @@ class PruneMixin(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step of the `Trainer`, and the gradients of the KL divergence.
 
-        The divergence depends on the posterior alone, so its gradients are added on their own. The
+        The divergence depends only on the posterior, so its gradients are added separately. The
         returned loss contains its value.
         """
         loss = super().training_step(*args, **kwargs)
@@ -88,7 +88,7 @@ class PruneMixin(_Base):
         return loss + kl.detach().to(loss)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model, and beside it the posterior."""
+        """Write the model and the posterior."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             target = Path(output_dir or str(self.args.output_dir))

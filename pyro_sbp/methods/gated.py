@@ -289,7 +289,7 @@ class GatedMethod(Method[G]):
 
     def _scores(self, criterion: str) -> dict[str, Tensor]:
         """The scores of the units of the last stage, by gate: by the recipe's criterion those that
-        they were kept with, by another one those of their posteriors."""
+        they were kept with, by another criterion those of their posteriors."""
         stage = self._stage
         if criterion == self.recipe.criterion:
             return {name: value.clone() for name, value in stage.score.items()}
@@ -410,7 +410,7 @@ class TurnPhase(NoisePhase):
             name: int(unit.then(choice.units[name]).kept.sum())
             for name, unit in self.stage.units.items()
         }
-        # The expected MACs are those of the network that is left, whose other gates have had
+        # The expected MACs are those of the current network, whose other gates have had
         # their turn or are still to have it.
         snr = {name: x.where(self._there(name), 0.0) for name, x in self.guide.snr().items()}
         expected = self.costs.expected_under(snr)

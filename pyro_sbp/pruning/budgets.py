@@ -1,4 +1,4 @@
-"""Budgets: which of the networks that a posterior offers is wanted.
+"""Budgets: the condition that selects one of the networks that a posterior gives.
 
 A posterior ranks the units, so every threshold on their scores gives a network, and a higher
 threshold a smaller one. A budget says which threshold to use.
@@ -75,8 +75,8 @@ class Budget(ABC):
 
     #: The name of the budget in requests.
     name: str
-    #: Whether the measured value has to be at least the target. Then the largest network that meets
-    #: it is wanted, and otherwise, with at most the target, the smallest.
+    #: Whether the measured value must be at least the target. The budget then selects the largest
+    #: network that meets it. Otherwise it selects the smallest one with at most the target.
     at_least = True
     #: The least target that makes sense.
     least = 1.0
@@ -140,9 +140,9 @@ class ParametersRatio(Budget):
 class MaxErrorIncrease(Budget):
     """An error of at most `target` percentage points over that of the dense network.
 
-    The smallest such network is wanted. The error is measured before any fine-tuning. It need not
-    rise with the threshold everywhere, so the search, which halves the range of thresholds, may
-    miss a smaller network that is within the budget too.
+    The budget selects the smallest such network. The error is measured before any fine-tuning. It
+    need not rise with the threshold everywhere, so the search, which halves the range of
+    thresholds, may miss a smaller network that is within the budget too.
 
     Args:
         target: percentage points.
@@ -209,7 +209,8 @@ def find_level(candidates: Candidates, budget: Budget) -> float:
         return budget.is_met(budget.measured[level])
 
     levels = candidates.levels if budget.at_least else candidates.levels.flip(0)
-    low, high = 0, len(levels) - 1  # the levels from the most wanted to the easiest
+    # From the best network to the one that meets the budget most easily.
+    low, high = 0, len(levels) - 1
     if not met(high):
         level = float(levels[high])
         end = "largest" if budget.at_least else "smallest"

@@ -213,7 +213,7 @@ def _bring_back(
     round_to: int,
     min_units: int,
 ) -> None:
-    """Let the best units under the threshold stay, where that many are asked for."""
+    """Keep the best units under the threshold, if at least that many are requested."""
     for gate in gates:
         kept = int(surviving_units(gates, mask)[gate.name].kept.sum())
         wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)

@@ -86,7 +86,7 @@ class _Layer:
 
 
 def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
-    """With what probability each row or column is there: all of its units have to be."""
+    """The probability that each row or column remains, which requires that all of its units do."""
     there = torch.ones(size, dtype=torch.float64, device="cpu")
     for gate, span in spans:
         there = there * span.expand(keep[gate])
@@ -133,12 +133,12 @@ class UnitCosts:
         self._rest = sum(macs.values())
 
     def expected(self, keep: Mapping[str, Tensor]) -> float:
-        """Expected MACs of the network where every unit is there with a probability of its own.
+        """Expected MACs of the network, if every unit remains with its own probability.
 
         With probabilities 0 and 1 these are the MACs of the network cut to those units: to all
         that remain, `Units.remaining`. A cut may leave more than is wanted (one unit of
         every gate, as many in every group) and may take a unit that nothing reads any more; the
-        expectation is over the units alone.
+        expectation is over the units only.
 
         Args:
             keep: from gate name to ``[units]`` in [0, 1]; a gate that is not named keeps its units.
@@ -168,8 +168,11 @@ class UnitCosts:
         return self.expected({name: keep_probability(value) for name, value in snr.items()})
 
     def per_unit(self) -> dict[str, float]:
-        """MACs that the network loses where one unit goes and all others stay, by gate: the mean
-        over its units."""
+        """MACs that the network loses if one unit is removed and all others remain.
+
+        Returns:
+            By gate, the mean over its units.
+        """
         if not self._layers:
             return dict.fromkeys(self.sizes, 0.0)
         keep = {name: ones.requires_grad_() for name, ones in self._all().items()}
@@ -183,7 +186,7 @@ class UnitCosts:
         """`per_unit` over its mean over all units of all gates.
 
         Raises:
-            ValueError: no unit costs any MACs that can be told.
+            ValueError: the MACs of no unit are known.
         """
         costs = self.per_unit()
         mean = sum(costs[name] * size for name, size in self.sizes.items())

@@ -6,7 +6,7 @@ References:
 
 Model reduction [2] compares the prior p of a unit's theta with a reduced prior p~ under which the
 unit is gone. By Bayes' rule dF = log E_q[p~ / p] is the log evidence of the reduced model minus
-that of the full one, from the posterior q alone. The score is -dF: the log evidence of the unit. A
+that of the full one, from the posterior q only. The score is -dF: the log evidence of the unit. A
 posterior that is the prior has a score of 0.
 """
 

@@ -103,7 +103,7 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
-    """MACs in one call and parameters of every layer that has parameters of its own.
+    """MACs in one call and parameters of every layer that has its own parameters.
 
     Operations count for the innermost module that runs them.
 

@@ -28,9 +28,9 @@ class Pruner:
     """Structured Bayesian pruning of a network inside a training loop of your own.
 
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
-    training loop only has to add `kl_loss` to its loss and to optimize `parameters`. In evaluation
-    mode the network computes what the pruned network would compute. `prune` returns the smaller
-    network.
+    training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
+    evaluation mode the network computes what the pruned network would compute. `prune` returns the
+    smaller network.
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
@@ -166,7 +166,7 @@ class Pruner:
         """Average the gradients of the posterior over the processes of `torch.distributed`.
 
         Call it before every step of the optimizer in distributed training, where
-        `DistributedDataParallel` averages those of the network alone. Without a process group it
+        `DistributedDataParallel` averages only those of the network. Without a process group it
         does nothing.
         """
         if not (dist.is_available() and dist.is_initialized()):

@@ -1,4 +1,4 @@
-"""Recipes by name: what a newcomer gets by default, and what the papers did."""
+"""Named recipes: the defaults, and the settings of the papers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pyro_sbp.recipes.settings import (
 
 __all__ = ["RECIPES", "default_recipe"]
 
-#: A prior near the Dirac, and noise that grows within the third or fourth part of the epochs.
+#: A prior close to a point mass at zero. The noise grows within a third or a quarter of the epochs.
 _RBP: dict[str, Any] = {"prior_scale": 4.0, "noise_learning_rate": 5e-2}
 
-#: Chosen on 10,000 images held out of MNIST.
+#: Chosen on 10,000 held-out training images of MNIST.
 _LENET: dict[str, Any] = {
     "finetune_epochs": 10,
     "noise_learning_rate": 3e-2,
@@ -28,8 +28,8 @@ _LENET: dict[str, Any] = {
 _LENET5: dict[str, Any] = {"dense_epochs": 8, "epochs": 22, **_LENET}
 _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
 
-#: Dense training of residual networks for 32x32 images, on 45,000 of them as in He et al. 2016; an
-#: epoch with noise closes the run.
+#: Dense training of residual networks for 32x32 images, on 45,000 of them as in He et al. 2016; the
+#: run ends with one epoch with noise, because every recipe needs one.
 _RESNET_DENSE: dict[str, Any] = {
     "dense_epochs": 50,
     "epochs": 1,
@@ -70,7 +70,8 @@ _VGG_SUBSET: dict[str, Any] = {
     "crop": 4,
 }
 
-#: The paper keeps log alpha < 3. On MNIST a lower one loses little, which fine-tuning regains.
+#: The paper keeps log alpha < 3. On MNIST a lower threshold loses little, and fine-tuning regains
+#: it.
 _SPARSE: dict[str, Any] = {"threshold": 0.8, "finetune_learning_rate": 1e-3}
 
 _ALL: tuple[Recipe, ...] = (
@@ -78,7 +79,7 @@ _ALL: tuple[Recipe, ...] = (
     SBPRecipe(name="lenet5", macs_weight=3.0, **_LENET5),
     SBPRecipe(name="lenet5-small", macs_weight=8.0, **_LENET5),
     SBPRecipe(name="lenet5-smallest", macs_weight=12.0, **_LENET5),
-    # Noise as slow as the paper's teaches a little more, and removes less.
+    # Noise with the paper's learning rate ends at a lower error, and removes less.
     SBPRecipe(
         name="lenet-dense",
         kl_scale=3.0,
@@ -86,7 +87,7 @@ _ALL: tuple[Recipe, ...] = (
     ),
     SBPRecipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
     SBPRecipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
-    # Not fine-tuned, or by the labels of the data, to compare with RBP's.
+    # Without fine-tuning, or with the labels of the data, for the comparison with RBP.
     SBPRecipe(
         name="lenet5-plain",
         dense_epochs=8,
@@ -97,7 +98,7 @@ _ALL: tuple[Recipe, ...] = (
     SBPRecipe(
         name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0
     ),
-    # 1,438 examples: forty times fewer steps an epoch, and a KL that weighs forty times more.
+    # 1,438 examples: an epoch has a fortieth of the steps, and the KL has forty times the weight.
     SBPRecipe(
         name="lenet5-digits",
         dense_epochs=15,
@@ -150,8 +151,9 @@ _ALL: tuple[Recipe, ...] = (
         noise_learning_rate=2e-2,
         random_labels=True,
     ),
-    # Of SBP from untrained weights, and of a network with dropout (`experiments.dropout`), whose
-    # dense phase is what counts. 5,000 images are left: 15,000 take it several times the steps.
+    # SBP from untrained weights, and a network with dropout (`experiments.dropout`), of which only
+    # the dense phase is used. 5,000 images remain; to memorise 15,000 takes several times the
+    # steps.
     *(
         SBPRecipe(
             name=f"random-labels{of}{counterpart}",
@@ -165,7 +167,7 @@ _ALL: tuple[Recipe, ...] = (
         for of, holdout, until in (("", 55_000, 250), ("-cifar", 45_000, 100))
         for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", until, 1))
     ),
-    # As many epochs with noise as SBP's of the same network, shared out among the gates.
+    # As many epochs with noise as SBP has for the same network, divided among the gates.
     RBPRecipe(name="rbp", **_RBP),
     RBPRecipe(
         name="rbp-lenet5",
@@ -211,7 +213,7 @@ _ALL: tuple[Recipe, ...] = (
         epochs=28,
         kl_scale=2.0,
         **{**_RBP, "noise_learning_rate": 0.1},
-        # RBP's last network before a cut has lost too much to teach.
+        # RBP's network before its last cut has lost too much to be a teacher.
         **{**_VGG_SUBSET, "distill": 0.0},
     ),
     RBPRecipe(
@@ -237,8 +239,8 @@ _ALL: tuple[Recipe, ...] = (
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 
-#: The default recipes of architectures and data sets, the first that fits and that the method has;
-#: "" is any.
+#: The default recipes by architecture and data set. The first that matches and that the method has
+#: is used; "" is any.
 _DEFAULTS = {
     ("lenet5", "digits"): "lenet5-digits",
     ("", "digits"): "digits",

@@ -38,7 +38,7 @@ class Request:
         recipe: the settings, and with their class the method.
         seed: the seed of all random numbers.
         device: "cpu" or "cuda".
-        data_dir: where data sets lie.
+        data_dir: the directory of the data sets.
         weights: a file of weights that takes the place of the dense phase.
         devices: the number of processes.
         precision: one of `PRECISIONS`.

@@ -90,7 +90,9 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def refusing(cls: _Class) -> _Class:
-    """Let the constructor of a validated dataclass raise `RequestError`, in one line."""
+    """Make the constructor of a validated dataclass raise `RequestError` with a message of one
+    line.
+    """
     validate: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of a class that is known
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +114,7 @@ def _setting(default: Any, description: str) -> Any:
 class Recipe:
     """The settings that all methods share, apart from network, data and machine.
 
-    Every method has a subclass with the settings of its own: `SBPRecipe`, `RBPRecipe`,
+    Every method has a subclass with its own settings: `SBPRecipe`, `RBPRecipe`,
     `SparseVDRecipe`. The description and the bounds of a setting are in the metadata of its field;
     `docs/recipes.md` lists them.
 
@@ -413,7 +415,7 @@ class GatedRecipe(Recipe):
 @refusing
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class _RisingKL(Recipe):
-    """The settings of methods whose KL divergence may count little at first."""
+    """The settings of methods whose KL divergence may have a smaller weight at first."""
 
     kl_free_epochs: _Count = _setting(
         0, "The first epochs with noise, in which the KL divergence has no weight."
@@ -433,8 +435,8 @@ class _RisingKL(Recipe):
         return self
 
     def with_epochs(self, epochs: int) -> Self:
-        """A copy with another number of epochs with noise, of which those before the KL divergence
-        counts in full keep their share."""
+        """A copy with another number of epochs with noise. Those in which the KL divergence
+        has less than its full weight keep their share."""
         shares = {
             name: getattr(self, name) * max(epochs, 0) // self.epochs
             for name in ("kl_free_epochs", "kl_rising_epochs")

@@ -77,7 +77,7 @@ def prune_again(
             loop.errors[split].pop("finetuned", None)
             loop.calibration[split].pop("finetuned", None)
         if finetune_epochs:
-            loop.directory = Path(other)  # of metrics and checkpoints that nobody resumes from
+            loop.directory = Path(other)  # no run resumes from these checkpoints
             recipe = job.method.recipe.replace(finetune_epochs=finetune_epochs)
             if distill is not None:
                 recipe = recipe.replace(distill=distill)
@@ -149,7 +149,7 @@ def sweep(
 
     Raises:
         RequestError: the run has no whole checkpoint, or a threshold is not one of the criterion,
-            which has to be one for the method.
+            which must be one of the method.
     """
     rule = request.recipe.rule(criterion)
     name = rule.criterion.name
