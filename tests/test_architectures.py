@@ -50,7 +50,7 @@ def test_a_model_of_timm_is_found_by_its_name(timm):
 def test_a_model_of_timm_says_what_images_it_expects(timm):
     architecture = find_architecture("timm:tiny_model")
     assert architecture.data_config() == (24, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), True)
-    # One that takes no other size has to be told.
+    # A network that takes no other size must be given it.
     assert "img_size" not in architecture.kwargs(3, 10, 24)
     assert architecture.kwargs(3, 10, 32)["img_size"] == 32
     assert find_architecture("lenet5").data_config() is None

@@ -75,7 +75,7 @@ def test_a_record_names_the_run_whose_weights_it_started_from(tmp_path):
     other = run_directory(
         tmp_path / "other", 0, 4.5, recipe.replace(dense_epochs=0), weights="elsewhere/w.pt"
     )
-    with pytest.raises(SystemExit, match="which does not lie in a run directory"):
+    with pytest.raises(SystemExit, match="which is not in a run directory"):
         main([str(other)])
 
 
