@@ -2,7 +2,6 @@
 
     python -m pyro_sbp.experiments.minilm train --model MODEL --data SST-2 --seed 0 RUN
     python -m pyro_sbp.experiments.minilm magnitude --model MODEL --data SST-2 --seed 0 RUN
-    python -m pyro_sbp.experiments.minilm measure --model MODEL --data SST-2 --seed 0 RUN
     python -m pyro_sbp.experiments.minilm record --model MODEL --data SST-2 --seed 0 RUN
 
 `MODEL` is the folder of a BERT in the format of transformers, such as the one that the package
@@ -13,9 +12,9 @@ Sentiment Treebank: a header, then label, tab, sentence.
 `pyro_sbp.Pruner`, prunes at several budgets of MACs, and fine-tunes every smaller network with the
 dense one as teacher. `magnitude` makes networks of the same MACs from the same dense network by the
 magnitude of the weights, and trains them for as many epochs as the others have with noise and in
-fine-tuning. `measure` exports the networks to ONNX with dynamic batch and length, and measures
-their latency. `record` writes a record of the run into `experiments/results/minilm`, from which
-`pyro_sbp.experiments.tables` makes the table and the figure of docs/pretrained_transformer.md.
+fine-tuning. `record` writes a record of the run into `experiments/results/minilm`, from which
+`pyro_sbp.experiments.tables` makes the table and the figure of docs/pretrained_transformer.md, and
+whose networks `pyro_sbp.experiments.minilm_speed` measures.
 
 Every stage writes its result into the run directory and is skipped if that is there, so a run that
 was interrupted goes on with the stage that it was in. The 872 sentences of `dev.tsv` are the test
@@ -459,63 +458,8 @@ def by_magnitude(run: Run) -> None:
         run.finetuned(f"magnitude-{budget:g}", epochs, partial(prune, budget))
 
 
-def export_program(net: nn.Module, path: Path) -> float:
-    """Write a network as an ONNX program with dynamic batch and length, and run it.
-
-    Returns:
-        The largest difference of its logits from the network's over two batch sizes and lengths,
-        relative to the largest logit.
-    """
-    import onnxruntime
-
-    net.eval()
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
-    shape = {0: batch, 1: length}
-    program = torch.onnx.export(
-        net,
-        kwargs=example(2),
-        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for size in ((1, 9), (5, 40)):
-        x = example(*size)
-        x["attention_mask"][-1, -3:] = 0
-        (found,) = session.run(None, {name: value.numpy() for name, value in x.items()})
-        with torch.no_grad():
-            expected = net(**x)
-        difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max()
-        worst = max(worst, float(difference))
-    return worst
-
-
-def measure(run: Run) -> None:
-    """Latency of every smaller network beside the dense one, and its ONNX program."""
-    dense = run.dense()
-    for name in run.networks():
-        path = run.directory / f"{name}.latency.json"
-        if path.exists():
-            continue
-        small = sbp.load(run.directory / name, constructor=build)
-        difference = export_program(small, run.directory / f"{name}.onnx")
-        result = sbp.benchmark(
-            dense,
-            small,
-            example(1),
-            batch_sizes=(1, 32),
-            runtimes=("eager", "onnxruntime"),
-            devices=("cpu",),
-        )
-        write_json(path, {"onnx_difference": difference, **result.to_dict()})
-        print(name, result, sep="\n")
-
-
 def record(run: Run) -> None:
-    """The record of a run: every network with its error, its size, its units and its latency."""
+    """The record of a run: every network with its error, its size and its units."""
     networks = {}
     for name in ("dense", *run.networks()):
         result = json.loads((run.directory / f"{name}.json").read_text("utf-8"))
@@ -523,9 +467,6 @@ def record(run: Run) -> None:
         if kept:
             result["heads"] = [kept[gate]["kept"] for gate in kept if gate.endswith("query")]
             result["units"] = [len(kept[gate]["kept"]) for gate in kept if "intermediate" in gate]
-        latency = run.directory / f"{name}.latency.json"
-        if latency.exists():
-            result["latency"] = json.loads(latency.read_text("utf-8"))
         networks[name] = result
     seed = run.settings.seed
     entry = {
@@ -540,7 +481,7 @@ def record(run: Run) -> None:
     write_json(RESULTS / f"seed-{seed}.json", entry)
 
 
-STAGES = {"train": by_noise, "magnitude": by_magnitude, "measure": measure, "record": record}
+STAGES = {"train": by_noise, "magnitude": by_magnitude, "record": record}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

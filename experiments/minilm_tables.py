@@ -25,6 +25,7 @@ DIRECTORY = Path(__file__).parent / "results" / "minilm"
 FILES = {"docs/minilm-units.svg": False, "docs/minilm-units-dark.svg": True}
 #: How networks were made, by the first word of their names.
 TITLES = {"dense": "dense", "sbp": "SBP", "magnitude": "magnitude"}
+RUNTIMES = {"eager": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
 
 def read(directory: Path = DIRECTORY) -> list[dict[str, Any]]:
@@ -115,24 +116,40 @@ def units(records: Sequence[Record]) -> str:
 
 
 def speed(records: Sequence[Record]) -> str:
-    """The measured speed-up of the networks of the first seed that has latencies."""
+    """The measured speed-up of the networks of a record, with the command below.
+
+    Raises:
+        RequestError: there is no measurement, or it cannot be read.
+    """
     del records
+    path = DIRECTORY / "speed.json"
+    try:
+        entry = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, "measurement of MiniLM", error) from error
     rows, settings = [], []
-    for name, found in _networks(read()).items():
-        measured = next((network for network in found if "latency" in network), None)
-        if measured is None:
-            continue
-        latencies = measured["latency"]["latencies"]
+    for name, network in entry["networks"].items():
+        latencies = network["latencies"]
         settings = [(each["runtime"], each["batch_size"]) for each in latencies]
         rows.append(
             (
                 TITLES[name.partition("-")[0]],
-                f"{measured['dense']['macs'] / measured['macs']:.2f}x",
-                *(f"{each['dense_ms'] / each['pruned_ms']:.2f}x" for each in latencies),
+                f"{network['macs_ratio']:.2f}x",
+                *(
+                    f"{each['dense_ms'] / each['pruned_ms']:.2f}x ({each['pruned_ms']:.1f} ms)"
+                    for each in latencies
+                ),
+                f"{network['onnx_difference']:.0e}",
             )
         )
-    head = ("network", "fewer MACs", *(f"{runtime}, batch {size}" for runtime, size in settings))
-    return markdown(head, rows)
+    head = (
+        "network",
+        "fewer MACs",
+        *(f"{RUNTIMES[name]}, batch {size}" for name, size in settings),
+    )
+    used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
+    table = markdown((*head, "difference of ONNX"), rows)
+    return f"{table}\n\n- `{entry['command']}`\n\n{used}; {entry['machine']}"
 
 
 def _drawn(root: Path) -> dict[str, dict[str, Any]]:

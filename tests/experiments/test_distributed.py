@@ -21,12 +21,13 @@ SCRIPT = ("-m", "pyro_sbp.experiments.distributed")
 @pytest.fixture(scope="module")
 def alone():
     with pyro.get_param_store().scope():
-        return train()[0]
+        return train().state
 
 
 def agrees(file, state):
     found = torch.load(file, weights_only=True)
     assert found.pop("spread") == 0  # the processes have the same parameters, to the last bit
+    assert found.pop("error") > 0
     assert found.keys() == state.keys()
     return max(float((found[name] - value).abs().max()) for name, value in state.items())
 
@@ -38,8 +39,26 @@ def free_port():
 
 
 def test_one_process_learns_something(alone):
-    start, _ = train(steps=0)
+    start = train(steps=0).state
     assert max(float((alone[name] - value).abs().max()) for name, value in start.items()) > 0.1
+
+
+@pytest.fixture(scope="module")
+def errors():
+    with pyro.get_param_store().scope():
+        return [train(steps=1_000, seed=seed).error for seed in range(3)]
+
+
+@pytest.mark.parametrize("own_noise", [False, True])
+def test_the_error_of_two_processes_is_within_the_range_of_seeds(errors, own_noise, tmp_path):
+    more = ["--own-noise"] if own_noise else []
+    options = ["--nproc-per-node", "2", "--master-port", free_port()]
+    output = ["--steps", "1000", "--output", str(tmp_path / "state.pt"), *more]
+    command = [*TORCHRUN, *options, *SCRIPT, *output]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    error = float(torch.load(tmp_path / "state.pt", weights_only=True)["error"])
+    spread = max(errors) - min(errors)
+    assert min(errors) - spread <= error <= max(errors) + spread
 
 
 @pytest.mark.parametrize("own_noise", [False, True])

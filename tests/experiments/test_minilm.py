@@ -23,16 +23,12 @@ def root(tmp_path, monkeypatch):
     directory.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     for seed, error in ((0, 11.0), (1, 12.0)):
-        latency = {"runtime": "eager", "batch_size": 1, "dense_ms": 6.0, "pruned_ms": 3.0}
         entry = {
             "seed": seed, "command": f"python --seed {seed}", "versions": {"torch": "2"},
             "machine": "a processor",
             "networks": {
                 "dense": {"error": 10.0, "macs": 320_000_000, "encoder_parameters": 10_000_000},
-                "sbp-2": network(
-                    error, 160_000_000, [[0, 3], [5]], [800, 20],
-                    **({"latency": {"latencies": [latency]}} if seed else {}),
-                ),
+                "sbp-2": network(error, 160_000_000, [[0, 3], [5]], [800, 20]),
                 "magnitude-2": network(error + 2, 150_000_000, [[0], [1]], [700, 700]),
             },
         }  # fmt: skip
@@ -51,9 +47,20 @@ def test_the_table_has_medians_over_the_seeds(root):
 
 def test_the_tables_of_units_and_speed(root):
     assert minilm_tables.units([]).split("\n")[2] == "| SBP, 2.00x | 2-1 | 800-20 |"
+    with pytest.raises(RequestError, match=r"speed\.json"):
+        minilm_tables.speed([])
+    latency = {"runtime": "eager", "batch_size": 1, "dense_ms": 6.0, "pruned_ms": 3.0}
+    entry = {
+        "networks": {
+            "sbp-2": {"macs_ratio": 2.0, "onnx_difference": 1e-6, "latencies": [latency]}
+        },
+        "command": "python", "versions": {"torch": "2"}, "machine": "a processor",
+    }  # fmt: skip
+    directory = root / "experiments" / "results" / "minilm"
+    (directory / "speed.json").write_text(json.dumps(entry))
     table = minilm_tables.speed([]).split("\n")
-    assert table[0] == "| network | fewer MACs | eager, batch 1 |" and len(table) == 3
-    assert table[2] == "| SBP | 2.00x | 2.00x |"
+    assert table[0] == "| network | fewer MACs | PyTorch, batch 1 | difference of ONNX |"
+    assert table[2] == "| SBP | 2.00x | 2.00x (3.0 ms) | 1e-06 |"
 
 
 def test_the_figure_is_drawn_when_its_numbers_have_changed(root):
@@ -104,25 +111,35 @@ def tiny(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_every_stage_on_a_tiny_network(tiny, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
-    from pyro_sbp.experiments import minilm
+    from pyro_sbp.experiments import minilm, minilm_speed
 
     model, data = tiny
     results = tmp_path / "results"
     monkeypatch.setattr(minilm, "RESULTS", results)
+    monkeypatch.setattr(minilm_speed, "RESULTS", results)
     run = tmp_path / "run"
     options = [
         str(run), "--model", str(model), "--data", str(data), "--holdout", "40",
         "--sentences", "200", "--budgets", "1.5", "--learning-rate", "1e-3", "--noise-epochs", "2",
     ]  # fmt: skip
     threads = torch.get_num_threads()
-    for stage in ("train", "magnitude", "measure", "record"):
+    for stage in ("train", "magnitude", "record"):
         minilm.main([stage, *options, "--threads", str(threads)])
     entry = json.loads((results / "seed-0.json").read_text())
     assert list(entry["networks"]) == ["dense", "sbp-1.5", "magnitude-1.5"]
     dense, small = entry["networks"]["dense"], entry["networks"]["sbp-1.5"]
     assert dense["macs"] >= 1.5 * small["macs"] and len(small["heads"]) == 2
-    assert small["latency"]["onnx_difference"] < 1e-4
-    assert {each["runtime"] for each in small["latency"]["latencies"]} == {"eager", "onnxruntime"}
+
+    minilm_speed.main(["--model", str(model), "--batch-size", "1", "--threads", str(threads)])
+    networks = json.loads((results / "speed.json").read_text())["networks"]
+    assert list(networks) == ["sbp-1.5", "magnitude-1.5"]
+    # The pooler keeps all of its units.
+    assert 0 <= networks["sbp-1.5"]["macs"] - small["macs"] <= 32 * (32 + 2)
+    assert networks["sbp-1.5"]["onnx_difference"] < 1e-4
+    assert [each["runtime"] for each in networks["sbp-1.5"]["latencies"]] == [
+        "eager",
+        "onnxruntime",
+    ]
 
     # What is there is not made again, and a run with other settings is refused.
     before = (run / "noisy.pt").stat().st_mtime_ns
