@@ -23,6 +23,17 @@ from pyro_sbp.errors import RequestError
 __all__ = ["prune"]
 
 
+class Multiple(click.ParamType):
+    """An integer, or "auto"."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> int | str:
+        if value == "auto":
+            return "auto"
+        return click.INT.convert(value, parameter, context)
+
+
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @criterion_option
@@ -61,9 +72,11 @@ __all__ = ["prune"]
 )
 @click.option(
     "--round-to",
-    type=int,
+    type=Multiple(),
     default=1,
-    help="Make the kept and zeroed units of each gate together a multiple of this number.",
+    help="Make the kept and zeroed units of each gate together a multiple of this number. 'auto' "
+    "is the largest multiple that does not make the network slower, by the latencies that a run "
+    "with the setting cost=latency has measured.",
 )
 @click.option(
     "--min-units", type=int, default=1, help="Keep at least this many units in each gate."
@@ -91,7 +104,7 @@ def prune(
     batch_size: int | None,
     runtime: str | None,
     max_error_increase: float | None,
-    round_to: int,
+    round_to: int | str,
     min_units: int,
     finetune_epochs: int,
     distill: float | None,
@@ -155,8 +168,12 @@ def prune(
     from pyro_sbp.deployment.speedup import Speedup
     from pyro_sbp.pruning.budgets import ratio_budget
     from pyro_sbp.training import again
+    from pyro_sbp.training.latency_file import read_unit_latency
 
     torch.set_num_threads(threads)
+    if round_to == "auto":
+        settings["round_to"] = read_unit_latency(run).round_to()
+        click.echo(f"units are rounded to multiples of {settings['round_to']}", err=True)
     size = request.image_size or architecture.image_size
     data = load_dataset(request.dataset, data_dir, size, device=request.device)
     try:

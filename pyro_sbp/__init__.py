@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyro_sbp.deployment.exporting import export
     from pyro_sbp.deployment.saving import load, save
     from pyro_sbp.deployment.speedup import Speedup
+    from pyro_sbp.deployment.unit_latency import measure_unit_latency
     from pyro_sbp.gates.attention import separate_attention
     from pyro_sbp.gates.folding import Gate, GatedNetwork, fold
     from pyro_sbp.gates.probing import find_gates
@@ -57,6 +58,7 @@ __all__ = [
     "fine_tune",
     "fold",
     "load",
+    "measure_unit_latency",
     "networks",
     "posterior_draws",
     "prune",
@@ -76,6 +78,7 @@ _find, _names, _ = lazy_loader.attach(
         "deployment.exporting": ["export"],
         "deployment.saving": ["load", "save"],
         "deployment.speedup": ["Speedup"],
+        "deployment.unit_latency": ["measure_unit_latency"],
         "gates.attention": ["separate_attention"],
         "gates.folding": ["Gate", "GatedNetwork", "fold"],
         "gates.probing": ["find_gates"],

@@ -220,6 +220,14 @@ def test_what_a_unit_of_lenet_5_costs():
     ]
 
 
+def test_the_latency_of_units_weights_the_kl():
+    space = page("recipes.md")
+    relative = space["latency"].relative()
+    assert space["pruner"].model.kl_scale == {
+        name: pytest.approx(1 + cost) for name, cost in relative.items()
+    }
+
+
 def test_the_recipe_file(tmp_path):
     (text,) = fenced("recipes.md", "toml")
     (tmp_path / "mine.toml").write_text(text)

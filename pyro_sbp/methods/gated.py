@@ -20,6 +20,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deployment.unit_latency import UnitLatency, measure_unit_latency
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.folding import Gate, factors
 from pyro_sbp.gates.surgery import Units, cut, remaining_gates
@@ -30,7 +31,7 @@ from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_pri
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
-from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import check_prior, guide_scores, scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.recipes.settings import GatedRecipe
@@ -186,6 +187,9 @@ class GatedMethod(Method[G]):
 
     #: Whether `prune` may keep units that the last turn has removed.
     reopens: ClassVar[bool]
+    #: The latency of the units of the dense network, if the recipe's `cost` is "latency". It is set
+    #: before the first turn, and is used in all turns.
+    unit_latency: UnitLatency | None = None
 
     @abstractmethod
     def turns(self) -> list[Turn]:
@@ -204,7 +208,8 @@ class GatedMethod(Method[G]):
         check_prior(recipe.prior_scale, recipe.threshold, recipe.criterion)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         # Raise here what a later turn would raise after hours of training.
-        scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
+        if recipe.cost == "macs":
+            scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
         self._turns = self.turns()
         self._stage = Stage.dense(self.net, gates)
         self._ended: dict[str, tuple[Tensor, Tensor]] = {}
@@ -223,6 +228,22 @@ class GatedMethod(Method[G]):
     def costs(self, net: nn.Module, gates: Sequence[Gate]) -> UnitCosts:
         """The MACs of the units of a network."""
         return UnitCosts(net, gates, self.example_input[:1])
+
+    def measure_latency(self, x: Tensor) -> UnitLatency:
+        """Measure the latency of the units of the dense network.
+
+        Args:
+            x: images, whose memory format is measured.
+        """
+        size = self.recipe.cost_batch_size
+        return measure_unit_latency(self.net, self.gates, x, batch_size=size)
+
+    def weighted(self, costs: UnitCosts) -> Costs:
+        """The costs that weight the KL divergence: MACs, or latencies if the recipe says so."""
+        if self.recipe.cost == "macs":
+            return costs
+        assert self.unit_latency is not None  # set by the loop, before the first turn
+        return self.unit_latency
 
     def end(self, phase: TurnPhase, stage: Stage) -> None:
         """Store the result of a turn that has ended."""
@@ -327,7 +348,8 @@ class TurnPhase(NoisePhase):
         )  # fmt: skip
         self.costs = method.costs(stage.net, stage.gates)
         if stage.carried is None:
-            kl_scale = scales_by_cost(method.kl_scale, self.costs, recipe.macs_weight)
+            costs = method.weighted(self.costs)
+            kl_scale = scales_by_cost(method.kl_scale, costs, recipe.macs_weight)
         else:
             kl_scale = dict(stage.carried.kl_scale)
         self.kl_scale = {name: kl_scale[name] for name in turn.gates}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,17 @@ from pyro_sbp.gates.layers import groups_of, num_columns, num_rows, weight_of
 from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent, recurrent_weights
 from pyro_sbp.pruning.macs import costs_by_layer, original_name
 
-__all__ = ["UnitCosts", "keep_probability", "scales_by_cost"]
+__all__ = ["Costs", "UnitCosts", "keep_probability", "scales_by_cost"]
 
 #: Spans, each with the name of its gate.
 _Spans = Sequence[tuple[str, Span]]
+
+
+class Costs(Protocol):
+    """What the units of a network cost, such as `UnitCosts`."""
+
+    def relative(self) -> dict[str, float]:
+        """By gate, the cost of a unit over the mean cost of all units."""
 
 
 def keep_probability(snr: Tensor) -> Tensor:
@@ -247,7 +254,7 @@ def _layer(
 
 
 def scales_by_cost(
-    kl_scale: Mapping[str, float], costs: UnitCosts, macs_weight: float
+    kl_scale: Mapping[str, float], costs: Costs, macs_weight: float
 ) -> dict[str, float]:
     """The weight of the KL of every gate, more where its units cost more.
 
@@ -256,10 +263,10 @@ def scales_by_cost(
     Args:
         kl_scale: the weights before, by gate.
         costs: of the units of all gates.
-        macs_weight: 0 leaves them as they are.
+        macs_weight: the weight of the costs; with 0, `kl_scale` is returned unchanged.
 
     Raises:
-        ValueError: as `UnitCosts.relative`.
+        ValueError: as `relative` of the costs.
     """
     if not macs_weight:
         return dict(kl_scale)

@@ -18,7 +18,7 @@ from pyro_sbp.models.elbo import ClosedFormELBO
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.sites import scales_of
-from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.pruning import prune
 
 __all__ = ["Pruner"]
@@ -45,6 +45,8 @@ class Pruner:
             removes more units.
         macs_weight: the weight of the MACs of a unit in its KL divergence, as in
             `pyro_sbp.pruning.costs.scales_by_cost`.
+        costs: what a unit costs, if not its MACs; for example its measured latency
+            (`measure_unit_latency`).
         noise_per: "batch" draws the noise once for a minibatch, "example" for every example.
         noise_learning_rate: the learning rate of the posterior in `parameters`.
         threshold: the signal-to-noise ratio under which a unit counts as removed in `units` and in
@@ -71,6 +73,7 @@ class Pruner:
         ignore: Sequence[str] = (),
         kl_scale: float | Mapping[str, float] = 1.0,
         macs_weight: float = 0.0,
+        costs: Costs | None = None,
         noise_per: Literal["batch", "example"] = "batch",
         noise_learning_rate: float = 1e-2,
         threshold: float = 1.0,
@@ -85,7 +88,8 @@ class Pruner:
             )
         scales = scales_of([gate.name for gate in self.gates], kl_scale)
         if macs_weight:
-            scales = scales_by_cost(scales, UnitCosts(net, self.gates, example_input), macs_weight)
+            costs = UnitCosts(net, self.gates, example_input) if costs is None else costs
+            scales = scales_by_cost(scales, costs, macs_weight)
         self.model = GatedModel(net, self.gates, num_data, noise_per=noise_per, kl_scale=scales)
         self.guide = TruncatedLogNormalGuide(self.model, init_log_scale=init_log_scale)
         self.guide.to(next(net.parameters()).device)

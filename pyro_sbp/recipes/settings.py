@@ -350,8 +350,16 @@ class GatedRecipe(Recipe):
 
     macs_weight: _Factor = _setting(
         0.0,
-        "Weight of the MACs of a unit in its KL divergence. The KL of a gate is weighted by "
-        "`kl_scale` * (1 + `macs_weight` * MACs of one of its units / their mean over all units).",
+        "Weight of the cost of a unit in its KL divergence. The KL of a gate is weighted by "
+        "`kl_scale` * (1 + `macs_weight` * cost of one of its units / mean cost of all units).",
+    )
+    cost: Literal["macs", "latency"] = _setting(
+        "macs",
+        "The cost of a unit: its MACs, or the latency that it adds on this machine, which is "
+        "measured before the noise is trained.",
+    )
+    cost_batch_size: Annotated[int, Field(ge=1)] = _setting(
+        128, "The batch size at which the latency of units is measured."
     )
     noise_per: Literal["batch", "example"] = _setting(
         "batch",
@@ -380,6 +388,14 @@ class GatedRecipe(Recipe):
         if "threshold" in given or not isinstance(criterion, str) or criterion not in CRITERIA:
             return values
         return ArgsKwargs(values.args, {**given, "threshold": CRITERIA[criterion].threshold})
+
+    @model_validator(mode="after")
+    def _check_cost(self) -> Self:
+        if self.cost != "macs" and not self.macs_weight:
+            raise ValueError(
+                f"cost is {self.cost}, and has no effect, because macs_weight is 0; set macs_weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:

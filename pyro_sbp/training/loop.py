@@ -19,8 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 from pyro_sbp.datasets.augmentation import Augmentation
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import LabelledImages
+from pyro_sbp.deployment.unit_latency import UnitLatency
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import Method, Phase
+from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.phase import Predict, Standing
 from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 from pyro_sbp.models.elbo import Parts
@@ -29,6 +31,7 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.checkpoints import Checkpoint, Place, write_tensors
 from pyro_sbp.training.devices import dtype_of, gather, on_first
 from pyro_sbp.training.files import write_text
+from pyro_sbp.training.latency_file import read_unit_latency, write_unit_latency
 from pyro_sbp.training.loggers import Log
 from pyro_sbp.training.optimization import Optimization, moving_average
 
@@ -149,6 +152,7 @@ class Loop:
         saved = self._load()
         if saved is None:
             raise RequestError(f"{self.directory} has no checkpoint.pt to prune from")
+        self._set_unit_latency()
         noisy = False
         for index, phase in enumerate(self.method.phases()):
             if index > len(self.finished) or (noisy and not phase.noisy):
@@ -180,12 +184,39 @@ class Loop:
         saved = self._load()
         if saved is None and self.request.weights is not None and not self.recipe.dense_epochs:
             self.measure("dense", self.method.net)
+        self._set_unit_latency()
         for index, phase in enumerate(self.method.phases()):
             if index < len(self.finished):
                 self._restore(phase, self.finished[index])
                 continue
             self.train(phase, saved)
             saved = None
+
+    def _set_unit_latency(self) -> None:
+        """Give the method the latencies of its units, if its KL divergence is weighted by them.
+
+        They are measured at the beginning of the run, by the first process, and are written into
+        the run directory. A resumed run reads them, because the weights of the KL divergence must
+        not change.
+        """
+        method = self.method
+        if not isinstance(method, GatedMethod) or method.recipe.cost != "latency":
+            return
+        directory = self.directory
+
+        def measured() -> UnitLatency:
+            if not (directory / "checkpoint.pt").exists():
+                x, _ = self.data.test.batch(slice(0, 8))
+                write_unit_latency(directory, method.measure_latency(self._input(x)))
+            return read_unit_latency(directory)
+
+        found = self.fabric.broadcast(on_first(self.fabric, measured))
+        assert found is not None
+        try:
+            found.relative()
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        method.unit_latency = found
 
     def train(self, phase: Phase, saved: Checkpoint | None = None) -> None:
         """Train a phase to its end, from the checkpoint on where one is given, and measure what it

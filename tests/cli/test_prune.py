@@ -36,6 +36,8 @@ def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
         (["--runtime", "eager"], "--runtime applies to --speedup only"),
         (["--max-error-increase", "0.5"], "train with --set holdout=5000"),
         (["--distill", "4"], "--distill applies to --finetune-epochs only"),
+        (["--threshold", "1", "--round-to", "auto"], "has no unit_latency.json"),
+        (["--threshold", "1", "--round-to", "eight"], "'eight' is not a valid integer"),
     ],
 )
 def test_bad_requests_write_nothing(finished, args, words):
@@ -43,6 +45,22 @@ def test_bad_requests_write_nothing(finished, args, words):
     result = run("prune", finished, *args)
     assert result.exit_code == 2 and words in result.stderr
     assert set(finished.iterdir()) == before
+
+
+def test_units_are_rounded_to_the_measured_vectors(finished):
+    pairs = [(width, -(-width // 8)) for width in (8, 16, 17, 18, 20, 24, 32)]
+    values = {"sizes": {"a": 32}, "milliseconds": {"a": pairs}}
+    values |= {"batch_size": 1, "threads": 1, "device": "cpu"}
+    file = finished / "unit_latency.json"
+    file.write_text(json.dumps(values))
+    try:
+        result = run("prune", finished, "--macs-ratio", "2", "--round-to", "auto", "--json")
+    finally:
+        file.unlink()
+    assert result.exit_code == 0, result.output
+    assert "units are rounded to multiples of 8" in result.stderr
+    units = json.loads(result.stdout)["units"]
+    assert all((unit["kept"] + unit["zeroed"]) % 8 == 0 for unit in units)
 
 
 def test_fewer_parameters_and_more_epochs(finished):
