@@ -115,8 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"largest difference between processes {spread:.1e}"
         )
         if options.output is not None:
-            more = {"spread": spread, "error": found.error}
-            more = {name: torch.tensor(value, device="cpu") for name, value in more.items()}
+            numbers = {"spread": spread, "error": found.error}
+            more = {name: torch.tensor(value, device="cpu") for name, value in numbers.items()}
             torch.save({**found.state, **more}, options.output)
     if several:
         dist.destroy_process_group()
