@@ -13,7 +13,7 @@ from torch import nn
 
 from pyro_sbp.deployment.batches import batch_size, on_device, with_batch_size
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
-from pyro_sbp.deployment.runtimes import Start, check_runtimes, prepare
+from pyro_sbp.deployment.runtimes import ON_CPU, Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.copies import copy_network
@@ -165,6 +165,7 @@ def benchmark(
     threads: Sequence[int] = (1,),
     devices: Sequence[str] | None = None,
     runtimes: Sequence[str] = ("eager",),
+    calibration: Sequence[Any] = (),
     seconds: float = 2.0,
 ) -> Comparison:
     """Compare a dense and a pruned network: MACs, parameters, latency.
@@ -182,19 +183,24 @@ def benchmark(
         threads: how many CPU threads; each is measured.
         devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
         runtimes: "eager", "compile" (`torch.compile` with Inductor; what the process has compiled
-            before is forgotten), "onnxruntime" (on the CPU only).
+            before is forgotten), "onnxruntime" and "int8" (on the CPU only).
+        calibration: for "int8", batches of training inputs, on which the ranges of the activations
+            are measured.
         seconds: how long to measure each network in each setting.
 
     Raises:
-        RequestError: a runtime is unknown or not installed, or ONNX Runtime is to run on a GPU
-            alone.
+        RequestError: a runtime is unknown or not installed, ONNX Runtime would run on a GPU only,
+            or int8 has no calibration batches.
         ExportError: a runtime cannot run a network, or gives other outputs than eager.
     """
     check_runtimes(runtimes)
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    if "onnxruntime" in runtimes and all(torch.device(d).type != "cpu" for d in devices):
-        raise RequestError("onnxruntime is measured on the CPU only: add 'cpu' to the devices")
+    for runtime in set(runtimes) & set(ON_CPU):
+        if all(torch.device(d).type != "cpu" for d in devices):
+            raise RequestError(f"{runtime} is measured on the CPU only: add 'cpu' to the devices")
+    if "int8" in runtimes and not calibration:
+        raise RequestError("int8 needs batches of training inputs: give them as calibration")
     nets = {"dense": dense, "pruned": pruned} | ({"floor": floor} if floor is not None else {})
     latencies = []
     for name in devices:
@@ -202,9 +208,12 @@ def benchmark(
         placed = {key: copy_network(net).to(device).eval() for key, net in nets.items()}
         # Programs are written before anything is measured.
         starts = {
-            runtime: {key: prepare(net, runtime, example_input) for key, net in placed.items()}
+            runtime: {
+                key: prepare(net, runtime, example_input, calibration)
+                for key, net in placed.items()
+            }
             for runtime in runtimes
-            if runtime != "onnxruntime" or device.type == "cpu"
+            if runtime not in ON_CPU or device.type == "cpu"
         }
         for size in batch_sizes:
             x = on_device(with_batch_size(example_input, size), device)

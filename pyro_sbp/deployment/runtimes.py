@@ -1,4 +1,4 @@
-"""Calls of a network in several runtimes: PyTorch, torch.compile, ONNX Runtime."""
+"""Calls of a network in several runtimes: PyTorch, torch.compile, ONNX Runtime, int8."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from pyro_sbp.deployment.exporting import (
     largest_difference,
     output_names,
 )
+from pyro_sbp.deployment.quantization import quantize
 from pyro_sbp.errors import RequestError, first_line, unknown
 from pyro_sbp.gates.copies import fresh
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
 
-__all__ = ["RUNTIMES", "check_runtimes", "prepare"]
+__all__ = ["ON_CPU", "RUNTIMES", "check_runtimes", "prepare"]
 
-RUNTIMES = ("eager", "compile", "onnxruntime")
+RUNTIMES = ("eager", "compile", "onnxruntime", "int8")
+#: The runtimes that run on the CPU only.
+ON_CPU = ("onnxruntime", "int8")
 #: The largest difference from eager, relative to the largest output. Convolutions on a GPU round
 #: to ten bits (TF32).
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
@@ -44,7 +47,7 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise RequestError(unknown("runtime", runtime, RUNTIMES))
-    if "onnxruntime" in runtimes:
+    if not {"onnxruntime", "int8"}.isdisjoint(runtimes):
         check_onnx()
     if "compile" in runtimes:
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -57,27 +60,33 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
             ) from error
 
 
-def prepare(net: nn.Module, runtime: str, input_shape: Any) -> Start:
-    """Hand a network to a runtime.
+def prepare(
+    net: nn.Module, runtime: str, input_shape: Any, calibration: Sequence[Any] = ()
+) -> Start:
+    """Prepare a network for a runtime.
 
     Args:
         net: the network in evaluation mode, on the device to measure it on.
         runtime: "eager"; "compile", `torch.compile` with Inductor, of the whole network and for one
-            shape; or "onnxruntime", the program that `export` writes, on the CPU.
+            shape; "onnxruntime", the program that `export` writes, on the CPU; or "int8", the
+            program of `quantize`, also in ONNX Runtime.
         input_shape: the shape of one example, or an example input, as for `export`.
+        calibration: for "int8", batches of training inputs.
 
     Returns:
         What starts it: ``start(x, threads)`` for an input ``x`` gives a function without arguments
         that calls the network on ``x``. It is called as it was started: with
         torch at so many threads, and in the same inference mode. Starting compiles, and compares
         the output with eager's: `ExportError` where it cannot, or where they differ by more than
-        1e-5 of the largest output (1e-3 on a GPU).
+        1e-5 of the largest output (1e-3 on a GPU). `quantize` has compared the outputs of "int8".
 
     Raises:
         ExportError: ONNX cannot express the network.
     """
     if runtime == "eager":
         return lambda x, threads: _bound(net, x)
+    if runtime == "int8":
+        return _session(net, quantize(net, calibration))
     start = {"compile": _compile, "onnxruntime": _onnxruntime}[runtime](net, input_shape)
 
     def compared(x: Any, threads: int) -> Callable[[], Any]:
@@ -120,12 +129,15 @@ def _compile(net: nn.Module, input_shape: Any) -> Start:
 
 
 def _onnxruntime(net: nn.Module, input_shape: Any) -> Start:
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "net.onnx"
         export(net, path, input_shape, "onnx")
-        program = path.read_bytes()
+        return _session(net, path.read_bytes())
+
+
+def _session(net: nn.Module, program: bytes) -> Start:
+    """An ONNX program in ONNX Runtime."""
+    import onnxruntime
 
     def start(x: Any, threads: int) -> Callable[[], Any]:
         options = onnxruntime.SessionOptions()

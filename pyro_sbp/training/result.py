@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as serialize
 from torch import nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.deployment.saving import METADATA, save, unique_tensors
+from pyro_sbp.deployment.memory import file_size
+from pyro_sbp.deployment.saving import save
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.training.job import Job
@@ -80,7 +80,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         ),
         weights=weights,
         files=FileSizes(
-            _file_size(method.net),
+            file_size(method.net),
             (target / "model.safetensors").stat().st_size,
             sparse.stat().st_size if sparse.exists() else None,
         ),
@@ -107,11 +107,3 @@ def _weights(method: Method) -> WeightsLeft | None:
         return None
     layers = tuple(LayerWeights(name, *counts) for name, counts in kept.layers.items())
     return WeightsLeft(layers, kept.kept, kept.total, kept.compression)
-
-
-def _file_size(net: nn.Module) -> int:
-    """The size in bytes of a network as `save` would store it."""
-    tensors = unique_tensors(net)[0].items()
-    # As with `Module.to`, the counters of batch norms remain integers.
-    content = {n: v.float() if v.is_floating_point() else v for n, v in tensors}
-    return len(serialize(content, METADATA))
