@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_network, read_request
+from pyro_sbp.cli.common import find_network, read_network, read_request, result_in_words
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.training.files import write_json
+from pyro_sbp.training.summary import Summary
 
 __all__ = ["bench"]
 
@@ -69,6 +70,8 @@ def bench(
     run, saved = find_network(run)
     architecture = find_architecture(read_request(run).arch)
     kwargs, shape = read_network(saved)
+    # `prune` writes no summary beside its networks.
+    summary = Summary.read(run / "summary.json") if saved == run / "pruned" else None
     chosen = threads_to_use(max(threads, default=None))
 
     import torch
@@ -131,3 +134,13 @@ def bench(
         explanation = check and check.explanation(name)
         if explanation:
             click.echo(explanation)
+    speedups = [f"{latency.speedup:.1f}" for latency in result.latencies]
+    slowest, fastest = (choose(speedups, key=float) for choose in (min, max))
+    words = fastest if slowest == fastest else f"{slowest} to {fastest}"
+    click.echo(f"\nThe pruned network is {words} times as fast as the dense network.")
+    if summary is not None:
+        click.echo(result_in_words(summary))
+    click.echo(
+        f"next: `pyro-sbp report {run}` writes a page with plots, and `pyro-sbp train --arch "
+        "package.module:callable` prunes your own network"
+    )

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
-from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
+from pyro_sbp.cli.common import (
+    check_device,
+    closing_table,
+    little_removed,
+    read_request,
+    result_in_words,
+)
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
@@ -235,7 +241,12 @@ def train(
         epochs = recipe.epochs_per_gate(len(summary.units))
         steps = epochs * -(-examples // recipe.batch_size)
         click.echo(closing_table(summary, little_removed(steps)))
-        click.echo(f"run directory: {directory}")
+        click.echo(
+            f"\n{result_in_words(summary)}\n"
+            f"run directory: {directory}, network: {directory / 'pruned'}\n"
+            f"next: `pyro-sbp bench {directory}` measures the latency, "
+            f"`pyro-sbp report {directory}` writes a page with plots"
+        )
 
 
 def _request(
