@@ -76,8 +76,8 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--epochs",
     type=int,
-    help="Number of epochs with noise; kl_free_epochs and kl_rising_epochs change in proportion."
-    "  [default: by the recipe]",
+    help="Number of epochs with noise; kl_free_epochs, kl_rising_epochs and cut_every change in "
+    "proportion.  [default: by the recipe]",
 )
 @click.option("--batch-size", type=int, help="Examples per step.  [default: by the recipe]")
 @click.option(
