@@ -9,10 +9,12 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_network, read_request
+from pyro_sbp.cli.common import find_network, read_network, read_request, result_in_words
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
+from pyro_sbp.text_tables import markdown_table, table
 from pyro_sbp.training.files import write_json
+from pyro_sbp.training.summary import Summary
 
 __all__ = ["bench"]
 
@@ -39,10 +41,11 @@ NOISY = 0.3
 @click.option(
     "--runtime",
     "runtimes",
-    type=click.Choice(["eager", "compile", "onnxruntime"]),
+    type=click.Choice(["eager", "compile", "onnxruntime", "int8"]),
     multiple=True,
     default=("eager",),
-    help="Runtime: eager PyTorch, torch.compile, or ONNX Runtime (CPU only); may be repeated.  "
+    help="Runtime: eager PyTorch, torch.compile, ONNX Runtime (CPU only), or int8, the network in "
+    "8-bit integers in ONNX Runtime, calibrated on training images (CPU only); may be repeated.  "
     "[default: eager]",
 )
 @click.option(
@@ -51,14 +54,18 @@ NOISY = 0.3
     default=2.0,
     help="Seconds to measure each network in each setting.  [default: 2]",
 )
+@click.option("--channels-last", is_flag=True, help="Use the channels-last memory format.")
 @click.option("--json", "as_json", is_flag=True, help="Print the latencies and MACs as JSON.")
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 def bench(
     run: Path | None,
     batch_sizes: tuple[int, ...],
     threads: tuple[int, ...],
     runtimes: tuple[str, ...],
     seconds: float,
+    channels_last: bool,
     as_json: bool,
+    markdown: bool,
 ) -> None:
     """Measure how much faster the pruned network is.
 
@@ -66,18 +73,26 @@ def bench(
     newest run. The dense and the pruned network are measured in turn, on the CPU and, if there is
     one, on the GPU.
     """
+    if as_json and markdown:
+        raise RequestError("give one of --json and --markdown, not both")
     run, saved = find_network(run)
-    architecture = find_architecture(read_request(run).arch)
+    request = read_request(run)
+    architecture = find_architecture(request.arch)
     kwargs, shape = read_network(saved)
+    # `prune` writes no summary beside its networks.
+    summary = Summary.read(run / "summary.json") if saved == run / "pruned" else None
     chosen = threads_to_use(max(threads, default=None))
 
     import torch
 
+    from pyro_sbp.cli.quantized import calibration_batches, comparison, run_data
     from pyro_sbp.deployment.benchmarking import benchmark, floor_network
-    from pyro_sbp.deployment.runtimes import check_runtimes
+    from pyro_sbp.deployment.memory import file_size, peak_memory
+    from pyro_sbp.deployment.quantization import quantize
+    from pyro_sbp.deployment.runtimes import ON_CPU, check_runtimes
     from pyro_sbp.deployment.saving import load
 
-    runtimes = tuple(dict.fromkeys(runtimes))
+    runtimes = tuple(dict.fromkeys(("eager", *runtimes) if "int8" in runtimes else runtimes))
     check_runtimes(runtimes)
     constructor = architecture.resolve()
     try:
@@ -87,9 +102,16 @@ def bench(
     dense = constructor(**kwargs).eval()
     example = torch.rand(8, *shape)
     floor = floor_network(dense, example, architecture.input_features)
+    data = run_data(request, architecture.image_size) if "int8" in runtimes else None
+    calibration = [] if data is None else calibration_batches(data, request.seed)
+    if channels_last:
+        dense, pruned, floor = (
+            net.to(memory_format=torch.channels_last) for net in (dense, pruned, floor)
+        )
+        example = example.to(memory_format=torch.channels_last)
     torch.set_num_threads(chosen)
     threads = threads or tuple(sorted({1, torch.get_num_threads()}))
-    on_gpu = len(set(runtimes) - {"onnxruntime"}) * torch.cuda.is_available()
+    on_gpu = len(set(runtimes) - set(ON_CPU)) * torch.cuda.is_available()
     settings = len(batch_sizes) * (len(threads) * len(runtimes) + on_gpu)
     several = runtimes != ("eager",)
     words = ", plus the time to compile" if several else ""
@@ -102,8 +124,10 @@ def bench(
         batch_sizes=batch_sizes,
         threads=threads,
         runtimes=runtimes,
+        calibration=calibration,
         seconds=seconds,
     )
+    nets, one = {"dense": dense, "pruned": pruned}, example[:1].clone()
     checks = {"dense": result.dense_check, "pruned": result.pruned_check}
     ptflops = {name: check and check.ptflops for name, check in checks.items()}
     counts = {
@@ -111,19 +135,30 @@ def bench(
         "pruned_macs": result.pruned_macs,
         "dense_macs_ptflops": ptflops["dense"],
         "pruned_macs_ptflops": ptflops["pruned"],
+        **{f"{name}_file_bytes": file_size(net) for name, net in nets.items()},
+        **{f"{name}_peak_bytes": peak_memory(net, one) for name, net in nets.items()},
     }
     rows = [asdict(latency) | counts for latency in result.latencies]
     write_json((run if saved == run / "pruned" else saved) / "bench.json", rows)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(result.latency_table())
+    layout = markdown_table if markdown else table
+    click.echo(result.latency_table(layout))
+    if data is not None:
+        dense_error = None if summary is None else summary.error.dense
+        program = quantize(pruned, calibration)
+        rows_of = comparison(dense, pruned, program, data, dense_error, result.latencies)
+        click.echo(f"\n{layout(*rows_of)}\n")
     if any(latency.spread > NOISY for latency in result.latencies):
         click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
     click.echo(
         "ms per call, median; spread: half the interquartile range; floor: one unit in every gate\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
-        f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}"
+        f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}\n"
+        f"file {counts['dense_file_bytes'] / 1e3:,.1f} -> {counts['pruned_file_bytes'] / 1e3:,.1f} "
+        f"kB, peak memory of a call with one image {counts['dense_peak_bytes'] / 1e3:,.1f} -> "
+        f"{counts['pruned_peak_bytes'] / 1e3:,.1f} kB"
     )
     texts = ["none" if count is None else f"{count:,}" for count in ptflops.values()]
     click.echo(f"ptflops: MACs {' -> '.join(texts)}")
@@ -131,3 +166,13 @@ def bench(
         explanation = check and check.explanation(name)
         if explanation:
             click.echo(explanation)
+    speedups = [f"{latency.speedup:.1f}" for latency in result.latencies]
+    slowest, fastest = (choose(speedups, key=float) for choose in (min, max))
+    words = fastest if slowest == fastest else f"{slowest} to {fastest}"
+    click.echo(f"\nThe pruned network is {words} times as fast as the dense network.")
+    if summary is not None:
+        click.echo(result_in_words(summary))
+    click.echo(
+        f"next: `pyro-sbp report {run}` writes a page with plots, and `pyro-sbp train --arch "
+        "package.module:callable` prunes your own network"
+    )

@@ -23,6 +23,7 @@ __all__ = [
     "little_removed",
     "read_network",
     "read_request",
+    "result_in_words",
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -181,3 +182,15 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     nothing = NOTHING_LEFT if summary.nothing_left else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)
     return "\n\n".join(part for part in parts if part)
+
+
+def result_in_words(summary: Summary) -> str:
+    """The sizes and the errors of the returned network beside those of the dense network."""
+    sizes = (summary.macs, summary.parameters)
+    macs, parameters = (f"{100 * size.pruned / max(1, size.dense):.3g} %" for size in sizes)
+    words = f"The pruned network has {macs} of the MACs and {parameters} of the parameters."
+    last, dense = summary.error.last, summary.error.dense
+    if last is None:
+        return words
+    of_dense = "" if dense is None else f"; that of the dense network is {dense:.2f} %"
+    return f"{words} Its test error is {last:.2f} %{of_dense}."

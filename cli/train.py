@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
-from pyro_sbp.cli.common import check_device, closing_table, little_removed, read_request
+from pyro_sbp.cli.common import (
+    check_device,
+    closing_table,
+    little_removed,
+    read_request,
+    result_in_words,
+)
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
@@ -70,8 +76,8 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--epochs",
     type=int,
-    help="Number of epochs with noise; kl_free_epochs and kl_rising_epochs change in proportion."
-    "  [default: by the recipe]",
+    help="Number of epochs with noise; kl_free_epochs, kl_rising_epochs and cut_every change in "
+    "proportion.  [default: by the recipe]",
 )
 @click.option("--batch-size", type=int, help="Examples per step.  [default: by the recipe]")
 @click.option(
@@ -235,7 +241,12 @@ def train(
         epochs = recipe.epochs_per_gate(len(summary.units))
         steps = epochs * -(-examples // recipe.batch_size)
         click.echo(closing_table(summary, little_removed(steps)))
-        click.echo(f"run directory: {directory}")
+        click.echo(
+            f"\n{result_in_words(summary)}\n"
+            f"run directory: {directory}, network: {directory / 'pruned'}\n"
+            f"next: `pyro-sbp bench {directory}` measures the latency, "
+            f"`pyro-sbp report {directory}` writes a page with plots"
+        )
 
 
 def _request(

@@ -47,3 +47,6 @@ default_role = "code"
 html_theme = "furo"
 html_title = f"pyro-sbp {version}"
 html_static_path: list[str] = []
+# Pages show pictures in <picture>, for light and dark, which Sphinx copies verbatim as HTML.
+html_extra_path = [path.name for path in Path(__file__).parent.glob("*.svg")]
+html_show_copyright = False

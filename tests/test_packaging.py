@@ -1,18 +1,23 @@
-"""The wheel holds what the tree holds, under one import package."""
+"""The wheel has the modules of the tree under one import package, and works once installed."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution as distribution_of
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
@@ -26,37 +31,46 @@ OF_EXTRAS = ("truncated_normal_truth.py", "lightning.py", "transformers.py")
 PLACES = {"pyro_sbp": "pyro_sbp", "cli": "pyro_sbp/cli", "experiments": "pyro_sbp/experiments"}
 
 
-def test_the_wheel_has_the_files_of_the_tree(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    tracked = subprocess.run(
+@pytest.fixture(scope="module")
+def tracked():
+    """The names of the files of the tree that git does not ignore."""
+    listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    tracked = [name for name in tracked if (ROOT / name).is_file()]
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def sdist(tracked, tmp_path_factory):
+    """A source distribution, built from a copy of the tree."""
+    source = tmp_path_factory.mktemp("source")
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    # No isolation: it would fetch the build tools again.
+    program = "import sys, setuptools.build_meta as build; build.build_sdist(sys.argv[1])"
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            str(tmp_path),
-            str(source),
-        ],
-        check=True,
+        [sys.executable, "-c", program, "dist"], cwd=source, check=True, capture_output=True
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = (source / "dist").glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """A wheel, built from the source distribution."""
+    target = tmp_path_factory.mktemp("wheel")
+    # No isolation: it would fetch the build tools again.
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(target), str(sdist)], check=True)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_the_wheel_has_the_files_of_the_tree(wheel, tracked):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = set()
@@ -65,6 +79,62 @@ def test_the_wheel_has_the_files_of_the_tree(tmp_path):
         if top in PLACES and name.endswith((".py", "py.typed", ".toml")):
             expected.add(f"{PLACES[top]}/{rest}")
     assert inside == expected
+
+
+def required(names: Iterable[str]) -> set[str]:
+    """The distributions that these need at run time, themselves included."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        for line in requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                left.append(requirement.name)
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_prunes_with_its_run_time_dependencies_alone(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    venv.create(environment)
+    python = environment / "bin" / "python"
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # The files of the dependencies that are installed here: no other package can be imported.
+    for name in required(declared()):
+        for file in distribution_of(name).files:
+            if ".." in file.parts or "__pycache__" in file.parts:
+                continue
+            (packages / file).parent.mkdir(parents=True, exist_ok=True)
+            (packages / file).symlink_to(file.locate())
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    subprocess.run([*pip, "--quiet", "--no-index", str(wheel)], check=True)
+    found = subprocess.run(
+        [python, "-c", "import importlib.util as u; print([u.find_spec(n) for n in ('pytest', "
+         "'matplotlib', 'onnx', 'lightning')])"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert found == "[None, None, None, None]\n"
+
+    command = [environment / "bin" / "pyro-sbp", "train", "--arch", "lenet5", "--dataset", "digits"]
+    done = subprocess.run(
+        [*command, "--threads", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.defpath, "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "lenet5-digits-sbp"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["macs"]["ratio"] > 10
+    assert summary["error"]["finetuned"] < summary["error"]["dense"] + 1
+    made_by = json.loads((run / "recipe.json").read_text())["versions"]["pyro-sbp"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert made_by == project["version"]
 
 
 def test_importing_the_package_loads_neither_torch_nor_pyro():

@@ -30,6 +30,16 @@ def test_it_loads_nothing_from_elsewhere(site):
         assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(?:https?:)?//", text), page
 
 
+def test_every_picture_is_there(site):
+    found = 0
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"<(?:img|source)[^>]*(?:src|srcset)=\"([^\":]+)\"", text):
+            assert (page.parent / name).is_file(), (page, name)
+            found += 1
+    assert found > 4
+
+
 def test_formulas_are_mathml(site):
     text = (site / "method.html").read_text(encoding="utf-8")
     assert text.count("<math ") > 20 and "\\mathrm" not in re.sub(r"<[^>]*>", "", text)

@@ -62,7 +62,9 @@ def quantize(net: nn.Module, batches: Sequence[Any]) -> bytes:
 
     net = copy_network(net).cpu().float().eval()
     with tempfile.TemporaryDirectory() as directory:
-        plain, prepared, small = (Path(directory) / f"{n}.onnx" for n in ("net", "prepared", "int8"))
+        plain, prepared, small = (
+            Path(directory) / f"{n}.onnx" for n in ("net", "prepared", "int8")
+        )
         export(net, plain, batches[0], "onnx")
         root = logging.getLogger()
         level = root.level

@@ -450,12 +450,14 @@ class _RisingKL(Recipe):
             )
         return self
 
+    #: Settings in epochs, which change in proportion to the number of epochs with noise.
+    proportional: ClassVar[tuple[str, ...]] = ("kl_free_epochs", "kl_rising_epochs")
+
     def with_epochs(self, epochs: int) -> Self:
-        """A copy with another number of epochs with noise. Those in which the KL divergence
-        has less than its full weight keep their share."""
+        """A copy with another number of epochs with noise, in which the `proportional` settings
+        keep their share."""
         shares = {
-            name: getattr(self, name) * max(epochs, 0) // self.epochs
-            for name in ("kl_free_epochs", "kl_rising_epochs")
+            name: getattr(self, name) * max(epochs, 0) // self.epochs for name in self.proportional
         }
         return self.replace(epochs=epochs, **shares)
 
@@ -467,6 +469,7 @@ class SBPRecipe(_RisingKL, GatedRecipe):
 
     method: ClassVar[str] = "sbp"
     implementation: ClassVar[str] = "pyro_sbp.methods.sbp:SBP"
+    proportional: ClassVar[tuple[str, ...]] = (*_RisingKL.proportional, "cut_every")
 
     cut_every: _Count = _setting(
         0,

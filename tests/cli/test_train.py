@@ -1,6 +1,7 @@
 """pyro-sbp train and bench, in process."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -76,6 +77,26 @@ def test_a_refused_resume_keeps_the_run(finished, tmp_path):
         assert result.exit_code == 2 and "recipe.json is damaged" in result.stderr
 
 
+def test_commands_end_with_the_result_and_what_to_type_next(finished):
+    directory, trained, _ = finished
+    summary = json.loads((directory / "summary.json").read_text())
+    shares = [100 * summary[x]["pruned"] / summary[x]["dense"] for x in ("macs", "parameters")]
+    errors = [summary["error"][name] for name in ("finetuned", "dense")]
+    measured = run("bench", directory, "--seconds", "0.01", "--threads", "1")
+    result, *_ = trained.stdout.splitlines()[-3:]
+    speed, again, _ = measured.stdout.splitlines()[-3:]
+    assert result == again
+    numbers = [float(number) for number in re.findall(r"[\d.]+(?= %)", result)]
+    assert numbers[:2] == pytest.approx(shares, rel=5e-3)
+    assert numbers[2:] == pytest.approx(errors, abs=5e-3)
+    speedups = [row["speedup"] for row in json.loads((directory / "bench.json").read_text())]
+    said = [float(number) for number in re.findall(r"\d+\.\d", speed)]
+    assert [said[0], said[-1]] == pytest.approx([min(speedups), max(speedups)], abs=0.051)
+    for output in (trained.stdout, measured.stdout):
+        commands = re.findall(r"`pyro-sbp (\w+) ", output.splitlines()[-1])
+        assert len(commands) == 2 and set(commands) <= set(cli.commands)
+
+
 def test_click_refuses_in_one_line_too():
     for args in (["train", "--epochs", "x"], ["train", "--nonsense"], ["frobnicate"], ["export"]):
         result = run(*args)
@@ -107,7 +128,8 @@ def test_bench_tells_runtimes_apart(finished, tmp_path, monkeypatch):
     cpu = [row["runtime"] for row in rows if row["device"].startswith("cpu")]
     assert cpu == ["onnxruntime", "eager"]
     result = run(*args)
-    assert "runtime" not in result.stdout and "eager" not in result.stdout
+    head, _, *rows = result.stdout.splitlines()
+    assert "runtime" not in head and "eager" not in rows[0]
     (path := directory / "bench.json").unlink()
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
     result = run(*args, "--runtime", "onnxruntime")

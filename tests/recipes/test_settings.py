@@ -123,6 +123,8 @@ def test_epochs_keep_the_shares_of_the_rising_kl():
     recipe = SparseVDRecipe(epochs=100, kl_free_epochs=10, kl_rising_epochs=30).with_epochs(50)
     assert (recipe.epochs, recipe.kl_free_epochs, recipe.kl_rising_epochs) == (50, 5, 15)
     assert RBPRecipe().with_epochs(7).epochs == 7
+    recipe = SBPRecipe(epochs=50, cut_every=10)
+    assert [recipe.with_epochs(epochs).cut_every for epochs in (100, 5, 1)] == [20, 1, 0]
 
 
 @pytest.mark.parametrize("cls", [Recipe, GatedRecipe])
