@@ -135,10 +135,10 @@ def bench(
         "pruned_macs": result.pruned_macs,
         "dense_macs_ptflops": ptflops["dense"],
         "pruned_macs_ptflops": ptflops["pruned"],
-        **{f"{name}_file_bytes": file_size(net) for name, net in nets.items()},
-        **{f"{name}_peak_bytes": peak_memory(net, one) for name, net in nets.items()},
     }
-    rows = [asdict(latency) | counts for latency in result.latencies]
+    sizes = {f"{name}_file_bytes": file_size(net) for name, net in nets.items()}
+    sizes |= {f"{name}_peak_bytes": peak_memory(net, one) for name, net in nets.items()}
+    rows = [asdict(latency) | counts | sizes for latency in result.latencies]
     write_json((run if saved == run / "pruned" else saved) / "bench.json", rows)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
@@ -156,9 +156,9 @@ def bench(
         "ms per call, median; spread: half the interquartile range; floor: one unit in every gate\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}\n"
-        f"file {counts['dense_file_bytes'] / 1e3:,.1f} -> {counts['pruned_file_bytes'] / 1e3:,.1f} "
-        f"kB, peak memory of a call with one image {counts['dense_peak_bytes'] / 1e3:,.1f} -> "
-        f"{counts['pruned_peak_bytes'] / 1e3:,.1f} kB"
+        f"file {sizes['dense_file_bytes'] / 1e3:,.1f} -> {sizes['pruned_file_bytes'] / 1e3:,.1f} "
+        f"kB, peak memory of a call with one image {sizes['dense_peak_bytes'] / 1e3:,.1f} -> "
+        f"{sizes['pruned_peak_bytes'] / 1e3:,.1f} kB"
     )
     texts = ["none" if count is None else f"{count:,}" for count in ptflops.values()]
     click.echo(f"ptflops: MACs {' -> '.join(texts)}")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_sbp.cli.common import check_device
 from pyro_sbp.datasets.status import check_dataset
 from pyro_sbp.recipes.request import Request
 
@@ -30,7 +29,6 @@ def run_data(request: Request, size: int | None) -> ImageData:
         request: the request of the run.
         size: the size of the images that the architecture expects.
     """
-    check_device("cpu")
     data_dir = Path(request.data_dir)
     check_dataset(request.dataset, data_dir)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.deployment.memory import file_size

@@ -81,7 +81,45 @@ def test_the_count_of_ptflops_stands_beside_ours(finished):
     assert isinstance(rows, list) and set(rows[0]) == {
         "device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread",
         "floor_ms", "runtime", "dense_macs", "pruned_macs", "dense_macs_ptflops",
-        "pruned_macs_ptflops",
+        "pruned_macs_ptflops", "dense_file_bytes", "pruned_file_bytes", "dense_peak_bytes",
+        "pruned_peak_bytes",
     }  # fmt: skip
     assert (rows[0]["dense_macs"], rows[0]["dense_macs_ptflops"]) == (dense, dense + biases)
     assert json.loads((finished / "bench.json").read_text()) == rows
+
+
+def test_tables_as_markdown_with_file_and_memory(finished):
+    args = ("bench", finished, "--seconds", "0.01", "--threads", "1", "--batch-size", "1")
+    result = run(*args, "--markdown")
+    assert result.exit_code == 0, result.output
+    head, rule, row, *_ = result.stdout.splitlines()
+    assert head.startswith("| device | threads | batch |") and rule.startswith("| --- | ---: |")
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert "\nfile " in result.stdout and "peak memory of a call with one image" in result.stdout
+    (found,) = json.loads(run(*args, "--json").stdout)
+    (file,) = (finished / "pruned").glob("*.safetensors")
+    assert found["pruned_file_bytes"] == file.stat().st_size
+    parameters = sum(p.numel() for p in sys.modules["own_rows"].Rows().parameters())
+    assert found["dense_peak_bytes"] > 4 * (parameters + 64) and found["pruned_peak_bytes"] > 4 * 64
+    refused = run(*args, "--json", "--markdown")
+    assert refused.exit_code == 2 and "give one of --json and --markdown" in refused.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_int8_is_shown_with_its_error(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from helpers import train_quickly
+
+    directory = train_quickly("sbp", tmp_path)[0]
+    args = ("bench", directory, "--seconds", "0.01", "--threads", "1", "--batch-size", "2")
+    result = run(*args, "--runtime", "int8", "--channels-last")
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[0]: line.split() for line in result.stdout.splitlines() if line}
+    summary = json.loads((directory / "summary.json").read_text())
+    last = summary["error"]["finetuned"]
+    last = summary["error"]["pruned"] if last is None else last
+    pruned, quantized = lines["pruned"], lines["pruned, int8"]
+    assert float(pruned[1]) == pytest.approx(last, abs=0.3)  # one image of the test set
+    assert float(quantized[3]) > 90  # % of the images have the same class
+    assert float(quantized[4].replace(",", "")) < float(pruned[3].replace(",", ""))
