@@ -97,14 +97,18 @@ _ALL: tuple[Recipe, ...] = (
     SBPRecipe(
         name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0
     ),
-    # 1,438 examples: forty times fewer steps an epoch, and a KL that weighs forty times more.
+    # 1,438 examples: forty times fewer steps an epoch, and a KL that weighs forty times more. With
+    # shifted images the error hardly rises. Chosen on 300 images held out of the digits.
     SBPRecipe(
         name="lenet5-digits",
         dense_epochs=15,
         epochs=50,
-        finetune_epochs=15,
+        finetune_epochs=40,
         batch_size=32,
-        kl_scale={"conv1": 15.0, "conv2": 4.0},
+        finetune_learning_rate=1e-3,
+        cut_every=10,
+        crop=2,
+        kl_scale={"conv1": 12.0, "conv2": 5.0},
     ),
     SBPRecipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
     SparseVDRecipe(name="sparse", kl_rising_epochs=10, finetune_learning_rate=1e-3),
