@@ -81,20 +81,21 @@ def test_the_wheel_has_the_files_of_the_tree(wheel, tracked):
     assert inside == expected
 
 
-def required(names: Iterable[str]) -> set[str]:
-    """The distributions that these need at run time, themselves included."""
-    found: set[str] = set()
-    left = list(names)
+def required(lines: Iterable[str]) -> set[str]:
+    """The distributions that these requirements need at run time, their own included."""
+    found: dict[str, set[str]] = {}  # the extras of each that were followed
+    left = [Requirement(line) for line in lines]
     while left:
-        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
-        if name in found:
-            continue
-        found.add(name)
+        requirement = left.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        extras = {"", *requirement.extras} - found.get(name, set())
+        found.setdefault(name, set()).update(extras)
         for line in requires(name) or ():
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                left.append(requirement.name)
-    return found
+            needed = Requirement(line)
+            marker = needed.marker
+            if extras and (marker is None or any(marker.evaluate({"extra": e}) for e in extras)):
+                left.append(needed)
+    return set(found)
 
 
 @pytest.mark.slow

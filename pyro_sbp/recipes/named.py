@@ -99,13 +99,17 @@ _ALL: tuple[Recipe, ...] = (
         name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0
     ),
     # 1,438 examples: an epoch has a fortieth of the steps, and the KL has forty times the weight.
+    # Shifted images hardly raise the error after pruning. Chosen on 300 held-out images of the digits.
     SBPRecipe(
         name="lenet5-digits",
         dense_epochs=15,
         epochs=50,
-        finetune_epochs=15,
+        finetune_epochs=40,
         batch_size=32,
-        kl_scale={"conv1": 15.0, "conv2": 4.0},
+        finetune_learning_rate=1e-3,
+        cut_every=10,
+        crop=2,
+        kl_scale={"conv1": 12.0, "conv2": 5.0},
     ),
     SBPRecipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
     SparseVDRecipe(name="sparse", kl_rising_epochs=10, finetune_learning_rate=1e-3),

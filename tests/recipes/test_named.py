@@ -30,7 +30,7 @@ def test_recursive_pruning_has_default_recipes_of_its_own():
     assert default_recipe("a.b:c", "digits", "rbp").name == "rbp-digits"
     assert default_recipe("a.b:c", "cifar10", "rbp").name == "rbp"
     # It sees the data as often as SBP does, so that they can be compared.
-    for name in ("lenet5-plain", "lenet-dense-plain", "lenet5-digits", "digits"):
+    for name in ("lenet5-plain", "lenet-dense-plain", "digits"):
         recursive = RECIPES[f"rbp-{name.removesuffix('-plain')}"]
         for what in ("dense_epochs", "epochs", "finetune_epochs", "batch_size"):
             assert getattr(RECIPES[name], what) == getattr(recursive, what)
