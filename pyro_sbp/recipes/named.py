@@ -99,7 +99,7 @@ _ALL: tuple[Recipe, ...] = (
         name="lenet-dense-plain", dense_epochs=10, epochs=40, finetune_epochs=10, kl_scale=3.0
     ),
     # 1,438 examples: an epoch has a fortieth of the steps, and the KL has forty times the weight.
-    # Shifted images hardly raise the error after pruning. Chosen on 300 held-out images of the digits.
+    # With shifted images, pruning hardly raises the error. Chosen on 300 held-out images.
     SBPRecipe(
         name="lenet5-digits",
         dense_epochs=15,
