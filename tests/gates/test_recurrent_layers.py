@@ -161,7 +161,9 @@ def test_a_cut_classifier_is_exported(tmp_path, format):
 def test_noise_per_example_is_refused_by_name():
     net = Classifier()
     gates = find_gates(net, SEQUENCES)
-    with pytest.raises(ValueError, match="recurrent layer 'rnn' can have only one theta for a batch"):
+    with pytest.raises(
+        ValueError, match="recurrent layer 'rnn' can have only one theta for a batch"
+    ):
         GatedNetwork(net, gates)(SEQUENCES, {"rnn": torch.rand(2, 8)})
 
 
