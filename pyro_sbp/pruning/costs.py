@@ -95,17 +95,17 @@ def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
 
 
 class UnitCosts:
-    """The MACs of the units of a network, from one call of it.
+    """What the units of a network cost in MACs, from one call of it.
 
-    The MACs of a dense layer or a convolution are the sum over all pairs of a row and a column of
-    the same group; in a depthwise convolution each channel is a group. MACs that belong to no unit
-    are constant. MACs that are counted outside of layers, such as those of the products inside
-    attention, are constant too, even if the units are heads.
+    A dense layer or convolution costs what each of its rows costs with each column that it meets:
+    in a layer with groups those of its group, in a depthwise convolution its own. What no unit
+    touches costs the same in any case, and so does what is counted outside of the layers, such as
+    the products inside attention, even where a unit is one of its heads.
 
     Args:
-        net: the network, dense or already pruned. It is called once and not changed.
+        net: the network, dense or cut before; it is called once and not changed.
         gates: its gates, from `find_gates` or `remaining_gates`.
-        example_input: an input of the network. The MACs are those of one call with it.
+        example_input: its input; the MACs are those of one call on it.
     """
 
     def __init__(self, net: nn.Module, gates: Sequence[Gate], example_input: Any) -> None:

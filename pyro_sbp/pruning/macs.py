@@ -105,7 +105,7 @@ def count_parameters(net: nn.Module) -> int:
 def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
     """MACs in one call and parameters of every layer that has its own parameters.
 
-    An operation counts for the innermost module that runs it.
+    Operations count for the innermost module that runs them.
 
     Args:
         net, example_input: as for `count_macs`.
