@@ -138,7 +138,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     make_folder(tmp_path, parts=("train",))
     refused("test is not a directory")
     (tmp_path / "test").mkdir()
-    refused("test has no directory of a class")
+    refused("test has no directory for a class")
     make_folder(tmp_path, parts=("test",), classes=("cat",))
     refused("only one has dog")
     make_folder(tmp_path, parts=("test",), classes=("dog",), count=0)
