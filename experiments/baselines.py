@@ -1,26 +1,29 @@
-"""Torch-Pruning at what a run of ours cost: same network, data, seed, epochs and MACs.
+"""Baselines by Torch-Pruning, with the network, data, seed, epochs and MACs of a run of pyro-sbp.
 
     python -m pyro_sbp.experiments.baselines --importance taylor experiments/results/RECORD.json ...
     python -m pyro_sbp.experiments.baselines --arch lenet5 --importance magnitude --seed 1 10 20
 
-A record is that of a run (of an image folder, made where the folder lies); a number is a MACs
-ratio, to be had by the recipe that the network has by default or `--recipe` names. The dense epochs
-are those of the recipe and end at the same network as the run's: initial weights and the order of
-the data are the same, in float32. Then the network is trained for as many epochs as the run has
-with noise and in fine-tuning together. On the way, over the first half of these, it is pruned in
-steps, ten unless `--steps` says otherwise: iterative pruning is what the library offers for high
-ratios. Every step takes the same share of the MACs. Learning rates are the recipe's, constant up to
-the last step, and fall over the recipe's last share of what is left after it; each phase has an
-optimizer of its own. The learning rate is the recipe's `learning_rate`, or after the dense phase
-`--learning-rate`, and the labels are those of the data, without soft ones.
+An argument is the record of a run, or a MACs ratio. If the run used an image folder, run the
+command in the directory where the run was made. For a ratio, the recipe is the default recipe of
+the network or that of `--recipe`.
 
-With `--weights` the dense network is read from a file, and there is no dense phase. A record of a
-run that started from weights needs it: the file that the run started from.
+The dense phase has the epochs of the recipe. It ends at the same network as the dense phase of the
+run, because the initial weights and the order of the data are the same, in float32. The network is
+then trained for as many epochs as the run has with noise and in fine-tuning together. In the first
+half of these epochs it is pruned in steps (`--steps`, by default ten), because iterative pruning is
+what the library offers for high ratios. Every step removes the same share of the MACs. Learning
+rates are those of the recipe. They are constant until the last step, and decay in the last share
+of the remaining epochs that the recipe sets. Each phase has a separate optimizer. The learning rate
+is the recipe's `learning_rate`, or after the dense phase that of `--learning-rate`. The labels are
+those of the data, without soft labels.
 
-Units are ranked over all layers together (`global_pruning`), by importance divided by its mean in
-the layer, as is the library's default. The best unit of every layer stays, and so does the layer of
-the logits. Where our run gates the input pixels too, as of LeNet-500-300, the same MACs are had by
-hidden units alone: Torch-Pruning cannot remove input features.
+With `--weights` the dense network is read from a file, and there is no dense phase. If the run of a
+record started from weights, `--weights` must give the file of these weights.
+
+Units are ranked over all layers together (`global_pruning`), by their importance divided by its
+mean in the layer, as is the default of the library. Every layer keeps its best unit, and the layer
+of the logits is not pruned. Torch-Pruning cannot remove input features. If the run has a gate on
+the input pixels, as for LeNet-500-300, the baseline reaches the same MACs by hidden units alone.
 """
 
 from __future__ import annotations
@@ -70,20 +73,20 @@ from pyro_sbp.training.loop import Loop, Progress
 __all__ = ["STEPS", "baseline"]
 
 
-#: In how many steps a network is pruned unless another number is asked for.
+#: The default number of pruning steps.
 STEPS = 10
 
 
-#: How many batches the gradients of Taylor importance are of, as in the library's own examples.
+#: The number of batches for the gradients of Taylor importance, as in the examples of the library.
 GRADIENT_BATCHES = 10
 
 
 class _TorchPruning:
-    """What the training loop asks of a method: dense training, pruning in steps, fine-tuning.
+    """The method for the training loop: dense training, pruning in steps, fine-tuning.
 
     Attributes:
-        small: the network as it is.
-        gates: the gates of the dense network, which a checkpoint names.
+        small: the network in its current state.
+        gates: the gates of the dense network, for checkpoints.
         left_alone: the layers whose units reach the logits.
     """
 
@@ -118,7 +121,9 @@ class _TorchPruning:
             )
 
     def phases(self) -> Iterator[Phase]:
-        """The phases in order; each is made when it begins, from what the earlier ones left."""
+        """The phases in order. Each phase is created when it begins, from the results of the
+        earlier phases.
+        """
         if self.recipe.dense_epochs:
             rate = self.recipe.learning_rate
             yield self._plain("dense", self.recipe.dense_epochs).changed(learning_rate=rate)
@@ -127,7 +132,7 @@ class _TorchPruning:
             self._prune(step)
             yield self._plain(f"step {step}", end - begin).changed(decays=False)
         self._prune(self.steps)
-        yield self._plain("pruned", 0)  # for its error
+        yield self._plain("pruned", 0)  # measures its error
         yield self._plain("finetuned", self.epochs - begins[-1])
 
     def _plain(self, name: str, epochs: int) -> Phase:
@@ -135,11 +140,11 @@ class _TorchPruning:
         return PlainPhase(name, epochs, self.small, self.recipe, units, learning_rate=rate)
 
     def posteriors(self) -> dict[str, Any]:
-        """There is no noise."""
+        """An empty dict, because there is no noise."""
         return {}
 
     def _prune(self, step: int) -> None:
-        """Make the network smaller, in the same proportion at every step."""
+        """Prune the network to a part of its MACs that is the same in every step."""
         self._take_gradients()
         macs = self.macs / self.ratio ** (step / self.steps)
         self.small = prune_to(
@@ -147,7 +152,9 @@ class _TorchPruning:
         )
 
     def _take_gradients(self) -> None:
-        """Leave the gradients of the training loss in the network, over some batches."""
+        """Compute the gradients of the training loss over some batches, and leave them in the
+        parameters.
+        """
         net, size = self.small.eval(), self.recipe.batch_size
         net.zero_grad()
         drawn = torch.randperm(len(self.data.train), generator=self.order)
@@ -169,22 +176,23 @@ def baseline(
     """Train, prune and fine-tune a network by Torch-Pruning.
 
     Args:
-        request: network, recipe, seed, weights and device; its method does not matter.
-        data: as `load_dataset` gives it for the network.
-        ratio: how many times fewer MACs at least.
+        request: the network, the recipe, the seed, the weights and the device. The method is
+            ignored.
+        data: the data, from `load_dataset`.
+        ratio: the smallest factor by which the MACs are reduced.
         importance: a name of `IMPORTANCES`.
-        steps: in how many steps it is pruned.
+        steps: the number of pruning steps.
         watch: called with the progress.
-        learning_rate: after the dense phase; by default the recipe's.
+        learning_rate: the learning rate after the dense phase; by default that of the recipe.
 
     Returns:
-        Its record, without the command. Errors are in percent, of the test set; `error.pruned` is
-        that of the network as the last step left it, before it was trained any more.
+        The record, without the command. Errors are those on the test set in percent. `error.pruned`
+        is the error of the network after the last pruning step, before further training.
 
     Raises:
-        RequestError: there are neither weights nor dense epochs, or too few others for the steps,
-            or the network cannot be built.
-        ValueError: the ratio is under 1, or one unit a layer has more MACs.
+        RequestError: there are neither weights nor dense epochs, there are too few other epochs for
+            the steps, or the network cannot be built.
+        ValueError: the ratio is less than 1, or the network with one unit per layer has more MACs.
     """
     if not 1 <= ratio < float("inf"):
         raise ValueError(f"the MACs ratio is {ratio:g}; expected a number >= 1")
@@ -241,11 +249,11 @@ def baseline(
 
 
 def _of_record(path: Path, options: argparse.Namespace) -> tuple[Request, float]:
-    """What a record's run was asked for, and its MACs ratio."""
+    """The request of the run of a record, and its MACs ratio."""
     try:
         found = json.loads(path.read_text("utf-8"))
         named = {key: found[key] for key in ("arch", "dataset", "seed", "recipe")}
-        found["method"]  # a record of a run has one
+        found["method"]  # only records of runs have a method
         ratio = found["macs"]["ratio"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise unreadable(path, "record of a run", error) from error
@@ -290,7 +298,7 @@ def _of_ratio(options: argparse.Namespace) -> Request:
 
 
 def _run(target: str, options: argparse.Namespace) -> Path:
-    """Make the baseline of a record's file or a MACs ratio, and write its record."""
+    """Make the baseline for the file of a record or for a MACs ratio, and write its record."""
     words = [f"--importance {options.importance}"]
     try:
         ratio, what = float(target), f"-{float(target):g}x"
@@ -348,16 +356,18 @@ def main(arguments: list[str]) -> None:
         "targets",
         nargs="+",
         metavar="RECORD_OR_RATIO",
-        help="a record of a run, or a MACs ratio of the network that --arch names",
+        help="the record of a run, or a MACs ratio for the network of --arch",
     )
     parser.add_argument("--importance", choices=IMPORTANCES, required=True)
-    parser.add_argument("--steps", type=int, default=STEPS, help="one number: cuts on the way")
-    parser.add_argument("--arch", help="with a ratio, as the next three")
+    parser.add_argument("--steps", type=int, default=STEPS, help="the number of pruning steps")
+    parser.add_argument("--arch", help="the network, for a ratio")
     parser.add_argument("--dataset")
     parser.add_argument("--recipe")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--weights", help="a file of weights in place of the dense phase")
-    parser.add_argument("--learning-rate", type=float, help="after the dense phase")
+    parser.add_argument("--weights", help="a file of weights, instead of the dense phase")
+    parser.add_argument(
+        "--learning-rate", type=float, help="the learning rate after the dense phase"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
     parser.add_argument("--channels-last", action="store_true")

@@ -1,4 +1,4 @@
-"""The criteria compared on finished runs: units, MACs and errors, pruned and fine-tuned.
+"""Compare the criteria on finished runs: units, MACs and errors, pruned and fine-tuned.
 
     python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR] [--no-fine-tuning]
 
@@ -48,14 +48,15 @@ def compared(
 
     Args:
         request, data, directory: of the run, as for `train`.
-        fine_tuning: whether to fine-tune too, which takes the longest.
+        fine_tuning: whether to fine-tune as well, which takes most of the time.
 
     Returns:
         For each criterion {`criterion`, `threshold`, `units` (kept, by gate), `macs`, `ratio`,
         `error` (of the test set in percent: {`pruned`, `finetuned`, or None without}}.
 
     Raises:
-        RequestError: the run has no whole checkpoint, or is of a method without these criteria.
+        RequestError: the run has no complete checkpoint, or its method does not have these
+            criteria.
     """
     rules = [request.recipe.rule(name) for name in CRITERIA]
     rows = []
@@ -126,7 +127,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _cells(entry: dict[str, Any], row: dict[str, Any], index: int) -> tuple[str, ...]:
-    """A line of the table; the first one of a run names it."""
+    """A line of the table. The first line of a run has its name."""
     name = f"{title(entry['arch'], entry['dataset'])}, {METHODS[entry['method']]}"
     last = row["error"]["finetuned"]
     return (
@@ -145,8 +146,14 @@ def main(arguments: list[str]) -> None:
     """Write the records of comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run")
-    parser.add_argument("--data-dir", type=Path, help="by default that of each run")
-    parser.add_argument("--no-fine-tuning", action="store_true", help="measure as pruned only")
+    parser.add_argument(
+        "--data-dir", type=Path, help="the directory of the data sets; by default that of each run"
+    )
+    parser.add_argument(
+        "--no-fine-tuning",
+        action="store_true",
+        help="measure the pruned networks only, without fine-tuning",
+    )
     options = parser.parse_args(arguments)
     try:
         for run in options.runs:

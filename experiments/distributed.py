@@ -1,10 +1,10 @@
-"""Pruning in several processes: a small network, trained with noise in step.
+"""An example of pruning in several processes, which train a small network in step.
 
     torchrun --nproc-per-node 2 -m pyro_sbp.experiments.distributed
     python -m pyro_sbp.experiments.distributed
 
 Both print the same number of units and end at the same parameters, up to rounding: every process
-draws the same noise, and has its share of every minibatch. With ``--own-noise`` every process draws
+draws the same noise, and gets a share of every minibatch. With ``--own-noise`` every process draws
 its own, which averages the gradient over as many draws of the noise. With ``--steps 1000`` the
 network learns its task; the error of the pruned network on new examples is printed.
 """
@@ -28,7 +28,7 @@ __all__ = ["Trained", "main", "train"]
 
 
 class Trained(NamedTuple):
-    """What a process has at the end of training.
+    """The result of training in one process.
 
     Attributes:
         state: the parameters of the network and of the posterior.
@@ -52,9 +52,10 @@ def train(steps: int = 20, own_noise: bool = False, seed: int = 0) -> Trained:
     """Train a small network with noise, in float64, in every process of the group if there is one.
 
     Args:
-        steps: of the optimizer, with minibatches of 32 over all processes.
+        steps: the number of steps of the optimizer, with minibatches of 32 examples over all
+            processes.
         own_noise: whether every process draws different noise.
-        seed: of the initial weights, the noise and the order of the examples.
+        seed: the seed of the initial weights, the noise and the order of the examples.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -97,9 +98,11 @@ def _spread(state: dict[str, Tensor]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, and print the units that are left."""
+    """Train, and print the number of remaining units."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--own-noise", action="store_true", help="draw other noise in each process")
+    parser.add_argument(
+        "--own-noise", action="store_true", help="draw different noise in each process"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the parameters to this file")

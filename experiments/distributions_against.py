@@ -2,11 +2,12 @@
 
     python -m pyro_sbp.experiments.distributions_against [--points N] [--rounds N]
 
-Accuracy is that of float32 parameters against 110 digits (SciPy computes in float64). Time is one
-forward and backward pass over 100,000 elements in milliseconds of the processor, on one thread,
-median of rounds that measure all in turn; SciPy has no gradients, and its time is that of the
-values. It needs mpmath and SciPy, and for its own columns NumPyro: ``pip install mpmath scipy
-numpyro``; without NumPyro they are left out, and a line says so.
+Accuracy is measured for float32 parameters against values in 110 digits. SciPy computes in float64.
+Times are milliseconds of processor time on one thread for a forward and a backward pass over
+100,000 elements: the median over rounds that measure all libraries in turn. SciPy has no gradients,
+so its time is that of the values only. The program needs mpmath and SciPy, and NumPyro for the
+columns of NumPyro: ``pip install mpmath scipy numpyro``. Without NumPyro, these columns are omitted
+with a message.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = ["main"]
 
 QUANTITIES = ("log_prob", "one-sided log_prob", "KL to uniform", "sample")
 NUM_TIMED = 100_000
-#: From points, values and values of the one-sided to the quantities that a library has: [n] each.
+#: A function from points, values and one-sided values to the quantities of a library, ``[n]`` each.
 Library = Callable[[Points, Tensor, Tensor], dict[str, Callable[[], Any]]]
 
 
@@ -50,13 +51,13 @@ def ours(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Tensor]]
         "log_prob": lambda: two_sided().log_prob(x),
         "one-sided log_prob": lambda: one_sided().log_prob(x_one),
         "KL to uniform": lambda: kl_divergence(two_sided(), prior),
-        # What rsample() does with its uniform numbers.
+        # The computation of rsample() from its uniform numbers.
         "sample": lambda: quantile(p.u[2].double(), p.loc, p.scale, low, high).float(),
     }
 
 
 def by_hand(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The textbook formulas with erf, and with log_ndtr where one bound is infinite."""
+    """The textbook formulas with erf, and with log_ndtr if one bound is infinite."""
     low, high = BOX
     log_root = 0.5 * math.log(2 * math.pi)
 
@@ -97,7 +98,7 @@ def scipy(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
     import numpy as np
     from scipy.stats import truncnorm
 
-    np.seterr(all="ignore")  # what is not finite is counted
+    np.seterr(all="ignore")  # values that are not finite are counted
     tensors = (p.loc, p.scale, p.u[2], x, x_one)
     loc, scale, u, x, x_one = (y.detach().double().numpy() for y in tensors)
     alpha, beta = ((bound - loc) / scale for bound in BOX)
@@ -114,7 +115,9 @@ def scipy(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
 
 
 def numpyro(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
-    """NumPyro's, compiled; it has no KL divergence of a truncated normal. Values and gradients."""
+    """The values and gradients of NumPyro, compiled. It has no KL divergence of a truncated
+    normal.
+    """
     import jax
     from numpyro.distributions import TruncatedNormal as Theirs
 
@@ -139,7 +142,7 @@ def numpyro(p: Points, x: Any, x_one: Any) -> dict[str, Callable[[], Any]]:
 
 
 def _values(p: Points) -> tuple[Tensor, Tensor]:
-    """A value of every element, and one for the distribution without an upper bound."""
+    """A value for every element, and one for the distribution without an upper bound."""
     p = p.to(torch.float64)
     value = TruncatedNormal(p.loc, p.scale, *BOX).icdf(p.u[2])
     one = TruncatedNormal(p.loc, p.scale, BOX[0], math.inf).icdf(p.u[2])
@@ -147,7 +150,9 @@ def _values(p: Points) -> tuple[Tensor, Tensor]:
 
 
 def _truths(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Tensor]:
-    """In float64, [n] each; of quantiles those of the classes, which hold 1e-11."""
+    """The true values in float64, ``[n]`` each. For quantiles they are those of the classes in
+    float64, which are accurate to 1e-11.
+    """
     from pyro_sbp.experiments.truncated_normal_truth import Truth
 
     p = p.to(torch.float64)
@@ -165,14 +170,18 @@ def _truths(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Tensor]:
 
 
 def _percent_off(value: Any, truth: Tensor) -> float:
-    """How many are NaN, infinite, or off by more than a thousandth of the larger of value and 1."""
+    """The percentage of values that are NaN, infinite, or wrong by more than 1e-3 times max(1,
+    value).
+    """
     value = value.detach() if isinstance(value, Tensor) else torch.tensor(value.tolist())
     error = (value.double() - truth).abs()
     return 100 * (~(error <= 1e-3 * truth.abs().clamp_min(1))).double().mean().item()
 
 
 def _timed(libraries: dict[str, Library], rounds: int) -> dict[tuple[str, str], float]:
-    """Median milliseconds of every library and quantity, where the formulas by hand are finite."""
+    """Median milliseconds for every library and quantity, at points where the formulas by hand are
+    finite.
+    """
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(4, NUM_TIMED, generator=generator)
     loc, scale = u[0] * 16 - 18, u[1] * 5 + 1
@@ -186,7 +195,7 @@ def _timed(libraries: dict[str, Library], rounds: int) -> dict[tuple[str, str], 
         for quantity, function in library(p, *x).items()
     }
     times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
-    # After one large tensor the allocator keeps what is freed, as it does in any training.
+    # After one large allocation the allocator keeps freed memory, as in any training.
     torch.zeros(1 << 22, device="cpu")
     for index in range(rounds + 1):
         for key, function in functions.items():
@@ -202,7 +211,9 @@ def _timed(libraries: dict[str, Library], rounds: int) -> dict[tuple[str, str], 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--points", type=int, default=1000, help="settings of the accuracy")
+    parser.add_argument(
+        "--points", type=int, default=1000, help="number of points for the accuracy"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of the time")
     options = parser.parse_args(arguments)
     try:

@@ -1,10 +1,10 @@
-"""How right and how fast the distributions are: the tables of docs/distributions.md.
+"""Measure the accuracy and the speed of the distributions, for the tables of docs/distributions.md.
 
     python -m pyro_sbp.experiments.distributions_table [accuracy|comparison|cost] [--points N]
 
-`accuracy` compares with 110 digits, `comparison` does the same for the two constructions that
-others use, `cost` times on this machine. All three without an argument. The first two need mpmath:
-``pip install 'pyro-sbp[experiments]'``.
+`accuracy` compares the distributions with values in 110 digits. `comparison` does the same for the
+two constructions that others use. `cost` measures times on this machine. Without an argument, all
+three run. The first two need mpmath: ``pip install 'pyro-sbp[experiments]'``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["BOX", "QUANTITIES", "SETS", "Points", "errors", "measured", "points"
 
 INF = math.inf
 BOX = (-20.0, 0.0)
-#: Bounds, the range of loc, and the share of the points of each set.
+#: For each set of points, the bounds, the range of loc, and the share of the points.
 SETS = (
     (BOX, (-25.0, 5.0), 1.0),
     ((-5.0, 0.0), (-10.0, 5.0), 0.1),
@@ -46,7 +46,7 @@ DRAWS = 4
 
 
 class Points(NamedTuple):
-    """Settings of the parameters [n], and probabilities [DRAWS, n]."""
+    """Values of the parameters ``[n]``, and probabilities ``[DRAWS, n]``."""
 
     loc: Tensor
     scale: Tensor
@@ -59,7 +59,9 @@ class Points(NamedTuple):
 
 
 def points(n: int, bounds: tuple[float, float], locs: tuple[float, float], seed: int = 0) -> Points:
-    """Half a grid, a quarter random, a quarter with loc within three scales of an end."""
+    """Points of which half are a grid, a quarter are random, and a quarter have loc within three
+    scales of a bound.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -77,16 +79,16 @@ def points(n: int, bounds: tuple[float, float], locs: tuple[float, float], seed:
     loc = torch.where(torch.arange(rest) < rest // 2, loc, near).clamp(*locs)
     loc, log_scale = torch.cat([grid[:, 0], loc]), torch.cat([grid[:, 1], log_scale])
     u = random(DRAWS, len(loc))
-    u[0] = torch.exp(-20 * u[0])  # one of the draws far in the lower tail, one in the upper
+    u[0] = torch.exp(-20 * u[0])  # one draw far in the lower tail, one far in the upper tail
     u[1] = 1 - torch.exp(-12 * u[1])
     low, high = (torch.full_like(loc, x) for x in bounds)
     return Points(loc, log_scale.exp(), low, high, u)
 
 
 class Quantity(NamedTuple):
-    """What is measured: its name, its bounds, and the floor of its size, in words.
+    """A measured quantity: its name, the bounds of its errors, and the floor of its size as text.
 
-    The error is absolute, over the larger of the value and the floor.
+    The error is the absolute error divided by the larger of the value and the floor.
     """
 
     name: str
@@ -120,7 +122,9 @@ QUANTITIES = {
 
 
 def measured(p: Points) -> dict[str, Tensor]:
-    """Every quantity by the classes, in the dtype of the points, as float64: [n] or [DRAWS, n]."""
+    """Every quantity as computed by the classes in the dtype of the points, in float64: ``[n]`` or
+    ``[DRAWS, n]``.
+    """
     loc, scale = p.loc.clone().requires_grad_(), p.scale.clone().requires_grad_()
     x = TruncatedNormal(loc, scale, p.low, p.high)
     out = {"mean": x.mean, "variance": x.variance, "entropy": x.entropy(), "value": x.icdf(p.u)}
@@ -157,10 +161,11 @@ def _error(value: float, truth: mpf, floor: float | mpf = 0) -> float:
 
 
 def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]]:
-    """(quantity, point, error) against 110 digits; infinite where a value is NaN or infinite.
+    """Tuples (quantity, point, error against 110 digits). The error is infinite if a value is NaN
+    or infinite.
 
     Args:
-        p: the points that `got` was measured at, in float64.
+        p: the points at which `got` was measured, in float64.
     """
     from mpmath import mp
 
@@ -204,7 +209,7 @@ def errors(p: Points, got: dict[str, Tensor]) -> Iterator[tuple[str, int, float]
 
 
 def print_accuracy(n: int) -> None:
-    """Table 1: the largest error of every quantity and where it is."""
+    """Print table 1: the largest error of every quantity and its position."""
     from pyro_sbp.experiments.truncated_normal_truth import DIGITS
 
     count = sum(int(n * share) for _, _, share in SETS)
@@ -278,7 +283,7 @@ COMPARED = ("kl", "kl_d_loc", "kl_d_log_scale", "exp_mean", "exp_snr", "exp_icdf
 
 
 def print_comparison(n: int) -> None:
-    """Table 2: where the others, and these classes, are wrong in float32."""
+    """Print table 2: how often the other constructions and these classes are wrong in float32."""
     from pyro_sbp.experiments.truncated_normal_truth import Truth
 
     bounds, locs, _ = SETS[0]
@@ -286,7 +291,7 @@ def print_comparison(n: int) -> None:
     exact = p.to(torch.float64)
     truths = [Truth(*x) for x in zip(*(x.tolist() for x in exact[:4]), strict=True)]
     true = {name: [getattr(t, name) for t in truths] for name in COMPARED if name != "exp_icdf"}
-    # The quantiles are known to 1e-11 from the classes in float64, by the table above.
+    # The quantiles of the classes in float64 are accurate to 1e-11, see table 1.
     true_theta = TruncatedLogNormal(*exact[:4]).icdf(exact.u)
     print(f"Float32, {n:,} points of bounds {bounds}, loc in {list(locs)}: percent of the points")
     print("where the value is NaN or infinite / where it is that or off by more than 1 %.\n")
@@ -314,7 +319,7 @@ def print_comparison(n: int) -> None:
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 30) -> float:
-    """Median time of a call, after two that are not counted."""
+    """Median time of a call, after two warm-up calls."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -342,7 +347,9 @@ def _lenet5_step(device: torch.device, batch_size: int) -> Callable[[], None]:
 
 
 def print_cost(device: torch.device) -> None:
-    """Table 3: forward and backward, against bare normal draws and a training step of LeNet-5."""
+    """Print table 3: times of forward and backward, relative to plain normal draws and to a
+    training step of LeNet-5.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def parameters(units: int) -> tuple[Tensor, Tensor]:
@@ -391,7 +398,9 @@ def print_cost(device: torch.device) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     tables = ("accuracy", "comparison", "cost")
-    parser.add_argument("table", nargs="?", choices=tables, help="one of the tables; else all")
+    parser.add_argument(
+        "table", nargs="?", choices=tables, help="the table to print; by default all"
+    )
     parser.add_argument("--points", type=int, default=4000, help="points of the bounds (-20, 0)")
     options = parser.parse_args(arguments)
     chosen = (options.table,) if options.table else tables

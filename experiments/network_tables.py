@@ -23,14 +23,15 @@ __all__ = [
 ]
 
 
-#: The data sets of networks that are none of `ARCHITECTURES`.
+#: The data sets of networks that are not in `ARCHITECTURES`.
 _DATASETS = {"pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg"}
-#: Folders that hold the images of a data set without loss: published results are those of the set.
+#: Folders with the images of a data set in a lossless format. Published results are those of the
+#: data set.
 _LOSSLESS = {"folder:cifar10-png": "cifar10"}
 
 
 def dataset_of(arch: str) -> str:
-    """The data set that a network's tables are of, unless another is named.
+    """The data set of the tables of a network, unless another one is named.
 
     Raises:
         RequestError: the network is unknown, or has no default data set.
@@ -48,7 +49,7 @@ def _percent(value: float | None) -> str:
 
 
 def network(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
-    """The papers' rows of a network and ours, which are bold, by MACs ratio."""
+    """The rows of the papers for a network, and our rows in bold, ordered by the MACs ratio."""
     dataset = dataset or dataset_of(arch)
     lines = []
     for paper in published(arch, _LOSSLESS.get(dataset, dataset)):
@@ -65,10 +66,10 @@ def network(records: Sequence[Record], arch: str, dataset: str | None = None) ->
 
 
 def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: str) -> list[Row]:
-    """The rows of recipes, in their order, on the network's own data set.
+    """The rows of the named recipes, on the default data set of the network.
 
     Raises:
-        RequestError: no recipe is named, or one has no record.
+        RequestError: no recipe is named, or a recipe has no record.
     """
     dataset = dataset_of(arch)
     if not recipes:
@@ -84,10 +85,11 @@ def named(records: Sequence[Record], arch: str, recipes: Sequence[str], table: s
 
 
 def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
-    """The paper's SBP and our named recipes, on the network's own data set.
+    """The row of the paper's SBP and the rows of the named recipes, on the default data set of the
+    network.
 
     Raises:
-        RequestError: no recipe is named, or one has no record.
+        RequestError: no recipe is named, or a recipe has no record.
     """
     dataset = dataset_of(arch)
     chosen = named(records, arch, recipes, "headline")
@@ -106,10 +108,11 @@ def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
 
 
 def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
-    """Named recipes of ours, each before what other libraries reach at its MACs and epochs.
+    """The rows of the named recipes, each followed by the results of other libraries with the same
+    MACs and epochs.
 
     Raises:
-        RequestError: no recipe is named, or one has no record, of ours or of another library.
+        RequestError: no recipe is named, or a recipe has no record of a run or of another library.
     """
     dataset = dataset_of(arch)
     theirs = [row for row in of_network(records, arch, dataset) if row.first.baseline]
@@ -130,10 +133,11 @@ def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
 
 
 def calibration(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
-    """Error, negative log-likelihood and expected calibration error, before and after pruning.
+    """The error, the negative log-likelihood and the expected calibration error, before and after
+    pruning.
 
     Raises:
-        RequestError: no record has them.
+        RequestError: no record has these values.
     """
     dataset = dataset or dataset_of(arch)
     cells = []
@@ -192,7 +196,7 @@ def speed(records: Sequence[Record], arch: str, dataset: str | None = None) -> s
 
 
 def commands(records: Sequence[Record]) -> str:
-    """How each row was made: command, seeds, minutes, machine and versions; N is the seed.
+    """The command of each row, with seeds, minutes, machine and versions. N is the seed.
 
     Raises:
         RequestError: there are no records.

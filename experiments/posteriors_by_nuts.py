@@ -1,4 +1,4 @@
-"""The regression of docs/distributions.md by its guide and by NUTS.
+"""The posterior of the regression of docs/distributions.md, by its guide and by NUTS.
 
 `python -m pyro_sbp.experiments.posteriors_by_nuts [SEED ...]` prints one row for each data seed and
 coefficient.
@@ -26,7 +26,9 @@ TRUTH = (0.9, 0.0, 0.4, 0.0, 0.0)
 
 
 class Row(NamedTuple):
-    """A coefficient: its true value, and mean and deviation by the guide and by NUTS."""
+    """A coefficient: its true value, and its mean and standard deviation by the guide and by
+    NUTS.
+    """
 
     truth: float
     guide: tuple[float, float]
@@ -53,7 +55,7 @@ def rows(
     for _ in range(steps):
         svi.step(x, y)
     q = guide.posteriors()["theta"]
-    # In float64: a float32 potential is too rough for small steps.
+    # In float64, because rounding in a float32 potential is too large for small steps.
     start = init_to_value(values={"theta": torch.full((len(TRUTH),), 0.05).double()})
     torch.set_default_dtype(torch.float64)
     try:

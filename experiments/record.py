@@ -1,4 +1,4 @@
-"""Turn finished run directories into records: `python -m pyro_sbp.experiments.record RUN ...`."""
+"""Convert finished run directories to records: `python -m pyro_sbp.experiments.record RUN ...`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def file_name(*parts: Any) -> str:
     """The file of a record, from its network, data set and all else that distinguishes it from
     others.
 
-    Of ``package.module:callable`` the last two names stay, of ``folder:PATH`` the folder's.
+    It has the last two names of ``package.module:callable``, and the name of the folder of
+    ``folder:PATH``.
     """
     names = []
     for part in map(str, parts):
@@ -44,25 +45,27 @@ def file_name(*parts: Any) -> str:
 
 
 def without_path(dataset: str) -> str:
-    """A data set as a record names it: of ``folder:PATH`` the folder's name, not where it lies."""
+    """The name of a data set in a record. For ``folder:PATH`` it has the name of the folder, not
+    its path.
+    """
     kind, colon, path = dataset.partition(":")
     return f"{kind}:{Path(path).name}" if colon else dataset
 
 
 def short_path(weights: str) -> str:
-    """A file of weights as a record names it: its run directory's name and its own."""
+    """The name of a file of weights in a record: that of its run directory and that of the file."""
     return "/".join(Path(weights).parts[-2:])
 
 
 def record(run: Path) -> dict[str, Any]:
-    """The record of a run: its summary, and what it takes to repeat it.
+    """The record of a run: its summary, and the facts that are needed to repeat it.
 
     For a run that started from the weights of another run, ``started_from`` is the command of that
     run. ``latencies`` are those that `pyro-sbp bench` measured, if it did.
 
     Raises:
-        ValueError: the run was made with a recipe that has no name here, or it started from weights
-            that are in no run directory.
+        ValueError: the recipe of the run is not a named recipe, or the run started from weights
+            that are not in a run directory.
     """
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
@@ -85,13 +88,13 @@ def record(run: Path) -> dict[str, Any]:
 
 
 def _latencies(run: Path) -> dict[str, Any]:
-    """What `pyro-sbp bench` wrote into the run directory."""
+    """The latencies that `pyro-sbp bench` wrote into the run directory."""
     path = run / "bench.json"
     return {"latencies": json.loads(path.read_text("utf-8"))} if path.exists() else {}
 
 
 def made_by(weights: Path) -> Request:
-    """The request of the run that wrote a file of weights.
+    """The request of the run that created a file of weights.
 
     Raises:
         ValueError: the file is not in a run directory.
@@ -109,11 +112,13 @@ def command(request: Request) -> str:
     """The command that repeats a request.
 
     Raises:
-        ValueError: its recipe has no name here.
+        ValueError: its recipe is not a named recipe.
     """
     named = RECIPES.get(request.recipe.name)
     if named is not None and request.weights is not None:
-        named = named.replace(dense_epochs=0)  # the weights take the place of the dense phase
+        named = named.replace(
+            dense_epochs=0
+        )  # the dense phase is omitted, because there are weights
     if request.recipe != named:
         raise ValueError(f"the recipe {request.recipe.name!r} is not that of pyro_sbp.recipes")
     words = [
@@ -138,8 +143,9 @@ def command(request: Request) -> str:
 
 
 def thresholds(run: Path) -> list[dict[str, Any]]:
-    """The run's network at other thresholds, from `sweep`; of a method that removes weights, the
-    curve of compression against error."""
+    """The results of the run at other thresholds, from `sweep`. For a method that removes weights,
+    they are a curve of error against compression.
+    """
     from pyro_sbp.architectures import find_architecture
     from pyro_sbp.datasets.loading import load_dataset
     from pyro_sbp.training.again import sweep
@@ -151,7 +157,9 @@ def thresholds(run: Path) -> list[dict[str, Any]]:
 
 
 def phases(run: Path) -> list[dict[str, Any]]:
-    """Every phase of a run at its end: error, units, and the median of its epochs' seconds."""
+    """The error and the units at the end of every phase of a run, and the median seconds of its
+    epochs.
+    """
     text = (run / "metrics.jsonl").read_text("utf-8")
     by_phase: dict[str, list[dict[str, Any]]] = {}
     for line in map(json.loads, text.splitlines()):
@@ -172,7 +180,7 @@ def main(arguments: list[str]) -> None:
     """Write the records of run directories into `experiments/results/`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--sweep", action="store_true", help="measure other thresholds too")
+    parser.add_argument("--sweep", action="store_true", help="also measure other thresholds")
     options = parser.parse_args(arguments)
     RESULTS.mkdir(exist_ok=True)
     for run in options.runs:

@@ -1,4 +1,4 @@
-"""Recorded results, their medians over seeds, and how tables write them."""
+"""Recorded results, their medians over seeds, and their format in tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "unreadable",
 ]
 
-#: The networks' names in words.
+#: The names of the networks in tables.
 TITLES = {
     "lenet-500-300": "LeNet-500-300",
     "lenet5": "LeNet-5",
@@ -41,7 +41,7 @@ TITLES = {
     "pyro_sbp.experiments.dropout:lenet5_32": "LeNet-5 for 32x32 images",
     "pyro_sbp.experiments.dropout:lenet5_32_dropout": "LeNet-5 for 32x32 images, with dropout",
 }
-#: The seed in a command, or in the name of a record that a command has.
+#: The seed in a command, or in the name of a record in a command.
 _SEED = r"(?<=--seed )\d+|(?<=-)\d+(?=\.json\b)"
 _DATASETS = {
     "mnist": "MNIST",
@@ -49,27 +49,27 @@ _DATASETS = {
     "folder:cifar10-png": "CIFAR-10",
     "folder:cifar10-jpeg": "CIFAR-10 (JPEG)",
 }
-#: The methods' names in words.
+#: The names of the methods in tables.
 METHODS = {"sbp": "SBP", "rbp": "RBP", "sparse-vd": "SparseVD"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run or a baseline, as `experiments/results/` has it.
+    """The record of a run or of a baseline in `experiments/results/`.
 
     Attributes:
-        arch, dataset, method: as in a request; a baseline's method is the library's.
-        recipe: of a baseline, the recipe whose epochs it was given.
-        baseline: whether it is another library's.
-        random_labels: whether its error is that of learning labels drawn at random.
-        error: test error in percent of the final network, after the last epoch.
-        dense: that of the dense network before; None where there was none.
-        units: units kept, by gate in the order of the network.
-        macs_ratio: how many times fewer MACs than the dense network.
-        minutes: of training.
-        command: how to repeat it; its seed is `N`.
-        settings: of the recipe, as they were then.
-        content: the whole file.
+        arch, dataset, method: as in a request. The method of a baseline is that of its library.
+        recipe: the name of the recipe. For a baseline it is the recipe whose epochs it has.
+        baseline: whether the result is that of another library.
+        random_labels: whether the network was trained on random labels.
+        error: the test error of the final network in percent, after the last epoch.
+        dense: the test error of the dense network; None if no dense network was trained.
+        units: the numbers of kept units, by gate in the order of the network.
+        macs_ratio: the MACs of the dense network divided by those of the final network.
+        minutes: the duration of training.
+        command: the command that repeats the run, with `N` for the seed.
+        settings: the settings of the recipe at the time of the run.
+        content: the content of the file.
     """
 
     arch: str
@@ -95,7 +95,7 @@ class Record:
         """Read a record of either kind.
 
         Raises:
-            RequestError: the file is not one.
+            RequestError: the file is not a record.
         """
         try:
             return cls.of(json.loads(path.read_text("utf-8")))
@@ -104,7 +104,7 @@ class Record:
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Record:
-        """The record that a file's content is."""
+        """The record with the content of a file."""
         baseline = found.get("kind") == "baseline"
         error = found["error"]
         last = error["finetuned"]
@@ -132,7 +132,7 @@ class Record:
 
 
 def unreadable(path: Path, what: str, error: Exception) -> RequestError:
-    """What to raise of a file that is not what it should be, from what reading it raised."""
+    """The error to raise for an unreadable file, from the exception of reading it."""
     words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
     return RequestError(f"{path} is no {what}: {words}")
 
@@ -141,8 +141,8 @@ def read_records(directory: Path) -> list[Record]:
     """All records of a directory, in the order of their names.
 
     Raises:
-        RequestError: one of its JSON files is no record, or was made by a recipe that had other
-            settings than it has now.
+        RequestError: a JSON file in the directory is not a record, or the settings of its recipe
+            have changed since.
     """
     found = {path: Record.read(path) for path in sorted(directory.glob("*.json"))}
     for path, record in found.items():
@@ -161,13 +161,13 @@ def read_records(directory: Path) -> list[Record]:
 
 @dataclass(frozen=True)
 class Row:
-    """The records of one network, method and recipe, which differ in their seeds."""
+    """The records of a network, a method and a recipe, which differ only in the seed."""
 
     records: tuple[Record, ...]
 
     @property
     def first(self) -> Record:
-        """What all of them are alike in, apart from what differs by seed."""
+        """The first record, for values that do not depend on the seed."""
         return self.records[0]
 
     @property
@@ -202,7 +202,7 @@ class Row:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the greatest test error, in percent."""
+        """The smallest and the largest test error, in percent."""
         errors = [record.error for record in self.records]
         return min(errors), max(errors)
 
@@ -214,17 +214,17 @@ class Row:
 
     @property
     def macs_ratio(self) -> float:
-        """Median of how many times fewer MACs."""
+        """Median MACs ratio."""
         return self.median(lambda record: record.macs_ratio)
 
     @property
     def units(self) -> str:
-        """Median units kept, gate by gate."""
+        """Median numbers of kept units, by gate."""
         return median_units([record.units for record in self.records])
 
     @property
     def error_in_words(self) -> str:
-        """Median error and, of several seeds, the spread."""
+        """Median error and, for several seeds, the range, as text."""
         low, high = self.spread
         return f"{self.error:.2f}" + f" ({low:.2f} to {high:.2f})" * (len(self.records) > 1)
 
@@ -240,12 +240,12 @@ class Row:
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """Records by what they repeat, in the order of their first one.
+    """Group records into rows, in the order of the first record of each row.
 
-    Of baselines that is the command, which has their MACs ratio too.
+    Baselines are grouped by their command, because it contains the MACs ratio.
 
     Raises:
-        RequestError: a seed is there twice.
+        RequestError: a row has two records with the same seed.
     """
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
@@ -261,15 +261,15 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 
 def median_units(counts: Sequence[Mapping[str, int]]) -> str:
-    """Medians of units by gate, in the order of the first."""
+    """The medians of the numbers of units by gate, in the order of the first record."""
     return "-".join(f"{statistics.median(c[gate] for c in counts):.0f}" for gate in counts[0])
 
 
 def of_network(records: Sequence[Record], arch: str, dataset: str) -> list[Row]:
-    """The rows of a network on a data set, without those of random labels.
+    """The rows of a network on a data set, without those with random labels.
 
     Raises:
-        RequestError: there are none.
+        RequestError: there is no such row.
     """
     found = [r for r in records if (r.arch, r.dataset) == (arch, dataset) and not r.random_labels]
     if not found:
@@ -278,7 +278,7 @@ def of_network(records: Sequence[Record], arch: str, dataset: str) -> list[Row]:
 
 
 def title(arch: str, dataset: str = "") -> str:
-    """A network, on a data set if one is named, in words, or as a request has them."""
+    """The title of a network, and of a data set if one is named."""
     words = TITLES.get(arch, arch)
     return f"{words} on {_DATASETS.get(dataset, dataset)}" if dataset else words
 

@@ -2,9 +2,9 @@
 
 python -m pyro_sbp.experiments.tables [--check]
 
-A table stands between two lines of a page, `<!-- table: NAME -->` and `<!-- end -->`; some names
-have arguments, as in `<!-- table: recursion lenet5 -->`. A figure is drawn again where its numbers
-have changed; to draw it again anyway, delete its file.
+A table is between the lines `<!-- table: NAME -->` and `<!-- end -->` of a page. Some names have
+arguments, as in `<!-- table: recursion lenet5 -->`. A figure is drawn again if its numbers have
+changed. To draw a figure again in any case, delete its file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TABLES", "main", "rebuilt"]
 
 ROOT = Path(__file__).parents[1]
 
-#: What makes a table of the records and of the words after its name.
+#: Functions that make a table from the records and the words after the name of the table.
 TABLES: dict[str, Callable[..., str]] = {
     "network": network_tables.network,
     "headline": network_tables.headline,
@@ -54,7 +54,7 @@ _END = re.compile(r"<!--\s*end\s*-->\s*")
 
 
 def _made(words: str, records: Sequence[Record]) -> str:
-    """The table of a name and its arguments."""
+    """The table with a name and arguments."""
     name, *arguments = words.split() or [""]
     if name not in TABLES:
         close = did_you_mean(name, TABLES) or f"; expected one of {', '.join(TABLES)}"
@@ -67,17 +67,17 @@ def _made(words: str, records: Sequence[Record]) -> str:
 
 
 def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[str]]:
-    """A page with its tables as the records have them.
+    """A page with its tables rebuilt from the records.
 
     Args:
-        page: its name, for messages.
-        text: what is in it.
+        page: the name of the page, for messages.
+        text: the content of the page.
 
     Returns:
-        The page as it should be, and a line for every table that was out of date.
+        The new content of the page, and a line for every table that was out of date.
 
     Raises:
-        RequestError: a table is unknown, has no end, or needs a record that does not exist.
+        RequestError: a table is unknown, has no end line, or needs a record that does not exist.
     """
     lines: list[str] = []
     stale: list[str] = []
@@ -110,14 +110,14 @@ def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[
 
 
 def _difference(old: Sequence[str], new: Sequence[str]) -> str:
-    """Where they begin to differ."""
+    """A text that shows the first difference between two tables."""
     was, now = next(pair for pair in zip_longest(old, new) if pair[0] != pair[1])
     there, expected = ("nothing" if line is None else repr(line) for line in (was, now))
     return f"out of date: {there} is there, the records give {expected}"
 
 
 def _run(root: Path, check: bool) -> list[str]:
-    """Rebuild or check a checkout; a line for everything that was out of date."""
+    """Rebuild or check a checkout. Return a line for everything that was out of date."""
     if not (root / "README.md").is_file():
         raise RequestError(f"{root} has no README.md; tables are rebuilt in a checkout of pyro-sbp")
     records = read_records(root / "experiments" / "results")
@@ -148,10 +148,11 @@ def _run(root: Path, check: bool) -> list[str]:
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:
-    """The command; its exit status is 1 where a table cannot be made or, checked, is out of date.
+    """The command. Its exit status is 1 if a table cannot be made, or if a checked table is out of
+    date.
 
     Args:
-        root: the checkout.
+        root: the directory of the checkout.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pyro_sbp.experiments.tables",

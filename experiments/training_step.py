@@ -1,10 +1,11 @@
-"""What a training step with noise costs: `python -m pyro_sbp.experiments.training_step`.
+"""Measure the time of a training step with noise: `python -m pyro_sbp.experiments.training_step`.
 
-Milliseconds a step of the dense network, of SBP written by hand in torch with the formulas of
-`pyro_sbp.special`, and of this package with its ELBO, with Pyro's, and with Pyro's SVI. All are
-measured in turn, in one run, so that a busy moment of the machine hits all; ratios to the dense
-step count, not milliseconds. `--parts` shows how the time of the closed form is spent,
-`--batch-sizes` how it grows with the batch, `--method sparse-vd` measures noise on weights.
+It prints the milliseconds per step of the dense network, of SBP written by hand in torch with the
+formulas of `pyro_sbp.special`, and of this package with its own ELBO, with Pyro's ELBO, and with
+Pyro's SVI. All steps are measured in turn in one run, so that other load on the machine affects all
+of them. Compare the ratios to the dense step, not the milliseconds. `--parts` shows how the time of
+the closed form is spent. `--batch-sizes` shows how it grows with the batch size. `--method
+sparse-vd` measures noise on weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pyro_sbp.models.sparse_model import SparseModel
 __all__ = ["main", "steps"]
 
 NoisePer = Literal["batch", "example"]
-#: The loss of a minibatch of images and labels.
+#: A function from images and labels of a minibatch to its loss.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 NUM_DATA = 60_000
@@ -53,7 +54,9 @@ SPARSE_NETWORKS = {
 
 
 def _frozen(net: nn.Module) -> nn.Module:
-    """Batch norms use their running statistics, as the gated phase has it, in all that is timed."""
+    """Make batch norms use their running statistics, as in the gated phase, for all
+    measurements.
+    """
     net.train()
     for module in net.modules():
         if "BatchNorm" in type(module).__name__:
@@ -62,7 +65,7 @@ def _frozen(net: nn.Module) -> nn.Module:
 
 
 def _by_hand(net: nn.Module, gates: list[Gate], noise_per: NoisePer) -> tuple[list[Tensor], Loss]:
-    """SBP without Pyro: parameters, and the loss of a minibatch."""
+    """SBP without Pyro: its parameters, and the function for the loss of a minibatch."""
     device = next(net.parameters()).device
     low, high = (torch.full((), bound, device=device) for bound in (LOG_LOW, LOG_HIGH))
     loc = {g.name: torch.zeros(g.size, device=device, requires_grad=True) for g in gates}
@@ -86,7 +89,7 @@ def _by_hand(net: nn.Module, gates: list[Gate], noise_per: NoisePer) -> tuple[li
 def steps(
     name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """A function for every way of doing one training step, by name."""
+    """Functions that take one training step in different ways, by name."""
     make, shape, features = NETWORKS[name]
     x = torch.rand(batch_size, *shape, device=device)
     y = torch.randint(10, (batch_size,), device=device)
@@ -124,7 +127,7 @@ def steps(
 
 
 class _SparseByHand(nn.Module):
-    """A layer of sparse variational dropout as one writes it in torch (arXiv 1701.05369)."""
+    """A layer of sparse variational dropout, written by hand in torch (arXiv 1701.05369)."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
@@ -146,7 +149,9 @@ class _SparseByHand(nn.Module):
 def sparse_steps(
     name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """As `steps`, with noise on the weights: drawn for every example, in the layers' outputs."""
+    """As `steps`, with noise on the weights. It is drawn in the outputs of the layers for every
+    example.
+    """
     make, shape, _ = SPARSE_NETWORKS[name]
     x = torch.rand(batch_size, *shape, device=device)
     y = torch.randint(10, (batch_size,), device=device)
@@ -188,7 +193,9 @@ def sparse_steps(
 def parts(
     name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """The dense step and the closed form, and its parts that can run separately, by name."""
+    """Functions for the dense step, the closed form, and the parts of it that can run separately,
+    by name.
+    """
     found = steps(name, batch_size, noise_per, device)
     make, shape, features = NETWORKS[name]
     x = torch.rand(batch_size, *shape, device=device)
@@ -235,9 +242,11 @@ def _parts_line(times: dict[str, list[float]]) -> str:
 def _measure(
     found: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step, by name: of the processor on one thread of a CPU."""
+    """The milliseconds of every step, by name. On one CPU thread they are processor time."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter  # other processes take no part
+    clock = (
+        time.process_time if alone else time.perf_counter
+    )  # time of other processes is not counted
     times: dict[str, list[float]] = {name: [] for name in found}
     for index in range(rounds + 2):
         for name, step in found.items():

@@ -1,4 +1,4 @@
-"""Data sets: labelled images to train and to test on, in memory or streamed from disk.
+"""Data sets: labelled images for training and testing, in memory or read from disk.
 
 Names are imported on first use: the module that locates data sets (`sources`) needs no torch.
 """

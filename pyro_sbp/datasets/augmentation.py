@@ -1,4 +1,4 @@
-"""Random changes of training images, on whole batches and on their device."""
+"""Random changes of training images, computed for whole batches on their device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Augmentation"]
 class Augmentation:
     """A random crop and a random flip, drawn for every image.
 
-    Random numbers come from torch's generator of the images' device, and none are drawn for what is
-    off. Nothing waits for the device.
+    Random numbers come from torch's generator for the device of the images. A change that is turned
+    off draws none. No operation synchronises with the device.
 
     Attributes:
-        crop: pad every side by this many zero pixels, then cut back to the size at one of the
-            ``(2 crop + 1)^2`` offsets, all as likely.
-        flip: mirror left and right with probability one half.
+        crop: pad every side by this many zero pixels, then crop to the original size at one of the
+            ``(2 crop + 1)^2`` offsets, with equal probabilities.
+        flip: mirror every image from left to right with probability 1/2.
     """
 
     crop: int = 0
     flip: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images ``[batch, channels, height, width]`` to images of the same shape."""
+        """Map images ``[batch, channels, height, width]`` to images of the same shape."""
         if self.crop:
             x = _crop(x, self.crop)
         return _flip(x) if self.flip else x

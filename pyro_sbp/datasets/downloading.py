@@ -1,4 +1,4 @@
-"""Downloads of torchvision's data sets, with the cause and a way out where one fails."""
+"""Download the data sets of torchvision. An error names its cause and what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def download(name: str, data_dir: Path) -> None:
-    """Download and unpack a data set of torchvision, unless its files are there.
+    """Download and unpack a data set of torchvision, unless its files exist.
 
     Args:
         name: one of `SOURCES`.
@@ -43,12 +43,12 @@ def download(name: str, data_dir: Path) -> None:
         getattr(datasets, source.class_name)(data_dir, download=True)
     except (*_NETWORK, *_ARCHIVE, OSError) as error:
         if isinstance(error, RuntimeError) and source.is_unpacked(data_dir):
-            return  # torchvision does not accept the files: whoever reads them reports it
+            return  # torchvision rejects the files; reading them raises an error with the cause
         raise RequestError(f"{name} {_failure(error, data_dir / source.folder)}") from error
 
 
 def _failure(error: Exception, folder: Path) -> str:
-    """What failed, why, and what to do."""
+    """A message that says what failed, why, and what to do."""
     cause = _cause(error)
     if isinstance(error, _ARCHIVE):
         return (
@@ -57,7 +57,7 @@ def _failure(error: Exception, folder: Path) -> str:
         )
     if isinstance(error, _NETWORK) or not isinstance(error, OSError) or error.errno is None:
         return (
-            f"is not in {folder}, or not complete, and cannot be downloaded ({cause}): try again, "
+            f"is missing or incomplete in {folder}, and cannot be downloaded ({cause}): try again, "
             "give a --data-dir that has it, or use --dataset digits, which needs no download"
         )
     if error.errno in _FULL:
@@ -66,7 +66,7 @@ def _failure(error: Exception, folder: Path) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The cause in one line; torchvision lists one for each server that it tried."""
+    """The cause in one line. torchvision lists one cause for each server that it tried."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{os.strerror(error.errno)}: {error.filename}"
     listed = re.findall(r"^Tried .*, got:\n(.+)$", str(error), flags=re.M)

@@ -1,4 +1,4 @@
-"""Data sets: labelled images to train and to test on, in memory or streamed from disk."""
+"""Load data sets into memory, or prepare them to be read from disk."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from pyro_sbp.errors import RequestError, damage, first_line
 
 __all__ = ["ImageData", "Split", "load_dataset"]
 
-#: A folder is streamed that would take more than this share of the available memory.
+#: If the images of a folder would take more than this share of the available memory, they are read
+#: from disk.
 MEMORY_SHARE = 0.25
-#: How many training images mean and standard deviation are measured on, drawn by a fixed seed.
+#: The number of training images, drawn with a fixed seed, on which mean and standard deviation are
+#: measured.
 STANDARDIZE_ON = 10_000
-#: What torchvision raises on files that are damaged.
+#: The exceptions that torchvision raises for damaged files.
 _DAMAGED = (
     AssertionError,
     EOFError,
@@ -46,10 +48,10 @@ class ImageData:
     """A data set.
 
     Attributes:
-        train: what is trained on.
-        test: what is tested on.
-        classes: their names.
-        validation: what choices are made by, if it was held out of the training data.
+        train: the training images.
+        test: the test images.
+        classes: the names of the classes.
+        validation: the training images that are reserved for validation, if there are any.
     """
 
     train: LabelledImages
@@ -62,14 +64,15 @@ class ImageData:
         return ImageData(change(self.train), change(self.test), self.classes, validation)
 
     def to(self, device: torch.device) -> ImageData:
-        """The same on a device."""
+        """The same data on a device."""
         return self._each(lambda split: split.to(device))
 
     def held_out(self, count: int) -> ImageData:
-        """The same with so many training images for validation: the same ones for every seed.
+        """The same data with `count` training images reserved for validation. They do not depend on
+        the seed of the run.
 
         Raises:
-            RequestError: fewer than two would be left to train on.
+            RequestError: fewer than two training images would remain.
         """
         if count > len(self.train) - 2:
             raise RequestError(
@@ -84,20 +87,25 @@ class ImageData:
         )
 
     def with_random_labels(self, seed: int) -> ImageData:
-        """The same with labels of training images drawn at random: there is nothing to learn, only
-        to memorise (arXiv 1611.03530)."""
+        """The same data with random labels for the training images. A network can only memorise
+        them (Zhang et al. 2017, arXiv 1611.03530).
+        """
         drawn = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self.classes), (len(self.train),), generator=drawn, device="cpu")
         labels = labels.to(self.train.labels)
         return dataclasses.replace(self, train=self.train.with_labels(labels))
 
     def standardized(self, by: Standardization | None = None) -> ImageData:
-        """The same, every channel standardised by its mean and deviation over training images.
+        """The same data, with every channel standardised by its mean and standard deviation.
 
-        Those given as `by` are used instead; grey images use their means over the channels.
+        They are measured on the training images, on a sample if there are more than
+        `STANDARDIZE_ON`. The sample is the same whether the images are in memory or on disk.
 
-        Of more than `STANDARDIZE_ON` training images, a sample is measured: the same one whether
-        they are streamed or not.
+        Args:
+            by: the statistics to use instead. For grey images, they are averaged over channels.
+
+        Raises:
+            RequestError: `by` has another number of channels than the images.
         """
         if by is not None:
             device, channels = self.train.labels.device, self.image_shape[0]
@@ -128,22 +136,24 @@ def load_dataset(
     workers: int | None = None,
     device: str | torch.device = "cpu",
 ) -> ImageData:
-    """Load a data set, downloading it under `data_dir` where it is missing.
+    """Load a data set, and download it to `data_dir` if it is missing.
 
     Args:
         name: one of `SOURCES`, "digits", or "folder:PATH".
-        data_dir: where torchvision's data sets lie.
+        data_dir: the directory of torchvision's data sets.
         image_size: height and width to which images of another size are resized (bilinear); None
-            keeps them.
-        workers: for a folder: 0 loads its images into memory, more are processes that read them
-            from disk while they are needed. None reads from disk, by up to four, where the decoded
-            images would take more than `MEMORY_SHARE` of the available memory. Batches are the
-            same either way.
-        device: where the data will go (`ImageData.to`); the memory of a GPU counts too.
+            keeps their size.
+        workers: the number of processes that read the images of a folder from disk during training.
+            0 loads them into memory. With None, they are read from disk by up to four processes if
+            the decoded images would take more than `MEMORY_SHARE` of the available memory, else
+            loaded into memory. The batches are the same in both cases.
+        device: the device to which the data will be moved (`ImageData.to`). If it is a GPU, its
+            memory also limits what is loaded.
 
     Raises:
-        RequestError: the data set is unknown, missing or damaged, or none that can be streamed.
-            An image that is streamed and damaged raises it when its batch is due.
+        RequestError: the data set is unknown, missing or damaged, or `workers` is given for a data
+            set that is not a folder. A damaged image that is read from disk during training raises
+            it when its batch is needed.
     """
     data_dir = Path(data_dir)
     check_dataset(name, data_dir, workers)
@@ -170,7 +180,7 @@ def _resized(split: Split, size: int) -> Split:
 
 
 def _digits() -> tuple[Split, Split, tuple[str, ...]]:
-    """scikit-learn's 1,797 handwritten digits of 8x8; every fifth is for testing."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels. Every fifth image is a test image."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -224,7 +234,7 @@ def _folder(
     from torchvision.datasets import ImageFolder
 
     samples = [ImageFolder(str(root / part)).samples for part in ("train", "test")]
-    # The first image decides, where the network does not.
+    # If the network has no image size, that of the first image is used.
     size = image_size_of(samples[0][0][0]) if image_size is None else (image_size, image_size)
     files = [ImageFiles([path for path, _ in part], size) for part in samples]
     labels = [torch.tensor([label for _, label in part], device="cpu") for part in samples]
@@ -238,7 +248,7 @@ def _folder(
 
 
 def _too_large(files: Sequence[ImageFiles], device: torch.device) -> bool:
-    """Whether the decoded images would take more than their share of the memory."""
+    """Whether the decoded images would take more than `MEMORY_SHARE` of the available memory."""
     available = available_memory(device)
     decoded = sum(math.prod(part.shape) for part in files)
     return available is not None and decoded > MEMORY_SHARE * available

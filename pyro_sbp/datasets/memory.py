@@ -1,4 +1,4 @@
-"""How much memory is left for data."""
+"""Measure how much memory is available for data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["available_memory"]
 
 
 class _Files(NamedTuple):
-    """Where a version of control groups has its numbers on memory."""
+    """The names of the files in which a version of control groups stores the numbers for memory."""
 
     controller: str
     limit: str
@@ -31,10 +31,11 @@ _VERSION_1 = _Files(
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are left on the host, in each of its control groups, and on the device if a GPU.
+    """The number of bytes that data can take: the smallest of the available memory of the host, of
+    every control group of the process, and of the device if it is a GPU.
 
-    The smallest of them counts. Where the system does not say how much is available, it is all
-    memory of the host; None where the system says nothing.
+    If the system does not report the available memory of the host, its total memory is used. The
+    result is None if the system reports no number.
     """
     found = [*_left_in_groups()]
     host = _host()
@@ -46,7 +47,9 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What is left of every limit on this process: one group is inside another."""
+    """The available bytes within the limit of each control group of this process. The groups are
+    nested.
+    """
     for files in (_VERSION_2, _VERSION_1):
         for group in control_groups(files.controller):
             left = _left_in(group, files)
@@ -55,7 +58,7 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def _left_in(group: Path, files: _Files) -> int | None:
-    """What is left of the limit of a group; None where it has none."""
+    """The available bytes within the limit of a control group; None if it has no limit."""
     limit, used = _number(group / files.limit), _number(group / files.used)
     if limit is None:
         return None
@@ -66,7 +69,7 @@ def _left_in(group: Path, files: _Files) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no such file, or "max" in it."""
+    """The number in a file; None if the file does not exist, or contains "max"."""
     text = read_text(path).strip()
     return int(text) if text.isdigit() else None
 

@@ -12,7 +12,7 @@ from pyro_sbp.errors import RequestError, unknown
 
 __all__ = ["SOURCES", "Source", "check_dataset", "folder_classes"]
 
-#: The image files that a folder may hold (those of torchvision's ImageFolder).
+#: The extensions of image files in a folder (those of torchvision's ImageFolder).
 IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
@@ -33,9 +33,9 @@ class Source:
     Attributes:
         class_name: its class in `torchvision.datasets`.
         folder: the directory of its files in the data directory.
-        files: the files, as unpacked.
-        archives: what they are unpacked from, relative to the data directory.
-        host: where it is downloaded from.
+        files: the names of the unpacked files.
+        archives: the archives that contain them, relative to the data directory.
+        host: the server from which it is downloaded.
     """
 
     class_name: str
@@ -87,11 +87,11 @@ def check_dataset(
 
     Args:
         name, data_dir, workers: as for `load_dataset`.
-        download: whether it may be downloaded; otherwise it must exist there, unpacked.
+        download: whether it may be downloaded later. Otherwise its unpacked files must exist.
 
     Raises:
-        RequestError: it is unknown, missing, truncated, or a folder that holds no usable images;
-            or there are workers, and it is no folder.
+        RequestError: the data set is unknown, missing or truncated, or is a folder without usable
+            images; or `workers` is given, and the data set is not a folder.
     """
     if name.startswith("folder:"):
         folder_classes(Path(name.removeprefix("folder:")))
@@ -101,7 +101,9 @@ def check_dataset(
         names = [*SOURCES, "digits"]
         raise RequestError(unknown("data set", name, names, " or folder:PATH", hint))
     if workers:
-        raise RequestError(f"--workers is for folder:PATH; {name} is held in memory, leave it out")
+        raise RequestError(
+            f"--workers applies to folder:PATH; {name} is kept in memory, leave it out"
+        )
     if name == "digits":
         return
     source = SOURCES[name]
@@ -128,7 +130,9 @@ def _check_idx(path: Path) -> None:
         dims = head[3] if len(head) == 4 and head[:2] == b"\0\0" else 0
         sizes = file.read(4 * dims)
     if not dims or len(sizes) != 4 * dims:
-        raise RequestError(f"{path} is no IDX file: delete it so that it can be downloaded again")
+        raise RequestError(
+            f"{path} is not an IDX file: delete it so that it can be downloaded again"
+        )
     expected = 4 + 4 * dims + math.prod(struct.unpack(f">{dims}I", sizes))
     if path.stat().st_size != expected:
         raise RequestError(
@@ -138,7 +142,7 @@ def _check_idx(path: Path) -> None:
 
 
 def _reachable(host: str) -> bool:
-    """Whether the host has an address; behind a proxy, only a download can show this."""
+    """Whether the host has an address. True behind a proxy, where only a download can show this."""
     import socket  # not for the help of the command line
     import urllib.request
 
@@ -155,17 +159,17 @@ def folder_classes(root: Path) -> list[str]:
     """The classes of an image folder with ``train/<class>/*`` and ``test/<class>/*``.
 
     Raises:
-        RequestError: a part is missing or empty, there is one class only, or the parts differ in
-            their classes.
+        RequestError: a part is missing or empty, there is only one class, or the classes of the
+            parts differ.
     """
     classes = {}
     for part in ("train", "test"):
         folder = root / part
         if not folder.is_dir():
-            raise RequestError(f"{folder} is no directory; an image folder has train/ and test/")
+            raise RequestError(f"{folder} is not a directory; an image folder has train/ and test/")
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         if not names:
-            raise RequestError(f"{folder} has no directory of a class, as train/cat/1.png")
+            raise RequestError(f"{folder} has no directory for a class, as in train/cat/1.png")
         for name in names:
             if not _has_image(folder / name):
                 raise RequestError(
@@ -175,7 +179,7 @@ def folder_classes(root: Path) -> list[str]:
     if classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise RequestError(
-            f"{root} has other classes in train/ than in test/: {', '.join(odd)} is in one only"
+            f"{root} has other classes in train/ than in test/: only one has {', '.join(odd)}"
         )
     if len(classes["train"]) == 1:
         (only,) = classes["train"]
@@ -184,7 +188,7 @@ def folder_classes(root: Path) -> list[str]:
             f"; the directories in it, such as {inner[0]}, belong one level up" if inner else ""
         )
         raise RequestError(
-            f"{root / 'train'} has one class only, {only}; expected a directory for each of two or "
+            f"{root / 'train'} has only one class, {only}; expected a directory for each of two or "
             f"more classes{deeper}"
         )
     return classes["train"]

@@ -1,4 +1,4 @@
-"""Labelled images and the batches that are made of them."""
+"""Labelled images, and batches of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["LabelledImages", "Split"]
 
 
 class LabelledImages(ABC):
-    """Images with labels, in memory or on disk, of which batches are made.
+    """Images with labels, in memory or on disk.
 
     Attributes:
         labels: int64 ``[examples]``, on the device of the batches.
-        standardization: applied to every batch last; None leaves pixels in [0, 1].
+        standardization: applied to every batch as the last step; with None, pixels are in [0, 1].
     """
 
     labels: Tensor
@@ -31,15 +31,15 @@ class LabelledImages(ABC):
     @property
     @abstractmethod
     def image_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
+        """The number of channels, the height and the width."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Self:
-        """The same with batches on a device."""
+        """The same images, with batches on a device."""
 
     @abstractmethod
     def part(self, index: Tensor) -> Self:
-        """The examples of an index tensor, as a separate split."""
+        """The examples with the indices in a tensor, as a new split."""
 
     @abstractmethod
     def with_labels(self, labels: Tensor) -> Self:
@@ -47,15 +47,15 @@ class LabelledImages(ABC):
 
     @abstractmethod
     def standardized_by(self, standardization: Standardization) -> Self:
-        """The same with another standardization."""
+        """The same images with another standardization."""
 
     @abstractmethod
     def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
-        """The images as they are stored, uint8, on the device: a batch for every index tensor."""
+        """The stored images, uint8, on the device of the batches, one batch per index tensor."""
 
     @abstractmethod
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Some examples: images as float32, in [0, 1] unless standardised, and labels."""
+        """Images, as float32 in [0, 1] or standardised, and labels of the given indices."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,12 +63,13 @@ class LabelledImages(ABC):
     def batches(
         self, indices: Sequence[Tensor], augment: Callable[[Tensor], Tensor] | None = None
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Batches as of `batch`, one for every index tensor, in order.
+        """Batches as from `batch`, one for each index tensor, in their order.
 
         Args:
-            indices: which examples, int64.
+            indices: the indices of the examples of each batch, int64.
             augment: applied to images in [0, 1] on the device, before they are standardised. It is
-                called when the batch is taken, so its random numbers are drawn in order.
+                called when a batch is requested, so its random numbers are drawn in the order of
+                the batches.
         """
         with closing(self.pixels(indices)) as stored:
             for index, pixels in zip(indices, stored, strict=True):
@@ -86,7 +87,7 @@ class Split(LabelledImages):
 
     Attributes:
         images, labels: on the device of the batches.
-        standardization: applied to every batch last; None leaves pixels in [0, 1].
+        standardization: applied to every batch as the last step; with None, pixels are in [0, 1].
     """
 
     images: Tensor
@@ -95,11 +96,11 @@ class Split(LabelledImages):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
+        """The number of channels, the height and the width."""
         return tuple(self.images.shape[1:])
 
     def to(self, device: torch.device) -> Split:
-        """The same on a device."""
+        """The same images on a device."""
         last = self.standardization
         return dataclasses.replace(
             self,
@@ -109,7 +110,7 @@ class Split(LabelledImages):
         )
 
     def part(self, index: Tensor) -> Split:
-        """The examples of an index tensor, as a separate split."""
+        """The examples with the indices in a tensor, as a new split."""
         index = index.to(self.labels.device)
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
@@ -118,13 +119,13 @@ class Split(LabelledImages):
         return dataclasses.replace(self, labels=labels)
 
     def standardized_by(self, standardization: Standardization) -> Split:
-        """The same with another standardization."""
+        """The same images with another standardization."""
         return dataclasses.replace(self, standardization=standardization)
 
     def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
-        """The images as they are stored, uint8, on the device: a batch for every index tensor."""
+        """The stored images, uint8, on the device of the batches, one batch per index tensor."""
         return (self.images[index.to(self.images.device)] for index in indices)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Some examples: images as float32, in [0, 1] unless standardised, and labels."""
+        """Images, as float32 in [0, 1] or standardised, and labels of the given indices."""
         return self._values(self.images[index], None), self.labels[index]

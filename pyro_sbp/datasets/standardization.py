@@ -1,4 +1,4 @@
-"""The mean and the standard deviation of every channel, measured on the data."""
+"""Standardise images by the mean and the standard deviation of every channel."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ["Standardization"]
 
 @dataclass(frozen=True, eq=False)
 class Standardization:
-    """Takes the mean from every channel and divides by the standard deviation.
+    """Subtract from every channel its mean, and divide by its standard deviation.
 
     Attributes:
-        mean: of pixels in [0, 1], ``[channels, 1, 1]``, float32.
-        std: likewise; 1 for a channel that is constant, which becomes zero.
+        mean: the means of pixels in [0, 1], ``[channels, 1, 1]``, float32.
+        std: their standard deviations, of the same shape. It is 1 for a constant channel, which
+            becomes zero.
     """
 
     mean: Tensor
@@ -26,44 +27,48 @@ class Standardization:
 
     @classmethod
     def of(cls, mean: Sequence[float], std: Sequence[float]) -> Standardization:
-        """By given values, one a channel."""
+        """A standardization by given values, one for each channel."""
         return cls(*(torch.tensor(x, device="cpu")[:, None, None] for x in (mean, std)))
 
     @classmethod
     def measure(cls, batches: Iterable[Tensor]) -> Standardization:
-        """Of all pixels of uint8 images ``[batch, channels, height, width]``.
+        """A standardization by the statistics of uint8 images.
 
-        Sums are of integers and exact, so neither the batches nor the device change the result.
+        The sums are exact sums of integers, so the result depends neither on the sizes of the
+        batches nor on the device.
+
+        Args:
+            batches: images ``[batch, channels, height, width]``.
 
         Raises:
             ValueError: there is no batch.
         """
         count, sums, squares = 0, None, None
         for batch in batches:
-            # Exact in float64 up to 2^53: 10^11 pixels a channel.
+            # Exact in float64 up to 2^53, which is 10^11 pixels per channel.
             x = batch.double()
             first, second = x.sum((0, 2, 3)), x.square().sum((0, 2, 3))
             sums = first if sums is None else sums + first
             squares = second if squares is None else squares + second
             count += x.shape[0] * x.shape[2] * x.shape[3]
         if sums is None or squares is None:
-            raise ValueError("there is no image to measure mean and standard deviation on")
+            raise ValueError("there are no images to measure mean and standard deviation on")
         means, stds = [], []
         for total, square in zip(sums.tolist(), squares.tolist(), strict=True):
-            # Integers, as the difference cancels.
+            # In integers, because the difference cancels in floating point.
             spread = count * int(square) - int(total) ** 2
             means.append(total / count / 255)
             stds.append(math.sqrt(spread) / count / 255 if spread else 1.0)
         return cls(*(torch.tensor(x, device=sums.device)[:, None, None] for x in (means, stds)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images ``[batch, channels, height, width]`` in [0, 1], standardised."""
+        """Standardise images ``[batch, channels, height, width]`` in [0, 1]."""
         return (x - self.mean) / self.std
 
     def to(self, device: torch.device) -> Standardization:
-        """The same on a device."""
+        """The same statistics on a device."""
         return Standardization(self.mean.to(device), self.std.to(device))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """``mean`` and ``std`` as plain values, one a channel."""
+        """``mean`` and ``std`` as lists of numbers, one for each channel."""
         return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}

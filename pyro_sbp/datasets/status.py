@@ -1,4 +1,4 @@
-"""Which data sets are on disk, without a download and without torch."""
+"""Find which data sets are on disk. Needs no torch and downloads nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DatasetStatus:
 
     Attributes:
         state: "present", "missing" or "damaged".
-        detail: more about it, with paths relative to the data directory; or None.
+        detail: an explanation, with paths relative to the data directory; or None.
     """
 
     state: str
@@ -26,7 +26,7 @@ class DatasetStatus:
 
 
 def dataset_status(name: str, data_dir: Path) -> DatasetStatus:
-    """Look whether a data set is whole, as far as names and sizes of its files say.
+    """Check whether a data set is complete, by the names and sizes of its files.
 
     Args:
         name: as for `load_dataset`; "folder:PATH" is an image folder.

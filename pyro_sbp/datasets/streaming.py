@@ -1,4 +1,4 @@
-"""Images that stay on disk, and are read by worker processes while the device works."""
+"""Images that worker processes read from disk during training."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ __all__ = [
     "workers_watched",
 ]
 
-#: Seconds that a worker continues after a SIGTERM.
+#: Seconds that a worker continues to run after SIGTERM.
 GRACE = 60
-#: The signals by which a run is asked to stop.
+#: The signals that ask a run to stop.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class DamagedImage(SingleProcessError, RequestError):
-    """A file is no image; the message names it."""
+    """A file is not an image. The message names the file."""
 
 
 class WorkerDied(SingleProcessError, RuntimeError):
-    """A process that reads images was killed; what was trained since the checkpoint is lost."""
+    """A process that reads images was killed. The steps since the last checkpoint are lost."""
 
 
 @dataclass(frozen=True)
 class ImageFiles(Dataset):
-    """Image files that are read as RGB and resized (bilinear) when they are asked for.
+    """Image files that are read as RGB and resized (bilinear) when they are needed.
 
     Attributes:
-        paths: of the files.
-        size: height and width.
+        paths: the paths of the files.
+        size: the height and the width after resizing.
     """
 
     paths: list[str]
@@ -57,14 +57,14 @@ class ImageFiles(Dataset):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of all images as one tensor."""
+        """The shape of all images as one tensor."""
         return (len(self.paths), 3, *self.size)
 
     def read(self, index: Sequence[int]) -> Tensor:
-        """Some images, uint8 ``[len(index), 3, height, width]``.
+        """Read the images of some indices, uint8 ``[len(index), 3, height, width]``.
 
         Raises:
-            DamagedImage: a file is no image; the message names it.
+            DamagedImage: a file is not an image. The message names the file.
         """
         images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8, device="cpu")
         for image, i in zip(images, index, strict=True):
@@ -72,7 +72,9 @@ class ImageFiles(Dataset):
         return images
 
     def __getitem__(self, index: Sequence[int]) -> Tensor | str:
-        """As `read`, for a worker: a refusal is its message, which crosses to the main process."""
+        """As `read`, for a worker process. An error is returned as its message, for the main
+        process.
+        """
         try:
             return self.read(index)
         except DamagedImage as error:
@@ -84,15 +86,15 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             yield file
-    except Exception as error:  # a file that is none may raise anything
+    except Exception as error:  # a file that is not an image may raise anything
         raise DamagedImage(f"{path} cannot be read as an image: {first_line(error)}") from error
 
 
 def image_size_of(path: str) -> tuple[int, int]:
-    """Height and width of an image file.
+    """The height and the width of an image file.
 
     Raises:
-        DamagedImage: it is no image.
+        DamagedImage: the file is not an image.
     """
     with _opened(path) as file:
         return file.height, file.width
@@ -113,8 +115,9 @@ class StreamedSplit(LabelledImages):
     Attributes:
         images: the files.
         labels: int64 ``[examples]``, on the device of the batches.
-        standardization: applied to every batch last; None leaves pixels in [0, 1].
-        workers: how many processes read for `batches`; `batch` reads in this one.
+        standardization: applied to every batch as the last step; with None, pixels are in [0, 1].
+        workers: the number of processes that read images for `batches`; `batch` reads them in this
+            process.
     """
 
     images: ImageFiles
@@ -124,11 +127,11 @@ class StreamedSplit(LabelledImages):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
+        """The number of channels, the height and the width."""
         return self.images.shape[1:]
 
     def to(self, device: torch.device) -> StreamedSplit:
-        """The same with batches on a device."""
+        """The same images, with batches on a device."""
         last = self.standardization
         return dataclasses.replace(
             self,
@@ -137,7 +140,7 @@ class StreamedSplit(LabelledImages):
         )
 
     def part(self, index: Tensor) -> StreamedSplit:
-        """The examples of an index tensor, as a separate split."""
+        """The examples with the indices in a tensor, as a new split."""
         files = ImageFiles([self.images.paths[i] for i in index.tolist()], self.images.size)
         labels = self.labels[index.to(self.labels.device)]
         return dataclasses.replace(self, images=files, labels=labels)
@@ -147,14 +150,14 @@ class StreamedSplit(LabelledImages):
         return dataclasses.replace(self, labels=labels)
 
     def standardized_by(self, standardization: Standardization) -> StreamedSplit:
-        """The same with another standardization."""
+        """The same images with another standardization."""
         return dataclasses.replace(self, standardization=standardization)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Some examples: images as float32, in [0, 1] unless standardised, and labels.
+        """Images, as float32 in [0, 1] or standardised, and labels of the given indices.
 
         Raises:
-            DamagedImage: a file is no image.
+            DamagedImage: a file is not an image.
         """
         numbers = torch.arange(len(self), device="cpu")[
             index.cpu() if isinstance(index, Tensor) else index
@@ -163,24 +166,25 @@ class StreamedSplit(LabelledImages):
         return self._values(pixels, None), self.labels[numbers.to(self.labels.device)]
 
     def pixels(self, indices: Sequence[Tensor]) -> Generator[Tensor]:
-        """The images as they are stored, uint8, on the device: a batch for every index tensor.
+        """The stored images, uint8, on the device of the batches, one batch per index tensor.
 
-        The workers live as long as the generator.
+        The worker processes end with the generator.
 
         Raises:
-            DamagedImage: a file is no image.
-            WorkerDied: a worker was killed. Torch mostly raises for it at another place: see
+            DamagedImage: a file is not an image.
+            WorkerDied: a worker was killed. In most cases torch raises its error elsewhere, see
                 `workers_watched`.
         """
         device = self.labels.device
         loader = DataLoader(
             self.images,
-            batch_size=None,  # a worker reads a whole batch, as `sampler` lists it
+            batch_size=None,  # a worker reads a whole batch, whose indices `sampler` gives
             sampler=[index.tolist() for index in indices],
             num_workers=min(self.workers, len(indices)),
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_main,
-            # Its own: a seed for the workers would be drawn from the one of training.
+            # Separate, because torch would draw a seed for the workers from the generator of
+            # training.
             generator=torch.Generator(),
         )
         with _signals_held():
@@ -191,14 +195,14 @@ class StreamedSplit(LabelledImages):
                     raise DamagedImage(images)
                 yield images.to(device, non_blocking=True)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # A batch is fetched from the memory of the worker that made it.
+            # A batch is in the memory of the worker that read it.
             raise _died(error) from error
         finally:
-            # Now, not when the last traceback that holds the iterator goes: at the exit of the
-            # program the workers would take their time.
+            # Shut down now. A traceback can keep the iterator alive until the program exits, where
+            # the workers would delay the exit.
             if isinstance(batches, _MultiProcessingDataLoaderIter):
                 batches._shutdown_workers()
-                # One may be stuck at a lock that a killed one held.
+                # A worker may wait for a lock of a worker that was killed.
                 for worker in batches._workers:
                     if worker.is_alive():
                         worker.kill()
@@ -206,7 +210,7 @@ class StreamedSplit(LabelledImages):
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """A worker that is started inside gets no signal before it knows what to do with it."""
+    """Within the context, a new worker receives no signal before it has installed its handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -215,7 +219,9 @@ def _signals_held() -> Iterator[None]:
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and a stop of the whole group come to workers too, while main ends its step."""
+    """Keep a worker running after a signal to the whole group, while the main process ends its
+    step.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -223,9 +229,9 @@ def _leave_signals_to_main(worker: int) -> None:
 
 @contextmanager
 def workers_watched() -> Iterator[None]:
-    """Inside, the death of a worker raises `WorkerDied`, whatever the program is at.
+    """Within the context, the death of a worker raises `WorkerDied`.
 
-    Torch notices it by a signal, and raises in the middle of anything.
+    Torch learns of it by a signal, and can raise its error anywhere in the program.
     """
     try:
         yield
@@ -236,10 +242,10 @@ def workers_watched() -> Iterator[None]:
 
 
 def _died(error: Exception) -> WorkerDied:
-    return WorkerDied(f"a data loader worker died ({first_line(error).rstrip('. ')})")
+    return WorkerDied(f"a process that reads images died ({first_line(error).rstrip('. ')})")
 
 
 def default_workers() -> int:
-    """Four, or as many as there are cores for this process."""
+    """The default number of workers: the number of cores of this process, but at most 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(4, cores or 1)

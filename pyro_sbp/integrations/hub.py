@@ -1,7 +1,7 @@
-"""Pruned networks in folders as the Hugging Face Hub has them.
+"""Save pruned networks for the Hugging Face Hub, and load them from it.
 
-A local folder needs no other package; the Hub needs ``huggingface_hub``:
-``pip install 'pyro-sbp[hub]'``. Loading needs no Pyro.
+Local folders need no other package. The Hub needs ``huggingface_hub``: ``pip install
+'pyro-sbp[hub]'``. Loading needs no Pyro.
 """
 
 from __future__ import annotations
@@ -49,34 +49,37 @@ def save_pretrained(
 ) -> None:
     """Write a pruned network to a folder that can be pushed to the Hugging Face Hub.
 
-    The folder holds what `pyro_sbp.save` writes, ``config.json``, and ``README.md``, the model
-    card. For a model of transformers, ``config.json`` is its own configuration. Other files in the
-    folder, such as those of a tokenizer, are not changed.
+    The folder contains the files of `pyro_sbp.save`, ``config.json``, and the model card
+    ``README.md``. For a model of transformers, ``config.json`` is its own configuration. Other
+    files in the folder, such as those of a tokenizer, are not changed.
 
     Args:
         net: the network, from `pyro_sbp.prune` or `pyro_sbp.Pruner.prune`.
-        folder: where to write.
-        constructor: what built the original network, as for `pyro_sbp.save`; by default the class
-            of a model of transformers.
-        kwargs: its arguments, plain values.
+        folder: the folder to write.
+        constructor: the function or class that builds the original network, as for `pyro_sbp.save`.
+            The default for a model of transformers is its class.
+        kwargs: the arguments of the constructor, plain values.
         repo_id: the name that the network will have on the Hub, for the model card.
-        results: the table of the model card: from the name of a network to its values by their
-            names, such as ``{"dense": {"accuracy": 0.93}, "pruned": {"accuracy": 0.92}}``, or only
-            values.
-        command: what produced the network, for the model card.
+        results: the table of the model card. It maps the name of a network to named values, such as
+            ``{"dense": {"accuracy": 0.93}, "pruned": {"accuracy": 0.92}}``, or is a mapping of
+            named values.
+        command: the command that produced the network, for the model card.
         units, input_shape, standardization: as for `pyro_sbp.save`.
-        base_model, license: as the Hub names them, for the model card.
-        overwrite: replace a network in the folder.
+        base_model, license: their names on the Hub, for the model card.
+        overwrite: whether to replace a network in the folder.
 
     Raises:
-        FileExistsError: the folder holds a network or a model card, and `overwrite` is not set.
-        ValueError: the constructor is missing, or builds a network of other layers.
+        FileExistsError: the folder contains a network or a model card, and `overwrite` is not set.
+        ValueError: the constructor is missing, or builds a network with other layers.
         OSError: a file cannot be written.
     """
     path = Path(folder)
     if constructor is None:
         if not takes_config(type(net)):
-            raise ValueError(f"what builds {type(net).__name__}? Give it as constructor")
+            raise ValueError(
+                f"the constructor of {type(net).__name__} is missing; "
+                "give the function or class that builds it"
+            )
         constructor = type(net)
     there = {file.name for file in path.iterdir()} if path.exists() else set()
     taken = sorted(there & {*FILES, CARD})
@@ -124,14 +127,14 @@ def from_pretrained(
 
     Args:
         name: a folder that `save_pretrained` wrote, or the name of a repository, ``owner/name``.
-        constructor: what built the original network, as for `pyro_sbp.load`. Networks of pyro-sbp,
-            torchvision, timm and transformers need none.
+        constructor: the function or class that builds the original network, as for `pyro_sbp.load`.
+            Networks of pyro-sbp, torchvision, timm and transformers need none.
         revision, token, cache_dir: as for ``huggingface_hub.snapshot_download``.
 
     Raises:
-        ValueError: there is no such folder or repository, a file is missing or damaged, or the
-            constructor must be passed.
-        ImportError: the repository needs huggingface_hub, which is not installed.
+        ValueError: the folder or repository does not exist, a file is missing or damaged, or a
+            constructor is needed.
+        ImportError: huggingface_hub, which a repository needs, is not installed.
     """
     path = Path(name)
     if not path.is_dir():
@@ -143,7 +146,7 @@ def from_pretrained(
                 str(name), revision=revision, token=token, cache_dir=cache_dir,
                 allow_patterns=[*FILES, GENERATION],
             )  # fmt: skip
-        except (OSError, ValueError) as error:  # what huggingface_hub raises are of these
+        except (OSError, ValueError) as error:  # the base classes of the errors of huggingface_hub
             raise ValueError(
                 f"{name} is neither a folder nor a repository that can be read from the Hub: "
                 f"{first_line(error)}"
@@ -168,8 +171,8 @@ def push_to_hub(
     """Upload a folder that `save_pretrained` wrote to the Hugging Face Hub.
 
     Args:
-        folder: the folder, with what else belongs to the network, such as a tokenizer.
-        repo_id: the repository, ``owner/name``; it is made if there is none.
+        folder: the folder, with other files that belong to the network, such as a tokenizer.
+        repo_id: the repository, ``owner/name``. It is created if it does not exist.
         private, token, revision: as for ``huggingface_hub.HfApi``.
         message: the message of the commit.
 
@@ -177,14 +180,14 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ValueError: the folder holds no saved network.
+        ValueError: the folder contains no complete saved network.
         ImportError: huggingface_hub is not installed.
     """
     path = Path(folder)
     try:
         Description.read(path / INDEX)
     except ValueError as error:
-        raise ValueError(f"{path} holds no whole saved network: {first_line(error)}") from error
+        raise ValueError(f"{path} has no complete saved network: {first_line(error)}") from error
     api = _hub().HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(

@@ -19,11 +19,11 @@ __all__ = ["PruneCallback"]
 
 
 class PruneCallback(Callback):
-    """Train with noise from one epoch to another, and then replace the network by the smaller one.
+    """Train with noise in some epochs, and then replace the network by the pruned network.
 
     The training step does not change: the callback adds the KL divergence to the gradients and
     trains the posterior by a separate Adam optimizer. After the cut it calls `configure_optimizers`
-    again. In validation the network computes what the pruned network would compute.
+    again. In validation, the network computes the same function as the pruned network.
 
     The number of units that every gate keeps is logged as ``units/GATE`` after every epoch with
     noise.
@@ -69,7 +69,7 @@ class PruneCallback(Callback):
         self._saved: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what the callback cannot work with, before training."""
+        """Check before training that the callback can be used."""
         if stage != "fit":
             return
         if not isinstance(pl_module._modules.get(self.network), nn.Module):
@@ -94,7 +94,7 @@ class PruneCallback(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put noise on the network in the first of the epochs with noise."""
+        """Put noise on the network at the start of the first epoch with noise."""
         if self.pruner is not None or not (
             self.start_epoch <= trainer.current_epoch < self.end_epoch
         ):
@@ -122,7 +122,7 @@ class PruneCallback(Callback):
         self._optimizer.zero_grad()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the units that are left, and prune after the last epoch with noise."""
+        """Log the numbers of kept units, and prune after the last epoch with noise."""
         if self.pruner is None or self._optimizer is None:
             return
         if not self.pruner.noisy_calls:
@@ -147,7 +147,7 @@ class PruneCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what `state_dict` returned until the noise is put on the network."""
+        """Store what `state_dict` returned until the noise is put on the network."""
         self._saved = state_dict
 
 

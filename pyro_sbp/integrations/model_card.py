@@ -24,23 +24,24 @@ def model_card(
     """The text of a model card.
 
     Args:
-        title: its first line.
-        library: what loads the network.
+        title: the title, which is the first line.
+        library: the library that loads the network.
         load: Python code that loads it.
-        num_parameters: the number of its parameters.
-        results: from the name of a network to its values by their names, such as
-            ``{"dense": {"accuracy": 0.93}, "pruned": {"accuracy": 0.92}}``; or only values.
-        units: by gate its total, and the kept and zeroed indices, as `pyro_sbp.save` takes them.
-        command: what produced the network.
+        num_parameters: the number of parameters of the network.
+        results: from the name of a network to named values, such as ``{"dense": {"accuracy": 0.93},
+            "pruned": {"accuracy": 0.92}}``; or a mapping of named values.
+        units: by gate, the total number of units and the indices of the kept and the zeroed units,
+            as for `pyro_sbp.save`.
+        command: the command that produced the network.
         base_model: the name of the network on the Hub that was pruned.
-        license: the license, by its name on the Hub.
+        license: the name of the license on the Hub.
     """
-    # A value in JSON is one in YAML too.
+    # Every JSON value is a YAML value.
     head: dict[str, Any] = {"library_name": library, "base_model": base_model, "license": license}
     head["tags"] = ["pruning", "structured-pruning", "pyro-sbp"]
     front = [f"{name}: {json.dumps(value)}" for name, value in head.items() if value is not None]
     parts = ["\n".join(["---", *front, "---"]), f"# {title}"]
-    what = "A network that structured Bayesian pruning by pyro-sbp has made smaller."
+    what = "A network that was pruned with pyro-sbp (structured Bayesian pruning)."
     if num_parameters is not None:
         what += f" It has {num_parameters:,} parameters."
     parts.append(what)

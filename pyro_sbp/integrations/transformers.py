@@ -27,23 +27,23 @@ POSTERIOR = "posterior.pt"
 class PruneMixin(_Base):
     """Adds noise and the KL divergence to a `Trainer`: ``class PruneTrainer(PruneMixin, Trainer)``.
 
-    `train` has noise on the units of the model; `evaluate` shows what the pruned model would
-    compute. Afterwards ``trainer.pruner.prune()`` returns the smaller model. The posterior is part
-    of the checkpoints.
+    `train` trains with noise on the units of the model. `evaluate` measures the model as it would
+    be pruned now. Afterwards ``trainer.pruner.prune()`` returns the smaller model. The posterior is
+    part of the checkpoints.
 
     Args:
         args, kwargs: for the `Trainer`.
         pruner: a `pyro_sbp.Pruner` of its model.
 
     Raises:
-        ValueError: the pruner is of another model, or one process uses several GPUs.
+        ValueError: the pruner belongs to another model, or one process uses several GPUs.
     """
 
     def __init__(self, *args: Any, pruner: Pruner, **kwargs: Any) -> None:
         self.pruner = pruner
         super().__init__(*args, **kwargs)
         if pruner.net is not self.model:
-            raise ValueError("the pruner is of another model than the trainer")
+            raise ValueError("the pruner and the trainer have different models")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process uses {self.args.n_gpu} GPUs; start one for each of them, by torchrun"
@@ -51,7 +51,7 @@ class PruneMixin(_Base):
         pruner.to(self.args.device)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train with noise, which is removed from the model at the end."""
+        """Train with noise. The noise is removed from the model at the end."""
         found = resume_from_checkpoint
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
@@ -67,7 +67,7 @@ class PruneMixin(_Base):
             self.pruner.detach()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer of the `Trainer`, which trains the posterior too."""
+        """The optimizer of the `Trainer`, which also trains the posterior."""
         optimizer = super().create_optimizer(*args, **kwargs)
         group = self.pruner.noise_group()
         known = {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -76,7 +76,7 @@ class PruneMixin(_Base):
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """A step of the `Trainer`, and the gradients of the KL divergence.
+        """Take a step of the `Trainer`, with the gradients of the KL divergence.
 
         The divergence depends only on the posterior, so its gradients are added separately. The
         returned loss contains its value.

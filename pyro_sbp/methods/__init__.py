@@ -1,4 +1,4 @@
-"""The methods: each defines the phases of training and makes a smaller network."""
+"""The pruning methods. Each defines the phases of training, and makes the smaller network."""
 
 from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.method import Method

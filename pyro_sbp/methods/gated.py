@@ -1,8 +1,8 @@
-"""Noise on units: the mechanism of SBP and RBP.
+"""The mechanism that SBP and RBP share: training with noise on units, in turns.
 
 Training with noise consists of turns. In a turn, some gates have noise. At the end of the turn, the
 units to keep are chosen, the others are removed, and the next turn trains the smaller network. SBP
-is one turn for all gates, RBP one turn for each gate.
+has one turn for all gates. RBP has one turn for each gate.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
 
-#: Between two turns of the same noise, units are removed whose score is under this share of the
-#: threshold. The log-uniform prior itself has a signal-to-noise ratio of 0.33, and of others 0.
+#: If the next turn continues to train the same noise, units whose score is under this share of the
+#: threshold are removed between the two turns. A unit whose posterior is the log-uniform prior has
+#: a signal-to-noise ratio of 0.33, and a score of 0 by other criteria.
 CUT_SHARE = 0.5
 
 
@@ -77,7 +78,7 @@ class Decision(NamedTuple):
 
     Attributes:
         choice: the units to keep.
-        score: by gate, the scores that the units of the network stay with.
+        score: by gate, the scores of the units of the network.
     """
 
     choice: Choice
@@ -86,16 +87,16 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """The network after the cuts so far.
+    """The network after some turns.
 
     Attributes:
         net: the network.
         gates: its gates, with the units that remain.
-        units: what became of the units of every gate of the dense network.
-        score: by gate, the score that the remaining units stayed with: infinite before the turn of
-            their gate, minus infinity for a unit that remains as a column of zeros.
+        units: for every gate of the dense network, which of its units remain.
+        score: by gate, the score with which the remaining units were kept: infinity before the turn
+            of their gate, and minus infinity for a unit that remains as a column of zeros.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
-        equivalence: the largest differences of all cuts.
+        equivalence: the largest differences over all cuts.
         carried: the noise that the next turn continues to train; None if it starts with new noise.
     """
 
@@ -126,7 +127,9 @@ class Stage:
         return {name: self.there(name).to(like) for name in self.score}
 
     def beyond_multiples(self, round_to: int, score: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weakest units of every gate that has lost units, beyond a multiple of `round_to`."""
+        """For every gate that has lost units, its weakest units, so many that a multiple of
+        `round_to` remains without them.
+        """
         return {
             gate.name: score[gate.name].argsort()[: gate.size % round_to]
             for gate in self.gates
@@ -146,7 +149,7 @@ class Stage:
         Args:
             choice: the units that were kept.
             score: by gate, the scores of the units before the cut.
-            net: the network that remains.
+            net: the smaller network.
             equivalence: how exact the cut was.
             carried: the noise before the cut, if the next turn continues to train it.
         """
@@ -169,7 +172,7 @@ class Stage:
 
 
 def _left_of(carried: Carried, units: Mapping[str, Units]) -> Carried:
-    """The noise of the units that remain in the network."""
+    """The noise of the remaining units."""
     posteriors = {}
     for name, values in carried.posteriors.items():
         there = units[name].remaining.nonzero().flatten().to(values[0].device)
@@ -185,7 +188,7 @@ class GatedMethod(Method[G]):
     """Dense training, then turns with noise on gates, each of which ends with a cut, then
     fine-tuning."""
 
-    #: Whether `prune` may keep units that the last turn has removed.
+    #: Whether `prune` can restore units that the last turn has removed.
     reopens: ClassVar[bool]
     #: The latency of the units of the dense network, if the recipe's `cost` is "latency". It is set
     #: before the first turn, and is used in all turns.
@@ -196,7 +199,7 @@ class GatedMethod(Method[G]):
         """The turns, in order.
 
         Raises:
-            ValueError: the recipe has too few epochs for the turns.
+            ValueError: the recipe has fewer epochs than turns.
         """
 
     def begin(self) -> None:
@@ -207,7 +210,7 @@ class GatedMethod(Method[G]):
             )
         check_prior(recipe.prior_scale, recipe.threshold, recipe.criterion)
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
-        # Raise here what a later turn would raise after hours of training.
+        # Check the arguments now, so that an error does not appear after hours of training.
         if recipe.cost == "macs":
             scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
         self._turns = self.turns()
@@ -249,7 +252,7 @@ class GatedMethod(Method[G]):
         """Store the result of a turn that has ended."""
         self._ended.update(phase.posteriors())
         self._current, self._stage = None, stage
-        # Other methods no longer need the network before the cut.
+        # Only methods that reopen a turn still need the network before the cut.
         self._open = phase if self.reopens else None
         self._return(stage)
 
@@ -309,8 +312,10 @@ class GatedMethod(Method[G]):
         self._return(stage.after(choice, score, small, equivalence))
 
     def _scores(self, criterion: str) -> dict[str, Tensor]:
-        """The scores of the units of the last stage, by gate: by the recipe's criterion those that
-        they were kept with, by another criterion those of their posteriors."""
+        """The scores of the units of the last stage, by gate. For the recipe's criterion, they are
+        the scores with which the units were kept. For another criterion, they are computed from the
+        posteriors.
+        """
         stage = self._stage
         if criterion == self.recipe.criterion:
             return {name: value.clone() for name, value in stage.score.items()}
@@ -403,7 +408,7 @@ class TurnPhase(NoisePhase):
         return self.stage.there(gate).to(next(self.stage.net.parameters()).device)
 
     def _decide_cut(self) -> Decision:
-        """What stays in the network while its noise is trained further."""
+        """The units that remain while their noise is trained further."""
         stage, recipe = self.stage, self.recipe
         score = {**stage.score, **self.scores(recipe.criterion)}
         choice = choose_units(
@@ -413,7 +418,7 @@ class TurnPhase(NoisePhase):
             score,
             self.method.example_input,
             criterion=recipe.criterion,
-            # A share of a negative threshold would be over it.
+            # A share of a negative threshold would be above the threshold.
             threshold=min(CUT_SHARE * recipe.threshold, recipe.threshold),
         )
         return Decision(dataclasses.replace(choice, held=()), score)
@@ -494,11 +499,12 @@ class TurnPhase(NoisePhase):
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
         choice, score = self._closed()
-        if "units" in record:  # another machine may decide otherwise on a unit at the threshold
+        if "units" in record:
+            # On another machine, rounding can change the decision on a unit at the threshold.
             units = {name: Units(*masks) for name, masks in record["units"].items()}
             choice = dataclasses.replace(choice, units=units)
         self._units = choice.units
-        small = copy.deepcopy(self.stage.net)  # the current phase loads its weights
+        small = copy.deepcopy(self.stage.net)  # the checkpoint of the current phase has its weights
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
         after = self.stage.after(choice, score, small, self._equivalence, self._carried())
@@ -512,7 +518,7 @@ def over_all_units(
     """Location and scale of log theta for all units of a gate in the dense network.
 
     Args:
-        loc, scale: of the remaining units, ``[left]``.
+        loc, scale: the location and the scale of the remaining units, ``[remaining]``.
         there: which units remain, bool ``[units]``.
         prior_scale: as for `GatedModel`. The other units get this prior. The log-uniform prior is
             replaced by the closest distribution in the family of the posterior.

@@ -1,4 +1,4 @@
-"""The interface of all methods."""
+"""The interface that all methods implement."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ R = TypeVar("R", bound=Recipe)
 
 
 class Method(ABC, Generic[R]):
-    """A way to make a network smaller: the phases of training, and their result.
+    """A pruning method: the phases of training, and the smaller network.
 
     Args:
-        net: the network; it is trained in place.
-        example_input: a batch of its inputs, a tensor.
+        net: the network, which is trained in place.
+        example_input: a batch of inputs, a tensor.
         recipe: the settings, of the class of this method.
         num_data: the number of training examples.
         input_features: dense layers whose input features each become a unit.
@@ -60,7 +60,7 @@ class Method(ABC, Generic[R]):
     ) -> None:
         self.net, self.example_input, self.num_data = net, example_input, num_data
         self.recipe = recipe
-        # Two examples give the same gates as eight, with less memory.
+        # Two examples give the same gates as a larger batch, and need less memory.
         self.gates = find_gates(net, example_input[:2], input_features)
         self.left_alone = dict(self.gates.not_prunable)
         self.shares = shares_left_alone(net, self.gates, example_input[:2])
@@ -68,10 +68,10 @@ class Method(ABC, Generic[R]):
 
     @abstractmethod
     def begin(self) -> None:
-        """Prepare what the phases need.
+        """Prepare the phases.
 
         Raises:
-            ValueError: the network or the recipe does not suit this method.
+            ValueError: the method cannot be used for the network or the recipe.
         """
 
     @abstractmethod
@@ -79,7 +79,9 @@ class Method(ABC, Generic[R]):
         """The phases with noise. The last one sets `mean`, `small` and `units`."""
 
     def phases(self) -> Iterator[Phase]:
-        """The phases, in order. Each is made when it begins, from the results of those before."""
+        """The phases, in order. Each phase is created when it begins, from the results of the
+        earlier phases.
+        """
         recipe = self.recipe
         if recipe.dense_epochs:
             sizes = {gate.name: gate.size for gate in self.gates}
@@ -109,20 +111,21 @@ class Method(ABC, Generic[R]):
         """Set `small`, `units`, `held` and `equivalence` from the posterior.
 
         Args:
-            criterion: what decides; by default the recipe's criterion.
-            threshold, budget, round_to, min_units: what to keep, as for `choose_units`. Without
-                the first two, the threshold is that of `Recipe.rule`.
+            criterion: the criterion; by default that of the recipe.
+            threshold, budget, round_to, min_units: what to keep, as for `choose_units`. Without a
+                threshold and a budget, the threshold is that of `Recipe.rule`.
 
         Raises:
             ValueError: the criterion is not for this method, or `choose_units` raises it for these
-                arguments.
+                settings.
         """
 
     @abstractmethod
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Location and scale of the posterior of every site that has had noise, for all of its
+        """The location and the scale of the posterior of every site that has had noise, for all its
         elements: of log theta of the units, or of the weights. The tensors may share memory with
-        the trained parameters."""
+        the trained parameters.
+        """
 
     @staticmethod
     @abstractmethod

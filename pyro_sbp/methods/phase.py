@@ -109,7 +109,7 @@ class Phase(ABC):
         """End the phase after its last epoch.
 
         Returns:
-            By name, the networks whose errors are to be measured.
+            The networks whose errors are measured, by name.
         """
         return {}
 
@@ -206,8 +206,8 @@ def rising_kl(phase: Phase, free: int, rising: int) -> Iterator[Phase]:
     """
     before = phase.changed(ends=False, decays=False)
     if free:
-        # Without a KL divergence, batch statistics do no harm (see `NoisePhase`), and an untrained
-        # network needs them.
+        # If the KL divergence has no weight, batch statistics do no harm (see `NoisePhase`), and an
+        # untrained network needs them.
         yield before.changed(
             name="kl-free", epochs=free, kl_weight=(0.0, 0.0), freeze_batch_norm=False
         )

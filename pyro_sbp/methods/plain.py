@@ -124,7 +124,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         temperature: T, by which both are divided. With the factor T^2 the size of the gradients
             does not depend on T (Hinton et al. 2015, arXiv 1503.02531, section 2).
     """
-    # The difference of two networks that nearly agree is below the resolution of bfloat16.
+    # If two networks nearly agree, their difference is below the resolution of bfloat16.
     wide = torch.promote_types(logits.dtype, torch.float32)
     student, soft = ((x.to(wide) / temperature).log_softmax(1) for x in (logits, teacher))
     return temperature**2 * F.kl_div(student, soft, log_target=True, reduction="batchmean")

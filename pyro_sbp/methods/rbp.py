@@ -1,9 +1,9 @@
 """Recursive Bayesian Pruning (Zhou et al. 2018, arXiv 1812.00353), with our own derivation.
 
-The noise of a network is a Markov chain over its gates. Each gate is judged given the gates before
-it, whose noise is a point mass by then: their units were pruned, their means were folded into the
-weights, and the network was made smaller. `docs/rbp.md` has the derivation, and says which parts
-of it the abstracts of the paper state.
+The noise of a network is a Markov chain over its gates. The posterior of each gate is conditioned
+on the gates before it, whose noise is a point mass: their units are pruned, and their means are
+folded into the weights of the smaller network. `docs/rbp.md` has the derivation, and says which
+parts of it the abstracts of the paper state.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["RBP", "in_order"]
 def in_order(gates: Gates) -> list[Gate]:
     """Gates in the order in which their noise enters the network.
 
-    The noise of a gate is applied at the inputs of its readers. So the place of a gate is that of
-    the reader that is called first, whichever layer wrote the units: a residual stream has its
-    place where its first block reads it. If two gates are at the same layer, the gate on channels
-    comes before the gate on their flattened features.
+    The noise of a gate is applied at the inputs of its readers. The position of a gate is therefore
+    that of its reader that is called first. For example, a residual stream has the position of the
+    first block that reads it. If two gates are at the same layer, the gate on channels comes before
+    the gate on their flattened features.
     """
     place = {layer: index for index, layer in enumerate(gates.called)}
 
@@ -33,8 +33,9 @@ def in_order(gates: Gates) -> list[Gate]:
 
 
 class RBP(GatedMethod[RBPRecipe]):
-    """Dense training; then, for one gate after the other, training with noise on this gate only and
-    pruning, each on the network that the turn before has made; then fine-tuning."""
+    """Dense training, then a turn for each gate, then fine-tuning. Each turn trains the network of
+    the turn before with noise on one gate, and prunes this gate.
+    """
 
     reopens = False
 

@@ -12,7 +12,7 @@ __all__ = ["SBP"]
 
 
 class SBP(GatedMethod[SBPRecipe]):
-    """Dense training, training with noise on all gates at once, pruning, fine-tuning."""
+    """Dense training, training with noise on all gates at once, pruning, and fine-tuning."""
 
     reopens = True
 

@@ -29,8 +29,9 @@ __all__ = ["SparseVD"]
 
 
 class SparseVD(Method[SparseVDRecipe]):
-    """Dense training, training with noise on all weights, weights set to zero, units that no
-    weight reads removed, fine-tuning."""
+    """Dense training, training with noise on all weights, pruning, and fine-tuning. Pruning sets
+    weights to zero, and removes units that no weight reads.
+    """
 
     def begin(self) -> None:
         recipe = self.recipe
@@ -61,9 +62,9 @@ class SparseVD(Method[SparseVDRecipe]):
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
-        """Make a smaller network from the weights with a signal-to-noise ratio of `threshold` or
-        more, or of the threshold that meets a budget. The other arguments are those of
-        `choose_units`."""
+        """Keep the weights whose signal-to-noise ratio is at least `threshold`, or the threshold
+        that meets a budget. The other arguments are those of `choose_units`.
+        """
         rule = self.recipe.rule(criterion)
         check_settings(rule.criterion.name, threshold, budget, round_to, min_units)
         snr = self.guide.snr()
@@ -129,7 +130,9 @@ class _SparsePhase(NoisePhase):
         return {name: snr >= threshold for name, snr in self.guide.snr().items()}
 
     def _at_means(self, threshold: float) -> Predict:
-        """The network with the means of its weights, without the weights under a threshold."""
+        """The network with the weights at their means, and with weights under a threshold set to
+        zero.
+        """
         masks, means = self._masks(threshold), self.method.model.noisy.means()
         with torch.no_grad():
             masked = {name: mean * masks[name] for name, mean in means.items()}

@@ -1,1 +1,1 @@
-"""From a posterior to a smaller network that is checked."""
+"""Choose units by their posterior, build the smaller network, and verify it."""

@@ -1,7 +1,7 @@
 """Budgets: the condition that selects one of the networks that a posterior gives.
 
-A posterior ranks the units, so every threshold on their scores gives a network, and a higher
-threshold a smaller one. A budget says which threshold to use.
+A posterior ranks the units. Every threshold on their scores gives a network, and a higher threshold
+gives a smaller network. A budget selects the threshold.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The networks that can be returned, by the threshold that gives them.
+    """The networks among which a budget selects, each given by a threshold.
 
     Attributes:
-        net, gates, example_input: the network that is cut.
-        levels: the thresholds that make a difference, rising ``[levels]``.
-        units_at: from a threshold to what remains of the units, by gate.
+        net, gates, example_input: the network to prune, its gates, and an input.
+        levels: the thresholds that give different networks, in ascending order, ``[levels]``.
+        units_at: from a threshold to the remaining units, by gate.
         network_at: from a threshold to the smaller network.
-        dense: the dense network, which is another one than `net` where `net` was cut before.
-        criterion: what the thresholds are on.
+        dense: the dense network. It differs from `net` if `net` is already pruned.
+        criterion: the criterion of the thresholds.
     """
 
     net: nn.Module
@@ -58,15 +58,16 @@ class Candidates:
 
 
 class Budget(ABC):
-    """A condition on the smaller network, which `find_level` meets by the choice of a threshold.
+    """A condition on the smaller network.
 
-    A subclass measures a candidate in `measurement`. What was measured is in `measured`.
+    `find_level` chooses the threshold that meets it. A subclass defines in `measurement` what is
+    measured of a network. The measured values are in `measured`.
 
     Args:
         target: the bound.
 
     Attributes:
-        measured: from threshold to what was measured there, in the order of measurement.
+        measured: from a threshold to the value of its network, in the order of measurement.
         level: the threshold that was found.
 
     Raises:
@@ -78,7 +79,7 @@ class Budget(ABC):
     #: Whether the measured value must be at least the target. The budget then selects the largest
     #: network that meets it. Otherwise it selects the smallest one with at most the target.
     at_least = True
-    #: The least target that makes sense.
+    #: The smallest target that is allowed.
     least = 1.0
 
     def __init__(self, target: float) -> None:
@@ -93,29 +94,30 @@ class Budget(ABC):
 
     @abstractmethod
     def measurement(self, candidates: Candidates) -> Callable[[float], float]:
-        """A function from a threshold to the value of the network that it gives."""
+        """A function from a threshold to the measured value of its network."""
 
     @abstractmethod
     def describe(self, value: float) -> str:
-        """What a network with a value is, as in "the network has 2.00 times fewer MACs"."""
+        """A value in words, such as "the network has 2.00 times fewer MACs"."""
 
     def is_met(self, value: float) -> bool:
-        """Whether a network with this value is within the budget."""
+        """Whether a network with this value meets the budget."""
         return value >= self.target if self.at_least else value <= self.target
 
     def confirm(self, candidates: Candidates, index: int) -> int:
-        """The index of the level to use where bisection has found `index`, for budgets whose
-        measurements vary."""
+        """The index of the level to use after bisection has found `index`. Budgets whose
+        measurements vary override it.
+        """
         return index
 
 
 class MacsRatio(Budget):
-    """At least `target` times fewer multiply-accumulates than the dense network."""
+    """At least `target` times fewer multiply-accumulates (MACs) than the dense network."""
 
     name = "macs_ratio"
 
     def measurement(self, candidates: Candidates) -> Callable[[float], float]:
-        """The ratio of the MACs, counted on the meta device where the network can be called."""
+        """The ratio of the MACs, counted on the meta device if the network can run there."""
         return _ratio(candidates, lambda net, x: count_macs(net, x))
 
     def describe(self, value: float) -> str:
@@ -141,13 +143,13 @@ class MaxErrorIncrease(Budget):
     """An error of at most `target` percentage points over that of the dense network.
 
     The budget selects the smallest such network. The error is measured before any fine-tuning. It
-    need not rise with the threshold everywhere, so the search, which halves the range of
-    thresholds, may miss a smaller network that is within the budget too.
+    does not have to increase with the threshold everywhere. The search by bisection can therefore
+    miss a smaller network that also meets the budget.
 
     Args:
-        target: percentage points.
-        error: from a network to its error in percent, on images that were not trained on and that
-            are not the test set.
+        target: the largest increase in percentage points.
+        error: from a network to its error in percent. It is measured on images that are neither
+            training nor test images.
         dense_error: the error of the dense network on the same images.
     """
 
@@ -174,14 +176,14 @@ class MaxErrorIncrease(Budget):
         )
 
     def is_met(self, value: float) -> bool:
-        """Whether the increase is at most the target, but for rounding of the difference."""
+        """Whether the increase is at most the target, up to rounding of the difference."""
         return value <= self.target + 1e-9
 
 
 def ratio_budget(
     macs_ratio: float | None = None, parameters_ratio: float | None = None
 ) -> Budget | None:
-    """The budget of a request; None without one.
+    """The budget with a given ratio; None if no ratio is given.
 
     Raises:
         ValueError: both are given, or one is out of range.
@@ -194,10 +196,10 @@ def ratio_budget(
 
 
 def find_level(candidates: Candidates, budget: Budget) -> float:
-    """The threshold of the network that a budget asks for, found by bisection.
+    """The threshold of the network that a budget selects, found by bisection.
 
     Raises:
-        ValueError: no threshold meets the budget; the message says what can be met.
+        ValueError: no threshold meets the budget. The message says which value can be met.
     """
     value = budget.measurement(candidates)
     budget.measured = {}
@@ -233,7 +235,9 @@ def find_level(candidates: Candidates, budget: Budget) -> float:
 def _ratio(
     candidates: Candidates, count: Callable[[nn.Module, Any], int]
 ) -> Callable[[float], float]:
-    """From a threshold to how many times fewer the smaller network has of something."""
+    """A function from a threshold to the ratio of a count of the dense to that of the smaller
+    network.
+    """
     net, x = candidates.net, candidates.example_input
     device, plain = torch.device("meta"), without_idle_hooks(net, x)
     while True:
@@ -245,7 +249,7 @@ def _ratio(
                 whole = copy_network(candidates.dense).to(device)
                 dense = count(to_precision(whole, torch.float32), example)
             break
-        except Exception:  # some networks need numbers to be called
+        except Exception:  # the forward pass of some networks depends on values
             if device.type == "cpu":
                 raise
             device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""From a posterior to the units to keep."""
+"""Choose the units to keep by their scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def check_threshold(threshold: float, criterion: str = "snr") -> None:
-    """Raise ValueError unless this can be a threshold on the scores of a criterion."""
+    """Raise ValueError unless this is a valid threshold for the scores of a criterion."""
     _check_number("threshold", threshold)
     find_criterion(criterion).check(float(threshold))
 
@@ -48,7 +48,7 @@ def check_settings(
     round_to: int,
     min_units: int,
 ) -> None:
-    """Raise ValueError unless these can be settings of `choose_units`."""
+    """Raise ValueError unless these are valid settings of `choose_units`."""
     found = find_criterion(criterion)
     for name, value, least in (("round_to", round_to, 1), ("min_units", min_units, 0)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
@@ -62,7 +62,7 @@ def check_settings(
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a number, or a tensor that holds one."""
+    """Raise ValueError unless `value` is a number or a tensor with one number."""
     tensor = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (tensor or isinstance(value, Real)):
         raise ValueError(f"{name} is {value!r}; expected a number")
@@ -71,14 +71,14 @@ def _check_number(name: str, value: Any) -> None:
 def masked_mean(
     guide: TruncatedLogNormalGuide, threshold: float | None = None, criterion: str = "snr"
 ) -> dict[str, Tensor]:
-    """E[theta] of units with a score >= threshold and 0 of the others, by site.
+    """E[theta] for units with a score >= threshold and 0 for the others, by site.
 
-    By the signal-to-noise ratio this is the paper's deterministic test-time network (arXiv
-    1705.07283, section 4).
+    With the signal-to-noise ratio, this gives the deterministic test-time network of the paper
+    (arXiv 1705.07283, section 4).
 
     Raises:
-        ValueError: there is no such criterion, the threshold is not one of it, or the
-            guide has no `mean` and `snr`.
+        ValueError: the criterion is unknown, the threshold is not valid for it, or the guide has no
+            `mean` and `snr`.
     """
     threshold = find_criterion(criterion).threshold if threshold is None else threshold
     check_threshold(threshold, criterion)
@@ -89,13 +89,14 @@ def masked_mean(
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The units to keep in every gate. Two choices are equal if all attributes are.
+    """The units to keep in every gate. Two choices are equal if all their attributes are equal.
 
     Attributes:
-        theta: from gate name to ``[units]``, 0 where a unit is removed.
+        theta: from gate name to theta, ``[units]``; 0 for a removed unit.
         units: the kept units, by gate.
-        threshold: the score that decided.
-        held: the gates in which no unit reaches it, and which keep the smallest allowed number.
+        threshold: the smallest score with which a unit is kept.
+        held: the gates in which no unit reaches the threshold. They keep the smallest allowed
+            number of units.
     """
 
     theta: dict[str, Tensor]
@@ -126,31 +127,32 @@ def choose_units(
     Args:
         net: the network.
         gates: its gates.
-        mean, score: from gate name to a tensor ``[units]``.
-        example_input: an input of the network, at whose size MACs are counted.
-        criterion: what the scores are, "snr", "bmrs-n" or "bmrs-u" (`pyro_sbp.pruning.criteria`).
-        threshold: units with score >= threshold are kept; by default, without a budget, 1 for "snr"
-            and 0.919 for the others.
-        budget: instead of a threshold, the condition that the smaller network has to meet.
-        round_to: every gate keeps a multiple of this many units: of those under the threshold, the
-            best stay. A gate of fewer keeps all.
-        min_units: every gate keeps at least this many units, its best ones, also where no unit of
-            any gate reaches the threshold. Where two gates meet at a layer (channels, and the
-            features that are flattened from them), the units of the later gate are the best of
-            those that the earlier one still reaches. With 0 a gate may lose all, and a residual
-            branch with it all that it adds but a constant; one column of zeros stays for the shape.
-        dense: the network with which a budget compares, where `net` was cut before.
+        mean, score: from gate name to E[theta] and to the scores of the units, ``[units]``.
+        example_input: an input of the network. MACs are counted for its shape.
+        criterion: the criterion of the scores: "snr", "bmrs-n" or "bmrs-u"
+            (`pyro_sbp.pruning.criteria`).
+        threshold: units with score >= threshold are kept. Without a budget, the default is 1 for
+            "snr" and 0.919 for the others.
+        budget: a condition that the smaller network must meet, instead of a threshold.
+        round_to: every gate keeps a multiple of this number of units. The best units under the
+            threshold are kept to reach it. A gate with fewer units keeps all.
+        min_units: every gate keeps at least this many units, its best ones, also if none of its
+            units reaches the threshold. If two gates meet at a layer (channels and their flattened
+            features), the later gate keeps its best units among those that the earlier gate still
+            supplies. With 0, a gate may lose all units. A residual branch then adds only a
+            constant, and one column of zeros remains because the layer needs a column.
+        dense: the network with which a budget compares, if `net` is already pruned.
 
     Raises:
-        ValueError: there is no such criterion, a setting is out of range, the threshold removes
-            every unit of every gate and `min_units` is 0, the criterion does not rank units and
-            there is a budget, or the budget cannot be met; the message says what can.
+        ValueError: the criterion is unknown; a setting is out of range; the threshold removes all
+            units of all gates, and `min_units` is 0; there is a budget, and the criterion does not
+            rank units; or the budget cannot be met. The message then says which value can be met.
     """
     check_settings(criterion, threshold, budget, round_to, min_units)
     scale = find_criterion(criterion)
     threshold = scale.threshold if threshold is None else threshold
     if not gates:
-        raise ValueError("there is no gate to choose units of")
+        raise ValueError("the network has no gate, so no units can be chosen")
     score = {gate.name: score[gate.name].detach().cpu() for gate in gates}
     usable = {gate.name: mean[gate.name].detach().cpu() != 0 for gate in gates}
     levels = torch.cat([score[gate.name] for gate in gates]).unique()
@@ -191,14 +193,16 @@ def choose_units(
 
 
 def held_gates(score: Mapping[str, Tensor], threshold: float) -> tuple[str, ...]:
-    """The gates of which no unit reaches a threshold; `score` is by name, ``[units]``."""
+    """The gates in which no unit reaches a threshold; `score` maps a gate name to ``[units]``."""
     return tuple(name for name, values in score.items() if not (values >= threshold).any())
 
 
 def nothing_reaches(
     threshold: float, element: str, score: Mapping[str, Tensor], criterion: str = "snr"
 ) -> str:
-    """The warning that no element ("unit" or "weight") of any site reaches a threshold."""
+    """The text of the warning that no element ("unit" or "weight") of any site reaches a
+    threshold.
+    """
     largest = max(float(values.max()) for values in score.values())
     return (
         f"no {element} reaches the threshold {threshold:g}, so next to nothing is left of the "
@@ -233,11 +237,11 @@ def _bring_back_jointly(
     round_to: int,
     min_units: int,
 ) -> bool:
-    """Give every gate its least number of units, where gates can only be given them together.
+    """Keep the minimum number of units in gates whose units depend on each other.
 
-    A unit is kept only if the other gates keep what it needs: a channel needs one of its features,
-    a column of a grouped layer needs a row of its group. So each unit that is brought back brings
-    back the best units of the other gates that it needs.
+    A unit can only be kept if other gates keep the units that it needs: a channel needs one of its
+    features, and a column of a grouped layer needs a row of its group. Each restored unit therefore
+    also restores the best units of the other gates that it needs.
 
     Args:
         gates, score, round_to, min_units: as for `choose_units`.
@@ -245,7 +249,7 @@ def _bring_back_jointly(
         usable: from gate name to the units whose theta is not 0, bool ``[units]``.
 
     Returns:
-        Whether units were brought back.
+        Whether units were restored.
     """
 
     def kept(free: Sequence[str], changed: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
@@ -282,7 +286,7 @@ def _bring_back_jointly(
             name = free.pop(0)
             if kept(free)[gate.name][unit]:
                 continue
-            # Only this unit's needs are of interest, not those of the gate's other units.
+            # Consider only what this unit needs, not the other units of the gate.
             alone = torch.zeros_like(mask[gate.name])
             alone[unit] = True
             needed = kept([name, *free], {gate.name: alone})[name] & ~mask[name]

@@ -1,4 +1,4 @@
-"""What the units of a network cost, in multiply-accumulates (MACs)."""
+"""The costs of the units of a network, in multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Costs(Protocol):
 
 
 def keep_probability(snr: Tensor) -> Tensor:
-    """SNR^2 / (1 + SNR^2): the probability that a unit is there, from its posterior.
+    """SNR^2 / (1 + SNR^2): the probability that a unit is kept, from its posterior.
 
-    The distribution on two points {0, c}, a unit that is gone or there, with the posterior's
-    E[theta] and Var[theta] has P(c) = E[theta]^2 / E[theta^2]. SNR >= 1 is P >= 1/2.
+    It is the probability P(c) of the distribution on {0, c} (a removed and a kept unit) that has
+    the posterior's E[theta] and Var[theta]: P(c) = E[theta]^2 / E[theta^2]. SNR >= 1 is P >= 1/2.
 
     Args:
         snr: the signal-to-noise ratio of every unit, of any shape, in [0, inf].
@@ -41,13 +41,13 @@ def keep_probability(snr: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer whose rows or columns carry units.
+    """A layer whose rows or columns belong to units.
 
     Attributes:
-        macs: of a row and a column that meet, over all positions.
-        rows, columns: how many it has.
-        groups: rows meet the columns of their group.
-        writes, reads: the spans over its rows, and over its columns.
+        macs: the MACs of one pair of a row and a column, over all positions.
+        rows, columns: the numbers of its rows and columns.
+        groups: the number of groups. A row is multiplied with the columns of its group only.
+        writes, reads: the spans of its rows, and of its columns.
     """
 
     macs: float
@@ -59,14 +59,15 @@ class _Layer:
 
     @property
     def all(self) -> float:
-        """MACs where every unit is there."""
+        """The MACs if all units are kept."""
         return self.macs * self.rows * self.columns / self.groups
 
     def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
         """Expected MACs, a scalar."""
         rows, columns = _there(self.writes, self.rows, keep), _there(self.reads, self.columns, keep)
         pairs = self._by_group(rows) @ self._by_group(columns)
-        # A row and a column of one unit are there together: p, where the product above has p^2.
+        # A row and a column of the same unit are kept together with probability p. The product
+        # above has p^2.
         for gate, write, read in self._shared():
             p = keep[gate]
             rows = _there([x for x in self.writes if x[0] != gate], self.rows, keep)
@@ -119,7 +120,7 @@ class UnitCosts:
         writes: dict[str, list[tuple[str, Span]]] = {}
         reads: dict[str, list[tuple[str, Span]]] = {}
         for gate in gates:
-            # Tensors between layers take part in no product.
+            # Tensors between layers are not part of any product.
             between = (span for span in gate.channelwise if not span.tensor)
             for span in (*gate.writers, *between):
                 writes.setdefault(span.layer, []).append((gate.name, span))
@@ -142,16 +143,18 @@ class UnitCosts:
     def expected(self, keep: Mapping[str, Tensor]) -> float:
         """Expected MACs of the network, if every unit remains with its own probability.
 
-        With probabilities 0 and 1 these are the MACs of the network cut to those units: to all
-        that remain, `Units.remaining`. A cut may leave more than is wanted (one unit of
-        every gate, as many in every group) and may take a unit that nothing reads any more; the
-        expectation is over the units only.
+        With the probabilities 0 and 1 these are the MACs of the network that has exactly the units
+        with probability 1. Pruning can keep more units (at least one in every gate, and the same
+        number in every group) and can remove units that no layer reads any more. Pass
+        `Units.remaining` for the MACs of a pruned network.
 
         Args:
-            keep: from gate name to ``[units]`` in [0, 1]; a gate that is not named keeps its units.
+            keep: from gate name to probabilities ``[units]`` in [0, 1]. A gate that is not named
+                keeps all its units.
 
         Raises:
-            ValueError: `keep` names no gate, has a wrong shape, or a value outside of [0, 1].
+            ValueError: `keep` has an unknown gate, a tensor of the wrong shape, or a value outside
+                of [0, 1].
         """
         values = {name: value.detach().cpu().double() for name, value in keep.items()}
         for name, value in values.items():
@@ -163,11 +166,11 @@ class UnitCosts:
                     f"expected [{self.sizes[name]}]"
                 )
             if not bool(((value >= 0) & (value <= 1)).all()):
-                raise ValueError(f"keep of gate {name!r} has a value that is no probability")
+                raise ValueError(f"keep of gate {name!r} has a value outside of [0, 1]")
         return float(self._expected({**self._all(), **values}))
 
     def expected_under(self, snr: Mapping[str, Tensor]) -> float:
-        """Expected MACs under a posterior, by `keep_probability`.
+        """Expected MACs under a posterior, with the probabilities of `keep_probability`.
 
         Args:
             snr: from gate name to the signal-to-noise ratios of its units, ``[units]``.
@@ -184,13 +187,14 @@ class UnitCosts:
             return dict.fromkeys(self.sizes, 0.0)
         keep = {name: ones.requires_grad_() for name, ones in self._all().items()}
         with torch.enable_grad():
-            # The expectation is linear in the probability of every single unit.
+            # The expectation is linear in the probability of each unit, so its slope is the loss of
+            # MACs.
             whole = self._expected(keep)
             slopes = torch.autograd.grad(whole, list(keep.values()), materialize_grads=True)
         return {name: float(slope.mean()) for name, slope in zip(keep, slopes, strict=True)}
 
     def relative(self) -> dict[str, float]:
-        """`per_unit` over its mean over all units of all gates.
+        """`per_unit`, divided by its mean over all units of all gates.
 
         Raises:
             ValueError: the MACs of no unit are known.
@@ -216,7 +220,9 @@ class UnitCosts:
 
 
 def _parts(module: nn.Module, macs: float, writes: _Spans, reads: _Spans) -> list[_Layer]:
-    """The products in a module: one, unless it is recurrent or holds weights that no layer has."""
+    """The matrix products of a module: one, unless it is recurrent or has weights outside of
+    layers.
+    """
     if is_recurrent(module):
         rows = num_rows(module)
         products = [
@@ -256,14 +262,15 @@ def _layer(
 def scales_by_cost(
     kl_scale: Mapping[str, float], costs: Costs, macs_weight: float
 ) -> dict[str, float]:
-    """The weight of the KL of every gate, more where its units cost more.
+    """The weights of the KL divergence of the gates, increased by the costs of their units.
 
-    The average unit's grows by the factor 1 + `macs_weight`, and none gets less than before.
+    The weight of a unit with average costs is multiplied by 1 + `macs_weight`. No weight becomes
+    smaller.
 
     Args:
-        kl_scale: the weights before, by gate.
-        costs: of the units of all gates.
-        macs_weight: the weight of the costs; with 0, `kl_scale` is returned unchanged.
+        kl_scale: the weights without costs, by gate.
+        costs: the costs of the units.
+        macs_weight: the weight of the costs. With 0, `kl_scale` is returned unchanged.
 
     Raises:
         ValueError: as `relative` of the costs.

@@ -4,10 +4,10 @@ References:
     [1] Neklyudov et al. 2017, arXiv 1705.07283, section 4: the signal-to-noise ratio.
     [2] Wright et al. 2024, arXiv 2406.01345: Bayesian model reduction for structured pruning.
 
-Model reduction [2] compares the prior p of a unit's theta with a reduced prior p~ under which the
-unit is gone. By Bayes' rule dF = log E_q[p~ / p] is the log evidence of the reduced model minus
-that of the full one, from the posterior q only. The score is -dF: the log evidence of the unit. A
-posterior that is the prior has a score of 0.
+Bayesian model reduction [2] compares the prior p of theta with a reduced prior p~, under which the
+unit is removed. By Bayes' rule, dF = log E_q[p~ / p] is the log evidence of the reduced model minus
+that of the full model. It depends only on the posterior q. The score is -dF, the log evidence of
+the unit. It is 0 if the posterior equals the prior.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pyro_sbp.recipes.criteria import find_criterion
 __all__ = ["LOG_GONE", "SCORES", "check_prior", "guide_scores", "scores"]
 
 Prior = TruncatedLogUniform | TruncatedLogNormal
-#: BMRS_U counts a unit as gone where theta < 2^-8, the resolution of 8 bits [2].
+#: The log of 2^-8, the resolution of 8 bits. BMRS_U counts a unit with a smaller theta as removed
+#: [2].
 LOG_GONE = -8 * math.log(2)
 
 
@@ -40,8 +41,8 @@ def _snr(posterior: Any, prior: Any) -> Tensor:
 def _bmrs_n(posterior: TruncatedLogNormal, prior: Prior) -> Tensor:
     """-dF of BMRS_N [2], whose reduced prior is a spike at the lower bound of theta.
 
-    In the limit of a narrow spike dF is the log density of q over that of p at the bound, the
-    Savage-Dickey ratio. Densities of log theta have the same ratio as those of theta.
+    In the limit of a narrow spike, dF is the log of the ratio of the densities of q and p at the
+    bound (the Savage-Dickey ratio). The densities of log theta and of theta have the same ratio.
     """
     return _log_density_at_low(prior) - _log_density_at_low(posterior)
 
@@ -53,8 +54,8 @@ def _log_density_at_low(theta: Prior) -> Tensor:
 def _bmrs_u(posterior: TruncatedLogNormal, prior: Prior) -> Tensor:
     """-dF of BMRS_U [2], whose reduced prior is p where theta < 2^-8 and zero elsewhere.
 
-    So dF = log q(theta < 2^-8) - log p(theta < 2^-8). Unlike in [2], the region begins at the lower
-    bound: a unit between that and 2^-23 is gone too.
+    So dF = log q(theta < 2^-8) - log p(theta < 2^-8). Unlike in [2], where the region begins at
+    2^-23, it begins at the lower bound, so a unit with a smaller theta counts as removed too.
     """
     below = torch.tensor(LOG_GONE, dtype=torch.float64, device=posterior.loc.device)
     return (_log_below(prior, below) - _log_below(posterior, below)).to(posterior.loc)
@@ -70,7 +71,7 @@ def _log_below(theta: Prior, value: Tensor) -> Tensor:
     return part - special.log_normalizer(*parameters, theta.log_high)
 
 
-#: From the posterior and the prior of the units of a gate to their scores, ``[units]``.
+#: A function from the posterior and the prior of the units of a gate to their scores, ``[units]``.
 SCORES: dict[str, Callable[[Any, Any], Tensor]] = {
     "snr": _snr,
     "bmrs-n": _bmrs_n,
@@ -84,11 +85,11 @@ def scores(
     """The score of every element by a criterion, from site name to a tensor of the site's shape.
 
     Args:
-        posteriors, priors: by site. BMRS is for `TruncatedLogNormal` posteriors.
+        posteriors, priors: the distributions, by site. BMRS needs `TruncatedLogNormal` posteriors.
         criterion: a name of `pyro_sbp.recipes.criteria.CRITERIA`.
 
     Raises:
-        ValueError: there is no such criterion.
+        ValueError: the criterion is unknown.
     """
     score = SCORES[find_criterion(criterion).name]
     with torch.no_grad():
@@ -99,11 +100,12 @@ def guide_scores(guide: Any, criterion: str = "snr") -> dict[str, Tensor]:
     """The score of every element of a guide by a criterion, from site name to a tensor.
 
     Args:
-        guide: has `snr` for the signal-to-noise ratio, and `posteriors` and `priors` for BMRS.
+        guide: a guide with `snr` for the signal-to-noise ratio, or with `posteriors` and `priors`
+            for BMRS.
         criterion: as for `scores`.
 
     Raises:
-        ValueError: there is no such criterion.
+        ValueError: the criterion is unknown.
     """
     if find_criterion(criterion).name == "snr":
         ratios: dict[str, Tensor] = guide.snr()
@@ -116,7 +118,7 @@ def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -
 
     Args:
         scale: the `prior_scale` of `GatedModel`.
-        threshold, criterion: what decides which units are kept.
+        threshold, criterion: the threshold and the criterion that decide which units are kept.
     """
     if scale is None:
         return

@@ -1,4 +1,4 @@
-"""Cutting of networks, with a comparison of the result and the masked network."""
+"""Shrink networks, and compare the result with the masked network."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from pyro_sbp.gates.surgery import (
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
 
 
-#: The largest `relative_difference` of the pruned from the masked network, in float64.
+#: The largest allowed `relative_difference` of the pruned and the masked network, in float64.
 TOLERANCE = 1e-10
 
 
 class EquivalenceError(RuntimeError):
-    """A pruned network does not compute what the masked network computes."""
+    """A pruned network does not compute the same function as the masked network."""
 
 
 @dataclass(frozen=True)
 class Equivalence:
-    """The difference of a pruned network from the masked one.
+    """The difference between a pruned network and the masked network.
 
     Attributes:
         max_rel_diff_float64: the `relative_difference` of their outputs in float64.
@@ -70,8 +70,8 @@ def checked_shrink(
     """Shrink a network, and compare the result with the masked network.
 
     The masked network multiplies activations by theta, so the comparison does not rely on the
-    folding of theta into weights. Cutting and comparison are done in float64, and the weights that
-    were compared are those of the returned network.
+    folding of theta into weights. Both the network and the comparison are computed in float64. The
+    returned network has the weights that were compared.
 
     Args:
         net, gates, theta, example_input, units: as for `shrink`.
@@ -85,11 +85,11 @@ def checked_shrink(
         EquivalenceError: the `relative_difference` of their outputs in float64 is more than 1e-10.
     """
     reference = theta if reference is None else reference
-    # The copies are made one after the other, which needs less memory.
+    # Make the copies one after the other, to need less memory.
     with torch.no_grad():
         net_eval = copy_network(without_idle_hooks(net, example_input)).eval()
         own = torch.get_default_dtype()
-        # Ties are decided alike: they say nothing about the units.
+        # Both networks break ties in the same way, because ties are not a difference of the units.
         decisions = Decisions(relative_difference, TOLERANCE)
         with undone(net_eval), repeatable(own):
             masked = _masked(net_eval, gates, reference, fresh(example_input))
@@ -123,8 +123,9 @@ def checked_shrink(
 
 
 def _masked(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor], x: Any) -> Any:
-    """The output with activations multiplied by theta. A row of theta is used for all examples, so
-    that it is not folded into weights."""
+    """The output with activations multiplied by theta. Theta is expanded to all examples, because a
+    single theta would be folded into weights.
+    """
     return GatedNetwork(net, gates)(x, {name: value[None] for name, value in theta.items()})
 
 

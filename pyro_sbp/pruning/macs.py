@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs) and parameters of a network."""
+"""Count the multiply-accumulates (MACs) and the parameters of a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Inside, torch runs attention and recurrent layers as separate matrix products.
+    """Within the context, torch runs attention and recurrent layers as separate matrix products.
 
     By default torch can run a whole attention, transformer layer or LSTM as one operation, whose
     products are not counted. Whether it does depends on the device, the dtype and the mode. The
@@ -43,7 +43,7 @@ def unfused() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled, cudnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        # Only this flag: `flags()` would also set the precision of float32 products.
+        # Set only this flag, because `flags()` would also set the precision of float32 products.
         mkldnn.enabled = cudnn.enabled = False
         with sdpa_kernel(SDPBackend.MATH):
             yield
@@ -64,14 +64,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-#: Products that torch's counter does not know, from the shapes of their arguments.
+#: The MACs of operations that torch's counter does not know, from the shapes of their arguments.
 _FORMULAS = {
     torch.ops.aten.mv: _vector_flops,
     torch.ops.aten.dot: _vector_flops,
     torch.ops.aten.vdot: _vector_flops,
     torch.ops.aten.addmv: _added_flops,
     torch.ops.aten.addbmm: _added_flops,
-    # A network can select this kernel by its own `sdpa_kernel`.
+    # A network can select this kernel with `sdpa_kernel`.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 
@@ -83,13 +83,13 @@ def _counter() -> FlopCounterMode:
 def count_macs(net: nn.Module, example_input: Any) -> int:
     """Count the multiply-accumulates of the convolutions and matrix products in one call.
 
-    The products inside attention and recurrent layers count as well; biases, norms, activations
-    and other element-wise operations do not. The count depends on the shapes only: it is the same
-    on every device, in every dtype, and whether the network is in training mode or not.
+    The products inside attention and recurrent layers count as well; biases, norms, activations and
+    other element-wise operations do not. The count depends only on shapes. It is the same on all
+    devices, in all dtypes, and in training and evaluation mode.
 
     Args:
-        net: the network; it is called once in evaluation mode, and keeps its own mode.
-        example_input: an input, as for `call`; its batch size counts.
+        net: the network. It is called once in evaluation mode, and its mode is restored.
+        example_input: an input, as for `call`. The count is proportional to its batch size.
     """
     counter = _counter()
     with torch.no_grad(), undone(net), evaluating(net), unfused(), counter:
@@ -141,15 +141,15 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
 def shares_left_alone(
     net: nn.Module, gates: Gates, example_input: Any
 ) -> dict[str, tuple[float, float]]:
-    """What shares of the parameters, and of the MACs, are in layers that are not prunable.
+    """The shares of the parameters and of the MACs of layers that are not prunable.
 
     Args:
         net, example_input: as for `count_macs`.
         gates: from `find_gates`.
 
     Returns:
-        For each name in `gates.not_prunable` two fractions. What is counted outside of the layer
-        itself, such as products in the module around a parameter, is not part of its MACs.
+        Two fractions for each name in `gates.not_prunable`. MACs that are counted outside of the
+        layer, such as those of products in the module around a parameter, are not included.
     """
     costs = costs_by_layer(net, example_input)
     total = max(sum(macs for macs, _ in costs.values()), 1)
@@ -161,11 +161,12 @@ def shares_left_alone(
 
 @contextmanager
 def by_module(net: nn.Module, total: Callable[[], int]) -> Iterator[Counter[str]]:
-    """Inside, attribute the growth of `total` to the modules of a network that is called.
+    """Within the context, attribute the increase of `total` to the modules of a network that is
+    called.
 
     Yields:
-        From the name of a module to the growth while it was the innermost module being called; ""
-        for the growth outside of all modules. It is complete after the block.
+        A dict from the name of a module to the increase while it was the innermost running module,
+        and from "" to the increase outside of all modules. It is complete after the block.
     """
     found, inside, before = Counter[str](), [""], total()
 
@@ -191,7 +192,9 @@ def by_module(net: nn.Module, total: Callable[[], int]) -> Iterator[Counter[str]
 
 
 def original_name(net: nn.Module, layer: str) -> str:
-    """The name of a layer before a cut put a `Select` before it: ``fc1`` for ``fc1.layer``."""
+    """The name of a layer in the dense network, without the `Select` of pruning: ``fc1`` for
+    ``fc1.layer``.
+    """
     parent, _, leaf = layer.rpartition(".")
     selects = isinstance(getattr(net.get_submodule(parent), "select", None), Select)
     return parent if leaf == "layer" and selects else layer

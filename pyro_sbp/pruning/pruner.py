@@ -1,4 +1,4 @@
-"""Noise on the units of a network inside any training loop, and pruning."""
+"""Structured Bayesian pruning inside any training loop."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["Pruner"]
 
 
 class Pruner:
-    """Structured Bayesian pruning of a network inside a training loop of your own.
+    """Structured Bayesian pruning of a network inside your own training loop.
 
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
     training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
-    evaluation mode the network computes what the pruned network would compute. `prune` returns the
-    smaller network.
+    evaluation mode, the network computes the same function as the pruned network. `prune` returns
+    the smaller network.
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
     them.
 
     Args:
-        net: the network, which should be trained; its parameters are shared, not copied.
+        net: the network, which should be trained already. Its parameters are shared, not copied.
         example_input: an input of the network, as for `find_gates`.
         num_data: the number of training examples.
         input_features, ignore: as for `find_gates`.
@@ -96,19 +96,19 @@ class Pruner:
         self._elbo = ClosedFormELBO()
         self._hooks: list[Any] = []
         self._contexts: list[AbstractContextManager[None]] = []
-        #: How often the network was called with noise.
+        #: The number of calls of the network with noise.
         self.noisy_calls = 0
 
     def parameters(self, **of_weights: Any) -> list[dict[str, Any]]:
         """The parameter groups for an optimizer of `torch.optim`: the weights, then the posterior.
 
         Args:
-            of_weights: options of the group of the weights, such as ``lr`` and ``weight_decay``.
+            of_weights: options for the group of the weights, such as ``lr`` and ``weight_decay``.
         """
         return [{"params": list(self.net.parameters()), **of_weights}, self.noise_group()]
 
     def noise_group(self) -> dict[str, Any]:
-        """The parameter group of the posterior, which has no weight decay."""
+        """The parameter group of the posterior, without weight decay."""
         return {
             "params": list(self.guide.parameters()),
             "lr": self.noise_learning_rate,
@@ -130,22 +130,23 @@ class Pruner:
         return parts.loss / self.model.num_data
 
     def kl_loss(self) -> Tensor:
-        """The weighted KL divergence over the number of training examples: what to add to a mean
-        loss per example. A scalar in nats, with gradients for the posterior only."""
+        """The weighted KL divergence divided by the number of training examples, to be added to a
+        mean loss per example. It is a scalar in nats, with gradients for the posterior only.
+        """
         model = self.model
 
         def sites(x: Any) -> None:
             model.sample_sites(model.prior, x)
 
-        # With noise for every example the divergence is a mean over any examples.
+        # With noise for every example, the divergence does not depend on the batch size.
         return self._elbo.parts(sites, self.guide, self.example_input).kl / model.num_data
 
     def attach(self) -> Pruner:
-        """Put noise on the units whenever the network is called; returns the pruner itself.
+        """Put noise on the units in every call of the network. Returns the pruner.
 
         Raises:
-            RuntimeError: it is attached already, or the network recomputes activations in the
-                backward pass (gradient checkpointing), where the noise would be missing.
+            RuntimeError: the pruner is attached already, or the network recomputes activations in
+                the backward pass (gradient checkpointing), where the noise would be missing.
         """
         if self._hooks:
             raise RuntimeError("the pruner is attached already")
@@ -169,9 +170,9 @@ class Pruner:
     def average_gradients(self) -> None:
         """Average the gradients of the posterior over the processes of `torch.distributed`.
 
-        Call it before every step of the optimizer in distributed training, where
-        `DistributedDataParallel` averages only those of the network. Without a process group it
-        does nothing.
+        Call it before every step of the optimizer in distributed training, because
+        `DistributedDataParallel` averages only the gradients of the network. Without a process
+        group it does nothing.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -181,7 +182,9 @@ class Pruner:
                 parameter.grad /= dist.get_world_size()
 
     def to(self, device: str | torch.device) -> Pruner:
-        """Move posterior and example input to the device of the network; returns the pruner."""
+        """Move the posterior and the example input to the device of the network. Returns the
+        pruner.
+        """
         self.guide.to(device)
         self.example_input = map_tensors(lambda x: x.to(device), self.example_input)
         return self
@@ -191,7 +194,7 @@ class Pruner:
         return {name: int((snr >= self.threshold).sum()) for name, snr in self.guide.snr().items()}
 
     def prune(self, **what: Any) -> nn.Module:
-        """Detach the noise, and return the smaller network; the original is not changed.
+        """Detach the noise, and return the smaller network. The original network is not changed.
 
         Args:
             what: what to keep, as for `pyro_sbp.prune`, such as ``macs_ratio=2``; by default the
@@ -207,7 +210,7 @@ class Pruner:
         return prune(self.model, self.guide, self.example_input, **what)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the posterior; that of the network is its own."""
+        """The state of the posterior. It does not contain the network."""
         state: dict[str, Tensor] = self.guide.state_dict()
         return state
 
@@ -216,13 +219,13 @@ class Pruner:
         self.guide.load_state_dict(state)
 
     def _theta(self, x: Any) -> dict[str, Tensor]:
-        """The factors of the units: a draw in training mode, else those of the pruned network."""
+        """The theta of the units: a sample in training mode, else that of the pruned network."""
         if self.net.training:
             self.noisy_calls += 1
             theta: dict[str, Tensor] = self.guide(x)
             return theta
         mean, snr = self.guide.mean(), self.guide.snr()
-        # The best unit of every gate stays, as in `prune`.
+        # Every gate keeps its best unit, as in `prune`.
         return {
             name: value * (snr[name] >= snr[name].max().clamp(max=self.threshold))
             for name, value in mean.items()
@@ -236,15 +239,16 @@ class Pruner:
         self._contexts += [frozen, noise]
 
     def _end(self, net: nn.Module, args: Any, output: Any) -> None:
-        # A call that failed before the noise was drawn has nothing to end.
+        # After a call that failed before the noise was drawn, there is nothing to close.
         for context in reversed(self._contexts):
             context.__exit__(None, None, None)
         self._contexts.clear()
 
     def _frozen(self) -> AbstractContextManager[None]:
-        """Inside, batch norms use their running statistics.
+        """Within the context, batch norms use their running statistics.
 
-        With batch statistics, a factor that all units of a layer share would cost no likelihood.
+        With batch statistics, a factor common to all units of a layer would not change the
+        likelihood.
         """
         return _in_evaluation(self.net) if self.net.training else nullcontext()
 

@@ -1,4 +1,4 @@
-"""Pruning: from a gated model and its posterior to a smaller network."""
+"""Make a smaller network from a gated model and its posterior."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def prune(
     round_to: int = 1,
     min_units: int = 1,
 ) -> nn.Module:
-    """Make the smaller network that the posterior asks for: units under the threshold are removed.
+    """Prune a network by its posterior: units under the threshold are removed.
 
     Every gate keeps at least its best `min_units` units. If no unit of any gate reaches the
-    threshold, only these are left, and a `UserWarning` says so.
+    threshold, only these units remain, with a `UserWarning`.
 
     Args:
         model: the gated network.
@@ -43,18 +43,20 @@ def prune(
         example_input: an input of the network, on which the result is compared with the masked
             network.
         threshold, criterion, round_to, min_units: what to keep, as for `choose_units`.
-        macs_ratio, parameters_ratio: instead of a threshold, keep as much as leaves the network
-            with at least this many times fewer MACs, or parameters.
-        budget: any other condition on the network, such as `Speedup` or `MaxErrorIncrease`.
+        macs_ratio, parameters_ratio: instead of a threshold, the smallest factor by which the MACs
+            or the parameters are reduced. The largest such network is returned.
+        budget: another condition on the network, such as `Speedup` or `MaxErrorIncrease`.
 
     Returns:
         A plain network with E[theta] folded into its weights, in the training mode of the original.
-        Its attribute `units` says what became of the units of every gate of `model`:
-        ``small.units["fc1_input"].kept`` is a bool tensor ``[units]``, here of the input features
-        of ``fc1`` if `find_gates` was given them.
+        Its attribute `units` describes the units of every gate of `model`:
+        ``small.units["fc1_input"].kept`` is a bool tensor ``[units]``. This gate, of the input
+        features of ``fc1``, exists if it was named in the argument `input_features` of
+        `find_gates`.
 
     Raises:
-        ValueError: what `choose_units` refuses, or the guide has no `mean` and `snr`.
+        ValueError: `choose_units` raises it for these settings, or the guide has no `mean` and
+            `snr`.
         EquivalenceError: the `relative_difference` of the result from the masked network is more
             than 1e-10 in float64.
     """

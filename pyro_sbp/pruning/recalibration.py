@@ -1,4 +1,4 @@
-"""Measurement of batch norm statistics for a network whose activations have changed."""
+"""Measure batch norm statistics again after the activations of a network have changed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     """Set the running statistics of batch norms to their mean over batches, in place.
 
     Pruning changes the inputs of batch norms, but their running statistics are still those of the
-    network with noise. Weights are not changed. For a network without batch norm, nothing is done
-    and no batch is read.
+    network with noise. Weights are not changed. For a network without batch norm it does nothing,
+    and reads no batch.
 
     Args:
         net: the network.
-        batches: inputs of the network; all batches have the same weight.
+        batches: inputs of the network. All batches have the same weight.
 
     Raises:
         ValueError: there is no batch.
@@ -35,7 +35,7 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
-        raise ValueError("there is no batch to measure batch norm statistics on")
+        raise ValueError("there are no batches to measure batch norm statistics on")
     momentum = [norm.momentum for norm in norms]
     with torch.no_grad(), evaluating(net):
         try:

@@ -1,4 +1,4 @@
-"""Pruning of single weights, and removal of the units that no remaining weight reads."""
+"""Set single weights to zero, and remove the units that no remaining weight reads."""
 
 from __future__ import annotations
 
@@ -52,20 +52,22 @@ class KeptWeights:
 
     @classmethod
     def of(cls, layers: Mapping[str, tuple[int, int]], total: int) -> KeptWeights:
-        """The counts of a network that has `total` weights."""
+        """The counts for a network with `total` weights."""
         kept, noisy = (sum(counts) for counts in zip(*layers.values(), strict=True))
         return cls(layers, kept + total - noisy, total)
 
     @property
     def compression(self) -> float | None:
-        """All weights over kept weights, as in the paper; None if no weight is kept."""
+        """The number of all weights divided by that of kept weights, as in the paper; None if no
+        weight is kept.
+        """
         return self.total / self.kept if self.kept else None
 
 
 def needed_units(
     net: nn.Module, gates: Sequence[Gate], masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The units of every gate that some weight reads.
+    """The units of every gate that at least one weight reads.
 
     If all weights in the columns of a unit are zero, no layer reads the unit, and removing it
     changes nothing. The rows that compute the unit are then removed too. These rows may be the last
@@ -78,8 +80,8 @@ def needed_units(
             is zero. A layer that is not named has no zeros.
 
     Returns:
-        From gate name to a float tensor ``[units]``, the theta for `shrink`: 1 for a unit that is
-        needed, 0 for another.
+        From gate name to theta for `shrink`, a float tensor ``[units]``: 1 for a unit that is
+        needed, else 0.
     """
     masks = {name: mask.cpu() for name, mask in masks.items()}
     theta = {gate.name: torch.ones(gate.size, device="cpu") for gate in gates}
@@ -118,7 +120,7 @@ def remaining_units(
     """The units of every gate that remain if weights under a threshold are set to zero.
 
     Args:
-        net, gates: the network.
+        net, gates: the network and its gates.
         snr: the signal-to-noise ratio of every weight, by layer.
         threshold: the smallest signal-to-noise ratio of a weight that is kept.
         round_to, min_units: as for `choose_units`. Units that remain only for these settings are
@@ -227,7 +229,7 @@ def prune_weights(
 def _unit_scores(
     net: nn.Module, gates: Sequence[Gate], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The best score of the weights that read a unit, by gate ``[units]``."""
+    """The largest score of the weights that read each unit, ``[units]`` by gate."""
     found = {}
     for gate in gates:
         best = torch.zeros(gate.size, device="cpu")

@@ -1,4 +1,4 @@
-"""The criteria by which units are kept: their names and the scales of their scores.
+"""The criteria that decide which units are kept: their names and the scales of their scores.
 
 This module needs no torch; `pyro_sbp.pruning.criteria` computes the scores.
 """
@@ -20,17 +20,18 @@ BMRS_THRESHOLD = 0.919
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a criterion's scores are. Units with a score at or over a threshold are kept.
+    """A criterion and the scale of its scores. Units whose score is at least the threshold are
+    kept.
 
     Attributes:
-        name: its name in requests.
-        title: what the score is, in words.
-        short: the same in the heads of tables.
-        threshold: the default.
-        least: the smallest threshold that makes sense.
+        name: the name in requests.
+        title: the name of the score in sentences.
+        short: the name of the score in the heads of tables.
+        threshold: the default threshold.
+        least: the smallest threshold that is allowed.
         most: the largest score that a posterior can reach.
-        ranks: whether a higher score is a better unit, so that a budget can be met by it.
-        sweep: the thresholds of a sweep, as multiples of the default.
+        ranks: whether a unit with a higher score is better, which a budget requires.
+        sweep: the thresholds of a sweep, as multiples of the default threshold.
     """
 
     name: CriterionName
@@ -43,13 +44,13 @@ class Criterion:
     sweep: tuple[float, ...]
 
     def check(self, threshold: float) -> None:
-        """Raise ValueError unless this can be a threshold."""
+        """Raise ValueError unless this is a valid threshold."""
         if not math.isfinite(threshold) or threshold < self.least:
             expected = f" >= {self.least:g}" if math.isfinite(self.least) else " that is finite"
             raise ValueError(f"threshold is {threshold}; expected a {self.title}{expected}")
 
     def check_budget(self) -> None:
-        """Raise RequestError unless a budget can be met by this criterion."""
+        """Raise RequestError unless a budget can use this criterion."""
         if not self.ranks:
             others = " or ".join(c.name for c in CRITERIA.values() if c.ranks)
             raise RequestError(
@@ -59,14 +60,16 @@ class Criterion:
 
 
 class Rule(NamedTuple):
-    """What is kept: units, or weights, with a score at or over the threshold."""
+    """The rule that decides what is kept: units, or weights, whose score is at least the
+    threshold.
+    """
 
     criterion: Criterion
     threshold: float
 
 
-#: The multiples reach from keeping all to removing nearly all: the log evidence of a unit grows
-#: with the square of its signal-to-noise ratio.
+#: Multiples of the default threshold, from keeping all units to removing nearly all. The log
+#: evidence of a unit grows with the square of its signal-to-noise ratio.
 _BMRS_SWEEP = (-20.0, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 
 CRITERIA: dict[str, Criterion] = {
@@ -74,7 +77,7 @@ CRITERIA: dict[str, Criterion] = {
     for criterion in (
         Criterion(
             "snr", "signal-to-noise ratio", "SNR", 1.0, 0.0,
-            math.exp(10),  # of a unit at a log scale of -10
+            math.exp(10),  # of a unit with the log scale -10
             True, (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0),
         ),
         Criterion(
@@ -91,10 +94,10 @@ assert tuple(CRITERIA) == get_args(CriterionName)
 
 
 def find_criterion(name: str) -> Criterion:
-    """The criterion of a name.
+    """The criterion with a name.
 
     Raises:
-        RequestError: there is no such criterion.
+        RequestError: the criterion is unknown.
     """
     if name not in CRITERIA:
         raise RequestError(unknown("criterion", str(name), CRITERIA))

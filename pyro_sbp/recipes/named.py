@@ -56,7 +56,7 @@ _VGG: dict[str, Any] = {
     "crop": 4,
 }
 
-#: A fifth of CIFAR-10's training images, for a machine without a GPU.
+#: Recipes for a fifth of CIFAR-10's training images, on a machine without a GPU.
 _VGG_SUBSET: dict[str, Any] = {
     "dense_epochs": 15,
     "finetune_epochs": 6,
@@ -243,8 +243,8 @@ _ALL: tuple[Recipe, ...] = (
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 
-#: The default recipes by architecture and data set. The first that matches and that the method has
-#: is used; "" is any.
+#: The default recipes by architecture and data set. The first one that matches and that is for the
+#: method is used. "" matches all.
 _DEFAULTS = {
     ("lenet5", "digits"): "lenet5-digits",
     ("", "digits"): "digits",
@@ -256,7 +256,7 @@ _DEFAULTS = {
 
 
 def default_recipe(arch: str, dataset: str, method: str) -> Recipe:
-    """The recipe of a request that names none."""
+    """The default recipe, for a request that does not name one."""
     prefix = RECIPE_CLASSES[method].prefix
     for (for_arch, for_dataset), name in _DEFAULTS.items():
         found = RECIPES.get(prefix + name)

@@ -1,4 +1,4 @@
-"""Single settings as a user types them: ``NAME=VALUE``. This module needs no torch."""
+"""Settings on the command line: ``NAME=VALUE``. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def assigned_setting(assignment: str) -> str:
 
 
 def _value(text: str) -> Any:
-    """A value as in a TOML file; strings need no quotes."""
+    """The value of a TOML expression. Strings need no quotes."""
     if text.lower() in ("none", "null"):
         return "none"
     try:
@@ -32,12 +32,12 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
     Args:
         recipe: the recipe.
-        assignments: each ``NAME=VALUE``, with the value as in a TOML file, or ``none``. The weight
-            of one gate is ``kl_scale.GATE=VALUE``.
+        assignments: strings ``NAME=VALUE``, with a value as in a TOML file, or ``none``. The weight
+            of a single gate is set by ``kl_scale.GATE=VALUE``.
 
     Raises:
-        RequestError: one is not such an assignment, names a setting that the method does not have,
-            or a value that is out of its bounds.
+        RequestError: a string is not an assignment, the method does not have the setting, or the
+            value is out of its bounds.
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
@@ -66,5 +66,5 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     if epochs != recipe.epochs and isinstance(epochs, int) and not isinstance(epochs, bool):
         recipe = recipe.with_epochs(epochs)
     elif epochs != recipe.epochs:
-        changes["epochs"] = epochs  # for its refusal
+        changes["epochs"] = epochs  # raises if the method does not have it
     return recipe.replace(**changes) if changes else recipe

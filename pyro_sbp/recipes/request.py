@@ -1,4 +1,4 @@
-"""What a training run is asked to do, as a value. This module needs no torch."""
+"""The request of a training run, as a value. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_sbp.recipes.settings import RECIPE_CLASSES, STRICT, Recipe, refusing
 
 __all__ = ["PRECISIONS", "Precision", "Request"]
 
-#: Mixed: parameters are float32, the network's matrix products bfloat16.
+#: "bf16-mixed" has parameters in float32, and computes matrix products in bfloat16.
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -30,23 +30,23 @@ class PixelStatistics(TypedDict):
 @refusing
 @dataclass(frozen=True, config=STRICT)
 class Request:
-    """What a run is asked to do; written to `recipe.json` before any heavy work.
+    """The request of a run. It is written to `recipe.json` when the run starts.
 
     Attributes:
-        arch: the network: a name of `ARCHITECTURES`, or ``package.module:callable``.
+        arch: the network, a name of `ARCHITECTURES` or ``package.module:callable``.
         dataset: the data set, as for `load_dataset`.
-        recipe: the settings, and with their class the method.
+        recipe: the settings. Their class determines the method.
         seed: the seed of all random numbers.
         device: "cpu" or "cuda".
         data_dir: the directory of the data sets.
-        weights: a file of weights that takes the place of the dense phase.
+        weights: a file of weights to start from.
         devices: the number of processes.
         precision: one of `PRECISIONS`.
-        channels_last: whether images have the channels-last memory format.
-        image_size: height and width to which images are resized; None for those of the
-            architecture or of the data.
-        standardize_by: what images are standardised by, such as the statistics that the weights
-            were trained with; None leaves it to the recipe.
+        channels_last: whether to use the channels-last memory format.
+        image_size: the height and the width to which images are resized. With None they are those
+            of the architecture, or of the data.
+        standardize_by: the statistics for standardising images, such as those with which the
+            weights were trained. With None the recipe decides.
 
     Raises:
         RequestError: a value has a wrong type or is out of its bounds.
@@ -77,7 +77,7 @@ class Request:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
-        """The request from what `to_dict` gave; keys that it does not know are left out.
+        """The request from the values that `to_dict` returned. Unknown keys are ignored.
 
         Raises:
             RequestError: a value is missing, has a wrong type or is out of its bounds.

@@ -1,4 +1,4 @@
-"""The settings of training and pruning as values, one class for each method; needs no torch."""
+"""The settings of training and pruning, with one class for each method. Needs no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Order = Literal["forward", "reversed", "together"]
-#: The orders in which RBP can take the gates.
+#: The orders in which RBP can train the gates.
 ORDERS: tuple[Order, ...] = get_args(Order)
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["linear", "cosine", "one-cycle"]
@@ -46,11 +46,12 @@ _Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
-#: The largest signal-to-noise ratio that the posterior of a weight reaches, at a log alpha of -8.
+#: The largest signal-to-noise ratio that the posterior of a weight can reach: that of log alpha =
+#: -8.
 _MAX_WEIGHT_SNR = math.exp(4)
 
 
-#: How pydantic says what it expects, and how this package says it.
+#: Phrases in the messages of pydantic, and the phrases that replace them.
 _WORDS = {
     "greater than or equal to ": "a number >= ",
     "less than or equal to ": "a number <= ",
@@ -64,7 +65,7 @@ _WORDS = {
 
 
 def in_one_line(error: ValidationError) -> str:
-    """The first finding of a validation, as ``NAME is VALUE; expected ...``."""
+    """The first error of a validation, as ``NAME is VALUE; expected ...``."""
     found = error.errors(include_url=False)[0]
     name = " ".join(str(part) for part in found["loc"])
     if found["type"] == "missing":
@@ -112,7 +113,9 @@ def _setting(default: Any, description: str) -> Any:
 @refusing
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """The settings that all methods share, apart from network, data and machine.
+    """The settings that all methods have.
+
+    The network, the data and the machine are part of the request.
 
     Every method has a subclass with its own settings: `SBPRecipe`, `RBPRecipe`,
     `SparseVDRecipe`. The description and the bounds of a setting are in the metadata of its field;
@@ -126,10 +129,12 @@ class Recipe:
     method: ClassVar[str] = ""
     #: The module and the class of the method.
     implementation: ClassVar[str] = ""
-    #: How the names of the method's default recipes begin.
+    #: The prefix of the names of the method's default recipes.
     prefix: ClassVar[str] = ""
 
-    name: str = _setting("default", "The name of the recipe. For a file it is the file's name.")
+    name: str = _setting(
+        "default", "The name of the recipe. For a recipe from a file it is the name of the file."
+    )
     dense_epochs: _Count = _setting(
         10,
         "Epochs of ordinary training before noise is added. Noise on an untrained network may "
@@ -137,24 +142,27 @@ class Recipe:
     )
     epochs: _Positive = _setting(
         25,
-        "Epochs of training with noise. The noise needs some thousand steps to grow, so small data "
-        "sets need more epochs.",
+        "Epochs of training with noise. The noise needs a few thousand steps to grow, so small "
+        "data sets need more epochs.",
     )
     finetune_epochs: _Count = _setting(
-        5, "Epochs of ordinary training of the pruned network. With 0 it stays as it was pruned."
+        5, "Epochs of ordinary training of the pruned network. With 0 there is no fine-tuning."
     )
-    batch_size: _Positive = _setting(128, "Examples in a step. Smaller batches give more steps.")
+    batch_size: _Positive = _setting(128, "Examples per step. Smaller batches give more steps.")
     learning_rate: _Rate = _setting(
-        1e-3, "Learning rate of the weights, in the dense phase and, by default, with noise."
+        1e-3,
+        "Learning rate of the weights in the dense phase and, by default, in the phase with noise.",
     )
     gated_learning_rate: _Rate | None = _setting(
         None,
-        "Learning rate of the weights while there is noise; by default `learning_rate`. A network "
-        "with batch norm, whose statistics are frozen then, may need a tenth of it, or less.",
+        "Learning rate of the weights in the phase with noise; by default `learning_rate`. In "
+        "this phase the statistics of batch norms are frozen, so a network with batch norm may "
+        "need a tenth of it or less.",
     )
     noise_learning_rate: _Rate = _setting(
         1e-2,
-        "Learning rate of the posterior. A larger one decides on units sooner and removes more.",
+        "Learning rate of the posterior. With a larger one the noise grows faster, and more units "
+        "are removed.",
     )
     finetune_learning_rate: _Rate = _setting(3e-4, "Learning rate of the pruned network.")
     optimizer: Optimizer = _setting(
@@ -165,61 +173,66 @@ class Recipe:
     momentum: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.9, "Momentum of `sgd`; other optimizers have none."
     )
-    weight_decay: _Share = _setting(0.0, "Weight decay of the weights; never of the noise.")
+    weight_decay: _Share = _setting(0.0, "Weight decay of the weights. The noise has none.")
     clip_gradient: _Factor = _setting(
-        0.0, "Largest norm of the gradient of the weights, which is scaled to it; 0 for no bound."
+        0.0,
+        "Largest norm of the gradient of the weights; a larger gradient is scaled down. 0 turns "
+        "clipping off.",
     )
     schedule: Schedule = _setting(
         "linear",
-        "Learning rates over a phase: constant and then falling linearly to zero (`linear`), half "
-        "a cosine (`cosine`), or rising from a 25th and falling to nearly zero (`one-cycle`).",
+        "Schedule of the learning rates in each phase: constant, then a linear decay to zero "
+        "(`linear`); half a cosine (`cosine`); or a rise from 1/25 of the rate, then a decay to "
+        "nearly zero (`one-cycle`).",
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.0,
-        "The first share of every phase, over which learning rates rise linearly; of `one-cycle` "
-        "its rising part, which is 0.3 if this is 0. Phases of kl_free_epochs and "
-        "kl_rising_epochs have constant rates.",
+        "The first share of every phase, in which learning rates rise linearly. For `one-cycle` "
+        "it is the rising part, 0.3 if this is 0. In the epochs of kl_free_epochs and "
+        "kl_rising_epochs the rates are constant.",
     )
     decay: _Share = _setting(
         0.5,
-        "The last share of every phase, after the warm-up, over which the `linear` schedule falls.",
+        "The last share of every phase, after the warm-up, in which the `linear` schedule decays.",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.0,
-        "Share of the target probability that is spread evenly over all classes, in phases without "
-        "noise that learn the labels of the data.",
+        "Share of the target probability that is distributed evenly over all classes. It applies "
+        "to phases without noise that learn the labels of the data.",
     )
     average: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.0,
-        "Decay of the exponential moving average of the weights in phases without noise, whose "
-        "result is the average; 0 for the last weights. 0.999 averages over about 1,000 steps.",
+        "Decay of the exponential moving average of the weights in phases without noise. The "
+        "phase ends with the average. 0 turns averaging off; 0.999 averages over about 1,000 "
+        "steps.",
     )
     kl_scale: float | Mapping[str, float] = _setting(
         1.0,
-        "Weight of the KL divergence. A larger one removes more. A number for all gates (for "
-        "SparseVD, layers), or numbers by name (1 where not named). Early layers, which have few "
-        "units and many MACs, need more.",
+        "Weight of the KL divergence. A larger weight removes more units. Either a number for all "
+        "gates (for SparseVD, layers), or numbers by name (1 for a gate that is not named). Early "
+        "layers, which have few units and many MACs, need larger weights.",
     )
     distill: Annotated[float, Field(ge=0, le=1000)] = _setting(
         0.0,
         "Temperature of the soft labels for fine-tuning; 0 uses the labels of the data. The "
-        "teacher is the network before its last cut, with the noise at its mean. 4 suits MNIST.",
+        "teacher is the network before its last cut, with the noise at its mean. 4 works well for "
+        "MNIST.",
     )
     init_log_scale: Annotated[float, Field(ge=-10, le=5)] = _setting(
         -5.0,
-        "Initial log scale of the posterior: of log theta (-5 is an SNR of 247), for SparseVD of "
-        "every weight.",
+        "Initial log scale of the posterior of log theta (-5 is an SNR of 247). For SparseVD it "
+        "is that of the weights.",
     )
     threshold: float = _setting(
         CRITERIA["snr"].threshold,
-        "Units (for SparseVD, weights) with a smaller score by `criterion`, the signal-to-noise "
-        "ratio unless it is set, are removed; the default of `bmrs-n` and `bmrs-u` is 0.919. "
-        "`pyro-sbp prune` can use another threshold later.",
+        "Units (for SparseVD, weights) with a smaller score are removed. The score is that of "
+        "`criterion`, by default the signal-to-noise ratio. The default threshold of `bmrs-n` and "
+        "`bmrs-u` is 0.919. `pyro-sbp prune` can use another threshold later.",
     )
     recalibrate: bool = _setting(
         False,
-        "Measure the batch norm statistics of the pruned network, and update them in fine-tuning. "
-        "Otherwise they stay as they were in training with noise.",
+        "Measure the batch norm statistics of the pruned network again, and update them in "
+        "fine-tuning. Otherwise they remain those of the phase with noise.",
     )
     standardize: bool = _setting(
         False,
@@ -228,19 +241,23 @@ class Recipe:
     )
     holdout: Annotated[int, Field(ge=0)] = _setting(
         0,
-        "Training images, drawn at random, that are reserved for validation: to choose a threshold "
-        "or a recipe, which the test images must not decide.",
+        "Number of training images, drawn at random, that are reserved for validation. Use them "
+        "to choose a threshold or a recipe, because the test images must not be used for a "
+        "choice.",
     )
     random_labels: bool = _setting(
-        False, "Draw the labels of the training images at random, to see what memorises them."
+        False,
+        "Draw the labels of the training images at random, to test whether a network memorises "
+        "them.",
     )
     crop: Annotated[int, Field(ge=0, le=10_000)] = _setting(
-        0, "Pad training images by this many pixels, and crop them at random to their size."
+        0,
+        "Pad training images by this many pixels, and crop them at random to their original size.",
     )
     flip: bool = _setting(
         False,
-        "Mirror training images at random. Not for images in which left and right matter, such as "
-        "digits.",
+        "Mirror training images from left to right at random. Do not use it if left and right "
+        "matter, as for digits.",
     )
 
     @field_validator("kl_scale", mode="before")
@@ -259,7 +276,7 @@ class Recipe:
     def _check_method(self) -> Self:
         if not self.method:
             raise ValueError(
-                "a recipe is of a method: use SBPRecipe, RBPRecipe or SparseVDRecipe of "
+                "Recipe has no method; use SBPRecipe, RBPRecipe or SparseVDRecipe of "
                 "pyro_sbp.recipes"
             )
         return self
@@ -294,14 +311,14 @@ class Recipe:
         return type(self)(**{**self.to_dict(), **changes})
 
     def rule(self, criterion: str | None = None) -> Rule:
-        """What is kept.
+        """The criterion and the threshold that decide what is kept.
 
         Args:
-            criterion: the name of the criterion that decides; by default the recipe's own, with its
-                threshold. Another criterion has its default threshold.
+            criterion: the name of the criterion. The default is the criterion of the recipe, with
+                its threshold. Another criterion has its default threshold.
 
         Raises:
-            RequestError: there is no such criterion, or it is not for this method.
+            RequestError: the criterion is unknown, or is not for this method.
         """
         if criterion is not None and find_criterion(criterion).name != "snr":
             raise RequestError(
@@ -315,7 +332,7 @@ class Recipe:
         return self.replace(epochs=epochs)
 
     def epochs_per_gate(self, gates: int) -> int:
-        """The number of epochs in which each of some number of gates has noise."""
+        """The number of epochs in which each gate has noise."""
         return self.epochs
 
     def to_dict(self) -> dict[str, Any]:
@@ -327,8 +344,8 @@ class Recipe:
         """A recipe from plain values.
 
         Args:
-            values: from the name of a setting to its value.
-            source: where they come from, for messages.
+            values: from the names of settings to their values.
+            source: the origin of the values, for messages.
 
         Raises:
             RequestError: the method has no such setting, or a value is out of its bounds.
@@ -346,7 +363,7 @@ class Recipe:
 @refusing
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GatedRecipe(Recipe):
-    """The settings of methods whose noise is on units."""
+    """The settings of methods with noise on units."""
 
     macs_weight: _Factor = _setting(
         0.0,
@@ -363,21 +380,22 @@ class GatedRecipe(Recipe):
     )
     noise_per: Literal["batch", "example"] = _setting(
         "batch",
-        "Whether theta is drawn once for a batch or for every example, which has less variance and "
-        "costs more.",
+        "Draw theta once for a batch (`batch`), or for every example (`example`), which has less "
+        "variance and takes more time.",
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         None,
-        "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
-        "is removed (1.2 to 20). Without a value it is the log-uniform prior of SBP.",
+        "Scale of the prior of log theta, whose mode is at the lower bound of theta (1.2 to 20). "
+        "A smaller scale removes more units. Without a value the prior is the log-uniform prior "
+        "of SBP.",
     )
     init_loc: Annotated[float, Field(ge=-25, le=5)] = _setting(
         0.0, "Initial location of the posterior of log theta."
     )
     criterion: CriterionName = _setting(
         "snr",
-        "What decides on units: their signal-to-noise ratio (`snr`), or the evidence for them by "
-        "Bayesian model reduction (`bmrs-n`, `bmrs-u`).",
+        "The score that decides which units are kept: their signal-to-noise ratio (`snr`), or "
+        "their log evidence by Bayesian model reduction (`bmrs-n`, `bmrs-u`).",
     )
 
     @model_validator(mode="before")
@@ -409,8 +427,8 @@ class GatedRecipe(Recipe):
         return self
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values; with another criterion the threshold is its default, unless it
-        is given.
+        """A copy with other values. With another criterion, the threshold is the default of that
+        criterion, unless it is given.
 
         Raises:
             RequestError: there is no such setting, or a value is out of its bounds.
@@ -434,10 +452,12 @@ class _RisingKL(Recipe):
     """The settings of methods whose KL divergence may have a smaller weight at first."""
 
     kl_free_epochs: _Count = _setting(
-        0, "The first epochs with noise, in which the KL divergence has no weight."
+        0, "Number of first epochs with noise in which the weight of the KL divergence is 0."
     )
     kl_rising_epochs: _Count = _setting(
-        0, "The next epochs, in which the weight of the KL divergence rises linearly to its value."
+        0,
+        "Number of next epochs, in which the weight of the KL divergence rises linearly to its "
+        "final value.",
     )
 
     @model_validator(mode="after")
@@ -473,9 +493,9 @@ class SBPRecipe(_RisingKL, GatedRecipe):
 
     cut_every: _Count = _setting(
         0,
-        "Epochs with noise after which units under half of the threshold are removed from the "
-        "network, which makes later epochs faster; 0 removes units at the end only. `pyro-sbp "
-        "prune` cannot keep what was removed on the way.",
+        "Every so many epochs with noise, units under half of the threshold are removed from the "
+        "network, which makes later epochs faster. 0 removes units only at the end. `pyro-sbp "
+        "prune` cannot restore units that were removed earlier.",
     )
 
     @model_validator(mode="after")
@@ -500,21 +520,22 @@ class RBPRecipe(GatedRecipe):
 
     noise_learning_rate: _Rate = _setting(
         5e-2,
-        "Learning rate of the posterior. Every gate has only its share of the epochs, so it is "
-        "larger than for SBP.",
+        "Learning rate of the posterior. It is larger than for SBP, because every gate has only "
+        "its share of the epochs.",
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         4.0,
-        "Scale of the prior of log theta, which has its mode at zero units: the smaller, the more "
-        "is removed (1.2 to 20). `none` is the log-uniform prior of SBP.",
+        "Scale of the prior of log theta, whose mode is at the lower bound of theta (1.2 to 20). "
+        "A smaller scale removes more units. `none` is the log-uniform prior of SBP.",
     )
     order: Order = _setting(
         "forward",
-        "The order in which the gates take their turns: as data flow, reversed, or all together.",
+        "The order of the turns of the gates: that of the data flow (`forward`), the reverse "
+        "(`reversed`), or all gates in one turn (`together`).",
     )
 
     def epochs_per_gate(self, gates: int) -> int:
-        """The number of epochs in which each gate has noise, the least of all gates."""
+        """The number of epochs in which each gate has noise; the smallest number of all gates."""
         return self.epochs if self.order == "together" else self.epochs // max(1, gates)
 
 
@@ -530,11 +551,11 @@ class SparseVDRecipe(_RisingKL):
     exact_kl: bool = _setting(
         False, "Use the exact KL divergence instead of the paper's approximation."
     )
-    #: log alpha >= 3 is an SNR of exp(-3/2) or less (arXiv 1701.05369, section 5).
+    #: The signal-to-noise ratio of log alpha = 3, which is exp(-3/2) (arXiv 1701.05369, section 5).
     threshold: Annotated[float, Field(ge=0, le=_MAX_WEIGHT_SNR)] = _setting(
         math.exp(-1.5),
-        "Weights with a smaller signal-to-noise ratio become zero. The default is the paper's: a "
-        "log alpha of 3.",
+        "Weights with a smaller signal-to-noise ratio are set to zero. The default is that of the "
+        "paper, log alpha = 3.",
     )
 
 
@@ -551,7 +572,7 @@ def method_settings(method: str) -> tuple[str, ...]:
 
 
 def _no_such_setting(name: str, cls: type[Recipe]) -> str:
-    """The message about a setting that a method does not have."""
+    """The message for a setting that a method does not have."""
     others = [method for method in RECIPE_CLASSES if name in method_settings(method)]
     if others:
         return f"{name!r} is a setting of {' and '.join(others)}, not of {cls.method}"
@@ -572,17 +593,19 @@ def read_none(values: Mapping[str, Any], cls: type[Recipe]) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, method: str | None = None) -> Recipe:
-    """Read a recipe from a TOML file. What the file does not set has its default.
+    """Read a recipe from a TOML file.
 
-    TOML has no null: the string "none" is None for settings that may be None.
+    Settings that are not in the file have their defaults.
+
+    TOML has no null. The string "none" means None for settings that may be None.
 
     Args:
         path: the file; it may name its `method`.
-        method: the method to read it for; by default that of the file, else "sbp".
+        method: the method of the recipe. The default is the method that the file names, else "sbp".
 
     Raises:
-        RequestError: the file cannot be read, is not TOML, is for another method, or sets
-            something wrong.
+        RequestError: the file cannot be read, is not TOML, is for another method, or has an invalid
+            setting.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -61,7 +61,8 @@ def write_report(
             trained.
         sweep: whether to measure finished runs at other thresholds, which takes most of the time.
         watch: called with a line about the current step.
-        criterion: what decides on units; by default the criterion of each run's recipe.
+        criterion: the criterion that decides which units are kept; by default that of the recipe of
+            each run.
 
     Returns:
         The path of the page.

@@ -59,8 +59,8 @@ def prune_again(
         The summary that `train` would return for this network.
 
     Raises:
-        RequestError: the run has no complete checkpoint, no images for validation where an error is
-            to be measured, or `choose_units` does not accept the settings.
+        RequestError: the run has no complete checkpoint, an error must be measured and the run has
+            no images for validation, or `choose_units` does not accept the settings.
     """
     with replayed(request, data, directory) as (job, loop), TemporaryDirectory() as other:
         if max_error_increase is not None:
@@ -114,7 +114,7 @@ def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
 
 
 def _measured(budget: Budget) -> str:
-    """What was measured to meet a budget, in a line."""
+    """One line that says what was measured to meet a budget."""
     found = budget.describe(budget.measured[budget.level])
     return f"{len(budget.measured)} networks compared: {found}"
 
@@ -135,21 +135,22 @@ def sweep(
 
     Args:
         request, data, directory: of the run, as for `train`.
-        thresholds: on the scores of the criterion; by default the multiples `Criterion.sweep` of
-            the method's default, the same for all of its runs so that they can be compared, and
-            that of `Recipe.rule`. Where no unit reaches one, every gate keeps its best unit, as in
-            `train`.
-        criterion: what decides; by default the recipe's criterion.
+        thresholds: thresholds for the scores of the criterion. By default, they are the multiples
+            `Criterion.sweep` of the method's default threshold, so that all runs of the method can
+            be compared, and the threshold of `Recipe.rule`. If no unit of a gate reaches a
+            threshold, the gate keeps its best unit, as in `train`.
+        criterion: the criterion; by default that of the recipe.
 
     Returns:
-        By rising threshold: {`criterion`, `threshold`, `error`, `nll` and `ece` as in `Measured`,
-        `split` they are of, `macs`, `ratio`, `parameters`, `units` (kept, by gate), `held` (gates
-        of which the best stay though under it), and of SparseVD `compression` (all weights over
-        those kept)}.
+        A list of dicts in ascending order of the threshold: {`criterion`, `threshold`, `error`,
+        `nll` and `ece` (as in `Measured`), `split` (the images on which they were measured),
+        `macs`, `ratio`, `parameters`, `units` (the number of kept units, by gate), `held` (the
+        gates in which no unit reaches the threshold), and for SparseVD `compression` (the number of
+        all weights divided by that of kept weights)}.
 
     Raises:
-        RequestError: the run has no whole checkpoint, or a threshold is not one of the criterion,
-            which must be one of the method.
+        RequestError: the run has no complete checkpoint, the criterion is not for the method, or a
+            threshold is not valid for the criterion.
     """
     rule = request.recipe.rule(criterion)
     name = rule.criterion.name
@@ -165,7 +166,8 @@ def sweep(
             except ValueError as error:
                 raise RequestError(str(error)) from error
             loop.recalibrate()
-            found = loop.evaluate(method.small, job.data.validation)  # as it was trained
+            # in the precision of training
+            found = loop.evaluate(method.small, job.data.validation)
             small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(
@@ -189,13 +191,13 @@ def sweep(
 
 @contextmanager
 def replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
-    """A run with its posterior, as the phases left it.
+    """Within the context, a run with its posterior, in the state after its phases.
 
     Args:
         request, data, directory: of the run, as for `train`.
 
     Raises:
-        RequestError: the run has no whole checkpoint.
+        RequestError: the run has no complete checkpoint.
     """
     fabric = launch(request.device, precision=request.precision)
     job = prepare_job(request, data, directory, fabric)

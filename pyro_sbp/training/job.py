@@ -87,7 +87,7 @@ def build_network(request: Request, data: ImageData) -> tuple[nn.Module, dict[st
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A request with everything that it needs. The sizes are those of the dense network."""
+    """A request with its network, data and method. The sizes are those of the dense network."""
 
     request: Request
     data: ImageData

@@ -45,7 +45,8 @@ TEST_NUMBERS, TEST_BATCH = 500 * 3 * 32 * 32, 500
 RECALIBRATE_ON = 10_000
 #: The number of seconds after which a checkpoint is written within an epoch.
 SAVE_EVERY = 120.0
-#: The number of steps after which several processes agree on whether to stop or to write one.
+#: The number of steps after which several processes agree on whether to stop or to write a
+#: checkpoint.
 AGREE_EVERY = 20
 
 
@@ -219,8 +220,9 @@ class Loop:
         method.unit_latency = found
 
     def train(self, phase: Phase, saved: Checkpoint | None = None) -> None:
-        """Train a phase to its end, from the checkpoint on where one is given, and measure what it
-        leaves."""
+        """Train a phase to its end, from a checkpoint if one is given, and measure the resulting
+        networks.
+        """
         optimization = self._optimization(phase)
         average = self._average(phase)
         place = Place(self.order.get_state(), torch.zeros(2, device="cpu"))

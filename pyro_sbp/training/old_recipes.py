@@ -27,7 +27,7 @@ def request(values: Any) -> Mapping[str, Any]:
     """Convert the recipe in the values of a request. Values that are not a request are returned
     unchanged: reading them raises an error."""
     if not isinstance(values, Mapping):
-        raise ValueError("it holds no object")
+        raise ValueError("it does not contain an object")
     found, method = values.get("recipe"), values.get("method")
     if not isinstance(found, Mapping) or method not in RECIPE_CLASSES:
         return values

@@ -150,7 +150,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
         result = run("train", "--resume", stopped, "--workers", WORKERS)
     assert result.exit_code == 1
     _, last = result.stderr.strip().splitlines()
-    assert last.startswith("Error: a data loader worker died (")
+    assert last.startswith("Error: a process that reads images died (")
     assert last.endswith(f"; resume with `pyro-sbp train --resume {stopped}`")
     assert (stopped / "checkpoint.pt").read_bytes() == before
     assert run("train", "--resume", stopped, "--workers", WORKERS).exit_code == 0

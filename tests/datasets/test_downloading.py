@@ -50,7 +50,10 @@ def test_a_failed_download_is_not_damaged_data(name, error, cause, tmp_path, mon
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
     words = refusal(tmp_path, name)
-    assert words.startswith(f"{name} is not in {tmp_path / SOURCES[name].folder}, or not complete")
+    folder = tmp_path / SOURCES[name].folder
+    assert words.startswith(
+        f"{name} is missing or incomplete in {folder}, and cannot be downloaded"
+    )
     assert cause in words and "--data-dir" in words and "--dataset digits" in words
     assert "damaged" not in words and "delete" not in words
 
@@ -65,9 +68,9 @@ def test_a_truncated_archive_is_downloaded_again(tmp_path, monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    assert "not complete, and cannot be downloaded (<urlopen error no network>)" in refusal(
-        tmp_path
-    )
+    words = refusal(tmp_path)
+    assert "is missing or incomplete in " in words
+    assert "and cannot be downloaded (<urlopen error no network>)" in words
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_truncated_file_is_refused(tmp_path, offline):
     with pytest.raises(RequestError, match=r"t10k-images-idx3-ubyte is damaged: it has 1000 bytes"):
         check_dataset("mnist", tmp_path)
     os.truncate(path, 3)
-    with pytest.raises(RequestError, match="is no IDX file"):
+    with pytest.raises(RequestError, match="is not an IDX file"):
         check_dataset("mnist", tmp_path)
 
 
@@ -134,13 +134,13 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(RequestError, match=words):
             load_dataset(f"folder:{tmp_path}", Path("nowhere"))
 
-    refused("train is no directory")
+    refused("train is not a directory")
     make_folder(tmp_path, parts=("train",))
-    refused("test is no directory")
+    refused("test is not a directory")
     (tmp_path / "test").mkdir()
-    refused("test has no directory of a class")
+    refused("test has no directory for a class")
     make_folder(tmp_path, parts=("test",), classes=("cat",))
-    refused("dog is in one only")
+    refused("only one has dog")
     make_folder(tmp_path, parts=("test",), classes=("dog",), count=0)
     refused("dog has no images")
     (tmp_path / "test" / "dog" / "0.png").write_bytes(b"no image")
@@ -164,7 +164,7 @@ def test_data_can_be_compared():
 
 def test_a_folder_with_one_class_is_refused(tmp_path):
     make_folder(tmp_path, classes=("images",))
-    with pytest.raises(RequestError, match="one class only, images; expected a directory for each"):
+    with pytest.raises(RequestError, match="only one class, images; expected a directory for each"):
         check_dataset(f"folder:{tmp_path}", tmp_path)
     (tmp_path / "train" / "images" / "cat").mkdir()
     with pytest.raises(RequestError, match="such as cat, belong one level up"):

@@ -65,7 +65,9 @@ def test_a_folder_is_streamed_where_memory_is_short(folder, monkeypatch):
 
 
 def test_what_is_no_folder_is_not_streamed():
-    with pytest.raises(RequestError, match="--workers is for folder:PATH; digits is held in mem"):
+    with pytest.raises(
+        RequestError, match="--workers applies to folder:PATH; digits is kept in mem"
+    ):
         load_dataset("digits", workers=1)
 
 
@@ -115,7 +117,7 @@ def test_other_errors_are_not_taken_for_a_worker_s_death():
 def test_a_killed_worker_ends_the_batches_in_one_line(folder):
     batches = load(folder, workers=WORKERS).train.batches(torch.arange(27).repeat(200).split(2))
     with (
-        pytest.raises(WorkerDied, match=r"^a data loader worker died \(.*\)$") as caught,
+        pytest.raises(WorkerDied, match=r"^a process that reads images died \(.*\)$") as caught,
         workers_watched(),
     ):
         next(batches)

@@ -81,11 +81,11 @@ def test_a_folder_is_replaced_only_on_request(small, tmp_path):
 
 
 def test_requests_that_cannot_be_met(small, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="what builds LeNet300_100"):
+    with pytest.raises(ValueError, match="the constructor of LeNet300_100 is missing"):
         save_pretrained(small[0], tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         from_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no whole saved network"):
+    with pytest.raises(ValueError, match="has no complete saved network"):
         push_to_hub(tmp_path, "me/net")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-sbp\[hub\]'"):

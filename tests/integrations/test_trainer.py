@@ -128,5 +128,5 @@ def test_a_checkpoint_holds_the_posterior(tmp_path):
 
 
 def test_a_pruner_of_another_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="of another model than the trainer"):
+    with pytest.raises(ValueError, match="the pruner and the trainer have different models"):
         trainer(model(), tmp_path, pruner(model()))

@@ -129,7 +129,7 @@ def test_epochs_keep_the_shares_of_the_rising_kl():
 
 @pytest.mark.parametrize("cls", [Recipe, GatedRecipe])
 def test_settings_are_those_of_a_method(cls):
-    with pytest.raises(RequestError, match="a recipe is of a method: use SBPRecipe, RBPRecipe or"):
+    with pytest.raises(RequestError, match="Recipe has no method; use SBPRecipe, RBPRecipe or"):
         cls()
 
 

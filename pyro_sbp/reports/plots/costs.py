@@ -35,13 +35,13 @@ def error_against_threshold(rows: Sequence[Mapping[str, Any]], threshold: float 
 
     Args:
         rows: from `sweep`.
-        threshold: that which decides, which is marked.
+        threshold: the threshold of the run, which is marked.
     """
     figure, axes = new_figure(3.2)
     ax = axes[0, 0]
     criterion = find_criterion(rows[0].get("criterion", "snr")) if rows else CRITERIA["snr"]
     positive = criterion.least >= 0
-    if positive:  # a logarithmic axis has no place for zero
+    if positive:  # a logarithmic axis cannot show zero
         rows = [row for row in rows if row["threshold"] > 0]
     _sweep_line(ax, rows, "threshold", threshold)
     ax.set(xscale="log" if positive else "symlog", xlabel=f"threshold on the {criterion.title}")

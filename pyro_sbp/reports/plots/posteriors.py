@@ -47,7 +47,7 @@ def _posterior(source: Any, threshold: float | None, criterion: str | None) -> t
 
 
 def _by_snr(rule: Rule) -> bool:
-    """Whether the threshold is on the signal-to-noise ratio, and has a place on its axis."""
+    """Whether the threshold is a signal-to-noise ratio, so that it can be drawn on the axis."""
     return rule.criterion.name == "snr"
 
 
@@ -63,16 +63,16 @@ def snr_histograms(
 ) -> Figure:
     """A histogram of the signal-to-noise ratios of each gate, with logarithmic axes.
 
-    The units that the criterion keeps are coloured; a threshold on another score than the ratio has
-    no place on the axis. Ratios that have no place on a logarithmic axis are drawn in the first or
-    the last bar, except NaN, which is not drawn.
+    The units that the criterion keeps are coloured. A threshold on another score than the ratio is
+    not drawn. Ratios of 0 and infinity, which a logarithmic axis cannot show, are drawn in the
+    first and the last bar. NaN is not drawn.
 
     Args:
         source: a run, its directory, its posterior, or a guide.
-        threshold: the score from which units are kept; by default that of the run's recipe, or of
-            the criterion.
-        criterion: what decides; by default that of the run's recipe, or the ratio. Another one is
-            for runs and their posteriors.
+        threshold: the smallest score with which a unit is kept; by default that of the run's
+            recipe, or of the criterion.
+        criterion: the criterion; by default that of the run's recipe, or the ratio. Other criteria
+            are only for runs and their posteriors.
 
     Raises:
         RequestError: there is no ratio that can be drawn.
@@ -174,8 +174,10 @@ def image_shape(run: Run) -> tuple[int, int, int] | None:
 def pixel_scores(
     run: Run, posterior: Posterior, criterion: str = "snr"
 ) -> tuple[str, Tensor] | None:
-    """The site that says what the pixels of the image carry, and their scores ``[channels, height,
-    width]``: of noise on weights, the best of those that read a pixel."""
+    """The site of the pixels of the image, and the scores of the pixels ``[channels, height,
+    width]``. For noise on weights, the score of a pixel is the largest score of the weights that
+    read it.
+    """
     shape = image_shape(run)
     if shape is None:
         return None
@@ -197,7 +199,7 @@ def kept_pixels(source: Run | str | Path, criterion: str | None = None) -> Figur
 
     Args:
         source: a run or its directory.
-        criterion: what decides; by default the criterion of the run's recipe.
+        criterion: the criterion; by default that of the run's recipe.
 
     Raises:
         RequestError: the run has no noise on the pixels, or no ratio can be drawn.
