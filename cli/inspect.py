@@ -60,7 +60,7 @@ def state(description: dict[str, Any]) -> str:
 
 def _text(description: dict[str, Any]) -> str:
     from pyro_sbp.reports.posterior import gate_table, kept_features, nearest_table
-    from pyro_sbp.training.summary import lines_left_alone
+    from pyro_sbp.training.summary import lines_not_prunable
 
     gates = description["gates"]
     values = table(*gate_table(description))
@@ -76,7 +76,7 @@ def _text(description: dict[str, Any]) -> str:
         textwrap.fill(f"input features kept, {gate}: {indices}", 100, subsequent_indent="  ")
         for gate, indices in kept_features(description).items()
     ]
-    left = lines_left_alone(description["left_alone"] or {}, description["shares"])
+    left = lines_not_prunable(description["left_alone"] or {}, description["shares"])
     if description["waiting"]:
         left.insert(0, f"no noise yet: {', '.join(description['waiting'])}")
     return "\n\n".join(p for p in (values, nearest, held, *features, "\n".join(left)) if p)

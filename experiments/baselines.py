@@ -87,7 +87,7 @@ class _TorchPruning:
     Attributes:
         small: the network in its current state.
         gates: the gates of the dense network, for checkpoints.
-        left_alone: the layers whose units reach the logits.
+        not_prunable: the layers whose units reach the logits.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class _TorchPruning:
         self.total = widths(net)
         self.gates = find_gates(net, self.example)
         reasons = self.gates.not_prunable.items()
-        self.left_alone = {n: why for n, why in reasons if "reaches an output" in why}
+        self.not_prunable = {n: why for n, why in reasons if "reaches an output" in why}
         self.order = torch.Generator().manual_seed(request.seed)
         self.epochs = self.recipe.epochs + self.recipe.finetune_epochs
         most = max(1, self.epochs // 2)
@@ -148,7 +148,7 @@ class _TorchPruning:
         self._take_gradients()
         macs = self.macs / self.ratio ** (step / self.steps)
         self.small = prune_to(
-            self.small, macs, self.example, self.importance, list(self.left_alone), step
+            self.small, macs, self.example, self.importance, list(self.not_prunable), step
         )
 
     def _take_gradients(self) -> None:
@@ -234,9 +234,9 @@ def baseline(
         "units": [
             {"gate": name, "kept": kept[name], "total": total}
             for name, total in method.total.items()
-            if name not in method.left_alone
+            if name not in method.not_prunable
         ],
-        "left_alone": method.left_alone,
+        "left_alone": method.not_prunable,
         "macs": {"dense": method.macs, "pruned": macs, "ratio": method.macs / macs},
         "parameters": {
             "dense": method.parameters,

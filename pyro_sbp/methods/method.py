@@ -14,7 +14,7 @@ from pyro_sbp.methods.phase import Phase, Predict
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.exactness import Equivalence
-from pyro_sbp.pruning.macs import shares_left_alone
+from pyro_sbp.pruning.macs import shares_not_prunable
 from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.recipes.settings import Recipe
 
@@ -35,7 +35,7 @@ class Method(ABC, Generic[R]):
 
     Attributes:
         gates: the gates of the network.
-        left_alone: the layers that are not prunable, and why.
+        not_prunable: the layers that are not prunable, and why.
         shares: their shares of the parameters and of the MACs, before training.
         mean: the network before its last cut, with all noise at its mean.
         small: the smaller network, once the phases have ended.
@@ -62,8 +62,8 @@ class Method(ABC, Generic[R]):
         self.recipe = recipe
         # Two examples give the same gates as a larger batch, and need less memory.
         self.gates = find_gates(net, example_input[:2], input_features)
-        self.left_alone = dict(self.gates.not_prunable)
-        self.shares = shares_left_alone(net, self.gates, example_input[:2])
+        self.not_prunable = dict(self.gates.not_prunable)
+        self.shares = shares_not_prunable(net, self.gates, example_input[:2])
         self.begin()
 
     @abstractmethod

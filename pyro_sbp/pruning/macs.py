@@ -25,7 +25,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "original_name",
-    "shares_left_alone",
+    "shares_not_prunable",
     "unfused",
 ]
 
@@ -138,7 +138,7 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
     return costs if rest == (0, 0) else {**costs, "": rest}
 
 
-def shares_left_alone(
+def shares_not_prunable(
     net: nn.Module, gates: Gates, example_input: Any
 ) -> dict[str, tuple[float, float]]:
     """The shares of the parameters and of the MACs of layers that are not prunable.

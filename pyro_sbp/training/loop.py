@@ -470,7 +470,7 @@ class Loop:
             lines=self.lines,
             order=self.order.get_state(),
             random=gather(self.fabric, random),
-            left_alone=self.method.left_alone,
+            left_alone=self.method.not_prunable,
             posteriors=self.method.posteriors(),
             gates={gate.name: gate.size for gate in self.method.gates},
         )

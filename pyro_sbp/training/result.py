@@ -84,7 +84,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
             sparse.stat().st_size if sparse.exists() else None,
         ),
         held=method.held,
-        left_alone=method.left_alone,
+        left_alone=method.not_prunable,
         shares=method.shares,
         macs=Size(job.macs, macs, job.macs / macs),
         parameters=Size(

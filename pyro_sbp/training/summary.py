@@ -23,7 +23,7 @@ __all__ = [
     "Size",
     "Summary",
     "WeightsLeft",
-    "lines_left_alone",
+    "lines_not_prunable",
     "with_share",
 ]
 
@@ -42,13 +42,14 @@ def with_share(reason: str, share: Sequence[float] | None) -> str:
     return f"{reason} ({share[0]:.1%} of the parameters, {share[1]:.1%} of the MACs)"
 
 
-def lines_left_alone(
-    left_alone: Mapping[str, str], shares: Mapping[str, Sequence[float]]
+def lines_not_prunable(
+    not_prunable: Mapping[str, str], shares: Mapping[str, Sequence[float]]
 ) -> list[str]:
     """A line for each layer that is not prunable, those with most parameters first."""
-    names = sorted(left_alone, key=lambda name: -shares.get(name, (0.0, 0.0))[0])
+    names = sorted(not_prunable, key=lambda name: -shares.get(name, (0.0, 0.0))[0])
     return [
-        f"not prunable: {name}, {with_share(left_alone[name], shares.get(name))}" for name in names
+        f"not prunable: {name}, {with_share(not_prunable[name], shares.get(name))}"
+        for name in names
     ]
 
 
@@ -239,7 +240,7 @@ class Summary:
 
     def not_prunable(self) -> list[str]:
         """A line for each layer that is not prunable, those with most parameters first."""
-        return lines_left_alone(self.left_alone, self.shares)
+        return lines_not_prunable(self.left_alone, self.shares)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

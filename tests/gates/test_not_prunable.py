@@ -9,7 +9,7 @@ from torch import nn
 
 import pyro_sbp as sbp
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.pruning.macs import shares_left_alone
+from pyro_sbp.pruning.macs import shares_not_prunable
 
 
 class Mixed(nn.Module):
@@ -42,7 +42,7 @@ def test_all_parameters_are_accounted_for():
     assert "separate_attention" in left["attention"]
     assert sum(gates.shares.values()) == pytest.approx(1)
     assert gates.shares["norm"] == 16 / sum(p.numel() for p in net.parameters())
-    macs = {name: share for name, (_, share) in shares_left_alone(net, gates, x).items()}
+    macs = {name: share for name, (_, share) in shares_not_prunable(net, gates, x).items()}
     assert macs["first"] == 2 * 3 * 4 * 8 / sbp.count_macs(net, x) and macs["offset"] == 0
 
 

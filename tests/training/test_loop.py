@@ -21,7 +21,7 @@ class OnePhase:
     """A method of one phase, whose loss can be chosen."""
 
     gates = ()
-    left_alone = {}  # noqa: RUF012
+    not_prunable = {}  # noqa: RUF012
 
     def __init__(self, loss):
         phase = PlainPhase("dense", 1, nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), RECIPE, {})
