@@ -37,6 +37,8 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 # Fields of dataclasses; other libraries are not linked, so that the build needs no network.
 nitpick_ignore = [
+    ("py:class", "collections.abc.Mapping"),
+    ("py:class", "collections.abc.Sequence"),
     ("py:class", "torch.Tensor"),
 ]
 napoleon_google_docstring = True
