@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pyro_sbp.errors import OfOneProcess, RequestError, first_line
+from pyro_sbp.errors import RequestError, SingleProcessError, first_line
 from pyro_sbp.training.processes import is_first, rank
 
 __all__ = ["CommandGroup"]
@@ -108,7 +108,7 @@ class _Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         """Print the error. If all processes have the same error, only the first one prints it."""
         cause = self.__cause__
-        if not (is_first() or self.unexpected or isinstance(cause, OfOneProcess)):
+        if not (is_first() or self.unexpected or isinstance(cause, SingleProcessError)):
             return
         if self.debug and cause is not None:
             import traceback  # not for the help of the command line

@@ -16,7 +16,7 @@ from pyro_sbp.cli.common import check_device, closing_table, little_removed, rea
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
-from pyro_sbp.errors import Elsewhere, RequestError, first_line, unknown
+from pyro_sbp.errors import OtherProcessError, RequestError, first_line, unknown
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
@@ -221,7 +221,7 @@ def train(
             except Interrupted as error:
                 hint = f"stopped; resume with `pyro-sbp train --resume {directory}`"
                 raise Stopped(stop.number or 0, hint) from error
-            except (OSError, WorkerDied, Elsewhere) as error:
+            except (OSError, WorkerDied, OtherProcessError) as error:
                 hint = f"; resume with `pyro-sbp train --resume {directory}`"
                 kind = OSError if isinstance(error, OSError) else type(error)
                 raise kind(first_line(error) + hint * _unfinished(directory)) from error

@@ -35,6 +35,10 @@ html_math_renderer = "mathml"
 autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+# Fields of dataclasses; other libraries are not linked, so that the build needs no network.
+nitpick_ignore = [
+    ("py:class", "torch.Tensor"),
+]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Docstrings put code and names of Python between single backticks.

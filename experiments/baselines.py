@@ -105,7 +105,7 @@ class _TorchPruning:
         self.macs, self.parameters = count_macs(net, self.example[:1]), count_parameters(net)
         self.total = widths(net)
         self.gates = find_gates(net, self.example)
-        reasons = self.gates.left_alone.items()
+        reasons = self.gates.not_prunable.items()
         self.left_alone = {n: why for n, why in reasons if "reaches an output" in why}
         self.order = torch.Generator().manual_seed(request.seed)
         self.epochs = self.recipe.epochs + self.recipe.finetune_epochs

@@ -94,7 +94,7 @@ def survey(name: str) -> dict[str, Any]:
     shrink_in_place(net, gates, theta, units)
     reasons = Counter(
         next((words for key, words in REASONS.items() if key in reason), reason)
-        for reason in gates.left_alone.values()
+        for reason in gates.not_prunable.values()
     )
     with torch.no_grad():
         difference = relative_difference(expected, call(net, x))

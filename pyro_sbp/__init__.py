@@ -1,7 +1,7 @@
 """pyro-sbp: make neural networks smaller by Bayesian inference.
 
-Names are imported on first use, so that ``import pyro_sbp`` costs nothing and loading a pruned
-network needs torch only.
+Names are imported on first use. So ``import pyro_sbp`` is fast, and loading a pruned network
+imports only torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The networks that can be named in a request. This module needs no torch until one is built."""
+"""The networks that a request can name. The module imports torch only when a network is built."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["ARCHITECTURES", "Architecture", "DataConfig", "find_architecture"]
 
 
 class DataConfig(NamedTuple):
-    """The images that a pretrained model was trained on.
+    """The images on which a pretrained model was trained.
 
     Attributes:
-        image_size: their height and width.
-        mean, std: by channel, of pixels in [0, 1], which it was standardised by.
-        fixed: whether the network takes other sizes only if its constructor gets them.
+        image_size: their height and width, in pixels.
+        mean, std: the mean and the standard deviation of each channel, for pixels in [0, 1], by
+            which the images were standardised.
+        fixed: whether the constructor needs the image size, if it differs from `image_size`.
     """
 
     image_size: int
@@ -38,11 +39,11 @@ class Architecture:
     """A network that a request can name.
 
     Attributes:
-        constructor: where it is found, ``module:callable``, or ``timm:NAME`` for a model of timm.
-        dataset: the data set that it is trained on unless another is named.
-        image_size: height and width of the images that it takes, or None for those of the data.
-        input_features: dense layers whose inputs are gated one by one.
-        input_argument: the constructor's argument for the number of channels or features.
+        constructor: ``module:callable``, or ``timm:NAME`` for a model of timm.
+        dataset: the data set on which it is trained by default.
+        image_size: the height and width of its images in pixels, or None for those of the data set.
+        input_features: the dense layers whose input features are units.
+        input_argument: the argument of the constructor for the number of channels or features.
     """
 
     constructor: str
@@ -52,7 +53,7 @@ class Architecture:
     input_argument: str | None = None
 
     def data_config(self) -> DataConfig | None:
-        """The images that the pretrained weights of a model of timm expect; None for others.
+        """The images that the pretrained weights of a model of timm expect, or None for others.
 
         Raises:
             RequestError: timm has no such model.
@@ -70,13 +71,24 @@ class Architecture:
     def kwargs(
         self, channels: int, num_classes: int, image_size: int | None = None
     ) -> dict[str, int]:
-        """The arguments that fit the constructor to the data."""
+        """The arguments of the constructor for a data set.
+
+        Args:
+            channels: the number of channels of the images.
+            num_classes: the number of classes.
+            image_size: the height and width of the images in pixels, or None for the default.
+
+        Raises:
+            RequestError: the constructor cannot be imported, or does not build networks.
+        """
         kwargs = {}
         constructor = self.resolve()
         try:
             parameters = list(inspect.signature(constructor).parameters.values())
         except ValueError as error:
-            raise RequestError(f"{self.constructor!r} of --arch builds no network") from error
+            raise RequestError(
+                f"{self.constructor!r} of --arch does not build a network"
+            ) from error
         if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters):
             kwargs["num_classes"] = num_classes
         if self.input_argument in ("in_channels", "in_chans"):
@@ -89,7 +101,7 @@ class Architecture:
         return kwargs
 
     def name_to_save(self) -> str:
-        """The name ``module:callable`` by which a saved network finds its constructor."""
+        """The constructor as ``module:callable``, which is stored with a saved network."""
         if not self.constructor.startswith("timm:"):
             return self.constructor
         constructor: Any = self.resolve()
@@ -99,12 +111,12 @@ class Architecture:
         """Import the constructor.
 
         Raises:
-            RequestError: its module cannot be imported or has no such callable.
+            RequestError: the module cannot be imported, or has no such callable.
         """
         module, _, name = self.constructor.partition(":")
         try:
             package = importlib.import_module(module)
-        except Exception as error:  # a network's own code may raise anything
+        except Exception as error:  # the code of a network may raise any exception
             kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}, "
             raise RequestError(
                 f"cannot import {module!r} of --arch: {kind}{first_line(error)}"
@@ -117,12 +129,12 @@ class Architecture:
             close = did_you_mean(name, [n for n, o in vars(package).items() if callable(o)])
             raise RequestError(f"module {module!r} of --arch has no {name!r}{close}") from error
         if not callable(found):
-            raise RequestError(f"{self.constructor!r} of --arch cannot be called")
+            raise RequestError(f"{self.constructor!r} of --arch is not callable")
         return found
 
 
 def _of_timm(timm: Any, name: str) -> Callable[..., nn.Module]:
-    """The constructor of a model of timm, without pretrained weights."""
+    """The constructor of a model of timm, which creates it without pretrained weights."""
     if not timm.is_model(name):
         close = did_you_mean(name, timm.list_models())
         raise RequestError(f"timm has no model {name!r}{close}")
@@ -148,10 +160,13 @@ ARCHITECTURES = {
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture of a name, of ``package.module:callable``, or of ``timm:NAME``.
+    """Find an architecture.
+
+    Args:
+        name: a key of `ARCHITECTURES`, ``package.module:callable``, or ``timm:NAME``.
 
     Raises:
-        RequestError: there is none of that name, or no such module.
+        RequestError: the name is unknown, or there is no such module.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -163,7 +178,7 @@ def find_architecture(name: str) -> Architecture:
     if module.endswith(".py"):
         right = ".".join(Path(module).with_suffix("").parts) + f":{attribute}"
         raise RequestError(f"--arch {name!r} names a file; expected a module, {right!r}")
-    # The package alone, as to look into it would import it.
+    # Only the top-level package, because finding a submodule would import the package.
     try:
         spec = importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""The errors of wrong requests and of several processes, and the words of their messages."""
+"""Errors of wrong requests and of runs on several processes, and the texts of messages."""
 
 import difflib
 import json
@@ -6,10 +6,12 @@ import pickle
 import zipfile
 from collections.abc import Iterable
 
+from pyro_sbp.deprecation import renamed_names
+
 __all__ = [
-    "Elsewhere",
-    "OfOneProcess",
+    "OtherProcessError",
     "RequestError",
+    "SingleProcessError",
     "damage",
     "did_you_mean",
     "first_line",
@@ -18,36 +20,36 @@ __all__ = [
 
 
 class RequestError(ValueError):
-    """The request is wrong; the message says in one line what is wrong and what would be right."""
+    """The request is wrong. The message is one line: what is wrong and what is expected."""
 
 
-class OfOneProcess(Exception):
-    """A failure of one process of a run, which only that process can report."""
+class SingleProcessError(Exception):
+    """A failure of one process of a run. Only that process can report the cause."""
 
 
-class Elsewhere(RuntimeError):
-    """Another process of the run has failed; it reports the reason unless it was killed."""
+class OtherProcessError(RuntimeError):
+    """Another process of the run has failed. It reports the cause, unless it was killed."""
 
     def __init__(self, message: str = "another process of this run has ended") -> None:
         super().__init__(message)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """A hint for an unknown word: the name that it resembles, or an empty string."""
+    """A hint for an unknown word: the most similar name, or an empty string if none is similar."""
     spelled = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), spelled, 1)
     return f"; did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def unknown(kind: str, word: str, names: Iterable[str], others: str = "", hint: str = "") -> str:
-    """The message about an unknown word: first a hint, then all that is expected.
+    """The message for an unknown word: first a hint, then everything that is expected.
 
     Args:
-        kind: what the word should name.
-        word: the word.
+        kind: what the word should name, such as "arch".
+        word: the unknown word.
         names: the known names.
-        others: what is expected besides the names.
-        hint: takes the place of the hint that `did_you_mean` gives.
+        others: text that is appended to the names, for what is expected besides them.
+        hint: replaces the hint of `did_you_mean`.
     """
     names = list(names)
     close = hint or did_you_mean(word, names)
@@ -55,7 +57,7 @@ def unknown(kind: str, word: str, names: Iterable[str], others: str = "", hint: 
 
 
 def damage(error: BaseException) -> str:
-    """What is wrong with a file, from the error that reading it raised, in plain words."""
+    """Describe what is wrong with a file, from the error that was raised when it was read."""
     if isinstance(error, EOFError):
         return "it is empty or cut off"
     if isinstance(error, zipfile.BadZipFile):
@@ -69,12 +71,19 @@ def damage(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, pickle.UnpicklingError):
-        # torch's message advises to read the file unsafely.
-        return "it holds more than tensors and plain values, and was not loaded"
+        # The message of torch advises reading the file unsafely.
+        return "it contains more than tensors and plain values, and was not loaded"
     return first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of the message of an error, or its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {"Elsewhere": "OtherProcessError", "OfOneProcess": "SingleProcessError"},
+    globals(),
+)

@@ -1,4 +1,4 @@
-"""What the operating system says about memory, the processor and control groups. Needs no torch."""
+"""The memory, the processor and the control groups of this machine, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 __all__ = ["control_groups", "memory_info", "processor_name", "read_text"]
 
-#: Where Linux describes processes, the memory and the processor.
+#: The directory in which Linux describes processes, the memory and the processor.
 PROC = Path("/proc")
-#: Where it describes control groups, which limit containers.
+#: The directory in which Linux describes control groups, which limit containers.
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def read_text(path: Path) -> str:
-    """The content of a file; empty where the system has no such file or does not show it."""
+    """The content of a file, or an empty string if it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -25,10 +25,12 @@ def read_text(path: Path) -> str:
 def control_groups(controller: str = "") -> list[Path]:
     """The directories of the control groups that may limit this process.
 
-    Inside a container the path of a group may be the one outside. Then only the root exists.
+    Inside a container, the path of a group may be its path outside the container. Then only the
+    root directory exists.
 
     Args:
-        controller: one of version 1, such as "cpu"; empty for version 2, which has no controllers.
+        controller: a controller of version 1, such as "cpu", or "" for version 2, which has a
+            single hierarchy.
     """
     root = CGROUPS / controller
     found = {root}
@@ -41,12 +43,12 @@ def control_groups(controller: str = "") -> list[Path]:
 
 
 def memory_info() -> dict[str, int]:
-    """The bytes of memory by the names of ``/proc/meminfo``; empty where there is no such file."""
+    """From the names in ``/proc/meminfo`` to bytes. It is empty if there is no such file."""
     lines = re.findall(r"^(\w+): +(\d+) kB", read_text(PROC / "meminfo"), flags=re.M)
     return {name: int(size) * 1024 for name, size in lines}
 
 
 def processor_name() -> str:
-    """The name of the processor's model."""
+    """The model name of the processor."""
     line = re.search(r"^model name\s*:\s*(.+?)\s*$", read_text(PROC / "cpuinfo"), flags=re.M)
     return line[1] if line else platform.processor() or platform.machine()

@@ -1,5 +1,7 @@
-"""The networks of the papers: LeNet-500-300, LeNet-300-100, LeNet-5-Caffe, VGG-like, and residual
-networks for 32x32 images."""
+"""The networks of the papers.
+
+These are LeNet-500-300, LeNet-300-100, LeNet-5-Caffe, VGG-like, and residual networks for CIFAR-10.
+"""
 
 from __future__ import annotations
 
@@ -31,28 +33,45 @@ class _DenseLeNet(nn.Module):
         self.fc3 = nn.Linear(hidden[1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[batch, ...]`` with `in_features` pixels to logits ``[batch, classes]``."""
+        """Map ``[batch, ...]`` with `in_features` pixels to logits ``[batch, num_classes]``."""
         x = self.fc1(x.flatten(1)).relu()
         x = self.fc2(x).relu()
         return self.fc3(x)
 
 
 class LeNet500_300(_DenseLeNet):
-    """Dense network 784-500-300-10 (arXiv 1705.07283, section 5)."""
+    """A dense network, 784-500-300-10 (arXiv 1705.07283, section 5).
+
+    Args:
+        in_features: the number of pixels of an image.
+        num_classes: the number of logits.
+    """
 
     def __init__(self, in_features: int = 784, num_classes: int = 10) -> None:
         super().__init__((500, 300), in_features, num_classes)
 
 
 class LeNet300_100(_DenseLeNet):
-    """Dense network 784-300-100-10 (arXiv 1701.05369, section 5)."""
+    """A dense network, 784-300-100-10 (arXiv 1701.05369, section 5).
+
+    Args:
+        in_features: the number of pixels of an image.
+        num_classes: the number of logits.
+    """
 
     def __init__(self, in_features: int = 784, num_classes: int = 10) -> None:
         super().__init__((300, 100), in_features, num_classes)
 
 
 class LeNet5(nn.Module):
-    """LeNet-5-Caffe: conv 20 and 50 at 5x5, dense 800-500-10 (arXiv 1705.07283, section 5)."""
+    """LeNet-5-Caffe (arXiv 1705.07283, section 5).
+
+    It has 5x5 convolutions with 20 and 50 channels, and dense layers 800-500-10.
+
+    Args:
+        in_channels: the number of channels of the images.
+        num_classes: the number of logits.
+    """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
         super().__init__()
@@ -63,8 +82,8 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(500, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[batch, channels, 28, 28]`` to logits ``[batch, classes]``."""
-        # Pooling first is the same as ReLU first, and four times cheaper.
+        """Map images ``[batch, in_channels, 28, 28]`` to logits ``[batch, num_classes]``."""
+        # Pooling before ReLU gives the same result, and is four times cheaper.
         x = self.pool(self.conv1(x)).relu()
         x = self.pool(self.conv2(x)).relu()
         x = self.fc1(x.flatten(1)).relu()
@@ -72,13 +91,15 @@ class LeNet5(nn.Module):
 
 
 class VGGLike(nn.Module):
-    """VGG-like for 32x32 images: 13 conv 3x3 with batch norm, dense 512 (arXiv 1705.07283).
+    """VGG-like, a network for 32x32 images (arXiv 1705.07283, section 5).
+
+    It has 13 3x3 convolutions with batch norm, and a dense layer with 512 units.
 
     Args:
-        in_channels: of the images.
-        num_classes: how many logits.
-        width: channels of the first block; 64 in the paper. The others have 2, 4, 8 and 8 times as
-            many, and the dense layer 8 times.
+        in_channels: the number of channels of the images.
+        num_classes: the number of logits.
+        width: the number of channels of the first block, 64 in the paper. The other blocks have 2,
+            4, 8 and 8 times as many channels, and the dense layer has 8 times as many units.
     """
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> None:
@@ -100,22 +121,22 @@ class VGGLike(nn.Module):
         self.fc2 = nn.Linear(8 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[batch, channels, 32, 32]`` to logits ``[batch, classes]``."""
+        """Map images ``[batch, in_channels, 32, 32]`` to logits ``[batch, num_classes]``."""
         x = self.features(x).flatten(1)
         x = self.bn1(self.fc1(x)).relu()
         return self.fc2(x)
 
 
 def place_channels(x: Tensor, weight: Tensor, source: Tensor) -> Tensor:
-    """Multiply channels by numbers, and place them among others that are zero.
+    """Multiply every channel by a factor, and insert channels of zeros.
 
-    It is one overridable function of torch, so that a `TorchFunctionMode` can observe it.
+    It is a single overridable function of torch, so that a `TorchFunctionMode` can observe it.
 
     Args:
         x: images ``[batch, channels, height, width]``.
         weight: the factor of every channel, ``[channels]``.
-        source: for every output channel the number of the channel that it copies, or `channels` for
-            a channel of zeros; int64 ``[outputs]``.
+        source: for every output channel, the index of the input channel that it copies, or
+            `channels` for a channel of zeros; int64 ``[outputs]``.
 
     Returns:
         Images ``[batch, outputs, height, width]``.
@@ -128,15 +149,16 @@ def place_channels(x: Tensor, weight: Tensor, source: Tensor) -> Tensor:
 
 
 class PlaceChannels(nn.Module):
-    """A shortcut without parameters that has more channels after than before.
+    """A shortcut without parameters that increases the number of channels.
 
-    It takes every `stride`-th pixel, and places the input channels in the middle of the output
-    channels; the others are zero (He et al. 2016, arXiv 1512.03385, section 4.2, option A). In
-    contrast to padding by fixed numbers the places are stored, so that channels can be removed on
-    both sides.
+    It takes every `stride`-th pixel, and puts the input channels in the middle of the output
+    channels. The other output channels are zero (He et al. 2016, arXiv 1512.03385, section 4.2,
+    option A). The positions of the channels are stored in a buffer, so that channels can be removed
+    on both sides. Padding by fixed numbers would not allow this.
 
     Args:
-        in_channels, out_channels: the numbers of channels.
+        in_channels: the number of input channels.
+        out_channels: the number of output channels.
         stride: the step between the pixels that are kept.
     """
 
@@ -149,13 +171,15 @@ class PlaceChannels(nn.Module):
         before = (out_channels - in_channels) // 2
         source = torch.full((out_channels,), in_channels)
         source[before : before + in_channels] = torch.arange(in_channels)
-        # Not trained: pruning folds the noise of the input channels into it.
+        # A buffer, which is not trained. Pruning folds the noise of the input channels into it.
         self.register_buffer("weight", torch.ones(in_channels))
         self.register_buffer("source", source)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, in_channels, height, width]`` to ``[batch, out_channels, ...]``, where
-        height and width are divided by the stride."""
+        """Map ``[batch, in_channels, height, width]`` to ``[batch, out_channels, ...]``.
+
+        The height and the width are divided by the stride.
+        """
         return place_channels(x[:, :, :: self.stride, :: self.stride], self.weight, self.source)
 
     def extra_repr(self) -> str:
@@ -163,7 +187,7 @@ class PlaceChannels(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions 3x3 with batch norm, and a shortcut."""
+    """Two 3x3 convolutions with batch norm, and a shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -181,12 +205,12 @@ class _Block(nn.Module):
 
 
 class ResNetCIFAR(nn.Module):
-    """Residual network for 32x32 images (He et al. 2016, arXiv 1512.03385, section 4.2).
+    """A residual network for 32x32 images (He et al. 2016, arXiv 1512.03385, section 4.2).
 
-    Three stages of `blocks` blocks have 16, 32 and 64 channels. Shortcuts have no parameters.
+    It has three stages with 16, 32 and 64 channels. The shortcuts have no parameters.
 
     Args:
-        blocks: the number of blocks of a stage: 3 is ResNet-20, 9 is ResNet-56.
+        blocks: the number of blocks of each stage, 3 for ResNet-20 and 9 for ResNet-56.
         in_channels: the number of channels of the images.
         num_classes: the number of logits.
         width: the number of channels of the first stage.
@@ -213,7 +237,7 @@ class ResNetCIFAR(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[batch, channels, 32, 32]`` to logits ``[batch, classes]``."""
+        """Map images ``[batch, in_channels, 32, 32]`` to logits ``[batch, num_classes]``."""
         x = self.bn1(self.conv1(x)).relu()
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))

@@ -146,8 +146,8 @@ def test_a_checkpoint_of_network_and_guide():
 def test_the_limits():
     space = page("limits.md")
     assert [gate.name for gate in space["gates"]] == ["2"]
-    assert space["gates"].left_alone["0"].startswith("several of its units reach the same column")
-    assert space["gates"].left_alone["4"] == "reaches an output of the network"
+    assert space["gates"].not_prunable["0"].startswith("several of its units reach the same column")
+    assert space["gates"].not_prunable["4"] == "reaches an output of the network"
     assert "no unit reaches the threshold 1000" in str(space["caught"][0].message)
     assert space["small"][2].out_features == 1
 
@@ -155,9 +155,9 @@ def test_the_limits():
 def test_the_reasons_are_those_of_the_code():
     code = "".join(
         (ROOT / "pyro_sbp/gates" / f"{name}.py").read_text("utf-8")
-        for name in ("measuring", "grouping", "probing", "proving", "left_alone")
+        for name in ("measuring", "grouping", "probing", "proving", "not_prunable")
     )
-    for words, _ in table("limits.md", "`left_alone` says"):
+    for words, _ in table("limits.md", "`not_prunable` says"):
         for reason in re.findall(r"`(.+?)`", words):
             assert reason in code, reason
 

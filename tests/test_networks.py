@@ -53,7 +53,7 @@ def test_the_residual_streams_are_gated():
     streams = {gate.name: gate.size for gate in gates if len(gate.writers) > 1}
     assert streams == {"conv1": 16, "layer2.0.conv2": 32, "layer3.0.conv2": 64}
     assert len(gates) == 9 + 3
-    assert set(gates.left_alone) == {"fc"}
+    assert set(gates.not_prunable) == {"fc"}
 
 
 def test_the_shortcut_is_that_of_the_paper():

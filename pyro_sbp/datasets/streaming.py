@@ -18,7 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.datasets.standardization import Standardization
-from pyro_sbp.errors import OfOneProcess, RequestError, first_line
+from pyro_sbp.errors import RequestError, SingleProcessError, first_line
 
 __all__ = [
     "ImageFiles",
@@ -35,11 +35,11 @@ GRACE = 60
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-class DamagedImage(OfOneProcess, RequestError):
+class DamagedImage(SingleProcessError, RequestError):
     """A file is no image; the message names it."""
 
 
-class WorkerDied(OfOneProcess, RuntimeError):
+class WorkerDied(SingleProcessError, RuntimeError):
     """A process that reads images was killed; what was trained since the checkpoint is lost."""
 
 

@@ -21,20 +21,21 @@ __all__ = ["AdditiveNormal"]
 
 
 class AdditiveNormal(Normal, TorchDistribution):
-    """Normal(loc, alpha loc^2) by `loc` and log(alpha loc^2), the posterior of a weight.
+    """The normal distribution N(loc, alpha loc^2), parameterized by `loc` and log(alpha loc^2).
 
-    The additive noise reparameterization (arXiv 1701.05369, section 4.2), whose gradients have less
-    variance than those by loc and alpha.
+    It is the posterior of a weight in SparseVD. This is the additive noise reparameterization
+    (arXiv 1701.05369, section 4.2). Its gradients have less variance than those with respect to loc
+    and alpha.
 
     Args:
-        loc: mean, not 0 where alpha is to be finite.
-        log_variance: log of the variance; both broadcast.
-        local: samples are the mean, as the noise is drawn where the weight is used (local
-            reparameterization, arXiv 1506.02557).
-        validate_args: check arguments and values; Pyro's global setting of now if not given.
+        loc: the mean. Where it is 0, alpha is infinite.
+        log_variance: the log of the variance. Both parameters broadcast.
+        local: whether samples equal the mean, because the noise is drawn in the outputs of the
+            layer (local reparameterization, arXiv 1506.02557).
+        validate_args: whether to check arguments and values; by default the global setting of Pyro.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a parameter is not finite.
+        ValueError: the shapes do not broadcast; or, with validation, a parameter is not finite.
     """
 
     has_rsample = True
@@ -65,7 +66,7 @@ class AdditiveNormal(Normal, TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: AdditiveNormal | None = None
     ) -> AdditiveNormal:
-        """A new instance of the batch shape."""
+        """Return a new instance with the given batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(AdditiveNormal, _instance)
         new.loc, new.log_variance = (x.expand(batch_shape) for x in (self.loc, self.log_variance))
@@ -75,7 +76,7 @@ class AdditiveNormal(Normal, TorchDistribution):
         return new
 
     @property
-    def scale(self) -> Tensor:  # type: ignore[override]  # torch's may be set, this one follows
+    def scale(self) -> Tensor:  # type: ignore[override]  # in torch an attribute that can be set
         """The standard deviation."""
         return (0.5 * self.log_variance).exp()
 
@@ -85,22 +86,22 @@ class AdditiveNormal(Normal, TorchDistribution):
 
     @property
     def log_alpha(self) -> Tensor:
-        """Log of the variance over the squared mean."""
+        """The log of alpha, the variance divided by the squared mean."""
         return self.log_variance - 2 * self.loc.abs().log()
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio, the absolute mean over the standard deviation: alpha^-1/2."""
+        """The signal-to-noise ratio `|loc| / scale`, which equals alpha^-1/2."""
         return self.loc.abs() / self.scale
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples of shape `sample_shape + batch_shape`, reparameterized."""
+        """Reparameterized samples of shape `sample_shape + batch_shape`."""
         if self.local:
             return self.loc.expand(self._extended_shape(torch.Size(sample_shape)))
         return super().rsample(torch.Size(sample_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """`rsample` without gradient."""
+        """Samples as of `rsample`, without a gradient."""
         return self.rsample(sample_shape).detach()
 
     def _validate_sample(self, value: Tensor) -> None:

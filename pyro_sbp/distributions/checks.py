@@ -1,4 +1,4 @@
-"""What the truncated distributions ask of their arguments, each refusal in one line."""
+"""Checks of the arguments of the distributions. Each error message is one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tensor]:
-    """Tensors of one shape, floating dtype and device, from tensors and numbers.
+    """Convert tensors and numbers to tensors of one shape, one floating dtype and one device.
 
     Raises:
         ValueError: the shapes do not broadcast, or a parameter is not a number.
@@ -45,7 +45,7 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
     for name, x in parameters.items():
         if not isinstance(x, Tensor | int | float):
             raise ValueError(f"{owner}: {name} must be a tensor or a number, got {x!r}")
-        # full() fills on the device, where tensor() would copy from the host and wait.
+        # full() fills on the device; tensor() would copy from the host, which synchronises.
         filled = torch.full((), x, dtype=dtype, device=device) if not isinstance(x, Tensor) else x
         values.append(filled.to(dtype))
     try:
@@ -56,12 +56,19 @@ def broadcast_parameters(owner: str, **parameters: Tensor | float) -> list[Tenso
 
 
 def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> None:
-    """Raise unless all of ``valid``, naming the first offender.
+    """Check that all elements are valid; the message shows the first one that is not.
+
+    Args:
+        owner: the name of the distribution, for the message.
+        name: the name of the argument.
+        value: its value.
+        valid: bool; whether each element is valid.
+        what: what the value must be, such as "positive".
 
     Raises:
-        ValueError: some element is not valid.
+        ValueError: an element is not valid.
     """
-    if torch._is_all_true(valid):  # unlike bool(valid.all()) under vmap too, as torch's own checks
+    if torch._is_all_true(valid):  # works under vmap, where bool(valid.all()) does not
         return
     if is_batchedtensor(valid):
         raise ValueError(f"{owner}: {name} must be {what} in every element of vmap")
@@ -70,27 +77,27 @@ def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> N
 
 
 def check_normal(owner: str, loc: Tensor, scale: Tensor) -> None:
-    """Raise unless a normal has these parameters.
+    """Check the parameters of a normal distribution.
 
     Raises:
-        ValueError: a `loc` that is not finite, a `scale` that is not positive and finite.
+        ValueError: `loc` is not finite, or `scale` is not positive and finite.
     """
     require(owner, "loc", loc, loc.isfinite(), "finite")
     require(owner, "scale", scale, (scale > 0) & scale.isfinite(), "positive and finite")
 
 
 def check_bounds(owner: str, **bounds: Tensor) -> None:
-    """Raise unless the first bound is below the second everywhere.
+    """Check that the first bound is below the second in every element.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it is not.
     """
     (low_name, low), (high_name, high) = bounds.items()
     require(owner, low_name, low, low < high, f"below {high_name}")
 
 
 def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None:
-    """Raise unless the batch shape can be expanded to the given one.
+    """Check that the batch shape of a distribution can be expanded to the given shape.
 
     Raises:
         ValueError: it cannot.
@@ -111,10 +118,15 @@ def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None
 def require_in_support(
     distribution: Distribution, value: Tensor, is_within: Callable[[Tensor], Tensor]
 ) -> None:
-    """Raise unless ``value`` broadcasts against the batch shape and ``is_within`` holds for it.
+    """Check that a value is in the support and broadcasts against the batch shape.
+
+    Args:
+        distribution: the distribution.
+        value: the value.
+        is_within: from the value to whether each element is in the support.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the value is not a tensor, does not broadcast, or is not in the support.
     """
     owner = type(distribution).__name__
     if not isinstance(value, Tensor):
@@ -130,14 +142,14 @@ def require_in_support(
 
 
 def shown(distribution: Distribution) -> str:
-    """The class and its parameters: the value of a single number, otherwise the shape."""
-    # torch's own representation leaves out parameters that are properties.
+    """The representation of a distribution: its parameters by value, or by shape if not scalar."""
+    # The representation of torch omits parameters that are properties.
     values = {name: getattr(distribution, name) for name in distribution.arg_constraints}
     shown = (f"{k}: {v if v.numel() == 1 else v.size()}" for k, v in values.items())
     return f"{type(distribution).__name__}({', '.join(shown)})"
 
 
 def validates(validate_args: bool | None) -> bool:
-    """What was asked for, or the global setting of torch and Pyro."""
-    # torch's own check runs in the constructor and takes several lines to say what is wrong.
+    """`validate_args`, or the global setting of torch and Pyro if it is None."""
+    # The check of torch runs in the constructor, and its message has several lines.
     return Distribution._validate_args if validate_args is None else validate_args

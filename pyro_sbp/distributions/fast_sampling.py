@@ -1,9 +1,11 @@
-"""Samples of a truncated normal for float32: one draw per example and unit at a bearable cost.
+"""Fast samples of a truncated normal distribution, to the accuracy of float32.
 
-erfcx and ndtri, on which `pyro_sbp.special.icdf` rests, are not vectorised on a CPU and cost 15
-times what erfinv does. Here loc decides, per unit and not per draw: up to 2.5 scales outside of
-the nearer end a draw is an erfinv in float64, exact enough because float32 probabilities keep
-2^-25 from zero and one; further out it is one Halley step on the hazard with a rational function.
+`pyro_sbp.special.icdf` uses erfcx and ndtri, which are not vectorised on a CPU and cost 15 times as
+much as erfinv. With one draw per example and unit this would dominate a training step. Here the
+method depends on the parameters of the unit. If loc lies at most 2.5 scales outside the nearer
+bound, a draw is an erfinv in float64. This is accurate enough, because float32 probabilities are at
+least 2^-25 away from 0 and 1. If loc lies further outside, a draw is one Halley step on the hazard,
+with a rational approximation of the mean excess.
 """
 
 from __future__ import annotations
@@ -29,32 +31,32 @@ __all__ = ["exp_quantile", "quantile", "uniform"]
 
 _FAR = 2.5
 _SQRT_HALF = math.sqrt(0.5)
-# exp() of less is slow on CPUs, and so is erfc() beyond: next to nothing takes very long.
+# exp() below -_MOST_DROP and erfc() beyond _MOST return subnormal numbers, which are slow on CPUs.
 _MOST_DROP = 700.0
 _MOST = 37.0
-# z times the mean excess of a standard normal over z, as P / Q in 1 / z^2, highest power first:
-# least maximum error 4e-8 on z >= 2.4, fitted to mpmath.
+# z times the mean excess of a standard normal over z, as a rational function P / Q of 1 / z^2,
+# highest power first. A minimax fit to mpmath: the largest error on z >= 2.4 is 4e-8.
 _P = (15.923883281456086, 47.735189881337767, 15.414943619555744, 0.99999996037288297)
 _Q = (60.367223908803125, 72.572763920003203, 17.414899809758346, 1.0)
 
 
 def uniform(shape: torch.Size, device: torch.device) -> Tensor:
-    """Float64 uniforms that keep 2^-25 from zero and one, as `quantile` wants them."""
+    """Float64 uniform samples in [2^-25, 1 - 2^-25], as `quantile` requires them."""
     u = torch.rand(shape, dtype=torch.float32, device=device).double()
     return u.clamp_max_(1 - 2.0**-24).add_(2.0**-25)
 
 
 def quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """`pyro_sbp.special.icdf` to the accuracy of float32, at a fraction of the cost.
+    """`pyro_sbp.special.icdf` to the accuracy of float32, at a fraction of its cost.
 
     Args:
         u: float64 probabilities in [2^-25, 1 - 2^-25]; broadcasts against the parameters.
-        loc, scale, low, high: as there.
+        loc, scale, low, high: as for `pyro_sbp.special.icdf`.
 
     Returns:
-        Float64, within the bounds; absolute error under 1e-6 for loc in [-25, 5], log scale in
-        [-10, 5] and bounds (-20, 0). Gradients in `loc` and `scale` are right to 1e-6 of their
-        mean over `u`.
+        Float64, within the bounds. The absolute error is below 1e-6 for loc in [-25, 5], log scale
+        in [-10, 5] and bounds (-20, 0). The error of the gradients with respect to `loc` and
+        `scale` is below 1e-6 of their mean over `u`.
     """
     parameters = loc, scale, low, high
     with torch.no_grad():
@@ -69,7 +71,7 @@ def exp_quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tenso
     with torch.no_grad():
         x, d_loc, d_scale = _draws(u, *parameters)
         ends = quantile_pairs(x, u, 1 - u, *parameters)
-        # exp rounds differently in vectors than alone, so that it may miss a bound by the last bit.
+        # Vectorised exp rounds differently, so theta may exceed a bound by the last bit.
         least, most = (constant(without_copies(bound)).exp() for bound in (low, high))
         theta = torch.clamp(x.exp(), least, most)
         pairs = [(y, (theta * d).float()) for y, d in ((loc, d_loc), (scale, d_scale), *ends)]
@@ -77,24 +79,24 @@ def exp_quantile(u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tenso
 
 
 def _draws(u: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """The draws, and their derivatives in loc and in scale."""
+    """The draws, and their derivatives with respect to loc and scale."""
     shape = common_shape(*parameters)
     if u.shape == shape:
         return in_blocks(lambda u, *p: _draw(u, _terms(*p)), u, *parameters)
     terms = _terms(*parameters)
     if not may_look(terms.low) or u.shape[u.ndim - len(shape) :] != shape:
         return list(_draw(u, terms))
-    # Several draws: as many at a time as stay in the cache.
+    # Several draws per parameter: as many at a time as fit into the cache.
     rows = u.reshape(-1, *shape).split(max(1, BLOCK // max(1, shape.numel())))
     found = [_draw(block, terms) for block in rows]
     return [torch.cat(parts).view(u.shape) for parts in zip(*found, strict=True)]
 
 
 class _Near(NamedTuple):
-    """What a draw by erfinv needs of the parameters alone.
+    """The terms of a draw by erfinv that depend only on the parameters.
 
-    At the lower end: erf, the density and the density times z, with z in scales from loc; and
-    what they are more at the upper end.
+    With z = (bound - loc) / scale, they are erf, the density, and z times the density at the lower
+    bound. The fields ``*_rise`` are the differences from the lower to the upper bound.
     """
 
     mass: Tensor
@@ -106,10 +108,10 @@ class _Near(NamedTuple):
 
 
 class _Far(NamedTuple):
-    """What a draw by the hazard needs of the parameters alone, see `special.icdf`."""
+    """The terms of a draw by the hazard that depend only on the parameters, see `special.icdf`."""
 
-    mode: Tensor  # the near end, where far
-    step: Tensor  # scale, negative if the near end is high
+    mode: Tensor  # the nearer bound, for elements with loc far outside
+    step: Tensor  # scale, negative if the nearer bound is high
     sign: Tensor
     rho: Tensor
     one_minus_rho: Tensor
@@ -121,22 +123,22 @@ class _Far(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What a draw needs of the parameters alone."""
+    """The terms of a draw that depend only on the parameters."""
 
     loc: Tensor
     scale: Tensor
     low: Tensor
     high: Tensor
-    far: Tensor  # which elements are
+    far: Tensor  # bool: the elements whose loc is far outside
     of_near: _Near
-    of_far: _Far | None  # None if none is
+    of_far: _Far | None  # None if there are no such elements
 
 
 def _terms(*parameters: Tensor) -> _Terms:
     loc, scale, low, high = (constant(without_copies(x)) for x in parameters)
     ends = torch.stack(torch.broadcast_tensors((low - loc) / scale, (high - loc) / scale))
     far = (ends[0] > _FAR) | (ends[1] < -_FAR)
-    ends = ends.clamp(-_MOST, _MOST)  # not in place, for which vmap has no rule
+    ends = ends.clamp(-_MOST, _MOST)  # vmap has no rule for the in-place function
     scaled = ends.mul(_SQRT_HALF)
     density = scaled.square().neg_().exp_()
     of_near = (_with_rise(x) for x in (scaled.erf_(), density, ends.mul_(density)))
@@ -153,7 +155,10 @@ def _with_rise(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 def _terms_of_far(*parameters: Tensor) -> _Far:
     f = frame(*parameters)
-    alpha, width = f.alpha.clamp_min(_FAR), f.width.clamp_max(1e10)  # so that 0 times it is 0
+    alpha, width = (
+        f.alpha.clamp_min(_FAR),
+        f.width.clamp_max(1e10),
+    )  # finite, so that 0 times it is 0
     excess, excess_beta = _excess(alpha), _excess(alpha + width)
     hazard, hazard_beta = alpha + excess, alpha + width + excess_beta
     drop = (width * (alpha + 0.5 * width)).clamp_max(_MOST_DROP)
@@ -164,7 +169,7 @@ def _terms_of_far(*parameters: Tensor) -> _Far:
 
 
 def _draw(u: Tensor, t: _Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """The draw, and its derivatives in loc and in scale."""
+    """The draw, and its derivatives with respect to loc and scale."""
     n = t.of_near
     z = torch.addcmul(n.mass, n.mass_rise, u).erfinv_()
     inverse_density = z.square().exp_()
@@ -179,9 +184,9 @@ def _draw(u: Tensor, t: _Terms) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _draw_far(u: Tensor, t: _Far) -> tuple[Tensor, Tensor, Tensor]:
-    # Probability of being further from the near end: 1 - u or u.
+    # The probability of a value further from the nearer bound: 1 - u or u.
     q = torch.addcmul(0.5 + 0.5 * t.sign, -t.sign, u)
-    # Steps s from the near end, see special.icdf; only the mass needs float64.
+    # The distance s from the nearer bound, see special.icdf. Only the mass needs float64.
     survival = torch.addcmul(t.rho, t.one_minus_rho, q)
     share, target = (1 - q).mul_(t.rho).div_(survival).float(), survival.log_().neg_().float()
     s = torch.addcmul(t.hazard.square(), 2 * t.hazard * t.excess, target).sqrt_().add_(t.hazard)
@@ -198,7 +203,7 @@ def _draw_far(u: Tensor, t: _Far) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _excess(z: Tensor) -> Tensor:
-    """Mean of a standard normal above ``z`` less ``z``, for ``z >= 2.4``."""
+    """The mean excess of a standard normal over ``z``, for ``z >= 2.4``."""
     v = 1 / (z * z)
     p = v * _P[0] + _P[1]
     q = v * _Q[0] + _Q[1]

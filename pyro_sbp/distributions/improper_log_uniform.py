@@ -15,18 +15,19 @@ __all__ = ["ImproperLogUniform"]
 
 
 class ImproperLogUniform(TorchDistribution):
-    """The density 1 / |w| over all numbers, which has no integral (arXiv 1701.05369, equation 10).
+    """The improper density 1 / abs(w) of a real number w (arXiv 1701.05369, equation 10).
 
-    It has no samples. KL divergences to it are known up to a constant, which is chosen so that
-    that of a posterior goes to 0 as alpha goes to infinity.
+    It is the prior of a weight in SparseVD. The density has no finite integral, so there are no
+    samples. KL divergences to it are defined up to a constant. The constant is chosen so that the
+    KL divergence from N(loc, alpha loc^2) tends to 0 as alpha tends to infinity.
 
     Args:
-        batch_shape: of how many weights.
-        exact: whether KL divergences from normals to it are exact; otherwise they are the paper's
-            approximation, which is off by up to 0.01 nats and cheaper.
-        start: what stands in for a sample where a model is run before its guide, as Pyro's
-            `Predictive` does to see its shapes; of the batch shape.
-        validate_args: check values; Pyro's global setting of now if not given.
+        batch_shape: the shape of the weights.
+        exact: whether KL divergences from normal distributions are exact. Otherwise they are the
+            approximation of the paper, which has an error of up to 0.01 nats and is cheaper.
+        start: a tensor of the batch shape that `sample` returns. It is needed where a model runs
+            before its guide: `Predictive` of Pyro does this to find the shapes of the sites.
+        validate_args: whether to check values; by default the global setting of Pyro.
     """
 
     has_rsample = False
@@ -50,7 +51,7 @@ class ImproperLogUniform(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: ImproperLogUniform | None = None
     ) -> ImproperLogUniform:
-        """A new instance of the batch shape."""
+        """Return a new instance with the given batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(ImproperLogUniform, _instance)
         new.exact, new.start = self.exact, self.start
@@ -59,10 +60,10 @@ class ImproperLogUniform(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats at `value`, which broadcasts, up to a constant: -log |value|.
+        """The log density in nats up to a constant, -log(abs(value)), of the shape of `value`.
 
         Raises:
-            ValueError: a value is NaN, under validation.
+            ValueError: a value is NaN, with validation.
         """
         if self._validate_args:
             require_in_support(self, value, lambda x: x == x)
@@ -70,14 +71,14 @@ class ImproperLogUniform(TorchDistribution):
         return -value.abs().log().expand(shape)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """`start`, of shape `sample_shape + batch_shape`.
+        """Return `start`, expanded to the shape `sample_shape + batch_shape`.
 
         Raises:
-            NotImplementedError: there is none.
+            NotImplementedError: `start` was not given.
         """
         if self.start is None:
             raise NotImplementedError(
-                "ImproperLogUniform has no samples: its density has no integral. Take those of a "
-                "guide, or give start="
+                "ImproperLogUniform has no samples: its density has no integral. Sample from a "
+                "guide instead, or pass start="
             )
         return self.start.detach().expand(self._extended_shape(torch.Size(sample_shape)))

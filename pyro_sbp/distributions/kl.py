@@ -1,8 +1,9 @@
-"""Kullback-Leibler divergences in closed form, registered with torch and so known to Pyro.
+"""Closed-form Kullback-Leibler divergences, registered with torch, so that Pyro uses them.
 
-As in torch, ``kl_divergence(p, q)`` is the divergence from p to q, the expectation under p of
-log p - log q. Those between the log distributions follow: both are the exponential of these, and
-torch takes the divergence of the bases for transformed distributions with equal transforms.
+As in torch, ``kl_divergence(p, q)`` is the KL divergence from p to q, the expectation of
+log p - log q under p. `TruncatedLogNormal` and `TruncatedLogUniform` need no functions of their
+own: they are the exponentials of `TruncatedNormal` and `Uniform`, and torch computes the divergence
+of transformed distributions with equal transforms from their base distributions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _kl_truncated_normal_uniform(p: TruncatedNormal, q: Uniform) -> Tensor:
 
 
 def _are_same(x: Tensor, y: Tensor) -> bool:
-    """Whether two bounds are known to be equal, and constant."""
+    """Whether two bounds are constant and known to be equal."""
     if x.numel() != 1 or y.numel() != 1 or is_tracked(x) or is_tracked(y):
         return False
     return may_look(x) and may_look(y) and float(x) == float(y)
@@ -48,7 +49,7 @@ def _are_same(x: Tensor, y: Tensor) -> bool:
 @register_kl(TruncatedNormal, TruncatedNormal)
 def _kl_truncated_normal_truncated_normal(p: TruncatedNormal, q: TruncatedNormal) -> Tensor:
     shape = _shape(p, q)
-    # A prior is often one for all elements.
+    # A prior is often the same for all elements.
     of_q = (without_copies(x) for x in q._parameters)
     kl = special.kl_to_truncated_normal(*p._parameters, *of_q)
     return kl.to(p._dtype).expand(shape)
@@ -81,8 +82,8 @@ def _kl_uniform_truncated_normal(p: Uniform, q: TruncatedNormal) -> Tensor:
     loc, scale, low_q, high_q = q._parameters
     low, high = p.low.double(), p.high.double()
     width = high - low
-    # The log density of q is a parabola: its mean is that at the middle, less what the curvature
-    # makes of the variance width^2 / 12.
+    # The log density of q is a parabola. Its mean under p is its value at the middle of the
+    # interval, minus half the curvature times the variance of p, width^2 / 12.
     at_middle = special.log_density(0.5 * (low + high), loc, scale, low_q, high_q)
     kl = (width / scale.double()).square() / 24 - width.log() - at_middle
     kl = torch.where((p.low >= low_q) & (p.high <= high_q), kl, torch.inf)

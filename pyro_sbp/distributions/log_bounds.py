@@ -20,13 +20,14 @@ __all__ = [
 
 
 def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
-    """Raise unless their dtype can represent exp() of both and the first is below the second.
+    """Check the bounds of log theta.
 
     Raises:
-        ValueError: they are not, or are over 350 from zero.
+        ValueError: the dtype cannot represent the exponential of a bound, a bound is more than 350
+            from zero, or the lower bound is not below the upper bound.
     """
-    # Beyond 350 the square of theta would leave the range of float64. In float16, theta under the
-    # default bound of e^-20 rounds to zero.
+    # Beyond 350, the square of theta leaves the range of float64. In float16, values near the
+    # default lower bound e^-20 round to zero.
     tiny = min(torch.finfo(log_low.dtype).tiny, torch.finfo(torch.float32).tiny)
     most = min(math.log(torch.finfo(log_low.dtype).max), 350.0)
     least = max(math.log(tiny), -350.0)
@@ -38,32 +39,32 @@ def check_log_bounds(owner: str, log_low: Tensor, log_high: Tensor) -> None:
 
 
 def exp_bound(log_bound: Tensor) -> Tensor:
-    """A bound of theta, rounded once, as samples are."""
+    """The exponential of a bound, rounded once to its dtype, as samples are."""
     bound = without_copies(log_bound).double().exp().to(log_bound.dtype)
     return bound.expand(log_bound.shape)
 
 
 def clamp_theta(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
-    """Put theta = exp(x) back within its bounds, in their dtype; its gradient stays."""
-    # exp rounds differently in vectors than alone, so that it may miss a bound by the last bit.
-    # In float64, where both are finite: theta may not be a number of the dtype.
+    """Clamp theta = exp(x) to its bounds, in their dtype. The gradient is unchanged."""
+    # Vectorised exp rounds differently, so theta may exceed a bound by the last bit. Clamp in
+    # float64, because theta may overflow in the dtype of the bounds.
     low, high = (without_copies(bound.detach()).double().exp() for bound in (log_low, log_high))
     inside = torch.clamp(theta.detach(), low, high)
     return (theta + (inside - theta.detach())).to(log_low.dtype)
 
 
 def is_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> Tensor:
-    """Whether theta is within its bounds, to the last bit or two of its dtype."""
+    """Whether theta is within its bounds, up to the last two bits of its dtype."""
     slack = 2 * torch.finfo(log_low.dtype).eps
     low, high = exp_bound(log_low), exp_bound(log_high)
     return (theta >= low - slack * low) & (theta <= high + slack * high)
 
 
 def log_within(theta: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether theta is within its bounds, and log theta in float64 (of a bound where it is not).
+    """Whether theta is within its bounds, and its log in float64.
 
-    A theta at a bound may have a log that falls outside by the rounding of theta: it is put back.
-    NaN counts as within, so that what is computed of it is NaN.
+    The log is clamped to the bounds, because the log of a rounded theta can lie outside. For theta
+    outside its bounds it is the log of a bound. NaN counts as within, so that results are NaN.
     """
     inside = is_within(theta, log_low, log_high) | theta.isnan()
     x = torch.where(inside, theta.double(), exp_bound(log_low).double()).log()

@@ -1,13 +1,13 @@
-"""The KL divergence of sparse variational dropout from a normal to the log-uniform prior.
+"""The KL divergence from a normal posterior to the log-uniform prior, as in SparseVD.
 
 For a posterior N(w, alpha w^2) and the improper prior p(|w|) ~ 1/|w| (arXiv 1701.05369, section
-4.2) the divergence depends on alpha alone, up to a constant that is chosen so that it goes to 0
-where alpha goes to infinity. With u = alpha^-1/2, the signal-to-noise ratio, it is an integral of
-Dawson's function F,
+4.2), the divergence depends only on alpha, up to a constant. The constant is chosen so that the
+divergence tends to 0 as alpha tends to infinity. With the signal-to-noise ratio u = alpha^-1/2, the
+divergence is an integral of Dawson's function F,
 
     KL = E log|e + u| - E log|e| = 2 integral from 0 to u / sqrt(2) of F(s) ds,    e ~ N(0, 1),
 
-since the derivative of the expectation is the principal value of E[1 / (e + u)] = sqrt(2)
+because the derivative of the expectation is the principal value of E[1 / (e + u)] = sqrt(2)
 F(u / sqrt(2)).
 """
 
@@ -23,11 +23,11 @@ from pyro_sbp.special.derivatives import Saved
 
 __all__ = ["approximate_kl", "exact_kl", "kl_of_normal"]
 
-#: A fit to Monte Carlo (arXiv 1701.05369, equation 14).
+#: The coefficients of a fit to Monte Carlo estimates (arXiv 1701.05369, equation 14).
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 
-#: KL - log(1 + 1 / alpha) / 2 is analytic in u^2 and bounded: a Chebyshev series in
-#: t = (u^2 - _MIDDLE) / (u^2 + _MIDDLE), from the values at 96 nodes in 50 digits.
+#: KL - log(1 + 1 / alpha) / 2 is bounded and analytic in u^2. These are the coefficients of its
+#: Chebyshev series in t = (u^2 - _MIDDLE) / (u^2 + _MIDDLE), from values at 96 nodes in 50 digits.
 _MIDDLE = 9.0
 _SERIES = (
     0.39605847150534131,
@@ -77,40 +77,45 @@ _SERIES = (
     2.211326265023245e-14,
     7.6875761451234573e-15,
 )
-#: How much of it is less than half a unit in the last place of 1.
+#: The number of terms that are used: the rest is less than half a unit in the last place of 1.
 _TERMS = {torch.float32: 22, torch.float64: len(_SERIES)}
 
 
 def approximate_kl(log_alpha: Tensor) -> Tensor:
-    """The paper's approximation of the KL divergence in nats, elementwise; off by up to 0.01
-    (equation 14)."""
+    """The KL divergence in nats, elementwise, by the approximation of the paper (equation 14).
+
+    Its absolute error is up to 0.01 nats.
+    """
     return kl_of_normal(torch.ones_like(log_alpha), log_alpha)
 
 
 def exact_kl(log_alpha: Tensor) -> Tensor:
-    """The KL divergence in nats, elementwise, to 1e-14 in float64 and 3e-7 in float32."""
+    """The KL divergence in nats, elementwise. The error is 1e-14 in float64 and 3e-7 in float32."""
     return kl_of_normal(torch.ones_like(log_alpha), log_alpha, exact=True)
 
 
 def kl_of_normal(loc: Tensor, log_variance: Tensor, exact: bool = False) -> Tensor:
     """The KL divergence from N(loc, exp(log_variance)) to the log-uniform prior, elementwise.
 
-    The gradients are finite, also at `loc` = 0, for log variances within 170 of zero.
+    The gradients are finite for log variances in [-170, 170], also at `loc` = 0.
 
     Args:
         loc, log_variance: tensors of one shape.
-        exact: by `exact_kl`, else by `approximate_kl`.
+        exact: whether to compute the exact value instead of the approximation of the paper.
+
+    Returns:
+        The KL divergence in nats, of the shape of the parameters.
     """
     return _KL.apply(loc, log_variance, _exact if exact else _approximate)
 
 
 def _finite(r: Tensor) -> Tensor:
-    # So large an 1 / alpha has the derivative of an infinite one.
+    # At this value of 1 / alpha the derivative has reached its limit.
     return r.clamp_max_(torch.finfo(r.dtype).max / 16)
 
 
-# Both are of r = 1 / alpha = u^2, which they use up, and give the divergence and its derivative by
-# log r. They go over every weight of a network at every step: in place, where it can be.
+# Both functions map r = 1 / alpha = u^2 to the divergence and its derivative with respect to log r.
+# They overwrite r and work in place where possible, because every step calls them on all weights.
 def _approximate(r: Tensor) -> tuple[Tensor, Tensor]:
     rest = r.log().mul_(K3).sub_(K2).sigmoid_()
     value = r.log1p().mul_(0.5).add_(rest, alpha=K1)
@@ -121,7 +126,7 @@ def _approximate(r: Tensor) -> tuple[Tensor, Tensor]:
 def _exact(r: Tensor) -> tuple[Tensor, Tensor]:
     share = r / (r + _MIDDLE)
     t = 2 * share - 1
-    # Clenshaw's recurrence, and its derivative in t.
+    # Clenshaw's recurrence, and its derivative with respect to t.
     zero = torch.zeros_like(t)
     b1, b2, d1, d2 = zero, zero, zero, zero
     series = _SERIES[: _TERMS.get(r.dtype, len(_SERIES))]
@@ -135,12 +140,12 @@ def _exact(r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _half_share(r: Tensor) -> Tensor:
-    """r / (1 + r) / 2, which is not to be found by 1 / (1 + r) where r is small."""
+    """r / (1 + r) / 2. Computing it from 1 / (1 + r) would lose digits for small r."""
     return r.div_(r + 1).mul_(0.5)
 
 
 class _KL(torch.autograd.Function):
-    """The divergence with its gradient by hand: a third of the time and memory of autograd's."""
+    """The divergence with an analytic gradient, in a third of the time and memory of autograd."""
 
     @staticmethod
     def forward(
@@ -159,6 +164,6 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Saved, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         loc, derivative = ctx.saved_tensors
         by_log_r = grad * derivative
-        # The derivative falls with loc^2.
+        # The derivative with respect to log r tends to zero with loc^2.
         by_loc = (by_log_r / loc).mul_(2).masked_fill_(loc == 0, 0)
         return by_loc, by_log_r.neg_(), None

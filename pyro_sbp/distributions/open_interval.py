@@ -1,4 +1,4 @@
-"""Intervals of which some elements have no lower or no upper bound, and their bijection."""
+"""A constraint with bounds that may be infinite in some elements, and its transform."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["OpenInterval", "OpenIntervalTransform"]
 
 
 class OpenInterval(constraints.Constraint):
-    """Numbers within ``[lower_bound, upper_bound]``, each of them infinite for some elements."""
+    """Numbers in ``[lower_bound, upper_bound]``, where bounds may be infinite in some elements."""
 
     def __init__(self, lower_bound: Tensor, upper_bound: Tensor) -> None:
         self.lower_bound, self.upper_bound = lower_bound, upper_bound
@@ -26,11 +26,11 @@ class OpenInterval(constraints.Constraint):
 
 
 class OpenIntervalTransform(Transform):
-    """From the reals to an `OpenInterval`, by element.
+    """The bijection from the real numbers to an `OpenInterval`, elementwise.
 
-    The map is the identity without a bound, ``low + exp(x)`` or ``high - exp(x)`` with one, and
-    ``low + (high - low) sigmoid(x)`` with two, as torch's for these constraints but for the sign
-    of the second.
+    For an element without bounds it is the identity, with one bound ``low + exp(x)`` or
+    ``high - exp(x)``, and with two bounds ``low + (high - low) sigmoid(x)``. The transforms of
+    torch for these constraints are the same, except for the sign in ``high - exp(x)``.
     """
 
     bijective = True
@@ -42,7 +42,7 @@ class OpenIntervalTransform(Transform):
         self._has_low, self._has_high = low.isfinite(), high.isfinite()
         self._both = self._has_low & self._has_high
         self._one = self._has_low ^ self._has_high
-        # Numbers for the branches that are not taken: their gradient must be finite too.
+        # Replace infinite bounds: the gradients of branches that are not used must be finite too.
         self._step = torch.where(self._has_low, 1.0, -1.0).to(low.dtype)
         self._end = torch.where(self._has_low, low, torch.where(self._has_high, high, 0.0))
         self._width = torch.where(self._both, high, 1.0) - torch.where(self._both, low, 0.0)
@@ -53,7 +53,7 @@ class OpenIntervalTransform(Transform):
 
     @codomain.setter
     def codomain(self, _: constraints.Constraint) -> None:
-        raise AttributeError("codomain follows from low and high")
+        raise AttributeError("codomain cannot be set: it is computed from low and high")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, OpenIntervalTransform):

@@ -1,7 +1,8 @@
-"""Parts of one distribution that compute together what they are asked for one by one.
+"""Parts of one distribution that share their computations.
 
-The gates of a network are sample sites of their own, and a draw or a KL is some forty small
-operations whatever the number of units: done for all gates at once they cost what one gate costs.
+Every gate of a network is a sample site with a distribution. A draw or a KL divergence takes about
+forty small operations, for any number of units. Computed for all gates at once, they cost as much
+as for one gate.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ __all__ = ["Part", "Whole"]
 
 
 class Whole:
-    """A distribution of batch shape ``[n]``, and what has been computed for all of it.
+    """A distribution of batch shape ``[n]`` with a cache of what was computed for it.
 
     Args:
-        sizes: of its parts, ``n`` together.
+        sizes: the sizes of its parts, whose sum is ``n``.
         statistic: from a function of the parameters to its values ``[n]``.
-        draw: gives a sample ``[n]``.
+        draw: returns a sample ``[n]``.
     """
 
     def __init__(
@@ -32,23 +33,23 @@ class Whole:
     ) -> None:
         self.sizes = list(sizes)
         self._statistic, self._draw = statistic, draw
-        # What was computed without gradients does not serve those who want them.
+        # The key says whether gradients are enabled: a value without a graph has none.
         self._statistics: dict[tuple[Callable[..., Tensor], bool], Sequence[Tensor]] = {}
         self._draws: dict[tuple[int, bool], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was computed is part of a graph, which cannot be copied.
+        # The cached values belong to a graph, which cannot be copied.
         return self.__dict__ | {"_statistics": {}, "_draws": {}}
 
     def statistic(self, function: Callable[..., Tensor], part: int) -> Tensor:
-        """What the function of the parameters is on a part, computed once."""
+        """The values of a function of the parameters on one part. They are computed once."""
         key = function, torch.is_grad_enabled()
         if key not in self._statistics:
             self._statistics[key] = self._statistic(function).split(self.sizes)
         return self._statistics[key][part]
 
     def draw(self, part: int) -> Tensor:
-        """A sample of a part. Every part takes a draw once; who asks again begins the next."""
+        """A sample of one part. A part uses a joint draw once; a second call starts a new one."""
         grad = torch.is_grad_enabled()
         if (part, grad) not in self._draws:
             draws = self._draw().split(self.sizes)
@@ -57,19 +58,19 @@ class Whole:
 
 
 class Part:
-    """One part of a `Whole`, for the distribution that stands for it."""
+    """One part of a `Whole`. A distribution of `split` refers to it."""
 
     def __init__(self, whole: Whole, index: int) -> None:
         self.whole, self.index = whole, index
 
     def statistic(self, function: Callable[..., Tensor]) -> Tensor:
-        """As `Whole.statistic`."""
+        """The values of a function of the parameters, see `Whole.statistic`."""
         return self.whole.statistic(function, self.index)
 
     def draws(self, shape: torch.Size) -> bool:
-        """Whether a sample of this shape is drawn together: many examples are work enough alone."""
+        """Whether to draw a sample of this shape jointly. Large samples gain nothing from it."""
         return shape == (self.whole.sizes[self.index],)
 
     def draw(self) -> Tensor:
-        """As `Whole.draw`."""
+        """A sample, see `Whole.draw`."""
         return self.whole.draw(self.index)

@@ -1,4 +1,4 @@
-"""Pyro's transformed distribution, which Pyro makes at run time so that its type is not seen."""
+"""The transformed distribution of Pyro, with a type: Pyro creates the class at run time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     class TransformedDistribution(
         torch.distributions.TransformedDistribution, TorchDistributionMixin
     ):
-        """The class as Pyro makes it."""
+        """The class as Pyro creates it."""
 
         has_rsample: bool
 

@@ -1,4 +1,4 @@
-"""The log-normal distribution cut to an interval: the noise posterior of structured pruning."""
+"""The log-normal distribution truncated to an interval: the posterior of the noise in SBP."""
 
 from __future__ import annotations
 
@@ -35,21 +35,23 @@ __all__ = ["TruncatedLogNormal"]
 
 
 class TruncatedLogNormal(TransformedDistribution):
-    """theta = exp(x) with x from a `TruncatedNormal`, as arXiv:1705.07283.
+    """The distribution of theta = exp(x), where x has a `TruncatedNormal` distribution.
 
-    Its KL to a `TruncatedLogUniform` is known in closed form, and `TraceMeanField_ELBO` uses it.
+    It is the posterior of the noise (arXiv 1705.07283). The KL divergence to a
+    `TruncatedLogUniform` has a closed form, which `TraceMeanField_ELBO` uses. All four parameters
+    broadcast.
 
     Args:
-        loc: mean of log theta before it is cut, inside or outside of the bounds.
-        scale: standard deviation of log theta before it is cut, positive.
-        log_low: lower bound of log theta; all four broadcast. The dtype must be able to represent
-            its exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
-        log_high: upper bound of log theta, above `log_low`, in the same range.
-        validate_args: check arguments and values; Pyro's global setting of now if not given.
+        loc: the mean of log theta before truncation. It may lie outside the bounds.
+        scale: the standard deviation of log theta before truncation, positive.
+        log_low: the lower bound of log theta. The dtype must be able to represent its exponential:
+            the bound must be in [-87.3, 88.7] in float32, and in [-350, 350] in float64.
+        log_high: the upper bound of log theta, above `log_low`, in the same range.
+        validate_args: whether to check arguments and values; by default the global setting of Pyro.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, `loc` or a bound out of range,
-            `scale` not positive, `log_low` not below `log_high`.
+        ValueError: the shapes do not broadcast; or, with validation, `loc` or a bound is out of
+            range, `scale` is not positive, or `log_low` is not below `log_high`.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
@@ -86,14 +88,14 @@ class TruncatedLogNormal(TransformedDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogNormal | None = None
     ) -> TruncatedLogNormal:
-        """A new instance of the batch shape, as `TruncatedNormal.expand`."""
+        """Return a new instance with the given batch shape, see `TruncatedNormal.expand`."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogNormal, _instance)
         new._part = self._part
         return super().expand(batch_shape, _instance=new)
 
     def split(self, sizes: Sequence[int]) -> list[TruncatedLogNormal]:
-        """Distributions of batch shape ``[size]``, as `TruncatedNormal.split`."""
+        """Split into distributions of batch shape ``[size]``, see `TruncatedNormal.split`."""
         whole = Whole(sizes, self.base_dist._compute, self.rsample)
         parts = []
         for index, base in enumerate(self.base_dist.split(sizes)):
@@ -134,14 +136,14 @@ class TruncatedLogNormal(TransformedDistribution):
 
     @property
     def stddev(self) -> Tensor:
-        # By the SNR, since the variance may be too small for float32.
+        # Computed from the SNR, because the variance may underflow in float32.
         base = self.base_dist
         stddev = base._compute(special.exp_mean) / base._compute(special.exp_snr)
         return stddev.to(self._dtype).expand(self.batch_shape)
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio, mean over standard deviation."""
+        """The signal-to-noise ratio of theta, mean / standard deviation."""
         return self.base_dist._statistic(special.exp_snr)
 
     @property
@@ -149,15 +151,17 @@ class TruncatedLogNormal(TransformedDistribution):
         return self.base_dist._statistic(_mode)
 
     def entropy(self) -> Tensor:
-        """Differential entropy of theta in nats, of the batch shape."""
+        """The differential entropy of theta in nats, of the batch shape."""
         entropy = self.base_dist._compute(special.entropy) + self.base_dist._compute(special.mean)
         return entropy.to(self._dtype).expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of theta in nats at `value`, which broadcasts against the batch shape.
+        """The log density of theta in nats at `value`, which broadcasts against the batch shape.
+
+        Outside the support it is minus infinity.
 
         Raises:
-            ValueError: a value outside of the support, under validation; minus infinity without.
+            ValueError: a value is outside the support, with validation.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -166,7 +170,7 @@ class TruncatedLogNormal(TransformedDistribution):
         return torch.where(inside, log_q, -torch.inf).to(self._dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of not more than `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape."""
         if self._validate_args:
             self._validate_sample(value)
         inside, x = self._log(value)
@@ -175,10 +179,10 @@ class TruncatedLogNormal(TransformedDistribution):
         return torch.where(inside, probability, above).to(self._dtype)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile at the probability `value`, which broadcasts against the batch shape.
+        """The quantile at the probability `value`, which broadcasts against the batch shape.
 
         Raises:
-            ValueError: a probability outside of [0, 1], under validation.
+            ValueError: a probability is outside [0, 1], with validation.
         """
         if self._validate_args:
             valid = (value >= 0) & (value <= 1)
@@ -187,11 +191,11 @@ class TruncatedLogNormal(TransformedDistribution):
         return clamp_theta(theta, self.log_low, self.log_high)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
+        """Reparameterized samples of theta, of shape `sample_shape + batch_shape`."""
         shape = self._extended_shape(torch.Size(sample_shape))
         if self._part is not None and self._part.draws(shape):
             return self._part.draw()
-        # exp() before rounding: log theta in float32 would cost theta 1e-6 of its size.
+        # exp() before rounding: with log theta in float32, theta would have an error of 1e-6.
         if self._dtype == torch.float32:
             u = fast_sampling.uniform(shape, self.log_low.device)
             return fast_sampling.exp_quantile(u, *self.base_dist._parameters)
@@ -199,7 +203,7 @@ class TruncatedLogNormal(TransformedDistribution):
         return clamp_theta(theta, self.log_low, self.log_high)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """`rsample` without a gradient."""
+        """Samples as of `rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -215,6 +219,6 @@ class TruncatedLogNormal(TransformedDistribution):
 
 
 def _mode(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    # The Jacobian 1 / theta moves the mode of log theta down by the variance.
+    # The Jacobian 1 / theta shifts the mode of log theta down by the variance.
     mode = loc.double() - scale.double().square()
     return torch.minimum(torch.maximum(mode, low), high).exp()

@@ -1,4 +1,4 @@
-"""The log-uniform distribution cut to an interval: the noise prior of structured pruning."""
+"""The log-uniform distribution truncated to an interval: the prior of the noise in SBP."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ __all__ = ["TruncatedLogUniform"]
 
 
 class TruncatedLogUniform(TransformedDistribution):
-    """theta with log theta uniform on [log_low, log_high], as arXiv:1705.07283.
+    """The distribution of theta where log theta is uniform on [log_low, log_high].
+
+    It is the prior of the noise (arXiv 1705.07283). Both parameters broadcast.
 
     Args:
-        log_low: lower bound of log theta; both broadcast. The dtype must be able to represent its
-            exponential: within [-87.3, 88.7] in float32, within 350 of zero in float64.
-        log_high: upper bound of log theta, above `log_low`, in the same range.
-        validate_args: check arguments and values; Pyro's global setting of now if not given.
+        log_low: the lower bound of log theta. The dtype must be able to represent its exponential:
+            the bound must be in [-87.3, 88.7] in float32, and in [-350, 350] in float64.
+        log_high: the upper bound of log theta, above `log_low`, in the same range.
+        validate_args: whether to check arguments and values; by default the global setting of Pyro.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, a bound out of range, `log_low`
-            not below `log_high`.
+        ValueError: the shapes do not broadcast; or, with validation, a bound is out of range, or
+            `log_low` is not below `log_high`.
     """
 
     arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
@@ -71,7 +73,7 @@ class TruncatedLogUniform(TransformedDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogUniform | None = None
     ) -> TruncatedLogUniform:
-        """A new instance of the batch shape."""
+        """Return a new instance with the given batch shape."""
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogUniform, _instance)
         return super().expand(batch_shape, _instance=new)
@@ -105,7 +107,7 @@ class TruncatedLogUniform(TransformedDistribution):
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio, mean over standard deviation; 1/3 on [-20, 0]."""
+        """The signal-to-noise ratio of theta, mean / standard deviation. It is 1/3 on [-20, 0]."""
         half = 0.5 * self._width
         return (torch.sinh(half) / half / _variance_of_exp(2 * half).sqrt()).to(self._dtype)
 
@@ -114,15 +116,17 @@ class TruncatedLogUniform(TransformedDistribution):
         return exp_bound(self.log_low)
 
     def entropy(self) -> Tensor:
-        """Differential entropy of theta in nats, of the batch shape."""
+        """The differential entropy of theta in nats, of the batch shape."""
         middle = 0.5 * (self.log_low.double() + self.log_high.double())
         return (self._width.log() + middle).to(self._dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of theta in nats at `value`, which broadcasts against the batch shape.
+        """The log density of theta in nats at `value`, which broadcasts against the batch shape.
+
+        Outside the support it is minus infinity.
 
         Raises:
-            ValueError: a value outside of the support, under validation; minus infinity without.
+            ValueError: a value is outside the support, with validation.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -130,7 +134,7 @@ class TruncatedLogUniform(TransformedDistribution):
         return torch.where(inside, -x - self._width.log(), -torch.inf).to(self._dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of not more than `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape."""
         if self._validate_args:
             self._validate_sample(value)
         inside, x = log_within(value, self.log_low, self.log_high)
@@ -138,10 +142,10 @@ class TruncatedLogUniform(TransformedDistribution):
         return torch.where(inside, (x - self.log_low) / self._width, above).to(self._dtype)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile at the probability `value`, which broadcasts against the batch shape.
+        """The quantile at the probability `value`, which broadcasts against the batch shape.
 
         Raises:
-            ValueError: a probability outside of [0, 1], under validation.
+            ValueError: a probability is outside [0, 1], with validation.
         """
         if self._validate_args:
             valid = (value >= 0) & (value <= 1)
@@ -149,13 +153,13 @@ class TruncatedLogUniform(TransformedDistribution):
         return self._quantile(value.double())
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples of theta, of shape `sample_shape + batch_shape`, within the support."""
+        """Reparameterized samples of theta, of shape `sample_shape + batch_shape`."""
         shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=torch.float64, device=self.log_low.device)
         return self._quantile(u)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """`rsample` without a gradient."""
+        """Samples as of `rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -176,8 +180,8 @@ class TruncatedLogUniform(TransformedDistribution):
 
 
 def _variance_of_exp(width: Tensor) -> Tensor:
-    """Variance of exp(x) for x uniform on an interval of that width around zero."""
-    # sinh(w) / w - (sinh(w / 2) / (w / 2))^2, in which both terms are one for a narrow interval.
+    """The variance of exp(x), for x uniform on an interval of this width around zero."""
+    # sinh(w) / w - (sinh(w / 2) / (w / 2))^2. Both terms tend to 1 for a narrow interval.
     half = 0.5 * width
     wide = torch.sinh(width) / width - (torch.sinh(half) / half).square()
     square = width.clamp_max(4).square()

@@ -1,4 +1,4 @@
-"""The normal distribution cut to an interval."""
+"""The normal distribution truncated to an interval."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ __all__ = ["TruncatedNormal"]
 
 
 class TruncatedNormal(TorchDistribution):
-    """Normal(loc, scale) conditioned to [low, high]; either bound may be infinite.
+    """Normal(loc, scale) truncated to [low, high]. Each bound may be infinite.
 
-    Right in the far tails, see `pyro_sbp.special` for the range and the references: everything is
-    computed in float64 and returned in the dtype of the parameters. Samples have implicit
-    reparameterisation gradients in all four parameters.
+    It is accurate in the far tails. `pyro_sbp.special` gives the range, the errors and the
+    references. All values are computed in float64 and returned in the dtype of the parameters.
+    Samples have implicit reparameterization gradients with respect to all four parameters, which
+    broadcast.
 
     Args:
-        loc: mean of the normal before it is cut, inside or outside of the bounds.
-        scale: its standard deviation, positive.
-        low: lower bound, broadcasts with the others as all do.
-        high: upper bound, above `low`.
-        validate_args: check arguments and values; Pyro's global setting of now if not given.
+        loc: the mean of the normal distribution before truncation. It may lie outside the bounds.
+        scale: the standard deviation before truncation, positive.
+        low: the lower bound.
+        high: the upper bound, above `low`.
+        validate_args: whether to check arguments and values; by default the global setting of Pyro.
 
     Raises:
-        ValueError: shapes do not broadcast; under validation, `loc` or `scale` not finite, `scale`
-            not positive, `low` not below `high`.
+        ValueError: the shapes do not broadcast; or, with validation, `loc` or `scale` is not
+            finite, `scale` is not positive, or `low` is not below `high`.
     """
 
     has_rsample = True
@@ -80,8 +81,11 @@ class TruncatedNormal(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedNormal | None = None
     ) -> TruncatedNormal:
-        """A new instance of the batch shape. The parameters stay as they are and are broadcast
-        on use: what depends on them alone is computed once for all copies."""
+        """Return a new instance with the given batch shape.
+
+        The parameters are not expanded. Statistics that depend only on them are computed once and
+        then broadcast.
+        """
         new = self._get_checked_instance(TruncatedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
         check_expand(self, batch_shape)
@@ -91,10 +95,10 @@ class TruncatedNormal(TorchDistribution):
         return new
 
     def split(self, sizes: Sequence[int]) -> list[TruncatedNormal]:
-        """Distributions of batch shape ``[size]`` that this one, ``[sum of sizes]``, consists of.
+        """Split a distribution of batch shape ``[sum(sizes)]`` into parts of shape ``[size]``.
 
-        They compute together: a sample, the KL or a statistic of one is computed for all, and a
-        gradient may be taken through it once, for all.
+        The parts share their computations: a sample, a KL divergence or a statistic of one part is
+        computed for all parts. They share one graph, so use a single backward pass for all parts.
         """
         whole = Whole(sizes, self._compute, self._rsample64)
         parts = []
@@ -124,15 +128,15 @@ class TruncatedNormal(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
-        # Where an element lacks a bound, torch's interval has no bijection from the reals.
+        # For infinite bounds, torch's interval constraint has no transform from the real numbers.
         has_low, has_high = (x.isfinite() for x in self._parameters[2:])
-        every = torch._is_all_true  # which vmap can do too
+        every = torch._is_all_true  # works under vmap
         if every(has_low & has_high):
             return constraints.interval(self.low, self.high)
         if every(~(has_low | has_high)):
             return constraints.real
         if every(~has_low & has_high):
-            return constraints.less_than(self.high)  # torch has no closed one
+            return constraints.less_than(self.high)  # torch has no constraint with <=
         if every(has_low & ~has_high):
             return constraints.greater_than_eq(self.low)
         return OpenInterval(self.low, self.high)
@@ -142,13 +146,13 @@ class TruncatedNormal(TorchDistribution):
         return self._parameters[0].dtype
 
     def _compute(self, function: Callable[..., Tensor]) -> Tensor:
-        """``function(loc, scale, low, high)`` in float64 and the shape of the parameters."""
+        """``function(loc, scale, low, high)`` in float64, of the shape of the parameters."""
         if self._part is not None:
             return self._part.statistic(function)
         return function(*self._parameters)
 
     def _statistic(self, function: Callable[..., Tensor]) -> Tensor:
-        """``function(loc, scale, low, high)`` in the parameters' dtype and the batch shape."""
+        """``function(loc, scale, low, high)`` in the parameters' dtype, of the batch shape."""
         value = self._compute(function)
         return value.to(self._dtype).expand(self.batch_shape)
 
@@ -166,7 +170,7 @@ class TruncatedNormal(TorchDistribution):
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio, mean over standard deviation; negative where the mean is."""
+        """The signal-to-noise ratio, mean / standard deviation, with the sign of the mean."""
         snr = self._compute(special.mean) / self._compute(special.variance).sqrt()
         return snr.to(self._dtype).expand(self.batch_shape)
 
@@ -176,30 +180,32 @@ class TruncatedNormal(TorchDistribution):
         return torch.minimum(torch.maximum(loc, low), high).expand(self.batch_shape)
 
     def entropy(self) -> Tensor:
-        """Differential entropy in nats, of the batch shape."""
+        """The differential entropy in nats, of the batch shape."""
         return self._statistic(special.entropy)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats at `value`, which broadcasts against the batch shape.
+        """The log density in nats at `value`, which broadcasts against the batch shape.
+
+        Outside the support it is minus infinity.
 
         Raises:
-            ValueError: a value outside of the support, under validation; minus infinity without.
+            ValueError: a value is outside the support, with validation.
         """
         if self._validate_args:
             self._validate_sample(value)
         return self._at(value, special.log_density).to(self._dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of not more than `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape."""
         if self._validate_args:
             self._validate_sample(value)
         return self._at(value, special.cdf).to(self._dtype)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile at the probability `value`, which broadcasts against the batch shape.
+        """The quantile at the probability `value`, which broadcasts against the batch shape.
 
         Raises:
-            ValueError: a probability outside of [0, 1], under validation.
+            ValueError: a probability is outside [0, 1], with validation.
         """
         if self._validate_args:
             valid = (value >= 0) & (value <= 1)
@@ -212,11 +218,11 @@ class TruncatedNormal(TorchDistribution):
         return function(value, *self._parameters).expand(shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples of shape `sample_shape + batch_shape`, within the bounds."""
+        """Reparameterized samples of shape `sample_shape + batch_shape`, within the bounds."""
         return self._rsample64(sample_shape).to(self._dtype)
 
     def _rsample64(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples before they are rounded to the dtype of the parameters."""
+        """Samples in float64, before they are rounded to the dtype of the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
         if self._part is not None and self._part.draws(shape):
             return self._part.draw()
@@ -224,7 +230,7 @@ class TruncatedNormal(TorchDistribution):
         if self._dtype != torch.float64:
             return fast_sampling.quantile(fast_sampling.uniform(shape, device), *self._parameters)
         u = torch.rand(shape, dtype=torch.float64, device=device)
-        # rand() may be 0, which would be an infinite sample where a bound is.
+        # rand() may be 0, which would give an infinite sample where the bound is infinite.
         return special.icdf(u.clamp_min(2.0**-54), *self._parameters)
 
     def _validate_sample(self, value: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Gates: where noise can stand in a network, and what is removed with its units.
+"""Gates: the sets of units that noise can multiply and that pruning can remove.
 
-Names are imported on first use, so that loading a pruned network imports torch only.
+Names are imported on first use, so that loading a pruned network imports only torch.
 """
 
 from typing import TYPE_CHECKING

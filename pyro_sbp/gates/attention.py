@@ -14,19 +14,21 @@ __all__ = ["Attention", "separate_attention"]
 
 
 class Attention(nn.Module):
-    """What `nn.MultiheadAttention` computes, with layers of their own for queries, keys and values.
+    """Multi-head attention whose heads can be removed.
 
-    There the inner width is tied to the width of the model. Here the number of heads follows from
-    the layers, the width of a head and with it the scale of the softmax stay.
+    It computes the same as `nn.MultiheadAttention`, with separate layers for queries, keys and
+    values. In `nn.MultiheadAttention` the inner width equals the width of the model. Here the
+    number of heads is computed from the shape of the layers. The width of a head, and with it the
+    scale of the softmax, does not change when heads are removed.
 
     Args:
-        attention: the module to take the weights of; they are copied.
+        attention: the module whose weights are copied.
 
     Raises:
         ValueError: the module has `add_bias_kv` or `add_zero_attn` set.
     """
 
-    # What nn.TransformerEncoderLayer looks at before it takes a path of its own.
+    # nn.TransformerEncoderLayer reads these attributes before it uses its fast path.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -62,10 +64,10 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`; a mask must be the same for all heads.
+        """Compute the attention, with the arguments and results of `nn.MultiheadAttention`.
 
         Raises:
-            ValueError: `attn_mask` has three dimensions, a mask for every head.
+            ValueError: `attn_mask` has three dimensions, with a mask for every head.
         """
         turned = query.ndim == 3 and not self.batch_first
         if turned:
@@ -76,7 +78,10 @@ class Attention(nn.Module):
         )
         mask = _additive(attn_mask, q)
         if mask is not None and mask.ndim != 2:
-            raise ValueError("attention whose heads can be removed takes one mask for all heads")
+            raise ValueError(
+                "attention whose heads can be removed needs one mask for all heads, "
+                "but attn_mask has a mask for each head"
+            )
         padding = _additive(key_padding_mask, q)
         if padding is not None:
             padding = padding[..., None, None, :]
@@ -108,30 +113,33 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask as numbers to add: minus infinity where a bool mask is true."""
+    """Convert a mask to numbers that are added: minus infinity where a bool mask is true."""
     if mask is None or mask.dtype != torch.bool:
         return None if mask is None else mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
 
 def separate_attention(net: nn.Module) -> nn.Module:
-    """A copy of a network with an `Attention` for every `nn.MultiheadAttention`.
+    """Copy a network, and replace every `nn.MultiheadAttention` by an `Attention`.
 
-    It computes the same, and `find_gates` finds its heads.
+    The copy computes the same function. `find_gates` finds the heads of its attention layers.
 
     Args:
-        net: the network; it is not changed.
+        net: the network, which is not changed.
+
+    Returns:
+        The copy.
 
     Raises:
-        ValueError: an attention has `add_bias_kv` or `add_zero_attn` set.
+        ValueError: an attention layer has `add_bias_kv` or `add_zero_attn` set.
     """
     net = copy_network(net)
     if isinstance(net, nn.MultiheadAttention):
         return Attention(net)
-    made: dict[nn.Module, Attention] = {}  # one that is shared stays shared
+    made: dict[nn.Module, Attention] = {}  # a module that is used twice is replaced once
     for module in list(net.modules()):
         if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # for its own attention only
+            module.use_nested_tensor = False  # its fast path works only with nn.MultiheadAttention
         for name, child in module._modules.items():
             if isinstance(child, nn.MultiheadAttention):
                 if child not in made:
@@ -141,5 +149,5 @@ def separate_attention(net: nn.Module) -> nn.Module:
 
 
 def has_attention(net: Any) -> bool:
-    """Whether there is an `nn.MultiheadAttention` to separate."""
+    """Whether a network contains an `nn.MultiheadAttention`."""
     return any(isinstance(module, nn.MultiheadAttention) for module in net.modules())

@@ -1,4 +1,4 @@
-"""Which rows of a layer make up a unit: codes that tell classes of rows apart, and guesses."""
+"""Which rows of a layer form a unit: codes that distinguish classes of rows, and candidates."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ __all__ = ["bits_of", "codes", "partitions", "partitions_that_fit"]
 
 
 def bits_of(size: int) -> int:
-    """How many bits the numbers of classes have."""
+    """The number of bits that distinguish the numbers of `size` classes."""
     return max(1, (size - 1).bit_length())
 
 
 def codes(size: int) -> Tensor:
-    """Patterns ``[2 * bits, size]``: which classes a pass sets, each bit and then its opposite."""
+    """The classes that each pass marks, ``[2 * bits, size]``: each bit, then its complement."""
     numbers = torch.arange(size, device="cpu")
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits_of(size))]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 
 def partitions(rows: int) -> Iterator[Tensor]:
-    """Partitions of rows into classes of equal size, ``[rows]``, those with most classes first.
+    """Partitions of rows into classes of equal size, those with the most classes first.
 
-    The class of a row is ``(row // block) % classes``: contiguous blocks (the heads of a layer of
-    queries), strides (the halves of a gated linear unit), or blocks that are repeated (a layer of
-    queries, keys and values).
+    The class of a row is ``(row // block) % classes``. The classes are contiguous blocks (the heads
+    of a layer of queries), strides (the halves of a gated linear unit), or repeated blocks (a layer
+    of queries, keys and values).
+
+    Args:
+        rows: the number of rows.
+
+    Yields:
+        The class of each row, ``[rows]``.
     """
     numbers = torch.arange(rows, device="cpu")
     for classes in range(rows // 2, 1, -1):
@@ -38,12 +44,12 @@ def partitions(rows: int) -> Iterator[Tensor]:
 
 
 def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tensor]:
-    """The `partitions` in which every column may be reached by one class only.
+    """The `partitions` in which every column can be reached by a single class.
 
     Args:
         ones, zeros: bool ``[bits, columns]``: whether the column is reached by a row whose number
-            has a one, or a zero, in that bit.
-        rows: how many rows there are.
+            has a one (or a zero) in that bit.
+        rows: the number of rows.
     """
     patterns = torch.cat([ones, zeros]).T.unique(dim=0).float()
     bits = codes(rows)
@@ -54,7 +60,7 @@ def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tens
         )
         for bit, has_bit in enumerate(row_bits):
             of_class[bit, classes[has_bit]] = True
-        # How many bits of the rows that reach a column are those of no row of a class.
+        # The number of bits of the rows that reach a column which no row of the class has.
         foreign = patterns @ (~of_class).float()
         if bool((foreign == 0).any(1).all()):
             yield classes

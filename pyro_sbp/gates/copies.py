@@ -1,4 +1,4 @@
-"""Copies of networks, also of those that `copy.deepcopy` refuses."""
+"""Copy networks, including networks for which `copy.deepcopy` fails."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = [
 ]
 
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-#: The dictionaries of a module that hold its hooks around `forward`.
+#: The attributes of a module with the hooks that run around `forward`.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-#: With more hooks than this, it is not tried which of them matter.
+#: If there are more hooks, they are not tested one by one.
 _MOST_HOOKS = 64
 
 
 def copy_network(net: nn.Module) -> nn.Module:
     """A deep copy of a network.
 
-    Tensors that torch does not copy are detached: features that the network has kept from its last
-    call, or a weight that a hook computes from others (`torch.nn.utils.weight_norm`). Objects that
-    cannot be copied, such as locks, files and generators, are shared with the copy.
+    Tensors with a graph, which torch does not copy, are detached. Examples are features that the
+    network stores in a call, and weights that a hook computes (`torch.nn.utils.weight_norm`).
+    Objects that cannot be copied, such as locks, files and generators, are shared with the copy.
 
     Raises:
-        ValueError: a module or another object in the network refuses to be copied.
+        ValueError: a module or another object in the network cannot be copied.
     """
     memo: dict[int, Any] = {}
-    originals: list[Any] = []  # alive, so that their ids stay their own
+    originals: list[Any] = []  # keep them alive, so that their ids are not reused
     for thing in reachable(net, functions=False):
         if isinstance(thing, Tensor) and thing.requires_grad and not thing.is_leaf:
             memo[id(thing)] = thing.detach().clone()
@@ -61,13 +61,13 @@ def copy_network(net: nn.Module) -> nn.Module:
         return copy.deepcopy(net, memo)
     except Exception as error:  # as above
         raise ValueError(
-            f"{type(net).__name__} cannot be copied, which finding gates and pruning need: "
+            f"{type(net).__name__} cannot be copied, which is required to find gates and to prune: "
             f"{_culprit(net)}{first_line(error)}"
         ) from error
 
 
 def _attributes(net: nn.Module) -> list[tuple[str, Any]]:
-    """What modules hold besides tensors, modules and containers, and what these hold."""
+    """The objects in a network besides tensors, modules and containers, and their attributes."""
     found = []
     for thing in reachable(net, functions=False):
         plain = isinstance(thing, Tensor | nn.Module | dict | list | tuple | set | frozenset)
@@ -89,8 +89,10 @@ def _culprit(net: nn.Module) -> str:
 
 
 def to_precision(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert floating-point parameters and buffers to `dtype` in place, and complex numbers to
-    those of the same precision."""
+    """Convert floating-point parameters and buffers to `dtype`, in place.
+
+    Complex tensors are converted to the complex dtype of the same precision.
+    """
 
     def converted(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
@@ -101,19 +103,19 @@ def to_precision(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def fresh(x: Any) -> Any:
-    """A copy of an input, for a network that may change it in place."""
+    """Copy an input, because the network may change it in place."""
     return map_tensors(lambda tensor: tensor.detach().clone(), x)
 
 
 def materialize(net: nn.Module, x: Any) -> None:
-    """Create the parameters of lazy layers in place, by one call on an input."""
+    """Create the parameters of lazy layers, by calling the network once on an input."""
     if any(isinstance(module, LazyModuleMixin) for module in net.modules()):
         with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()):
             call(net, fresh(x))
 
 
 def _hooks(net: nn.Module) -> list[tuple[dict[int, Any], int]]:
-    """The hooks of users in a network: those of torch's modules compute weights."""
+    """The hooks of the user in a network, without those of torch, which compute weights."""
     return [
         (getattr(module, kind), key)
         for module in net.modules()
@@ -124,17 +126,17 @@ def _hooks(net: nn.Module) -> list[tuple[dict[int, Any], int]]:
 
 
 def without_idle_hooks(net: nn.Module, x: Any) -> nn.Module:
-    """The network without forward hooks that do not change what it computes on an input.
+    """Remove forward hooks that do not change the output of a network on an input.
 
-    Such hooks record activations. Measurements should not reach what they record, and they cannot
-    be called on layers of another width.
+    Such hooks record activations. Measurements must not affect their records, and the hooks may
+    fail on layers of another width.
 
     Args:
-        net: the network; it is not changed.
+        net: the network, which is not changed.
         x: its input.
 
     Returns:
-        A copy, or the network itself if it has no hooks.
+        A copy without these hooks, or the network itself if it has no hooks.
     """
     if not _hooks(net):
         return net
@@ -158,27 +160,27 @@ def without_idle_hooks(net: nn.Module, x: Any) -> nn.Module:
 
 
 def drop_broken_hooks(net: nn.Module, x: Any) -> None:
-    """Remove the forward hooks of a smaller network in place if it cannot be called with them.
+    """Remove the forward hooks of a smaller network, in place, if it cannot be called with them.
 
-    A `UserWarning` says so.
+    If they are removed, a `UserWarning` is given.
     """
     hooks = _hooks(net)
     if not hooks or _output(net, x) is not None:
         return
     removed = [(place, key, place.pop(key)) for place, key in hooks]
-    if _output(net, x) is None:  # they are not the cause
+    if _output(net, x) is None:  # the hooks are not the cause
         for place, key, hook in removed:
             place[key] = hook
         return
     warnings.warn(
-        f"the forward hooks of {type(net).__name__} cannot be called on the smaller layers; the "
-        "smaller network has none",
+        f"the forward hooks of {type(net).__name__} cannot be called on the smaller layers; "
+        "the smaller network has no forward hooks",
         stacklevel=4,
     )
 
 
 def _output(net: nn.Module, x: Any) -> list[Tensor] | None:
-    """The tensors of the output on an input; None if the network cannot be called."""
+    """The tensors of the output on an input, or None if the call fails."""
     try:
         with torch.no_grad(), undone(net), evaluating(net), repeatable(torch.get_default_dtype()):
             return [tensor.clone() for tensor in tensors_of(call(net, fresh(x)))]

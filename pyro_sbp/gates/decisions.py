@@ -1,8 +1,8 @@
-"""Choices among numbers, such as the largest ones, made alike in the masked and the cut network.
+"""Make the same discrete choices in the masked and in the cut network.
 
-Two networks that compute the same in exact arithmetic differ by rounding errors, by which a tie may
-be decided either way: which of two equal scores is among the top k, or which of two boxes
-suppresses the other.
+The two networks compute the same function, but differ by rounding errors. Rounding can decide a tie
+either way: which of two equal scores is among the top k, or which of two boxes suppresses the
+other.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ _Difference = Callable[[Any, Any], float]
 
 
 class Decisions:
-    """Records the choices of one network, and gives them to another where it chooses among the
-    same.
+    """Record the choices of one network, and repeat them in another one for equal arguments.
 
     Args:
-        difference: how far tensors are from those that were recorded.
-        tolerance: how far they may be to count as the same.
+        difference: a function that returns the difference between two tensors.
+        tolerance: the largest difference at which tensors count as equal.
     """
 
     def __init__(self, difference: _Difference, tolerance: float) -> None:
@@ -50,11 +49,11 @@ class Decisions:
         self.taken: list[tuple[Any, list[Tensor], Any]] = []
 
     def recorded(self) -> TorchFunctionMode:
-        """A context for the network that is called first."""
+        """The context for the call of the first network, whose choices are recorded."""
         return _Recording(self.taken)
 
     def repeated(self) -> TorchFunctionMode:
-        """A context for the other one."""
+        """The context for the call of the second network, which repeats the choices."""
         return _Repeating(self)
 
 

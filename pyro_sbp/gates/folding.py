@@ -1,8 +1,8 @@
-"""Gates: where multiplicative noise enters a network, and what it does there.
+"""Gates: where multiplicative noise enters a network, and how it is folded into the weights.
 
-A gate stands at the inputs of the readers of a set of units, not at the output of their writer.
-A reader is linear in its input columns, so theta folds into its weight, and theta_c = 0 is the same
-as deleting column c.
+The noise of a gate is applied at the inputs of the readers of its units, not at the output of their
+writer. A reader is linear in its input columns. Therefore theta can be folded into its weight, and
+theta_c = 0 is equivalent to deleting column c.
 """
 
 from __future__ import annotations
@@ -56,12 +56,19 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Which unit each row or column of a layer carries.
+    """Which unit each row or column of one layer belongs to.
 
-    `units` is a tensor ``[rows or columns]`` of unit numbers, -1 where the layer carries none. A
-    layer with `groups` must keep the same number of them in each group that it keeps. With a
-    `tensor`, a parameter or buffer of the module `layer`, the rows or columns are those along its
-    dimension `dim`. Two spans are equal if these five are.
+    Two spans are equal if all attributes are equal.
+
+    Attributes:
+        layer: the name of the module.
+        units: the number of the unit of each row or column, ``[rows]`` or ``[columns]``, and -1 for
+            a row or column that belongs to no unit of the gate.
+        groups: the number of groups of the layer. All groups that remain must keep the same number
+            of rows or columns.
+        tensor: the name of a parameter or buffer of the module, if the rows or columns are those of
+            this tensor and not of the weight of the layer.
+        dim: the dimension of `tensor` along which they lie.
     """
 
     layer: str
@@ -81,11 +88,18 @@ class Span:
 
     @property
     def key(self) -> str:
-        """What the rows or columns are of: the layer, or a dimension of one of its tensors."""
+        """The layer whose rows or columns these are, or a dimension of one of its tensors."""
         return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:
-        """Spread `values` ``[..., units]`` over the layer: ``[..., columns]``, 1 where no unit."""
+        """Expand a value per unit to a value per row or column.
+
+        Args:
+            values: ``[..., units]``.
+
+        Returns:
+            ``[..., columns]``, with 1 for columns that belong to no unit.
+        """
         if values.device not in self._on:
             units = self.units.to(values.device)
             whole = torch.equal(self.units, torch.arange(len(self.units), device="cpu"))
@@ -99,13 +113,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Size:
-    """An integer attribute of a module that follows the number of units: a number of heads, say.
+    """An integer attribute of a module that depends on the number of units, such as `num_heads`.
 
     Attributes:
         module: the name of the module.
-        attribute: the name of its attribute, an integer, or a tuple or list of them.
-        place: which of them, if there are several.
-        per_unit: the integer is this multiple of the number of units.
+        attribute: the name of the attribute: an integer, or a tuple or a list of integers.
+        place: the index of the integer in the tuple or list, or None for a single integer.
+        per_unit: the integer is `per_unit` times the number of units.
     """
 
     module: str
@@ -116,21 +130,23 @@ class Size:
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """A set of units that one noise variable theta ``[size]`` multiplies.
+    """A set of units, which one noise variable theta of shape ``[size]`` multiplies.
 
-    A unit is one or more rows of every writer, and one or more columns of every reader: the head
-    of an attention layer is a block of rows of its layers of queries, keys and values.
+    A unit is one or more rows of every writer, and one or more columns of every reader. For
+    example, the head of an attention layer is a block of rows of the layers of queries, keys and
+    values.
 
     Attributes:
-        name: the name of the Pyro sample site.
+        name: the name of the gate, and of its Pyro sample site.
         size: the number of units.
         readers: the layers that take the units as input columns.
-        writers: the layers that produce them as output rows. None for a gate on input features.
-        channelwise: the layers between, which treat every channel alone, and the parameters and
-            buffers between that hold something for each channel.
-        selects: the `Select` modules between, which an earlier cut put before a reader: the unit of
-            every feature that flows into them.
-        sizes: the attributes of modules that have to follow the number of units.
+        writers: the layers that produce the units as output rows. A gate on input features has no
+            writers.
+        channelwise: the layers in between that process every channel separately (batch norms,
+            depthwise convolutions), and the parameters and buffers with one element per channel.
+        selects: the `Select` modules in between, which earlier cuts put before a reader, with the
+            unit of each of their input features.
+        sizes: the attributes of modules that depend on the number of units.
     """
 
     name: str
@@ -153,7 +169,7 @@ class Gate:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Inside, a network is in evaluation mode; then every module has its own mode again."""
+    """A context in which a network is in evaluation mode. Afterwards every mode is restored."""
     before = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -164,14 +180,17 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def call(net: Callable[..., Any], x: Any) -> Any:
-    """Call a network on its input.
+    """Call a network on an input.
 
     Args:
-        net: the network, or a function in its place.
-        x: its input. A tuple, named or not, is passed as positional arguments, and a mapping (a
-            dict, or a tokenizer's ``BatchEncoding``) as named arguments. Anything else is one
-            argument: a tensor, a list, a dataclass. To pass a tuple or a mapping as one argument,
-            put it into a tuple of one.
+        net: the network, or a function.
+        x: the input. A tuple (also a named tuple) is passed as positional arguments. A mapping (a
+            dict, or the ``BatchEncoding`` of a tokenizer) is passed as named arguments. Any other
+            object, such as a tensor, a list or a dataclass, is passed as one argument. To pass a
+            tuple or a mapping as one argument, wrap it in a tuple of length 1.
+
+    Returns:
+        The output of the network.
     """
     if isinstance(x, Mapping):
         return net(**x)
@@ -180,7 +199,7 @@ def call(net: Callable[..., Any], x: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A reader, and what multiplies its columns: the product over the gates that reach it."""
+    """A reader and the factor of its columns, the product over the gates that it reads."""
 
     layer: str
     tensor: str
@@ -207,7 +226,7 @@ def _scaled_readers(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> list[
 
 
 def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where theta names no gate of `gates`, or has a wrong shape for it."""
+    """Raise ValueError if theta names an unknown gate, or has a wrong shape."""
     sizes = {gate.name: gate.size for gate in gates}
     for name, value in theta.items():
         if name not in sizes:
@@ -225,14 +244,14 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
     Args:
         net: the network.
         gates: its gates, from `find_gates`.
-        theta: from gate name to a tensor ``[units]``; a gate that is not named stays as it is.
+        theta: from gate name to a tensor ``[units]``. Gates that are not named are not changed.
 
     Returns:
-        From parameter name to the folded weight, of the parameter's shape and dtype, for
-        `torch.func.functional_call`. The network itself is not changed.
+        From parameter name to the folded weight, of the shape and dtype of the parameter. Pass it
+        to `torch.func.functional_call`. The network itself is not changed.
 
     Raises:
-        ValueError: theta names no gate of `gates`, or has the wrong length.
+        ValueError: theta names an unknown gate, or has a wrong shape.
     """
     return {name: weight * factor for name, weight, factor in factors(net, gates, theta)}
 
@@ -240,13 +259,14 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
 def factors(
     net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight and factor of every weight that `fold` multiplies."""
+    """The name, the weight and the factor of every weight that `fold` multiplies."""
     check_theta(gates, theta)
     for reader in _scaled_readers(gates, theta):
         scale, module = reader.scale, net.get_submodule(reader.layer)
         if scale.ndim != 1:
             raise ValueError(
-                f"one theta per example does not fold into the weight of {reader.name!r}"
+                f"theta has a value for every example, which cannot be folded into the weight of "
+                f"{reader.name!r}: use theta of shape [units]"
             )
         if is_recurrent(module):
             found = column_factors(module, scale, hidden=reader.tensor == HIDDEN)
@@ -262,15 +282,18 @@ def factors(
 
 
 class _Gating(TorchFunctionMode):
-    """Scale the columns of readers, each known by its weight: by ``[columns]`` in the weight or in
-    the input, whichever is cheaper, by ``[batch, columns]`` in the input."""
+    """A mode that scales the columns of readers, which are recognised by their weights.
+
+    Factors ``[columns]`` multiply the weight or the input, whichever is cheaper. Factors
+    ``[batch, columns]`` multiply the input.
+    """
 
     def __init__(self, net: nn.Module, readers: Sequence[_Scaled]) -> None:
         super().__init__()
         self.layers: dict[int, tuple[_Scaled, nn.Module]] = {}
         self.recurrent: dict[int, dict[str, tuple[_Scaled, nn.Module]]] = {}
-        #: By tensor, of weights that no layer holds and of what is computed from them alone, which
-        #: is kept so that its id stays its own.
+        #: From the id of a tensor to its reader: weights that belong to no layer, and views of
+        #: them. The tensors are kept alive, so that their ids are not reused.
         self.weights: dict[int, tuple[_Scaled, Tensor]] = {}
         for reader in readers:
             module = net.get_submodule(reader.layer)
@@ -301,7 +324,7 @@ class _Gating(TorchFunctionMode):
         return func(*_put(args, given, position if position < len(args) else key, new), **given)
 
     def _call(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
-        """Call a function that is no layer of `layers`: it may be a product."""
+        """Call a function that does not use a layer of `layers`. It may be a product."""
         if not self.weights:
             return func(*args, **given)
         for product in products(func, args, given):
@@ -318,7 +341,7 @@ class _Gating(TorchFunctionMode):
 
 
 def _put(args: Sequence[Any], given: dict[str, Any], place: int | str, new: Any) -> Sequence[Any]:
-    """Positional arguments with another one at a place; named ones are changed."""
+    """Replace one argument: in a copy of the positional ones, or in place in the named ones."""
     if isinstance(place, str):
         given[place] = new
         return args
@@ -336,39 +359,39 @@ def _scaled_recurrence(
             hidden = reader.scale.flatten()
         else:
             raise ValueError(
-                f"the hidden units of the recurrent layer {reader.layer!r} can have one theta for "
-                "a batch only, as it multiplies weights: use noise_per='batch'"
+                f"the hidden units of the recurrent layer {reader.layer!r} can have only one theta "
+                "for a batch, because it multiplies recurrent weights: use noise_per='batch'"
             )
     module = next((module for _, module in parts.values()), None)
     return args if module is None else scaled_call(module, args, call, x, hidden)
 
 
-#: From how many rows of the input on a product with the weight costs more than the weight does.
+#: The number of rows of the input from which scaling the weight is cheaper during training.
 _MANY_ROWS = 64
 
 
 def _is_cheaper_in_weight(x: Tensor, weight: Tensor) -> bool:
-    """Whether noise of the columns costs less in the weight than in the input."""
+    """Whether scaling the weight is cheaper than scaling the input."""
     if weight.numel() < x.numel():
         return True
-    # Data need no gradient, but noise in them would: one more product with the weight.
+    # Data need no gradient. Scaled data would need one, which takes another product.
     rows = x.numel() // x.shape[-1]
     trained = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
     return trained and weight.ndim == 2 and rows >= _MANY_ROWS
 
 
 def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> TorchFunctionMode:
-    """A context in which the units of a network are multiplied by theta whenever it is called.
+    """A context in which calls of a network multiply its units by theta.
 
     Args:
         net, gates: as for `GatedNetwork`.
-        theta: from gate name to ``[units]`` or ``[batch, units]``.
+        theta: from gate name to a tensor ``[units]`` or ``[batch, units]``.
     """
     return _Gating(net, _scaled_readers(gates, theta))
 
 
 def _scaled_input(reader: _Scaled, x: Tensor, dim: int, batch_dim: int | None = 0) -> Tensor:
-    """The input of a reader, scaled along a dimension."""
+    """The input of a reader, scaled along the dimension of its columns."""
     scale = reader.scale
     shape = [1] * x.ndim
     shape[dim] = scale.shape[-1]
@@ -377,7 +400,8 @@ def _scaled_input(reader: _Scaled, x: Tensor, dim: int, batch_dim: int | None = 
             where = "0" if batch_dim is None else str(batch_dim)
             raise ValueError(
                 f"layer {reader.name!r} gets an input of shape {list(x.shape)}, without the batch "
-                f"of {len(scale)} in dimension {where}, which noise per example needs"
+                f"of {len(scale)} in dimension {where}, which noise per example requires: use "
+                "noise_per='batch'"
             )
         shape[batch_dim] = len(scale)
         if batch_dim > dim:
@@ -390,11 +414,11 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class GatedNetwork(nn.Module):
-    """A network whose units are multiplied by theta: a pure function of the input and theta.
+    """A network whose units are multiplied by theta. It is a pure function of the input and theta.
 
     Args:
-        net: the network; its parameters are shared, not copied.
-        gates: where theta enters, from `find_gates`.
+        net: the network. Its parameters are shared, not copied.
+        gates: its gates, from `find_gates`.
     """
 
     def __init__(self, net: nn.Module, gates: Sequence[Gate]) -> None:
@@ -403,26 +427,30 @@ class GatedNetwork(nn.Module):
         self.gates = tuple(gates)
 
     def forward(self, x: Any, theta: Mapping[str, Tensor]) -> Any:
-        """Call the network on `x` with noise `theta`.
+        """Call the network on `x` with the noise `theta`.
 
         Args:
-            x: the network's input, as for `call`: a tensor, a tuple of positional arguments, or a
-                mapping of named arguments.
-            theta: from gate name to ``[units]`` (one draw for the batch) or ``[batch, units]``
-                (one for each example; a batch of one row is the same for all). With leading
-                dimensions, ``[*draws, batch, units]``, the network is called once for each of the
-                draws, and its outputs are stacked to ``[*draws, ...]``.
+            x: the input of the network, as for `call`: a tensor, a tuple of positional arguments,
+                or a mapping of named arguments.
+            theta: from gate name to a tensor ``[units]`` (one draw for the batch) or
+                ``[batch, units]`` (one draw for each example, or for all if the batch is 1). With
+                leading dimensions, ``[*draws, batch, units]``, the network is called once for each
+                draw, and the outputs are stacked to ``[*draws, ...]``.
+
+        Returns:
+            The output of the network.
 
         Raises:
-            ValueError: theta names an unknown gate, has a wrong shape, or is given per example
-                where a reader's input has no batch in dimension 0; or there are several draws and
-                the gates have different numbers of them, or the network's output is no tensor.
+            ValueError: theta names an unknown gate or has a wrong shape; theta is given per
+                example, and the input of a reader does not have the batch in dimension 0; the gates
+                have different numbers of draws; or there are several draws, and the output of the
+                network is not a tensor.
         """
         check_theta(self.gates, theta)
         draws = {value.shape[:-2] for value in theta.values()}
         if any(draws):
             return self._each(x, theta, draws)
-        # A program of a compiled network inside would keep theta of an earlier call.
+        # A compiled network would use theta of an earlier call.
         compiled = any(_is_compiled(module) for module in self.net.modules())
         with eager() if compiled else nullcontext(), gating(self.net, self.gates, theta):
             return call(self.net, x)
@@ -430,7 +458,9 @@ class GatedNetwork(nn.Module):
     def _each(self, x: Any, theta: Mapping[str, Tensor], draws: set[torch.Size]) -> Tensor:
         """The outputs of several draws, stacked."""
         if len(draws) > 1:
-            raise ValueError(f"theta has different numbers of draws: {sorted(map(list, draws))}")
+            raise ValueError(
+                f"the gates of theta have different numbers of draws: {sorted(map(list, draws))}"
+            )
         (shape,) = draws
         flat = {name: value.flatten(0, -3) for name, value in theta.items()}
         outputs = [
@@ -438,5 +468,7 @@ class GatedNetwork(nn.Module):
             for index in range(shape.numel())
         ]
         if not all(isinstance(output, Tensor) for output in outputs):
-            raise ValueError("several draws of theta need a network whose output is one tensor")
+            raise ValueError(
+                "for several draws of theta, the output of the network must be a single tensor"
+            )
         return torch.stack(outputs).unflatten(0, shape)

@@ -12,7 +12,7 @@ __all__ = ["changes_in_place", "has_nan", "operation_name", "tensors_in"]
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors among arguments or results of a function, also in lists, tuples and mappings."""
+    """All tensors in the arguments or results of a function, also in lists, tuples and mappings."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -23,12 +23,12 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def has_nan(tensor: Tensor) -> bool:
-    """Whether an element of a tensor is NaN; False for integers."""
+    """Whether an element of a tensor is NaN. It is False for integer tensors."""
     return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isnan().any())
 
 
 def changes_in_place(func: Any) -> bool:
-    """Whether the name of a function says that it changes its first argument in place."""
+    """Whether a function changes its first argument in place, according to its name."""
     name = getattr(func, "__name__", "")
     if name == "__setitem__" or name.startswith("__i"):
         return True
@@ -36,7 +36,7 @@ def changes_in_place(func: Any) -> bool:
 
 
 def operation_name(func: Any) -> str:
-    """The name of an operator such as ``torchvision::nms``; "" for a Python function."""
+    """The name of an operator such as ``torchvision::nms``, or "" for a Python function."""
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(getattr(func, "_qualified_op_name", "") or func.name()).split(".")[0]
     return ""

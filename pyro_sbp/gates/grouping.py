@@ -1,4 +1,4 @@
-"""Which writers belong together, and which of their rows make up a unit."""
+"""Group writers that share units, and find out which of their rows form a unit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Candidate", "candidates", "groups_of_writers"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A gate that was measured and is to be proven.
+    """A gate that has been measured, but has not been proven.
 
     Attributes:
         gate: the gate.
-        layouts: where rows and columns lie, by name.
-        reaches: where its writers arrive; none for a gate on input features.
-        followers: tensors that may have slices for its units.
+        layouts: from name to the layout of rows and columns.
+        reaches: the measurement of each writer. A gate on input features has none.
+        followers: tensors that may have slices that must be cut together with its units.
     """
 
     gate: Gate
@@ -35,9 +35,9 @@ class Candidate:
     followers: tuple[Follower, ...] = ()
 
     def coarser(self, parts: int) -> Candidate | None:
-        """The same with units of `parts` units each, one of every part of the writer.
+        """The candidate with units that consist of `parts` units, one from each part of the writer.
 
-        This is what code needs that splits the units into parts of equal size, by ``chunk``.
+        Code that splits units into parts of equal size, for example with ``chunk``, needs this.
         """
         if parts == 1:
             return self
@@ -65,14 +65,14 @@ def candidates(
     groups: Sequence[Sequence[Reach]],
     followers: Sequence[Sequence[Follower]],
 ) -> list[Candidate]:
-    """Gates from writers that belong together, in the order of their first writers.
+    """Build candidates from groups of writers, in the order of their first writers.
 
-    A writer that is in none has a problem, which is noted.
+    For a writer without a candidate, the attribute `problem` of its measurement is set.
 
     Args:
-        layouts: where rows and columns lie, by name.
+        layouts: from name to the layout of rows and columns.
         groups: from `groups_of_writers`.
-        followers: the tensors that may have slices for the units of each group.
+        followers: for each group, the tensors that may have slices for its units.
     """
     return [
         found
@@ -82,7 +82,7 @@ def candidates(
 
 
 def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
-    """Writers that share a column of some layer, together; in order of their first writer."""
+    """Group the writers that reach a common column, in the order of their first writers."""
     together = DisjointSet(reach.writer for reach in reaches)
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
@@ -100,11 +100,11 @@ def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
 def _split_at_single_units(
     layouts: Mapping[str, Layout], group: Sequence[Reach], followers: tuple[Follower, ...]
 ) -> list[Candidate]:
-    """One gate of writers that belong together, or several if that would be of one unit."""
+    """One gate for a group of writers, or several gates if a single gate would have one unit."""
     gate = _gate(layouts, group, followers)
     if gate.size > 1 or len(group) == 1:
         return [Candidate(gate, layouts, tuple(group), followers)]
-    # As a map of attention that multiplies all channels, or keys that all heads share.
+    # Examples are an attention map that multiplies all channels, and keys that all heads share.
     least = min(group, key=lambda reach: reach.size)
     rest = [reach for reach in group if least.writer not in (reach.writer, reach.beside)]
     found = [
@@ -123,7 +123,7 @@ def _split_at_single_units(
 def _gate(
     layouts: Mapping[str, Layout], group: Sequence[Reach], followers: Sequence[Follower]
 ) -> Gate:
-    """One gate from writers that belong together; classes that share a column are one unit."""
+    """The gate of a group of writers. Classes that reach a common column form one unit."""
     same = DisjointSet((reach.writer, own) for reach in group for own in range(reach.size))
     rows = {reach.writer: reach.classes.tolist() for reach in group}
     owner: dict[tuple[str, int], tuple[str, int]] = {}
@@ -135,7 +135,9 @@ def _gate(
                 if own >= 0:
                     unit = (reach.writer, own)
                     same.merge(owner.setdefault((name, column), unit), unit)
-    slices: dict[tuple[int, int], Any] = {}  # from a slice of a follower to one of its units
+    slices: dict[
+        tuple[int, int], Any
+    ] = {}  # from a slice of a follower to one of the units that it meets
     for index, follower in enumerate(followers):
         for name, numbers in follower.columns.items():
             for column, own in enumerate(numbers.tolist()):
@@ -182,8 +184,11 @@ def _gate(
 
 
 def _namesake(group: Sequence[Reach], size: int) -> str:
-    """The writer that a gate is named after: the first one, or one that reaches the same columns
-    with a row for each unit (the candidate of a recurrent cell, not its gates)."""
+    """The writer that gives a gate its name.
+
+    It is the first writer, or one that reaches the same columns and has one row for each unit. In a
+    recurrent cell this is the layer of the candidate state, not that of the cell's gates.
+    """
     first = group[0]
     for reach in group:
         alike = reach.seen.keys() >= first.seen.keys() and all(

@@ -1,7 +1,8 @@
-"""Functions that cannot be given NaN while a network is probed with it.
+"""Functions that must not be called with NaN while a network is probed.
 
-Some functions look for NaN, some read memory at the places that their input names, some raise an
-error. They get clean numbers, and answer NaN where they were to be given some.
+Some functions test for NaN, some use their input as memory positions, and some raise an error on
+NaN. They are called on finite numbers instead, and their results are set to NaN where the input was
+NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pyro_sbp.gates.functions import has_nan, operation_name, tensors_in
 
 __all__ = ["Endless", "Guards"]
 
-#: Functions that answer whether numbers are NaN.
+#: Functions that test whether numbers are NaN.
 _TESTS = frozenset(
     {
         *(torch.isnan, Tensor.isnan, torch.isfinite, Tensor.isfinite),
@@ -27,21 +28,21 @@ _TESTS = frozenset(
 )
 _COMPARISONS = frozenset({torch.ne, Tensor.ne, Tensor.__ne__, torch.eq, Tensor.eq, Tensor.__eq__})
 _REPLACING = frozenset({torch.nan_to_num, torch.nan_to_num_, Tensor.nan_to_num, Tensor.nan_to_num_})
-#: Functions that leave NaN out, and those that do not.
+#: From functions that ignore NaN to the functions that propagate NaN.
 _SKIPPING: dict[Any, Any] = {
     torch.nansum: torch.sum,
     Tensor.nansum: torch.sum,
     torch.nanmean: torch.mean,
     Tensor.nanmean: torch.mean,
 }
-#: Functions whose argument of this position and name tells the places to read in another one.
+#: From functions to the position and the name of the argument with the positions to read.
 _PLACES: dict[Any, tuple[int, str]] = {
     F.grid_sample: (1, "grid"),
     torch.grid_sampler: (1, "grid"),
     torch.grid_sampler_2d: (1, "grid"),
     torch.grid_sampler_3d: (1, "grid"),
 }
-#: The same of operations that torch does not define, by name.
+#: The same for operations of other packages, by name.
 _PLACES_OF_OPERATIONS = {
     "torchvision::deform_conv2d": (2, "offset"),
     "torchvision::roi_align": (1, "rois"),
@@ -50,22 +51,23 @@ _PLACES_OF_OPERATIONS = {
     "torchvision::ps_roi_pool": (1, "rois"),
 }
 _OF_TORCH = ("aten::", "prim::", "prims::", "profiler::")
-#: A pass may call so many times as many functions as the first one.
+#: A pass may call this many times as many functions as the first pass.
 _LONGER = 50
 
 
 class Endless(RuntimeError):
-    """A pass calls far more functions than the first one."""
+    """A pass calls far more functions than the first pass."""
 
     def __init__(self) -> None:
         super().__init__("a loop of the network does not end on NaN")
 
 
 class Guards:
-    """Calls functions in the passes of a probe.
+    """Call the functions of a network in the passes of a probe.
 
-    The first pass, without NaN of the probe, records what functions that look for NaN find in the
-    network's own numbers. In later ones they answer the same: only NaN of the network itself.
+    The first pass has no NaN of the probe. It records the results of functions that test for NaN.
+    In later passes these functions return the recorded results, so that they see only NaN of the
+    network itself.
     """
 
     def __init__(self) -> None:
@@ -74,13 +76,13 @@ class Guards:
         self.start(True)
 
     def start(self, first: bool) -> None:
-        """Begin a pass."""
+        """Start a pass."""
         self.first = first
         self.calls: Counter[Any] = Counter()
         self.count = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Call a function that is no layer."""
+        """Call a function that is not a layer."""
         self.count += 1
         if self.first:
             self.usual = self.count
@@ -108,16 +110,16 @@ class Guards:
             return _on_clean(func, args, kwargs)
         try:
             return func(*args, **kwargs)
-        except Exception:  # functions of linear algebra refuse NaN, for example
+        except Exception:  # functions of linear algebra, for example, raise an error on NaN
             if not _any_nan(args, kwargs):
                 raise
             out = _on_clean(func, args, kwargs)
-            if not _any_nan(out):  # numbers that cannot say that they come from NaN
+            if not _any_nan(out):  # integers, which cannot be NaN
                 raise
             return out
 
     def _test(self, func: Any, answer: Tensor) -> Tensor:
-        """What a function that looks for NaN has answered in the first pass."""
+        """The result of the same test for NaN in the first pass."""
         key = (func, self.calls[func])
         self.calls[func] += 1
         if self.first:
@@ -139,7 +141,7 @@ def _any_nan(*values: Any) -> bool:
 
 
 def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Tensors in arguments or results of a function replaced."""
+    """Replace the tensors in the arguments or results of a function."""
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, Mapping):
@@ -152,12 +154,12 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def _cleaned(x: Tensor) -> Tensor:
-    """Ordinary numbers in place of NaN."""
+    """Replace NaN by finite numbers."""
     return torch.where(x.isnan(), torch.rand_like(x.real), x) if has_nan(x) else x
 
 
 def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """A function's results on clean numbers; all NaN if it was to be given some."""
+    """Call a function on finite numbers. If an argument had NaN, all results are NaN."""
     if not _any_nan(args, kwargs):
         return func(*args, **kwargs)
     out = func(*_map(_cleaned, args), **_map(_cleaned, kwargs))
@@ -165,7 +167,7 @@ def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     def nan(x: Tensor) -> Tensor:
         return torch.full_like(x, torch.nan) if x.is_floating_point() or x.is_complex() else x
 
-    if isinstance(out, tuple) and type(out) is not tuple:  # as torch.return_types
+    if isinstance(out, tuple) and type(out) is not tuple:  # such as torch.return_types
         return type(out)([_map(nan, part) for part in out])
     return _map(nan, out)
 
@@ -173,7 +175,7 @@ def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 def _with_clean_places(
     func: Any, args: Any, kwargs: Mapping[str, Any], place: tuple[int, str]
 ) -> Any:
-    """A function's result with NaN in every example whose places were NaN."""
+    """Call a function on finite positions. The result is NaN in examples with NaN positions."""
     position, name = place
     args, kwargs = list(args), dict(kwargs)
     places: Tensor = args[position] if position < len(args) else kwargs[name]

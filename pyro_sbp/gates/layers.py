@@ -1,4 +1,4 @@
-"""What pyro-sbp knows of torch's layers: where the rows and columns of their weights lie."""
+"""The layers of torch: where the rows and columns of their weights lie, and how to remove them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ __all__ = [
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-#: Batch and instance norms of every kind.
+#: Batch norms and instance norms of every kind.
 _NORMS = (nn.modules.batchnorm._NormBase,)
-#: Functions that are linear in the columns of a weight, f(input, weight, bias, ...), and theirs.
+#: From functions f(input, weight, bias, ...) that are linear in the columns of a weight to layers.
 _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.linear: (nn.Linear,),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTIONS),
@@ -48,12 +48,12 @@ _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.embedding: (nn.Embedding,),
     place_channels: (PlaceChannels,),
 }
-#: Functions that treat every channel, or every group of them, alone.
+#: Functions that process every channel, or every group of channels, separately.
 CHANNELWISE_FUNCTIONS = frozenset(
     {F.batch_norm, torch.batch_norm, F.instance_norm, F.group_norm, torch.group_norm, F.prelu}
 )
 
-#: The attributes of layers that repeat the number of rows, and of columns.
+#: The attributes of layers that store the number of rows, and the number of columns.
 _ROW_SIZES = (
     "out_features",
     "out_channels",
@@ -64,12 +64,18 @@ _ROW_SIZES = (
     "nf",
 )
 _COLUMN_SIZES = ("in_features", "in_channels", "nx")
-#: All attributes of layers that `resize` changes.
+#: All attributes of layers that `resize` may change.
 SIZE_ATTRIBUTES = (*_ROW_SIZES, *_COLUMN_SIZES, "groups", "num_groups", *RECURRENT_SIZES)
 
 
 class Select(nn.Module):
-    """Select features of the last dimension of the input: the gather before a dense layer."""
+    """Select features along the last dimension of the input.
+
+    `shrink` puts it before a dense layer that keeps only some of its input features.
+
+    Args:
+        index: the features to keep, int64 ``[kept]``.
+    """
 
     index: Tensor
 
@@ -86,20 +92,21 @@ class Select(nn.Module):
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a layer has a weight with rows, one for each of the units that it produces."""
+    """Whether a layer has a weight with one row for each unit that it produces."""
     if isinstance(module, _TRANSPOSED):
         return module.groups == 1
     if isinstance(module, nn.Embedding):
-        return module.max_norm is None  # to normalise a row mixes its columns
+        return module.max_norm is None  # normalising a row mixes its columns
     layers = (nn.Linear, *_CONVOLUTIONS, PlaceChannels)
     known = isinstance(module, layers) or _is_conv1d(module) or is_recurrent(module)
     return known and not is_channelwise(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the `Conv1D` of GPT-2, a dense layer whose weight is transposed.
+    """Whether a module is the `Conv1D` of GPT-2, a dense layer with a transposed weight.
 
-    It is known by its name, as transformers need not be installed and others have copied it.
+    It is recognised by its name, because transformers need not be installed, and because other
+    packages have copies of the class.
     """
     weight = module._parameters.get("weight")
     named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
@@ -107,18 +114,20 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_reader(module: nn.Module) -> bool:
-    """Whether a layer is linear in units that it takes as columns of its weight."""
+    """Whether a layer is linear in its input units, which are the columns of its weight."""
     return is_matrix(module) and not isinstance(module, nn.Embedding)
 
 
 def is_linear_in_weight(module: nn.Module) -> bool:
-    """Whether a layer's output is linear in its weight, and in its input: dense, convolution."""
+    """Whether the output of a layer is linear in its weight and input: dense, convolution."""
     return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a layer treats every channel alone: batch norm, depthwise convolution. Or every group
-    of channels: group norm."""
+    """Whether a layer processes channels, or groups of channels, separately.
+
+    These are batch norms, depthwise convolutions and group norms.
+    """
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
     if isinstance(module, nn.GroupNorm):
@@ -131,7 +140,7 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def known_tensors(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors of a module that are resized with its rows or columns."""
+    """The names of the tensors of a module that `resize` cuts."""
     if isinstance(module, Select):
         return ("index",)
     if isinstance(module, PlaceChannels):
@@ -144,7 +153,7 @@ def known_tensors(module: nn.Module) -> tuple[str, ...]:
 
 
 def serves(function: Any, module: nn.Module) -> bool:
-    """Whether a function that is called with a layer's tensors does what the layer does."""
+    """Whether a function, called with the tensors of a layer, computes what the layer computes."""
     if function in CHANNELWISE_FUNCTIONS:
         return is_channelwise(module)
     if function is Tensor.index_select:
@@ -155,25 +164,25 @@ def serves(function: Any, module: nn.Module) -> bool:
 
 
 def operands(function: Any) -> tuple[tuple[int, str], tuple[int, str]]:
-    """The position and the name of the input, and of the weight, in the arguments of a function."""
+    """The position and the name of the input and of the weight in the arguments of a function."""
     if function is torch.addmm:
         return (1, "mat1"), (2, "mat2")
     return (0, "input"), (1, "weight")
 
 
 def argument(operand: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """One of the `operands`; None if it is not given."""
+    """The value of one of the `operands`, or None if it is not given."""
     position, name = operand
     return args[position] if position < len(args) else kwargs.get(name)
 
 
 def groups_of(module: nn.Module) -> int:
-    """Into how many groups rows and columns fall, that do not meet each other."""
+    """The number of groups of a layer, between which its weight has no connections."""
     return getattr(module, "groups", 1)
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a layer: a parameter, or a buffer if it is not trained."""
+    """The weight of a layer. It is a parameter, or a buffer if it is not trained."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
@@ -186,7 +195,7 @@ def _row_dim(module: nn.Module) -> int:
 
 
 def num_rows(module: nn.Module) -> int:
-    """How many units a matrix layer produces."""
+    """The number of units that a layer produces."""
     if isinstance(module, PlaceChannels):
         return len(module.source)
     if is_recurrent(module):
@@ -195,7 +204,7 @@ def num_rows(module: nn.Module) -> int:
 
 
 def num_columns(module: nn.Module) -> int:
-    """How many units a reader takes."""
+    """The number of input units of a reader."""
     if isinstance(module, PlaceChannels):
         return len(module.weight)
     if is_recurrent(module):
@@ -204,7 +213,7 @@ def num_columns(module: nn.Module) -> int:
 
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
-    """The dimension of a layer's input, or output, that holds the channels or features."""
+    """The dimension of the channels or features in the input or output of a layer."""
     if isinstance(module, nn.Linear | nn.Embedding | Select) or _is_conv1d(module):
         return x.ndim - 1
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
@@ -213,7 +222,7 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
 
 
 def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
-    """What multiplies the weight of a reader if `scale` ``[columns]`` multiplies its columns."""
+    """The factor of the weight of a reader when `scale` ``[columns]`` multiplies its columns."""
     if isinstance(module, PlaceChannels):
         return scale
     weight, groups = module.get_parameter("weight"), groups_of(module)
@@ -227,14 +236,14 @@ def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
 
 
 def rows_of(module: nn.Module, rows: Tensor) -> Tensor:
-    """Values ``[rows]`` of a matrix layer, of a shape that broadcasts over its weight."""
+    """Reshape values ``[rows]`` so that they broadcast over the weight of a layer."""
     shape = [1] * module.get_parameter("weight").ndim
     shape[_row_dim(module)] = -1
     return rows.view(shape)
 
 
 def most_of_columns(module: nn.Module, values: Tensor) -> Tensor:
-    """The largest of values of the shape of a reader's weight, for every input column."""
+    """The maximum over each input column, of values with the shape of the weight of a reader."""
     values = values.transpose(0, _row_dim(module))
     kernel = values.shape[2:].numel()
     return values.reshape(groups_of(module), -1, values.shape[1], kernel).amax((1, 3)).flatten()
@@ -264,9 +273,9 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
     """Keep only some rows (outputs) and columns (inputs) of a layer, in place.
 
     Args:
-        module: a matrix layer, or a channel-wise one, which has rows only.
-        rows, columns: indices; None keeps all. Of a layer with groups every group that is kept
-            keeps as many rows as the others, and as many columns.
+        module: a layer with rows and columns, or a channelwise layer, which has only rows.
+        rows, columns: the indices to keep; None keeps all. In a layer with groups, all groups that
+            remain must keep the same number of rows, and of columns.
     """
     if is_channelwise(module):
         if rows is not None:
@@ -298,9 +307,9 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
 def resize_tensor(
     module: nn.Module, name: str, dim: int, rows: Tensor | None, columns: Tensor | None
 ) -> None:
-    """Keep only some rows or columns, along a dimension, of one tensor of a module, in place.
+    """Keep only some rows or columns of one tensor of a module, along a dimension, in place.
 
-    Attributes of the module that repeat how many there were follow.
+    Attributes of the module that store their number are updated.
     """
     for index, attributes in ((rows, _ROW_SIZES), (columns, _COLUMN_SIZES)):
         if index is not None:
@@ -312,14 +321,14 @@ def resize_tensor(
 
 
 def _whole_groups(rows: Tensor, width: int) -> int:
-    """How many groups of channels are kept.
+    """The number of groups of channels that are kept.
 
     Raises:
-        ValueError: one is kept in part.
+        ValueError: only a part of a group is kept.
     """
     groups, counts = (rows // width).unique(return_counts=True)
     if bool((counts < width).any()):
-        raise ValueError("a group of a group norm is kept in part")
+        raise ValueError("only a part of a group of a group norm is kept")
     return len(groups)
 
 
@@ -330,7 +339,7 @@ def _resize_places(module: PlaceChannels, rows: Tensor | None, columns: Tensor |
         module.out_channels = len(rows)
     if columns is not None:
         columns = columns.to(source.device)
-        # What is not kept is copied from the channel of zeros after the last.
+        # Channels that are not kept are copied from the channel of zeros after the last one.
         number = source.new_full((module.in_channels + 1,), len(columns))
         number[columns] = torch.arange(len(columns), device=source.device)
         source = number[source]
@@ -347,8 +356,10 @@ def _resize_groups(module: nn.Module, rows: Tensor | None, columns: Tensor | Non
     row_group = rows // (num_rows(module) // groups)
     kept = row_group.unique()
     if not torch.equal(kept, (columns // width).unique()):
-        raise ValueError("a group of a convolution keeps rows without columns, or the reverse")
-    # Which columns each row keeps, counted within its group.
+        raise ValueError(
+            "a group of a convolution keeps rows but no columns, or columns but no rows"
+        )
+    # The columns that each row keeps, numbered within its group.
     inside = (columns % width).reshape(len(kept), -1)
     index = inside[torch.searchsorted(kept, row_group)].to(weight.device)
     weight = weight.index_select(0, rows.to(weight.device))

@@ -1,4 +1,4 @@
-"""Find the first module in which a cut network fails, or differs from the masked network."""
+"""Find the first module in which a cut network fails or differs from the masked network."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pyro_sbp.gates.folding import Gate
 
 __all__ = ["Trail", "suspects"]
 
-#: How far sums over the outputs of a module that computes the same may be apart, relatively.
+#: The largest relative difference between sums over the outputs of two equivalent modules.
 _TOLERANCE = 1e-7
 
 
 class Trail:
-    """Sums over the outputs of the modules in one call of a network, in the order of their ends.
+    """Sums over the outputs of the modules during one call of a network, in order of completion.
 
     Attributes:
-        ends: for every call that has ended, the name of the module, the shape of its first output,
-            and the sums of its elements and of their absolute values.
-        inside: the names of the modules whose calls have not ended.
+        ends: for every completed call, the name of the module, the shape of its first output, and
+            the sums of its elements and of their absolute values.
+        inside: the names of the modules whose calls are not complete.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Trail:
 
     @contextmanager
     def followed(self, net: nn.Module) -> Iterator[None]:
-        """Inside, the calls of a network's modules are recorded."""
+        """A context in which the calls of the modules of a network are recorded."""
 
         def begin(name: str) -> None:
             self.inside.append(name)
@@ -54,7 +54,7 @@ class Trail:
             yield
 
     def first_difference(self, other: Trail) -> str | None:
-        """The first module whose output differs in another call, or in which that call failed.
+        """The first module whose output differs in another call, or in which the other call failed.
 
         Modules whose outputs have different shapes are skipped.
         """
@@ -73,8 +73,10 @@ class Trail:
 
 
 def suspects(gates: Sequence[Gate], module: str) -> list[str]:
-    """The names of the gates with a layer inside a module; if there are none, those of the nearest
-    module around it that contains some."""
+    """The names of the gates with a layer inside a module.
+
+    If there are none, these are the gates of the nearest enclosing module that has some.
+    """
     while True:
         found = [
             gate.name

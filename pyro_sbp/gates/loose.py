@@ -1,8 +1,9 @@
-"""Tensors of a network that no known layer holds: which of them meet which units, and how.
+"""Tensors of a network that belong to no known layer, and the units that they meet.
 
-A layer scale, a learned offset or gain, the numbers of an unfamiliar norm: what has one element, or
-one slice, for each unit of a gate has to be cut with it. Which slices are those of which unit is
-measured as it is for layers: NaN in some slices shows up in the columns that they reach.
+Examples are a layer scale, a learned offset or gain, and the parameters of an unknown norm. A
+tensor with one element or one slice for each unit must be cut together with the units. Which slice
+belongs to which unit is measured as for layers: NaN in some slices appears in the columns that they
+reach.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from pyro_sbp.gates.layers import known_tensors
 
 __all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try"]
 
-#: A tensor of a network: the name of its module, and its own in there.
+#: The place of a tensor: the name of its module, and its name in the module.
 Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Slices:
-    """The slices along a dimension of one or more tensors of a module, of equal number.
+    """The slices of one or more tensors of a module, which have the same number of slices.
 
     Attributes:
         layer: the name of the module.
-        tensors: the name of each tensor, and the dimension.
-        size: how many slices there are.
+        tensors: the name of each tensor, and the dimension of its slices.
+        size: the number of slices.
     """
 
     layer: str
@@ -39,21 +40,21 @@ class Slices:
 
     @property
     def places(self) -> set[Place]:
-        """Where the tensors are."""
+        """The places of the tensors."""
         return {(self.layer, leaf) for leaf, _ in self.tensors}
 
     def singly(self) -> list[Slices]:
-        """Those of each tensor alone."""
+        """The slices of each tensor separately."""
         return [Slices(self.layer, (one,), self.size) for one in self.tensors]
 
 
 @dataclass(frozen=True)
 class Follower:
-    """Slices that have to be cut with units.
+    """Slices that must be cut together with units.
 
     Attributes:
-        slices: of which tensors.
-        columns: from a layer to the slice that each of its columns is reached by, or -1.
+        slices: the slices.
+        columns: from a layer to the slice that reaches each of its columns, or -1.
     """
 
     slices: Slices
@@ -62,12 +63,13 @@ class Follower:
 
 @dataclass
 class LooseTensors:
-    """The tensors of a network, known while it is called, and what is computed from them alone.
+    """The tensors of a network, and tensors that are computed from them without data.
 
     Attributes:
         net: the network.
-        places: where the tensors are that no known layer holds.
-        met: the places of those that meet NaN of the data in a function. Filled while `watching`.
+        places: from the place of each tensor that belongs to no known layer to the tensor.
+        watching: whether `met` is recorded.
+        met: the places of the tensors that are combined with NaN of the data in a function.
     """
 
     net: nn.Module
@@ -88,18 +90,18 @@ class LooseTensors:
         self.start()
 
     def start(self) -> None:
-        """Begin a call of the network."""
+        """Start a call of the network."""
         self._sources = dict(self._own)
 
     def sources(self, tensor: Tensor) -> frozenset[Place] | None:
-        """The tensors that one was computed from; None if data of the input enter."""
+        """The places of the tensors from which a tensor was computed, or None if it uses data."""
         found = self._sources.get(id(tensor))
         return None if found is None else found[1]
 
     def watch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Note what a function has done."""
+        """Record a call of a function."""
         inputs = list(tensors_in((*args, *kwargs.values())))
-        # What an integer selects from a tensor is computed from that tensor alone.
+        # Elements that integers select from a tensor are computed from that tensor alone.
         found = [
             self.sources(tensor) if _is_inexact(tensor) else frozenset[Place]() for tensor in inputs
         ]
@@ -116,12 +118,12 @@ class LooseTensors:
                 self.met |= sources & self.places.keys()
 
     def meet(self, tensor: Tensor) -> None:
-        """Note that a tensor is added to NaN of the data."""
+        """Record that a tensor is added to NaN of the data."""
         if self.watching:
             self.met |= (self.sources(tensor) or frozenset()) & self.places.keys()
 
     def fill(self, slices: Slices, chosen: Tensor) -> None:
-        """Put NaN into some slices, in place, until `restore` is called."""
+        """Set some slices to NaN, in place, until `restore` is called."""
         for leaf, dim in slices.tensors:
             tensor = self.places[slices.layer, leaf]
             self._saved.setdefault((slices.layer, leaf), tensor.clone())
@@ -129,7 +131,7 @@ class LooseTensors:
 
     @property
     def filled(self) -> list[Tensor]:
-        """The tensors that `fill` has put NaN into."""
+        """The tensors that `fill` has changed."""
         return [self.places[place] for place in self._saved]
 
     def restore(self) -> None:
@@ -146,13 +148,12 @@ def _is_inexact(tensor: Tensor) -> bool:
 
 
 def _has_slices(tensor: Tensor) -> bool:
-    # A tensor that was expanded cannot be written to.
+    # An expanded tensor cannot be changed in place.
     return _is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
 
 
 def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:
-    """Slices of tensors that may follow units, those of vectors of equal length in a module
-    together."""
+    """Slices of tensors that may belong to units. In a module, equally long vectors are joined."""
     vectors: dict[tuple[str, int], list[tuple[str, int]]] = {}
     others = []
     for layer, leaf in sorted(places):
@@ -169,12 +170,15 @@ def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:
 def decode(
     slices: Slices, passes: Sequence[Mapping[str, Tensor]], columns: Mapping[str, Tensor]
 ) -> Follower | None:
-    """Which slice reaches each of some columns; None if several reach one, or none reaches any.
+    """Find the slice that reaches each column.
 
     Args:
-        slices: that NaN was put into by the `codes` of their numbers.
+        slices: the slices, which were set to NaN by the `codes` of their numbers.
         passes: for each code, from a layer to the columns that were reached.
-        columns: from a layer to those of interest, bool.
+        columns: from a layer to the columns of interest, bool.
+
+    Returns:
+        The follower, or None if several slices reach one column, or if no slice reaches a column.
     """
     found: dict[str, Tensor] = {}
     for name, interesting in columns.items():

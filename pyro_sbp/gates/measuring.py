@@ -1,12 +1,13 @@
-"""Measure which columns of a network's layers each row of a layer reaches.
+"""Measure which columns of the layers of a network each row of a layer reaches.
 
-A NaN put into an output channel of a layer (a writer) shows up in exactly the input columns of the
-layers (readers) that the channel reaches, through flatten, concatenation, pooling or sums, whatever
-the network's code. Numbers of channels are coded in bits, so that 2 log2(channels) passes tell all
-channels of a writer apart: a column that saw exactly one of each bit and its complement is reached
-by one channel, whose number the bits spell. Where several channels reach a column, classes of
-channels take the place of channels: the heads of attention, the halves of a gated linear unit, the
-groups of a group norm. Writers that reach no column in common share a pass.
+If an output channel of a layer (a writer) is set to NaN, NaN appears in exactly those input columns
+of other layers (the readers) that the channel reaches. This works for any code of the network:
+flatten, concatenation, pooling or sums. The numbers of the channels are coded in bits, so that
+2 log2(channels) passes distinguish all channels of a writer. If a column sees exactly one of each
+bit and its complement, a single channel reaches it, and the bits are its number. If several
+channels reach a column, classes of channels replace the channels: the heads of attention, the
+halves of a gated linear unit, the groups of a group norm. Writers that reach no common column share
+a pass.
 """
 
 from __future__ import annotations
@@ -44,30 +45,31 @@ from pyro_sbp.gates.uses import Use, Uses, hidden_of
 
 __all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 
-#: How many partitions of a writer's rows are measured at most, of those that fit.
+#: The largest number of partitions of the rows of a writer that are measured.
 _PARTITIONS = 4
 _UNREAD = "no layer reads it"
-#: After how many rows in a row that exclude nothing a partition is measured.
+#: After this many consecutive rows that exclude no partition, a partition is measured.
 _MISSES = 2
 
 
 class _Astray(Exception):
-    """NaN changes more than numbers: which layers are called, or whether any are."""
+    """NaN changes the control flow of the network: other layers are called, or an error occurs."""
 
 
 class _Through(BaseException):
-    """All that a pass is to see has been seen."""
+    """A pass has seen all calls that it needs, and can stop."""
 
 
 class Probe(TorchFunctionMode):
-    """Watch the layers of a network, known by their weight or running mean, while it is called.
+    """Observe the layers of a network, recognised by weight or running mean, during its calls.
+
+    The first call caches the output of every layer with rows. In later calls, each of these layers
+    returns its cached output. A NaN that is put into the output of a layer therefore stops at the
+    next layers that it reaches.
 
     Args:
         net: a copy of the network, in float32.
-        x: its input in float32, for this probe only.
-
-    The first call caches what every matrix layer answers. In later ones each answers with its
-    cached output, so that a NaN injected into one layer's output stops at the layers it reaches.
+        x: its input in float32, which only this probe uses.
     """
 
     def __init__(self, net: nn.Module, x: Any) -> None:
@@ -77,13 +79,13 @@ class Probe(TorchFunctionMode):
         self.uses = Uses(net, self.loose)
         self.used: set[int] = set()
         self.clean: dict[str, list[Any]] = {}
-        self.answers: dict[str, list[Any]] = {}  # the same, as the network has got them
+        self.answers: dict[str, list[Any]] = {}  # the tensors that the network received
         self.guards = Guards()
         self.replay = Replay()
         self.state = State(net)
         self.total: Counter[str] = Counter()
         self.trace: set[int] | None = None
-        #: While `settle` decides: what sees NaN in whole rows, and what sees other NaN.
+        #: During `settle`: the names that see NaN in whole rows, and those that see other NaN.
         self.spread: set[str] | None = None
         self.partial: set[str] | None = None
         self.start(None)
@@ -91,11 +93,11 @@ class Probe(TorchFunctionMode):
     def start(
         self, inject: Mapping[str, Tensor] | None, until: Iterable[str] | None = None
     ) -> None:
-        """Begin a pass.
+        """Start a pass.
 
         Args:
-            inject: from writers to the channels that NaN goes into; None in the first pass.
-            until: the layers after whose calls the rest of the network may be left out.
+            inject: from writers to the channels that are set to NaN; None in the first pass.
+            until: the layers after whose calls the pass may stop; None to run the whole network.
         """
         self.inject = inject
         self.seen: dict[str, Tensor] = {}
@@ -108,7 +110,7 @@ class Probe(TorchFunctionMode):
 
     @property
     def uncalled(self) -> list[str]:
-        """Matrix layers of whose weight nothing made use in the first pass."""
+        """The layers whose weights were not used in the first pass."""
         names = []
         for name in matrices(self.net):
             module = self.net.get_submodule(name)
@@ -137,7 +139,7 @@ class Probe(TorchFunctionMode):
         index = self.calls[use.name]
         self.calls[use.name] += 1
         for name, x, dim in use.sees:
-            # A sum is NaN where one of its numbers is, and needs no copy of them.
+            # A sum is NaN if one of its terms is NaN. It needs no copy of the tensor.
             rest = [d for d in range(x.ndim) if d != dim]
             self._see(name, (x.sum(rest) if rest else x).isnan())
             if self.spread is not None and self.partial is not None:
@@ -164,10 +166,10 @@ class Probe(TorchFunctionMode):
         self.seen[name] = self.seen[name] | hit if name in self.seen else hit
 
     def _answer(self, use: Use, index: int) -> Any:
-        """What a layer has answered in the first pass, with NaN in some channels."""
+        """The output of a layer in the first pass, with NaN in some channels."""
         assert self.inject is not None
         if use.name not in self.inject and use.bias is None:
-            # The very object, which `Replay` knows.
+            # The same object, which `Replay` recognises.
             return self.answers[use.name][index]
         out = map_tensors(torch.clone, self.clean[use.name][index])
         if use.bias is not None:
@@ -196,7 +198,7 @@ class Probe(TorchFunctionMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, a call of the network on the probe's input is a pass."""
+        """A context in which a call of the network on the input of the probe is a pass."""
         try:
             with torch.no_grad(), repeatable(torch.float32), self.replay, self:
                 yield
@@ -204,10 +206,10 @@ class Probe(TorchFunctionMode):
             self.state.restore()
 
     def settle(self) -> None:
-        """Decide, after the first pass, which products are like layers, and name them.
+        """After the first pass, decide which products act as layers, and name them.
 
-        Of others the columns are no channels but positions: NaN in one channel of a writer shows in
-        all columns, in some of the rows of the input, and passes through to the same channel.
+        In other products the columns are positions and not channels: NaN in one channel of a writer
+        appears in all columns of some rows of the input, and passes on to the same channel.
         """
         for name in set(self.clean) - set(self.uses.layouts):
             del self.clean[name], self.answers[name]
@@ -224,7 +226,7 @@ class Probe(TorchFunctionMode):
             like_layers = (self.partial - self.spread) & set(open_)
             forgotten = self.spread & set(open_)
             if not like_layers and not forgotten:
-                # Only the input of the network, or other products, arrive at those that are left.
+                # Only the input of the network, or other products, reach the remaining products.
                 trained = (name for name in open_ if self._is_parameter(name))
                 first = next(trained, None)
                 forgotten = set(open_) if first is None else set()
@@ -241,24 +243,25 @@ class Probe(TorchFunctionMode):
 
 
 def _is_spread(x: Tensor, dim: int) -> bool:
-    """Whether NaN is in all places along a dimension or in none, but not everywhere."""
+    """Whether NaN fills whole slices along a dimension, but not the whole tensor."""
     there = x.isnan()
     return bool(there.any() and not there.all() and torch.equal(there.any(dim), there.all(dim)))
 
 
 @dataclass
 class Reach:
-    """Where the rows of one writer arrive.
+    """The measurement of one writer: which columns its rows reach.
 
     Attributes:
-        writer: the layer.
-        classes: the class of each row, ``[rows]``. At first each row is a class of its own. Where
-            several rows reach the same column, classes are those of rows that belong together.
+        writer: the name of the layer.
+        classes: the class of each row, ``[rows]``. At first every row is a class. If several rows
+            reach the same column, rows that belong together form a class.
         seen: from a layer to the columns that any row reaches.
-        columns: from a layer to the class that each column is reached by, or -1.
-        beside: a writer whose rows meet these in a sum, if no layer reads these: both are cut.
-        met: the tensors that no known layer holds and that the rows meet, by module and name.
-        problem: why the rows are no units.
+        columns: from a layer to the class that reaches each column, or -1.
+        beside: if no layer reads the rows, the writer to whose rows they are added. Both writers
+            are cut together.
+        met: the places of the tensors that belong to no known layer and that the rows meet.
+        problem: the reason why the rows are not units, or None.
     """
 
     writer: str
@@ -280,35 +283,38 @@ def _pass(
     inject: Mapping[str, Tensor],
     until: Iterable[str] | None = None,
 ) -> bool:
-    """One call with NaN in some channels; whether an output of the network is reached.
+    """Call the network once with NaN in some channels.
+
+    Returns:
+        Whether NaN reaches an output of the network.
 
     Raises:
-        _Astray: the network does not take its usual course.
+        _Astray: the network fails on NaN.
     """
     probe.start(inject, until)
     try:
-        # The fused kernels of attention lose a NaN.
+        # The fused kernels of attention do not propagate NaN.
         with probe.watching(), sdpa_kernel(SDPBackend.MATH):
             output = call(probe.net, probe.x)
     except _Through:
         return False
     except Exception as error:  # a network's own code may raise anything
-        raise _Astray(f"NaN in it leads the network astray: {first_line(error)}") from error
+        raise _Astray(f"the network fails on NaN in it: {first_line(error)}") from error
     numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
     return any(bool(t.isnan().any()) for t in numbers)
 
 
 def matrices(net: nn.Module) -> list[str]:
-    """The names of the layers that may be writers."""
+    """The names of the layers that can be writers."""
     return [name for name, module in net.named_modules() if is_matrix(module)]
 
 
 def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
-    """Where the rows of all writers arrive.
+    """Measure which columns the rows of all writers reach.
 
     Args:
-        probe: of the network, after its first pass.
-        writers: layers of the network that produce units.
+        probe: the probe of the network, after its first pass.
+        writers: the names of the layers that produce units.
     """
     layouts, reaches = probe.uses.layouts, []
     for writer in writers:
@@ -342,10 +348,10 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
 
 
 def _join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
-    """Find the stream that a writer which no layer reads is added to.
+    """For writers that no layer reads, find the residual stream to which they are added.
 
-    The last layer of a residual stack is one where only sums of the layers inside are used. Its
-    values do not matter, but it has to have as many rows as the stream, in any order.
+    An example is the last layer of a residual stack of which only earlier sums are used. The values
+    of such a layer do not matter, but it must have as many rows as the stream, in any order.
     """
     unread = [reach for reach in reaches if reach.problem == _UNREAD]
     others = [reach for reach in reaches if reach.problem is None]
@@ -362,7 +368,7 @@ def _join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
 
 
 def _trace(probe: Probe, reach: Reach) -> set[int]:
-    """The numbers of the calls of functions, in order, that answer with NaN of a writer."""
+    """The numbers of the function calls, in order, whose results have NaN from a writer."""
     probe.trace = set()
     try:
         _pass(probe, {reach.writer: torch.ones_like(reach.classes, dtype=torch.bool)})
@@ -372,15 +378,15 @@ def _trace(probe: Probe, reach: Reach) -> set[int]:
 
 
 def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Follower]]:
-    """The tensors that no known layer holds and that have slices for the units of writers.
+    """Find the tensors that belong to no known layer and have slices for the units of writers.
 
     Args:
-        probe: of the network, after its first pass.
-        groups: writers that belong together. Different groups reach no column in common, so that
-            tensors which meet different groups share passes.
+        probe: the probe of the network, after its first pass.
+        groups: groups of writers. Different groups reach no common column, so tensors that meet
+            different groups share passes.
 
     Returns:
-        The tensors of each group.
+        The followers of each group.
     """
     weights = set(probe.uses.products.values())
     met = [set().union(*(reach.met for reach in group)) - weights for group in groups]
@@ -409,7 +415,7 @@ def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Followe
 
 
 def _columns_of(group: Sequence[Reach]) -> dict[str, Tensor]:
-    """The columns of readers and other layers that the units of a group reach, bool."""
+    """The columns of layers that the units of a group reach, bool."""
     return _merged([{n: c >= 0 for n, c in reach.columns.items()} for reach in group])
 
 
@@ -424,7 +430,7 @@ def _merged(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _passes_of(
     probe: Probe, all_slices: Sequence[Slices], until: set[str]
 ) -> list[dict[str, Tensor]]:
-    """What is reached by slices, in a pass for each bit of their numbers and its complement."""
+    """The columns that slices reach, in a pass for each bit of their numbers and its complement."""
     passes = []
     for index in range(2 * max(bits_of(slices.size) for slices in all_slices)):
         for slices in all_slices:
@@ -441,7 +447,7 @@ def _passes_of(
 
 
 def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
-    """Writers in sets of which no two reach a column in common."""
+    """Divide writers into sets in which no two writers reach a common column."""
     sets: list[tuple[list[Reach], dict[str, Tensor]]] = []
     for reach in reaches:
         for chosen in sets:
@@ -459,7 +465,7 @@ def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
 
 
 def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:
-    """Find the class of every column that writers which do not meet reach."""
+    """Find the class that reaches each column, for writers that reach no common column."""
     decodings = [_Decoding(reach) for reach in reaches]
     _decode_bits(probe, decodings)
     for decoding in decodings:
@@ -490,19 +496,23 @@ def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:
 
 
 class _Decoding:
-    """What the passes show about the classes of one writer.
+    """The results of the passes that identify the classes of one writer.
 
     Args:
-        reach: of the writer.
-        partial: whether to stop where several classes reach the same column.
+        reach: the measurement of the writer.
+        partial: whether to stop if several classes reach the same column.
     """
 
     def __init__(self, reach: Reach, partial: bool = False) -> None:
         self.reach, self.partial = reach, partial
         self.codes = codes(reach.size)
-        self.hits: list[list[dict[str, Tensor]]] = []  # of each bit and its complement, by layer
+        self.hits: list[
+            list[dict[str, Tensor]]
+        ] = []  # for each bit and its complement, from layer to columns
         self.mixed = ""  # a layer in which several classes reach the same column
-        self.first: dict[str, Tensor] = {}  # what the first row reaches, if there is such a layer
+        self.first: dict[
+            str, Tensor
+        ] = {}  # the columns that the first row reaches, if there is such a layer
 
     @property
     def unfinished(self) -> bool:
@@ -510,11 +520,11 @@ class _Decoding:
         return not done and self.reach.problem is None
 
     def rows(self, half: int) -> Tensor:
-        """The rows that NaN goes into in the next pass."""
+        """The rows that are set to NaN in the next pass."""
         return self.codes[2 * len(self.hits) + half][self.reach.classes]
 
     def add(self, passes: Sequence[Mapping[str, Tensor]]) -> None:
-        """Record what the passes of a bit and of its complement have reached."""
+        """Record the columns that the passes of a bit and of its complement have reached."""
         self.hits.append([{}, {}])
         for name, seen in self.reach.seen.items():
             if name not in passes[0] or name not in passes[1]:
@@ -529,7 +539,7 @@ class _Decoding:
             self.hits[-1][0][name], self.hits[-1][1][name] = one, zero
 
     def finish(self) -> None:
-        """Note which class reaches every column, if it is one only."""
+        """Set the class that reaches each column, if it is a single class."""
         if self.mixed or self.reach.problem is not None:
             return
         for name, seen in self.reach.seen.items():
@@ -541,7 +551,7 @@ class _Decoding:
             self.reach.columns[name] = torch.where(seen, number, -1)
 
     def bits(self) -> tuple[Tensor, Tensor]:
-        """Bool ``[bits, columns]`` of all columns that are reached: whether by ones, by zeros."""
+        """Whether ones and whether zeros of each bit reach each column, ``[bits, columns]``."""
         seen = torch.cat([*self.reach.seen.values()])
         ones, zeros = (
             torch.stack([torch.cat([*hits[half].values()])[seen] for hits in self.hits])
@@ -554,7 +564,7 @@ class _Decoding:
 
 
 def _decode_bits(probe: Probe, decodings: Sequence[_Decoding]) -> None:
-    """Run the passes that identify the classes of writers which reach no column in common."""
+    """Run the passes that identify the classes of writers that reach no common column."""
     while active := [decoding for decoding in decodings if decoding.unfinished]:
         clear = [decoding for decoding in active if not decoding.mixed]
         until = {name for decoding in active for name in decoding.reach.seen}
@@ -575,7 +585,7 @@ def _decode_bits(probe: Probe, decodings: Sequence[_Decoding]) -> None:
 
 
 def _look_at_first_rows(probe: Probe, decodings: Sequence[_Decoding]) -> None:
-    """Note what the first row of some writers reaches: all of a layer, if there are no classes."""
+    """Record the columns that the first row reaches: all of a layer, if there are no classes."""
     if not decodings:
         return
     hits = _reached(probe, [(decoding.reach, 0) for decoding in decodings])
@@ -587,12 +597,12 @@ def _look_at_first_rows(probe: Probe, decodings: Sequence[_Decoding]) -> None:
 
 
 class _Guesses:
-    """Partitions of the rows of one writer that may be right, those with most classes first.
+    """The partitions of the rows of one writer that are possible, most classes first.
 
-    Two rows that reach the same column are of one class, which excludes most partitions.
+    Two rows that reach the same column are in the same class. This excludes most partitions.
 
     Args:
-        decoding: what the passes showed in which each row was a class of its own.
+        decoding: the results of the passes in which every row was a class.
     """
 
     def __init__(self, decoding: _Decoding) -> None:
@@ -602,8 +612,11 @@ class _Guesses:
         self.misses = 0
 
     def row(self) -> int | None:
-        """The row to compare with the first one: of another class by the first partition, of the
-        same class by most others."""
+        """The row to compare with the first one.
+
+        In the first partition it is in another class, and in most other partitions in the same
+        class.
+        """
         if len(self.partitions) < 2 or self.misses == _MISSES:
             return None
         same = torch.stack([classes == classes[0] for classes in self.partitions])
@@ -611,7 +624,7 @@ class _Guesses:
         return int(votes.argmax()) if int(votes.max()) else None
 
     def learn(self, row: int, hits: Mapping[str, Tensor]) -> None:
-        """Exclude partitions by what a row reaches."""
+        """Exclude partitions that contradict the columns that a row reaches."""
         self.compared[row] = True
         first = self.decoding.first
         if any(bool((hits[name] & first[name]).any()) for name in first if name in hits):
@@ -622,7 +635,7 @@ class _Guesses:
 
 
 def _compare_rows(probe: Probe, trying: Sequence[_Guesses]) -> None:
-    """Exclude partitions by single rows, until the first looks right."""
+    """Exclude partitions by passes with single rows, until the first partition seems right."""
     for guesses in trying:
         guesses.misses = 0
     while rows := [(g, row) for g in trying if (row := g.row()) is not None]:
@@ -632,7 +645,7 @@ def _compare_rows(probe: Probe, trying: Sequence[_Guesses]) -> None:
 
 
 def _reached(probe: Probe, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
-    """What is reached by one row of each of some writers."""
+    """The columns that one row of each writer reaches."""
     chosen = {
         reach.writer: torch.arange(len(reach.classes), device="cpu") == row for reach, row in rows
     }

@@ -1,4 +1,4 @@
-"""Nested inputs and outputs of networks: the tensors inside, and copies with other tensors."""
+"""Nested inputs and outputs of networks: find and replace the tensors in them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 __all__ = ["convert", "map_tensors", "same", "tensors_of"]
 
-#: Types that hold no tensor.
+#: Types that contain no tensor.
 _PLAIN = (str, bytes, bool, int, float, complex, enum.Enum, torch.dtype, torch.device, type(None))
 
 
 def _parts(x: Any) -> Iterable[Any] | None:
-    """What a structure holds, in order; None where `x` is no structure that can be opened."""
+    """The elements of a structure, in order, or None if `x` is not a known structure."""
     if isinstance(x, Tensor):
         return None
     if isinstance(x, Mapping):
@@ -45,7 +45,7 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples, mappings and dataclasses, in order.
 
     Raises:
-        TypeError: there is an object inside that may hold a tensor and cannot be opened.
+        TypeError: there is an object of an unknown type that may contain a tensor.
     """
     for leaf in _leaves(x):
         if isinstance(leaf, Tensor):
@@ -55,21 +55,24 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """A copy of a nested structure with other tensors, of the same types.
+    """Copy a nested structure, and replace its tensors.
 
-    Lists, tuples, mappings and dataclasses are copied, named tuples, subclasses and frozen
-    dataclasses included. Objects that cannot be opened are not copied.
+    Lists, tuples, mappings and dataclasses are copied, including named tuples, subclasses and
+    frozen dataclasses. Objects of other types are not copied.
 
     Args:
-        function: from a tensor of `x` to the one in its place. A tensor that occurs twice is given
-            to it once.
-        x: what `tensors_of` opens.
+        function: from a tensor of `x` to its replacement. It is called once for a tensor that
+            occurs several times.
+        x: a structure as for `tensors_of`.
+
+    Returns:
+        The copy, of the same types.
 
     Raises:
-        TypeError: a structure cannot be copied, or computes its tensors every time.
+        TypeError: a structure cannot be copied, or computes its tensors at every access.
     """
-    # To a deep copy every leaf looks as if it had been copied already. This also copies what has a
-    # constructor of its own, and the attributes that a subclass adds.
+    # All leaves are entered in the memo of a deep copy as already copied. This works for classes
+    # with any constructor, and also copies attributes of subclasses.
     copied: dict[int, Any] = {}
     new, alive = [], []
 
@@ -78,13 +81,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
             return
         parts = _parts(part)
         if parts is None:
-            alive.append(part)  # so that its id stays its own
+            alive.append(part)  # keep it alive, so that its id is not reused
             copied[id(part)] = function(part) if isinstance(part, Tensor) else part
             new.append(copied[id(part)])
             return
         for inner in parts:
             visit(inner)
-        if isinstance(part, MappingProxyType):  # which has no copy
+        if isinstance(part, MappingProxyType):  # a type that cannot be copied
             copied[id(part)] = MappingProxyType(copy.deepcopy(dict(part), copied))
 
     visit(x)
@@ -96,12 +99,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
-    """A copy of a nested structure, floating-point tensors in `dtype`, all tensors on `device`.
+    """Copy a nested structure, and convert its tensors.
 
-    Complex tensors are converted to the same precision.
+    Args:
+        x: a structure as for `tensors_of`.
+        dtype: the dtype of floating-point tensors. Complex tensors get the same precision.
+        device: the device of all tensors.
 
     Raises:
-        TypeError: as `map_tensors`.
+        TypeError: as for `map_tensors`.
     """
 
     def converted(tensor: Tensor) -> Tensor:
@@ -114,10 +120,10 @@ def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> A
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested structures are equal: of the same types, with equal tensors and values.
+    """Whether two nested structures have the same types and equal tensors and values.
 
-    Tensors are equal if their dtypes, shapes and values are, on whatever devices they are. Of
-    dataclasses the fields that take part in comparisons are compared.
+    Tensors are equal if their dtypes, shapes and values are equal, also on different devices. In
+    dataclasses, the fields with ``compare=True`` are compared.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())

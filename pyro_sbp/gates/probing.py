@@ -1,4 +1,4 @@
-"""Find where noise can stand in a network: the units that are measured, and proven to be exact."""
+"""Find the gates of a network: measure its units, and prove that they can be removed exactly."""
 
 from __future__ import annotations
 
@@ -8,42 +8,59 @@ from typing import Any, SupportsIndex, overload
 import torch
 from torch import nn
 
+from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize, without_idle_hooks
 from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.layers import num_columns
-from pyro_sbp.gates.left_alone import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
 __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """A list of gates in the order of data flow.
+    """The gates of a network: a list of `Gate` in the order of data flow.
 
-    A slice or a copy of it has the same attributes. Sums and multiples (``+``, ``*``) are plain
-    lists without them, as they are not the gates of one network.
+    `find_gates` returns it. A slice or a copy has the same attributes. Sums and multiples (``+``,
+    ``*``) are plain lists without these attributes, because they are not the gates of one network.
+
+    Args:
+        gates: the gates.
+        not_prunable, called, shares: the values of the attributes.
+        left_alone: the deprecated name of `not_prunable`.
 
     Attributes:
-        left_alone: from the layers and parameters that are not prunable to the reason.
-        shares: from each of them to its share of the network's parameters.
+        not_prunable: from the name of each layer or parameter that is not prunable to the reason.
+        shares: from each of these names to its share of the parameters of the network, between 0
+            and 1.
         called: the layers with a weight, in the order in which the network first calls them.
     """
 
     def __init__(
         self,
         gates: Iterable[Gate] = (),
-        left_alone: Mapping[str, str] | None = None,
+        not_prunable: Mapping[str, str] | None = None,
         called: Sequence[str] = (),
         shares: Mapping[str, float] | None = None,
+        *,
+        left_alone: Mapping[str, str] | None = None,
     ):
         super().__init__(gates)
-        self.left_alone = dict(left_alone or {})
+        if left_alone is not None:
+            warn_renamed("the argument left_alone of Gates", "not_prunable")
+            not_prunable = left_alone
+        self.not_prunable = dict(not_prunable or {})
         self.shares = dict(shares or {})
         self.called = tuple(called)
+
+    left_alone = renamed_attribute("Gates", "left_alone", "not_prunable")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(with_new_names(state, {"left_alone": "not_prunable"}))
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Gate: ...
@@ -60,11 +77,11 @@ class Gates(list[Gate]):
         return self._with(self)
 
     def _with(self, gates: Iterable[Gate]) -> Gates:
-        return Gates(gates, self.left_alone, self.called, self.shares)
+        return Gates(gates, self.not_prunable, self.called, self.shares)
 
     def reasons(self) -> str:
-        """What is not prunable, and why, in a line."""
-        return reasons_by_share(self.left_alone, self.shares)
+        """The layers and parameters that are not prunable with their reasons, in one line."""
+        return reasons_by_share(self.not_prunable, self.shares)
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:
@@ -72,8 +89,8 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
     if not isinstance(modules.get(layer), nn.Linear):
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         raise ValueError(
-            f"input_features names {layer!r}, which is no nn.Linear of the network; "
-            f"those are {', '.join(dense) or 'none'}"
+            f"input_features names {layer!r}, which is not an nn.Linear of the network; "
+            f"its nn.Linear layers are {', '.join(dense) or 'none'}"
         )
     size = num_columns(modules[layer])
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size, device="cpu")),))
@@ -85,31 +102,32 @@ def find_gates(
     input_features: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> Gates:
-    """Find the gates of a network: every set of units that noise can multiply and pruning remove.
+    """Find the gates of a network, which are the sets of units that pruning can remove.
 
-    A set of units is gated if every path from it ends in input columns of readers (dense layers
-    and convolutions), and if removing units was proven to change nothing: random theta with zeros,
-    float64, masked network against shrunk one. An operation that loses NaN (a comparison, a count)
-    hides a path from the first of these; the second has to find it on the example.
+    A set of units has a gate under two conditions. First, every path from the units must end in
+    input columns of readers, which are dense layers and convolutions. This is measured with NaN.
+    Second, it must be proven that units can be removed: with random theta that has zeros, the
+    shrunk network must equal the masked network in float64. Operations that do not propagate NaN,
+    such as comparisons, hide a path from the measurement. The proof then finds it on the example.
 
     Args:
-        net: any network; it is not changed.
-        example_input: an input that it can be called on: a tensor, a tuple of positional arguments
-            or a mapping of named arguments (see `call`). A smaller input takes less time.
-        input_features: names of dense layers whose input columns shall each be a unit of its own
-            (pixels, flattened features).
+        net: any network, which is not changed.
+        example_input: an input of the network: a tensor, a tuple of positional arguments, or a
+            mapping of named arguments (see `call`). A smaller input takes less time.
+        input_features: names of dense layers whose input columns (pixels, flattened features) shall
+            be units, in a gate named ``"LAYER_input"``.
         ignore: names of dense, convolutional or embedding layers that the network does not call on
-            the example, and that shall not matter. Without it such a layer forbids all gates: it
-            might read any unit.
+            the example and that never read units of other layers. Without it, such a layer prevents
+            all gates, because it could read any unit.
 
     Returns:
-        A list of gates in the order of data flow. Its attribute `left_alone` maps the layers and
-        parameters that are not prunable to the reason, and `shares` to their share of the
-        parameters.
+        The gates, in the order of data flow. The attribute `not_prunable` of the list has the
+        reason for every layer or parameter that belongs to no gate.
 
     Raises:
-        ValueError: `input_features` names no dense layer, one twice, or one that is not called;
-            `ignore` names no such layer; or the network cannot be copied or called on the input.
+        ValueError: `input_features` names something else than a dense layer, a layer twice, or a
+            layer that is not called; `ignore` names something else than a dense, convolutional or
+            embedding layer; or the network cannot be copied, or not be called on the input.
     """
     if len(set(input_features)) < len(input_features):
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
@@ -123,7 +141,7 @@ def find_gates(
     for name in ignore:
         if name not in layers:
             raise ValueError(
-                f"ignore names {name!r}, which is no dense, convolutional or embedding layer of "
+                f"ignore names {name!r}, which is not a dense, convolutional or embedding layer of "
                 f"the network{did_you_mean(name, layers)}"
             )
     x = convert(example_input, torch.float32, torch.device("cpu"))
@@ -140,13 +158,14 @@ def find_gates(
     order = list(probe.clean)
     for layer in input_features:
         if layer not in order:
-            raise ValueError(f"input_features names {layer!r}, which is not called on its own")
-    left_alone = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
+            raise ValueError(f"input_features names {layer!r}, which is not called as a layer")
+    not_prunable = {name: _why_unknown(net, name, probe) for name in layers if name not in order}
     if uncalled:
-        # What is not called on the example may be called on another input, and read any unit.
-        why = f"{uncalled[0]!r} is not called on the example and might read it"
-        left_alone |= dict.fromkeys(order, why)
-        return Gates([], left_alone, order, shares(net, left_alone, {}))
+        # A layer that is not called on the example may be called on other inputs, and read any
+        # unit.
+        why = f"{uncalled[0]!r} is not called on the example and could read its units"
+        not_prunable |= dict.fromkeys(order, why)
+        return Gates([], not_prunable, order, shares(net, not_prunable, {}))
     with torch.no_grad():
         probe.settle()
         order = list(probe.clean)
@@ -155,9 +174,9 @@ def find_gates(
         followers = follow(probe, groups)
     layouts = probe.uses.layouts
     found = candidates(layouts, groups, followers)
-    left_alone |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
+    not_prunable |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     probe.clean.clear()
-    # A gate on features stands just before the layer that reads them.
+    # A gate on input features comes just before the layer that reads them.
     called = list(dict.fromkeys(layouts[name].layer for name in order))
     place = {name: index for index, name in enumerate(called)}
     found.sort(key=lambda candidate: place[candidate.gate.writers[0].layer])
@@ -169,14 +188,14 @@ def find_gates(
         found.insert(position, Candidate(gate))
     proven: list[Gate] = []
     if found:
-        Proof(net, x, training_paths).keep(found, proven, left_alone)
-    left_alone |= companions(found, left_alone)
-    left_alone |= others(probe, proven, left_alone, reaches)
-    return Gates(proven, left_alone, called, shares(net, left_alone, probe.uses.products))
+        Proof(net, x, training_paths).keep(found, proven, not_prunable)
+    not_prunable |= companions(found, not_prunable)
+    not_prunable |= others(probe, proven, not_prunable, reaches)
+    return Gates(proven, not_prunable, called, shares(net, not_prunable, probe.uses.products))
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
-    """Call a copy of the network once, and watch its layers."""
+    """Call a copy of the network once, and record the calls of its layers."""
     copied = copy_for_measurement(net, torch.float32, training_paths)
     try:
         probe = Probe(copied, convert(x, torch.float32))
@@ -203,7 +222,7 @@ def _shapes(x: Any) -> str:
 
 
 def _why_unknown(net: nn.Module, name: str, probe: Probe) -> str:
-    """Why a matrix layer was not seen at work."""
+    """The reason why no call of a layer was recorded."""
     if name in probe.uncalled:
         return "is not called on the example"
     parent = net.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Products with a weight that no layer holds: ``x @ self.weight``, ``F.linear(x, self.weight)``."""
+"""Products with weights that belong to no layer, such as ``x @ self.weight``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Product:
 
     Attributes:
         x: the other argument.
-        place: its position in the positional arguments, or its name.
+        place: the position of `x` in the positional arguments, or its name.
         weight: the weight.
-        dims: the dimension of the rows, and of the columns, in the weight.
-        x_dim, out_dim: the dimension of the columns in `x`, and of the rows in the result, counted
-            from the end.
-        bias: what is added.
+        dims: the dimensions of the rows and of the columns in the weight.
+        x_dim: the dimension of the columns in `x`, as a negative number.
+        out_dim: the dimension of the rows in the result, as a negative number.
+        bias: the bias that is added, or None.
     """
 
     x: Tensor
@@ -42,13 +42,13 @@ class Product:
 
 
 def products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
-    """The ways to see a call as a product with a weight: two of a product of two matrices."""
+    """The ways to interpret a call as a product with a weight: two for a product of matrices."""
     if func is F.linear or func in _CONVOLUTIONS or func in _TRANSPOSED:
         return _of_layers(func, args, kwargs)
     if func is torch.addmm or func is Tensor.addmm:
         names: tuple[str, ...] = ("input", "mat1", "mat2")
         if kwargs.keys() - set(names):
-            return []  # with factors
+            return []  # addmm with factors
     elif func in _RIGHT or func in _REFLECTED:
         names = ("input", "other")
     else:
@@ -85,7 +85,7 @@ def _of_layers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
 def _given(
     names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[int | str, Tensor]] | None:
-    """Position or name, and value, of arguments; None if one is no tensor."""
+    """The position or name and the value of arguments, or None if one is not a tensor."""
     found: list[tuple[int | str, Tensor]] = []
     for position, name in enumerate(names):
         place = position if position < len(args) else name
@@ -97,9 +97,10 @@ def _given(
 
 
 def dimensions(view: Tensor, of: Tensor) -> list[int] | None:
-    """The dimension of a tensor that each dimension of a view of all of its elements is.
+    """The dimension of a tensor for each dimension of a view of all its elements.
 
-    A dimension of length 1 that the tensor does not have is -1. None if it is no such view.
+    It is -1 for a dimension of length 1 that the tensor does not have. The result is None if `view`
+    is not such a view.
     """
     if view.data_ptr() != of.data_ptr() or view.numel() != of.numel():
         return None

@@ -1,4 +1,4 @@
-"""Prove that units can be removed from a network: cut them, and compare with the masked network."""
+"""Prove that units can be removed: cut them, and compare the result with the masked network."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from pyro_sbp.gates.variants import (
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
-#: The largest `relative_difference` of the shrunk from the masked network in a proof, in float64.
+#: The largest `relative_difference` between the shrunk and the masked network, in float64.
 TOLERANCE = 1e-10
-#: After this many gates of a kind without a variant that works, none is tried for the others.
+#: After this many gates of a kind without a variant that works, no more variants are tried.
 _FAILURES = 2
 
 
@@ -53,18 +53,18 @@ _PATTERNS: tuple[_Pattern, ...] = (_a_third, _first_half, _all_but_one)
 
 
 def _first(gate: Gate) -> tuple[bool, str]:
-    """What tells gates apart, whatever their units are."""
+    """A key that identifies a gate, independent of its units."""
     return bool(gate.writers), (gate.writers or gate.readers)[0].layer
 
 
 class Proof:
-    """Shrinks a network by random theta and compares it with the masked one, in float64.
+    """Shrink a network by random theta, and compare it with the masked network in float64.
 
-    Which units go decides whether code that counts on the width of something is found out: some
-    here and there, those that come first, all but one.
+    Whether the proof detects code that depends on a width can depend on which units are removed. So
+    there are three patterns: a random third of the units, the first half, and all but one.
 
     Args:
-        net: the network; it is not changed.
+        net: the network, which is not changed.
         x: its input.
         training_paths: as for `copy_for_measurement`.
     """
@@ -72,18 +72,18 @@ class Proof:
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net = net
         self.x = convert(x, torch.float64)
-        # With gradients, as DistributedDataParallel is not copied without.
+        # With gradients: DistributedDataParallel cannot be copied without them.
         self._exact = copy_for_measurement(net, torch.float64, training_paths, frozen=False)
         enliven(self._exact, torch.Generator().manual_seed(0))
         self._state = State(self._exact)
-        self._where: str | None = None  # the module in which the last cut went wrong
-        self._learned: dict[Kind, Variant] = {}  # what the gates of a kind need
+        self._where: str | None = None  # the module in which the last cut failed
+        self._learned: dict[Kind, Variant] = {}  # the variant that works for gates of a kind
         self._failed: Counter[Kind] = Counter()
 
     def problem(
         self, gates: Sequence[Gate], patterns: Sequence[_Pattern] = _PATTERNS
     ) -> str | None:
-        """Why the shrunk network differs from the masked one; None if it does not."""
+        """The reason why the shrunk network differs from the masked one, or None if it is equal."""
         problems = (self._try(gates, gone) for gone in patterns)
         return next((problem for problem in problems if problem is not None), None)
 
@@ -125,33 +125,38 @@ class Proof:
             self._state.restore()
 
     def keep(
-        self, candidates: Sequence[Candidate], proven: list[Gate], left_alone: dict[str, str]
+        self, candidates: Sequence[Candidate], proven: list[Gate], not_prunable: dict[str, str]
     ) -> None:
         """Add the gates that can be cut together to `proven`, in the order of the candidates.
 
-        For a gate that cannot be cut as it was measured, variants are tried: with sizes that are
-        written into modules, and with larger units. A variant that works is tried first for later
+        If a gate cannot be cut as it was measured, variants are tried: with sizes that modules
+        store in attributes, and with larger units. A variant that works is tried first for later
         gates of the same kind. A gate without a variant that works is not prunable.
+
+        Args:
+            candidates: the candidates.
+            proven: the list to which gates are added.
+            not_prunable: the mapping to which reasons are added, by gate name.
         """
         found: list[Gate] = []
         failed: dict[str, str] = {}
-        # One pattern of units finds most problems.
+        # A single pattern of units detects most problems.
         self._keep(candidates, found, failed, _PATTERNS[:1])
         if found and self.problem(found, _PATTERNS[1:]) is not None:
             found, failed = [], {}
             self._learned.clear()
             self._failed.clear()
             self._keep(candidates, found, failed, _PATTERNS)
-        # A variant may have another name than what was measured; it has the same first writer.
+        # A variant can have another name than the measured gate, but has the same first writer.
         place = {_first(candidate.gate): i for i, candidate in enumerate(candidates)}
         proven += sorted(found, key=lambda gate: place[_first(gate)])
-        left_alone |= failed
+        not_prunable |= failed
 
     def _keep(
         self,
         candidates: Sequence[Candidate],
         proven: list[Gate],
-        left_alone: dict[str, str],
+        not_prunable: dict[str, str],
         patterns: Sequence[_Pattern],
     ) -> None:
         gates = [self._as_learned(candidate) for candidate in candidates]
@@ -161,18 +166,20 @@ class Proof:
         elif len(gates) == 1:
             other = self._variant(candidates[0], gates[0], proven)
             if other is None:
-                left_alone[gates[0].name] = problem
+                not_prunable[gates[0].name] = problem
             else:
                 proven.append(other)
         else:
             for part in self._parts(candidates, gates):
-                self._keep(part, proven, left_alone, patterns)
+                self._keep(part, proven, not_prunable, patterns)
 
     def _parts(
         self, candidates: Sequence[Candidate], gates: Sequence[Gate]
     ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-        """Candidates that are likely to be cut together, and the others: those of the module in
-        which the cut went wrong, or half of them."""
+        """Divide candidates into those that can probably be cut together, and the others.
+
+        The others are those of the module in which the cut failed, or half of the candidates.
+        """
         wrong = set(suspects(gates, self._where)) if self._where is not None else set()
         if 0 < len(wrong) < len(gates):
             right = [c for c, gate in zip(candidates, gates, strict=True) if gate.name not in wrong]
@@ -187,7 +194,7 @@ class Proof:
         return with_likely_sizes(self.net, candidate.gate) if gate is None else gate
 
     def _variant(self, candidate: Candidate, tried: Gate, proven: Sequence[Gate]) -> Gate | None:
-        """A variant of a gate that can be cut."""
+        """A variant of a gate that can be cut, or None."""
         kind = kind_of(self.net, candidate.gate)
         if self._failed[kind] >= _FAILURES:
             return None
@@ -207,10 +214,14 @@ class Proof:
 def copy_for_measurement(
     net: nn.Module, dtype: torch.dtype, training_paths: bool = False, frozen: bool = True
 ) -> nn.Module:
-    """A copy for measurements: on the CPU, as in evaluation, without gradients if it is `frozen`.
+    """Copy a network for measurements, on the CPU and in evaluation mode.
 
-    With `training_paths`, modules that hold others are in training mode: some call heads of
-    theirs only there.
+    Args:
+        net: the network.
+        dtype: the dtype of the copy.
+        training_paths: whether modules that contain other modules are in training mode. Some
+            networks call auxiliary heads only in training mode.
+        frozen: whether the parameters of the copy require no gradients.
     """
     net = to_precision(copy_network(net).to("cpu"), dtype).eval()
     if frozen:
@@ -221,8 +232,10 @@ def copy_for_measurement(
 
 
 def enliven(net: nn.Module, generator: torch.Generator) -> None:
-    """Give parameters that are (nearly) zero an ordinary size: behind a head or a layer scale of
-    zeros every difference would vanish."""
+    """Replace parameters that are zero, or nearly zero, by random numbers.
+
+    A head or a layer scale of zeros would hide all differences before it.
+    """
     with torch.no_grad():
         for parameter in net.parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:

@@ -1,12 +1,12 @@
-"""What pyro-sbp knows of torch's recurrent layers: where their hidden units lie.
+"""The recurrent layers of torch: where their hidden units lie, and how to remove them.
 
-A hidden unit is a row in the block of every gate of the cell, in weights and biases, and a column
-of every weight that reads the state: the recurrent weights, and in a stack the input weights of
-the layer above. `torch.nn` has one `hidden_size` for all layers of a stack and both directions, so
-the units of the same number in all of them are one unit.
+A hidden unit is one row in the block of every gate of the cell, in weights and biases. It is also
+one column of every weight that reads the state: of the recurrent weights, and in a stack of the
+input weights of the next layer. `torch.nn` has one `hidden_size` for all layers of a stack and both
+directions. Therefore the hidden units with the same number form one unit.
 
-Noise multiplies those columns, as it multiplies the columns of other readers: a unit whose theta
-is zero has no effect on any later step.
+Noise multiplies these columns, as it multiplies the columns of other readers. A unit with theta = 0
+has no effect on later time steps.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = [
     "weight_sizes",
 ]
 
-#: What `Span.tensor` calls the columns of all weights that read the hidden state.
+#: The value of `Span.tensor` for the columns of all weights that read the hidden state.
 HIDDEN = "weight_hh"
-#: The attributes of recurrent layers that repeat their sizes.
+#: The attributes of recurrent layers that store their sizes.
 RECURRENT_SIZES = ("hidden_size", "input_size")
 
 _LAYERS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -45,7 +45,7 @@ _LAYER = re.compile(r"_l(\d+)")
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Whether a layer is recurrent, with hidden units that can be removed."""
+    """Whether a layer is recurrent and its hidden units can be removed."""
     return isinstance(module, _LAYERS) and not getattr(module, "proj_size", 0)
 
 
@@ -56,9 +56,9 @@ class Call:
     Attributes:
         x: the input, with the features in the last dimension.
         state: the tensors of the initial state, with the units in the last dimension.
-        weights: of all layers and directions, in the order of the layer's parameters.
-        batch_dim: the dimension of `x` with the batch; None in packed sequences.
-        place: the position of the weights in the arguments; of the first one, in a cell.
+        weights: the weights of all layers and directions, in the order of the parameters.
+        batch_dim: the dimension of the batch in `x`, or None for packed sequences.
+        place: the position of the weights in the arguments (for a cell, of the first weight).
     """
 
     x: Tensor
@@ -69,14 +69,14 @@ class Call:
 
 
 def call_of(func: Any, args: Sequence[Any]) -> Call | None:
-    """The arguments of a recurrent function; None for other functions."""
+    """The arguments of a call of a recurrent function, or None for other functions."""
     if func in _CELLS:
         batch_dim = 0 if args[0].ndim > 1 else None
         return Call(args[0], _tensors(args[1]), tuple(args[2:6]), batch_dim, 2)
     if func not in _SEQUENCES:
         return None
     place = next(index for index, value in enumerate(args) if isinstance(value, list))
-    packed = place == 3  # after the sizes of the batches
+    packed = place == 3  # the weights come after the batch sizes
     batch_dim = None if packed else int(not args[8])
     return Call(args[0], _tensors(args[place - 1]), tuple(args[place]), batch_dim, place)
 
@@ -86,13 +86,15 @@ def _tensors(state: Any) -> tuple[Tensor, ...]:
 
 
 def first_weight(module: nn.Module) -> Tensor:
-    """A weight that a recurrent layer is known by."""
+    """The weight by which a recurrent layer is recognised."""
     return next(module.parameters(recurse=False))
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
-    """The name and tensor of every parameter, in order, and whether its columns take the input
-    of the layer, or hidden units."""
+    """The name and the tensor of every parameter, and whether its columns read hidden units.
+
+    Otherwise its columns read the input of the layer.
+    """
     for name, tensor in module._parameters.items():
         if tensor is not None:
             found = _LAYER.search(name)
@@ -104,22 +106,22 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
 def column_factors(
     module: nn.Module, scale: Tensor, hidden: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight and factor of every weight whose columns `scale` multiplies.
+    """The name, the weight and the factor of every weight whose columns `scale` multiplies.
 
     Args:
         module: a recurrent layer.
-        scale: a factor for every input feature, or with `hidden` for every hidden unit.
-        hidden: which columns.
+        scale: a factor for every input feature, or for every hidden unit if `hidden` is true.
+        hidden: whether to scale the columns that read hidden units.
     """
     for name, tensor, of_input, of_hidden in _weights(module):
         if of_hidden if hidden else of_input:
-            # Above a bidirectional layer, the columns of both directions.
+            # After a bidirectional layer, the columns of both directions.
             factor = scale.to(tensor.dtype).repeat(tensor.shape[1] // len(scale))
             yield name, tensor, factor
 
 
 def recurrent_weights(module: nn.Module, hidden: bool) -> int:
-    """How many weights have columns that take input features, or with `hidden` hidden units."""
+    """The number of weights whose columns read input features, or hidden units if `hidden`."""
     return sum(
         tensor.numel()
         for _, tensor, of_input, of_hidden in _weights(module)
@@ -130,13 +132,13 @@ def recurrent_weights(module: nn.Module, hidden: bool) -> int:
 def scaled_call(
     module: nn.Module, args: Sequence[Any], call: Call, x: Tensor, hidden: Tensor | None
 ) -> list[Any]:
-    """Arguments of a recurrent function with another input, and columns of hidden units scaled.
+    """The arguments of a recurrent function with another input and scaled recurrent weights.
 
     Args:
         module: the layer.
-        args, call: the arguments before.
-        x: the input.
-        hidden: a factor for every hidden unit, or None.
+        args, call: the original arguments.
+        x: the new input.
+        hidden: the factor of every hidden unit, or None.
     """
     weights = list(call.weights)
     if hidden is not None:
@@ -154,11 +156,12 @@ def scaled_call(
 
 
 def resize_recurrent(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
-    """Keep only some hidden units, and input features, of a recurrent layer, in place.
+    """Keep only some hidden units and input features of a recurrent layer, in place.
 
     Args:
         module: the layer.
-        rows, columns: indices of hidden units, and of input features; None keeps all.
+        rows: the indices of the hidden units to keep; None keeps all.
+        columns: the indices of the input features to keep; None keeps all.
     """
     size = module.hidden_size
     assert isinstance(size, int)
@@ -179,12 +182,12 @@ def resize_recurrent(module: nn.Module, rows: Tensor | None, columns: Tensor | N
 
 
 def _in_blocks(index: Tensor, size: int, length: int) -> Tensor:
-    """The places of some units in each block of `size`."""
+    """The indices of units in every block of length `size`."""
     return torch.cat([index + start for start in range(0, length, size)])
 
 
 def weight_sizes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of a recurrent layer by its sizes."""
+    """The shapes of the parameters of a recurrent layer, computed from its attributes."""
     hidden, features = module.hidden_size, module.input_size
     assert isinstance(hidden, int) and isinstance(features, int)
     blocks = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}

@@ -1,4 +1,4 @@
-"""Passes of a probe that compute only what NaN reaches, and answer all else from the first one."""
+"""Passes of a probe that reuse the results of the first pass where NaN does not reach."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_sbp.gates.functions import changes_in_place
 
 __all__ = ["Replay"]
 
-#: How many bytes of results are kept at most.
+#: The largest number of bytes of results that are kept.
 LIMIT = 2**30
 _PLAIN = (
     *(int, float, bool, complex, str, bytes, type(None), type(Ellipsis), torch.dtype),
@@ -29,28 +29,28 @@ class _Unknown(Exception):
 
 
 class Replay(TorchFunctionMode):
-    """Answers functions as in the first pass where they are given the same objects.
+    """Return the results of the first pass for functions that are called with the same objects.
 
-    The first pass keeps the results of all functions. A later one begins with the same input, and
-    layers answer with the same tensors: what NaN does not reach is not computed again. Results that
-    a function changes in place with NaN are put back after the pass. Tensors that hold NaN before
-    a pass are the same objects as in the first one, so `start` has to be given them.
+    The first pass stores the results of all functions. A later pass starts with the same input, and
+    layers return the same tensors. So results that NaN does not reach are not computed again. If a
+    function changes a stored result in place, it is restored after the pass. Tensors that were set
+    to NaN before a pass are the same objects as in the first pass. They must be passed to `start`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[Any, list[Any]] = {}
-        self._alive: list[Any] = []  # so that ids and addresses stay their own
+        self._alive: list[Any] = []  # keep them alive, so that ids and addresses are not reused
         self._addresses: set[int] = set()
         self._size = 0
         self.start(True)
 
     def start(self, first: bool, changed: Iterable[Tensor] = ()) -> None:
-        """Begin a pass.
+        """Start a pass.
 
         Args:
-            first: whether it is the one that is recorded.
-            changed: tensors that hold other numbers than in the first pass.
+            first: whether it is the first pass, which is recorded.
+            changed: the tensors whose values differ from those in the first pass.
         """
         self._recording = first
         self._used: Counter[Any] = Counter()
@@ -86,7 +86,9 @@ class Replay(TorchFunctionMode):
         if clean and results is not None and self._used[key] < len(results):
             self._used[key] += 1
             out = results[self._used[key] - 1]
-            return list(out) if type(out) is list else out  # which the network may change
+            return (
+                list(out) if type(out) is list else out
+            )  # a copy, because the network may change it
         return self._compute(func, args, kwargs, tensors)
 
     def _keep(self, key: Any, tensors: list[Tensor], out: Any) -> None:
@@ -101,7 +103,7 @@ class Replay(TorchFunctionMode):
         self._addresses.update(map(_address, (*tensors, *results)))
 
     def _compute(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-        """Call a function, and note which results of the first pass it changes."""
+        """Call a function, and record which results of the first pass it changes."""
         mine = [tensor for tensor in tensors if _address(tensor) in self._addresses]
         versions = [tensor._version for tensor in mine]
         copies = [tensor.clone() for tensor in mine] if _in_place(func, args, kwargs) else None
@@ -111,7 +113,7 @@ class Replay(TorchFunctionMode):
                 self._changed.add(_address(tensor))
                 if copies is not None:
                     self._before.append((tensor, copies[place]))
-                else:  # what it was is not known any more
+                else:  # its original value is lost
                     self.known = {}
         return out
 
@@ -122,7 +124,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
-    """What tells arguments apart: tensors by which object they are, all else by its value."""
+    """A key for arguments: tensors are compared by identity, other objects by value."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise _Unknown
@@ -143,4 +145,4 @@ def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a function may change its arguments."""
     if changes_in_place(func) or "out" in kwargs:
         return True
-    return any(value is True for value in (*args, *kwargs.values()))  # as `inplace`
+    return any(value is True for value in (*args, *kwargs.values()))  # such as `inplace`

@@ -1,4 +1,4 @@
-"""Numbers of units that a network's code keeps in attributes of its modules."""
+"""Numbers of units that the code of a network stores in attributes of its modules."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = [
     "written_sizes",
 ]
 
-#: What an attribute with sizes holds.
+#: The value of an attribute with sizes.
 Written = int | tuple[int, ...] | list[int]
 
-#: Parts of names of attributes that count heads, or the features of all heads.
+#: Parts of the names of attributes with a number of heads, or of the features of all heads.
 _OF_HEADS = ("heads", "attn_dim", "head_size", "inner_dim")
 
 
 def written_sizes(module: nn.Module) -> dict[str, Written]:
-    """The attributes of a module that may be sizes: integers, and tuples and lists of them.
+    """The attributes of a module that may be sizes: integers, and tuples and lists of integers.
 
-    Modules that torch defines have none; what follows there is known (see `layers`).
+    Modules of torch have none here, because `layers` knows their attributes.
     """
     if type(module).__module__.startswith("torch."):
         return {}
@@ -51,11 +51,11 @@ def _is_written(value: Any) -> bool:
 
 
 def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
-    """The attributes of the modules around a gate's layers whose values may follow its units.
+    """The attributes of modules around the layers of a gate that may depend on its units.
 
     Returns:
-        For each attribute its size, or the sizes in a tuple or list that may: the number of units,
-        or a multiple of it that divides the rows or columns of a layer.
+        For each attribute, the possible sizes in it. A size is the number of units, or a multiple
+        of it that divides the number of rows or columns of a layer.
     """
     counts = _per_unit(gate)
     found = []
@@ -75,7 +75,7 @@ def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
 
 
 def likely_sizes(net: nn.Module, gate: Gate) -> tuple[Size, ...]:
-    """The fitting sizes whose names suggest that they count heads, or the rows of all heads."""
+    """The possible sizes whose names suggest a number of heads, or of the rows of all heads."""
     counts = _per_unit(gate)
     return tuple(
         size
@@ -87,14 +87,14 @@ def likely_sizes(net: nn.Module, gate: Gate) -> tuple[Size, ...]:
 
 
 def combined(sizes: Sequence[tuple[Size, ...]], most: int) -> Iterator[tuple[Size, ...]]:
-    """Combinations of sizes, the empty one first, of at most some attributes."""
+    """Combinations of the sizes of at most `most` attributes, the empty combination first."""
     for number in range(min(most, len(sizes)) + 1):
         for chosen in combinations(sizes, number):
             yield tuple(size for of_attribute in chosen for size in of_attribute)
 
 
 def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
-    """Set the sizes of a gate to those of `count` remaining units, in place."""
+    """Set the attributes with the sizes of a gate to `count` remaining units, in place."""
     for size in gate.sizes:
         module = net.get_submodule(size.module)
         value = count * size.per_unit
@@ -109,10 +109,10 @@ def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
 def ratios_around(
     net: nn.Module, layers: Mapping[str, Mapping[str, int]]
 ) -> dict[str, set[Fraction]]:
-    """By how much layers have become smaller, for each of the modules that hold them.
+    """The ratios by which layers were cut, for each module that contains them.
 
     Args:
-        net: the network before.
+        net: the network before the cut.
         layers: from the name of a layer to its attributes that are smaller.
     """
     ratios: dict[str, set[Fraction]] = {}
@@ -127,7 +127,7 @@ def ratios_around(
 
 
 def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
-    """Whether each size is unchanged, or smaller by the ratio of some layer."""
+    """Whether each size is unchanged, or was reduced by the ratio of some layer."""
     if isinstance(old, int):
         return type(new) is int and (new == old or any(new == old * ratio for ratio in ratios))
     return (
@@ -138,7 +138,7 @@ def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
 
 
 def _per_unit(gate: Gate) -> set[int]:
-    """How many rows or columns a unit has, in the layers in which all have as many."""
+    """The number of rows or columns per unit, in layers where it is the same for all units."""
     counts = set()
     for span in (*gate.writers, *gate.readers):
         number = torch.bincount(span.units[span.units >= 0], minlength=gate.size)
@@ -148,9 +148,9 @@ def _per_unit(gate: Gate) -> set[int]:
 
 
 def _around(gate: Gate) -> list[str]:
-    """The modules around the layers of a gate, up to the innermost one around all of them."""
+    """The modules that contain layers of a gate, up to the innermost one that contains all."""
     parents = [
-        # A module that holds a weight of its own may also hold its sizes.
+        # A module with a weight as parameter may also store sizes.
         span.layer.split(".")[: None if span.tensor else -1]
         for span in (*gate.writers, *gate.readers)
     ]

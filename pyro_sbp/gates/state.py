@@ -1,7 +1,8 @@
-"""What a network keeps between two calls, so that each measurement begins with the same state.
+"""The state that a network keeps between calls, so that every measurement starts with the same one.
 
-Spiking neurons keep a potential, caches keep keys, networks keep their last features, and hooks of
-the user add up statistics. What can be reached from a network is recorded, and put back.
+Spiking neurons have potentials, caches store keys, some networks store their last features, and
+hooks of the user accumulate statistics. All objects that can be reached from a network are recorded
+and restored.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 
 __all__ = ["State", "reachable", "undone"]
 
-#: Packages whose classes and functions keep nothing that belongs to one network.
+#: Packages whose classes and functions have no state that belongs to one network.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "pyro", "pyro_sbp"})
-#: Dictionaries of a module whose contents belong to its state, or hold functions.
+#: The dictionaries of a module whose contents belong to its state, or contain functions.
 _OF_MODULES = (
     *("_buffers", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_hooks_always_called", "_forward_hooks_with_kwargs"),
 )
-#: The attributes that torch gives to every module, with which a network does nothing.
+#: The attributes that torch sets in every module, and that networks do not use.
 _NOT_OWN = frozenset(vars(nn.Module()))
 
 
@@ -44,8 +45,10 @@ def _of_library(thing: Any) -> bool:
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    """Whether a package is installed, and not code of the user. What it keeps in variables of its
-    modules and classes does not belong to one network."""
+    """Whether a package is installed, and not code of the user.
+
+    Variables of its modules and classes do not belong to one network.
+    """
     if package in _LIBRARIES:
         return True
     file = getattr(sys.modules.get(package), "__file__", None)
@@ -53,12 +56,12 @@ def _is_installed(package: str) -> bool:
 
 
 def _of_user(thing: Any) -> bool:
-    """Whether a function or a class is code of the user."""
+    """Whether a function or a class is defined in code of the user."""
     return not _is_installed((getattr(thing, "__module__", None) or "builtins").partition(".")[0])
 
 
 def _has_attributes(thing: Any) -> bool:
-    """Whether the attributes of an object may be what a network keeps."""
+    """Whether the attributes of an object may be state of a network."""
     if isinstance(thing, nn.Module):
         return True
     plain = isinstance(thing, type | FunctionType | MethodType | functools.partial | Tensor)
@@ -66,7 +69,7 @@ def _has_attributes(thing: Any) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The global names that a function uses, those of functions inside it included."""
+    """The global names that a function uses, including those of functions inside it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -93,7 +96,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _of_classes(module: nn.Module) -> Iterator[Any]:
-    """What the classes of a module hold for all of its instances, and their methods."""
+    """The class attributes of a module that all instances share, and the methods."""
     for cls in type(module).__mro__:
         if _of_user(cls):
             for value in vars(cls).values():
@@ -102,11 +105,11 @@ def _of_classes(module: nn.Module) -> Iterator[Any]:
 
 
 def _inside(thing: Any, functions: bool) -> Iterator[Any]:
-    """What an object holds."""
+    """The objects that an object contains."""
     if isinstance(thing, Tensor | str | bytes | int | float | type(None)):
         return
     if isinstance(thing, dict):
-        yield from dict.values(thing)  # subclasses may make something of a value
+        yield from dict.values(thing)  # subclasses may compute something at an access
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing
     elif isinstance(thing, MethodType):
@@ -141,12 +144,12 @@ def _full(cell: Any) -> bool:
 
 
 def reachable(net: nn.Module, functions: bool = True) -> Iterator[Any]:
-    """All objects that a network holds, each once: modules, tensors, containers, other objects.
+    """All objects that can be reached from a network, each once.
 
     Args:
         net: the network.
-        functions: whether what functions hold belongs to it, of hooks and of methods: variables
-            around them, default arguments, and global variables of their modules.
+        functions: whether to include the variables of hooks and methods: closures, default
+            arguments, and global variables of their modules.
     """
     waiting: list[Any] = [net]
     seen: dict[int, Any] = {}
@@ -159,11 +162,13 @@ def reachable(net: nn.Module, functions: bool = True) -> Iterator[Any]:
 
 
 class State:
-    """A record of what a network holds besides its parameters.
+    """A record of the state of a network.
+
+    It has the attributes, the containers, the buffers and other tensors of the network, and the
+    variables that its hooks and methods use. It does not have the parameters.
 
     Args:
-        net: the network. Attributes, containers, buffers and other tensors are recorded, and
-            variables that its hooks and methods use; parameters are not.
+        net: the network.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -198,7 +203,7 @@ class State:
                 self._globals.append((thing.__globals__, name, value))
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the recorded state."""
         for container, content, ids in self._containers:
             if _ids(container) != ids:
                 container.clear()
@@ -223,14 +228,14 @@ class State:
 
 
 def _ids(container: Any) -> list[int]:
-    """What a dictionary, a list, a set or a queue holds, by identity."""
-    # Of a lazy dictionary, such as that of an installed package, nothing is loaded.
+    """The ids of the elements of a dictionary, a list, a set or a queue."""
+    # A lazy dictionary, such as that of an installed package, must not load its values.
     return [*map(id, dict.values(container) if isinstance(container, dict) else container)]
 
 
 @contextmanager
 def undone(net: nn.Module) -> Iterator[None]:
-    """Inside, a network may be called; afterwards it holds what it held before."""
+    """A context in which a network may be called. Afterwards, its state is restored."""
     state = State(net)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Calls of a network whose random numbers and precision do not depend on the width of its layers.
+"""Call a network with random numbers and a precision that do not depend on the width of its layers.
 
-A network that draws random numbers in the shape of its units draws different ones after some are
-removed, and a network that casts to float32 rounds. Without care, either would look like a
-difference that the cut has caused.
+A network that draws random numbers in the shape of its units draws other numbers after units were
+removed. A network that casts to float32 rounds its values. Both would look like differences that
+are caused by the cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["eager", "repeatable"]
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
-#: Names of types of tensors for `Tensor.type`.
+#: The names of tensor types that `Tensor.type` accepts.
 _TYPES = ("torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor")
 _NEW = frozenset({torch.rand, torch.randn})
 _LIKE = frozenset({torch.rand_like, torch.randn_like})
@@ -39,7 +39,7 @@ _DROPOUTS = frozenset(
     }
 )
 _BERNOULLI = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
-#: Functions whose draws do not have the shape of an argument; they are drawn as they are.
+#: Random functions whose results do not have the shape of an argument. They are not changed.
 _OTHERS = frozenset(
     {
         *(torch.randint, torch.randint_like, torch.randperm, torch.multinomial),
@@ -50,12 +50,15 @@ _OTHERS = frozenset(
 
 @contextmanager
 def repeatable(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, a network draws the same random numbers each time, makes new tensors in `dtype`, and
-    leaves the random states of the CPU as they were.
+    """A context in which the calls of a network are reproducible for any width of its layers.
 
-    All elements of a random tensor have the same value, another one in every call: the numbers do
-    not depend on the width of a layer. Dropout that is active has no effect. In float64, code that
-    asks for float32 or less gets float64. Networks that were compiled run eagerly.
+    - Random numbers are the same each time. All elements of a random tensor have the same value,
+      which differs from call to call, so they do not depend on the width of a layer.
+    - Active dropout has no effect.
+    - New tensors have the given `dtype`. If it is float64, casts to a lower precision give float64.
+    - Compiled networks run eagerly.
+
+    Afterwards, the random states of the CPU are restored.
     """
     before = torch.get_default_dtype()
     states = random.getstate(), np.random.get_state()
@@ -74,15 +77,15 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Inside, networks that were compiled run as they are written, which can be followed."""
+    """A context in which compiled networks run eagerly, so that their functions can be observed."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-        return nullcontext()  # an import of it takes seconds
+        return nullcontext()  # importing it takes seconds
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 class _Steady(TorchFunctionMode):
-    """Fills random tensors with one value, and replaces casts to a lower precision by `dtype`."""
+    """Fill random tensors with one value, and replace casts to a lower precision by `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class _Steady(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.dtype == torch.float64 and func is not Tensor.view:  # which reads bits
+        if self.dtype == torch.float64 and func is not Tensor.view:  # it reinterprets bits
             if any(type(value) is torch.dtype or isinstance(value, str | type) for value in args):
                 args = tuple(map(_widened, args))
             if "dtype" in kwargs:
@@ -171,14 +174,14 @@ def _widened(value: Any) -> Any:
 
 
 def _without_dropout(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The mean of dropout: its input."""
+    """Replace dropout by its mean, which is the input."""
     return func(x, 0.0, False)
 
 
 def _without_gumbel(
     func: Any, logits: Any, tau: float = 1, hard: bool = False, eps: float = 0, dim: int = -1
 ) -> Any:
-    """The same noise on all logits does not change the softmax."""
+    """Gumbel softmax without noise: equal noise on all logits does not change the softmax."""
     soft = (logits / tau).softmax(dim)
     if not hard:
         return soft

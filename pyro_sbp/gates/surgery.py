@@ -1,4 +1,4 @@
-"""Remove units from a network: fold theta in, delete what is zero, leave an ordinary network."""
+"""Remove units from a network: fold theta into the weights, and delete the units with theta = 0."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = [
 
 
 def _spread(alive: Tensor, span: Span) -> Tensor:
-    """Alive units as alive rows or columns; one without a unit is alive."""
+    """Expand alive units to alive rows or columns. Those that belong to no unit are alive."""
     return alive[span.units.clamp(min=0)] | (span.units < 0)
 
 
 def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Which rows or columns of every layer are alive: those whose gates all have theirs alive."""
+    """The rows or columns of every layer that are alive: their units are alive in all gates."""
     found: dict[str, Tensor] = {}
     for gate, span in spans:
         here = _spread(alive[gate], span)
@@ -57,9 +57,9 @@ def _rows(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
 
 
 def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
-    """Which units of a gate arrive in a living column, bool ``[size]``.
+    """The units of a gate that reach a column that is alive, bool ``[size]``.
 
-    In a layer with groups a column lives only where a row of its group does.
+    In a layer with groups, a column is alive only if a row of its group is alive.
     """
     read = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
     for span in gate.readers:
@@ -79,18 +79,23 @@ def surviving_units(
     round_to: int = 1,
     score: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Units]:
-    """Which units remain where the zeros of theta are removed, gate by gate.
+    """Find the units of every gate that remain when the zeros of theta are removed.
 
-    A unit is also gone if no living column is left that reads it (a channel all of whose flattened
-    features are removed), and a feature if its channel is, to a fixed point.
+    A unit is also removed if no remaining column reads it, for example a channel whose flattened
+    features are all removed. An input feature is removed if its channel is removed. This is
+    repeated until nothing changes.
 
     Args:
         gates: the gates.
-        theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
-        min_units: how many units of every gate remain at least; one does in any case.
-        round_to: the number of units that remain is a multiple of this, or all of the gate.
-        score: from gate name to a tensor ``[units]``: of the units that are to go, those with the
-            highest score remain where more have to remain; the first ones where it is not given.
+        theta: from gate name to a tensor ``[units]``. Gates that are not named keep all units.
+        min_units: the least number of units of every gate that remain in the network. At least one
+            unit always remains.
+        round_to: the number of units that remain is a multiple of this, or the size of the gate.
+        score: from gate name to a tensor ``[units]``. If more units must remain than theta keeps,
+            those with the highest score remain. The default is the first ones.
+
+    Returns:
+        From gate name to the `Units` of the gate.
     """
     alive = {
         gate.name: theta[gate.name].detach().cpu() != 0
@@ -105,50 +110,50 @@ def surviving_units(
         if all(torch.equal(alive[name], new[name]) for name in alive):
             break
         alive = new
-    physical = _physical(gates, alive, min_units, round_to, score or {})
-    return {gate.name: Units(alive[gate.name], physical[gate.name]) for gate in gates}
+    remaining = _remaining(gates, alive, min_units, round_to, score or {})
+    return {gate.name: Units(alive[gate.name], remaining[gate.name]) for gate in gates}
 
 
-def _physical(
+def _remaining(
     gates: Sequence[Gate],
     alive: Mapping[str, Tensor],
     min_units: int,
     round_to: int,
     score: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The least units that have to remain, with those alive, for every layer to have a shape."""
-    physical = {name: units.clone() for name, units in alive.items()}
+    """The smallest set of units that includes those alive and gives every layer a valid shape."""
+    remaining = {name: units.clone() for name, units in alive.items()}
     order = {
         gate.name: score.get(gate.name, -torch.arange(gate.size, device="cpu")).detach().cpu()
         for gate in gates
     }
 
     def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
-        """Let the best `count` of the removed units among some remain."""
-        candidates = torch.nonzero(among & ~physical[gate.name]).flatten()
+        """Keep the best `count` of the removed units in `among`."""
+        candidates = torch.nonzero(among & ~remaining[gate.name]).flatten()
         best = order[gate.name][candidates].argsort(descending=True, stable=True)[:count]
-        physical[gate.name][candidates[best]] = True
+        remaining[gate.name][candidates[best]] = True
         return len(best) > 0
 
     changed = True
     while changed:
         changed = False
         for gate in gates:
-            count = int(physical[gate.name].sum())
+            count = int(remaining[gate.name].sum())
             least = min(max(count, min_units, 1), gate.size)
             missing = min(-(-least // round_to) * round_to, gate.size) - count
             if missing > 0:
-                # Units that are still joined to what remains of the other gates come first.
-                bring_back(gate, readable(gate, gates, physical), missing)
-                missing -= int(physical[gate.name].sum()) - count
+                # Units that a remaining column of another gate could read come first.
+                bring_back(gate, readable(gate, gates, remaining), missing)
+                missing -= int(remaining[gate.name].sum()) - count
                 bring_back(gate, torch.ones(gate.size, dtype=torch.bool, device="cpu"), missing)
                 changed = True
-        changed |= _even_groups(gates, physical, bring_back)
-    return physical
+        changed |= _even_groups(gates, remaining, bring_back)
+    return remaining
 
 
-def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_back: Any) -> bool:
-    """Make the groups of every layer even that keep anything; say whether that took units."""
+def _even_groups(gates: Sequence[Gate], remaining: Mapping[str, Tensor], bring_back: Any) -> bool:
+    """Give all remaining groups of every layer the same size. Return whether units were added."""
     sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
     for gate in gates:
         for side, of_gate in enumerate((gate.writers, gate.readers)):
@@ -157,9 +162,9 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
                     sides.setdefault(span.layer, ([], []))[side].append((gate, span))
     changed = False
     for both in sides.values():
-        # A side without a gate keeps all of its rows or columns, and with them every group.
+        # If rows or columns have no gate, all of them remain, and with them every group.
         present = [spans for spans in both if spans]
-        counts = [_group_counts(spans, physical) for spans in present]
+        counts = [_group_counts(spans, remaining) for spans in present]
         kept = torch.tensor(True, device="cpu")
         if len(counts) > 1:
             kept = (counts[0] > 0) | (counts[1] > 0)
@@ -172,15 +177,15 @@ def _even_groups(gates: Sequence[Gate], physical: Mapping[str, Tensor], bring_ba
                     units = span.units.view(span.groups, -1)[group]
                     among[units[units >= 0]] = True
                     changed |= bring_back(gate, among, missing)
-                    missing = most - int(_group_counts(spans, physical)[group])
+                    missing = most - int(_group_counts(spans, remaining)[group])
                     if missing <= 0:
                         break
     return changed
 
 
-def _group_counts(spans: Sequence[tuple[Gate, Span]], physical: Mapping[str, Tensor]) -> Tensor:
-    """How many rows, or columns, of every group of a layer remain, from its spans."""
-    (alive,) = _alive([(gate.name, span) for gate, span in spans], physical).values()
+def _group_counts(spans: Sequence[tuple[Gate, Span]], remaining: Mapping[str, Tensor]) -> Tensor:
+    """The number of rows or columns that remain in every group of a layer, from its spans."""
+    (alive,) = _alive([(gate.name, span) for gate, span in spans], remaining).values()
     return alive.view(spans[0][1].groups, -1).sum(1)
 
 
@@ -191,27 +196,28 @@ def shrink(
     example_input: Any,
     units: Mapping[str, Units] | None = None,
 ) -> nn.Module:
-    """Make the plain, smaller network that computes what the network masked by theta computes.
+    """Build the smaller network that computes the same function as the network masked by theta.
 
-    Zeros of theta are removed: the columns of the readers, then the rows of writers that no reader
-    takes any more and their channels in batch norms and depthwise convolutions. The rest of theta
-    is folded into the readers. Where a layer keeps only some features of what flows into it, a
-    `Select` stands before it.
+    Units with theta = 0 are removed: the columns of the readers, then the rows of writers that no
+    reader uses any more, and their channels in batch norms and depthwise convolutions. The other
+    values of theta are folded into the readers. If a dense layer keeps only some of its input
+    features, a `Select` is put before it.
 
     Args:
-        net: the network; it is not changed.
+        net: the network, which is not changed.
         gates: its gates, from `find_gates`.
-        theta: from gate name to a tensor ``[units]``; a gate that is not named keeps its units.
+        theta: from gate name to a tensor ``[units]``. Gates that are not named keep all units.
         example_input: an input of the network, on which the result is called once.
-        units: what remains of every gate, from `surviving_units` of the same theta, if it was
-            asked for more than the least.
+        units: the units that remain, from `surviving_units` with the same theta. By default, as few
+            as possible remain.
 
     Returns:
-        A copy of the network with smaller layers and no hooks. A layer whose units would all be
-        gone keeps one of them as a column of zeros.
+        A copy of the network with smaller layers. If all units of a layer would be removed, one
+        unit remains as a column of zeros. If its forward hooks cannot be called on the smaller
+        layers, they are removed, and a `UserWarning` is given.
 
     Raises:
-        ValueError: theta names no gate of `gates`, or has the wrong length.
+        ValueError: theta names an unknown gate, or has a wrong shape.
         RuntimeError: the smaller network cannot be called on `example_input`.
     """
     small = copy_network(net)
@@ -228,7 +234,7 @@ def shrink_in_place(
     theta: Mapping[str, Tensor],
     units: Mapping[str, Units] | None = None,
 ) -> None:
-    """As `shrink`, without a copy and without a call."""
+    """As `shrink`, but in place and without calling the result."""
     check_theta(gates, theta)
     units = surviving_units(gates, theta) if units is None else units
     with torch.no_grad():
@@ -238,19 +244,19 @@ def shrink_in_place(
 
 
 def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> Tensor:
-    """Which units of a gate some layer could read, bool ``[size]``, by what is alive elsewhere."""
+    """The units of a gate that a column could read if only the other gates were cut, ``[size]``."""
     others = _columns([other for other in gates if other is not gate])
     return _read(gate, _alive(others, alive), {})
 
 
 def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
-    """Remove rows and columns in place; the weights of those that remain are not touched."""
+    """Remove rows and columns, in place. The weights of the others are not changed."""
     forget_units(net)
-    physical = {name: unit.physical for name, unit in units.items()}
-    rows = _alive(_rows(gates), physical)
-    # Removing rows upstream decides which columns still arrive; of those, some are wanted.
-    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
-    wanted = _alive(_columns(gates), physical)
+    remaining = {name: unit.remaining for name, unit in units.items()}
+    rows = _alive(_rows(gates), remaining)
+    # Removing rows of writers determines which features arrive. A layer may need only some of them.
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), remaining)
+    wanted = _alive(_columns(gates), remaining)
     spans = {span.key: span for _, span in (*_rows(gates), *_columns(gates))}
     for key in {**rows, **wanted}:
         layer, tensor, dim = spans[key].layer, spans[key].tensor, spans[key].dim
@@ -267,22 +273,22 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         arrives = arriving.get(layer, torch.ones_like(columns))
         before = _select_before(net, layer)
         if before is not None:
-            # By numbers, as a mask does not index where nothing is computed.
+            # By indices: a mask cannot index on the meta device.
             before.index = before.index[torch.nonzero(columns).flatten().to(before.index.device)]
         elif not torch.equal(arrives, columns):
             weight = module.get_parameter("weight")
             select = Select(torch.nonzero(columns[arrives]).flatten().to(weight.device))
             _put(net, layer, nn.Sequential(OrderedDict(select=select, layer=module)))
-    for name, arrives in _alive(_selected(gates), physical).items():
+    for name, arrives in _alive(_selected(gates), remaining).items():
         module = net.get_submodule(name)
         assert isinstance(module, Select)
         module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
     for gate in gates:
-        set_sizes(net, gate, int(physical[gate.name].sum()))
+        set_sizes(net, gate, int(remaining[gate.name].sum()))
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
-    """The `Select` that an earlier cut has put before a layer."""
+    """The `Select` that an earlier cut has put before a layer, or None."""
     parent, _, leaf = layer.rpartition(".")
     select = getattr(net.get_submodule(parent), "select", None)
     return select if leaf == "layer" and isinstance(select, Select) else None
@@ -291,29 +297,29 @@ def _select_before(net: nn.Module, layer: str) -> Select | None:
 def remaining_gates(
     small: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]
 ) -> list[Gate]:
-    """The gates of a network that `cut` has made smaller, without probing it.
+    """The gates of a network after a cut, computed without measuring it again.
 
-    They keep their names and the order of their units. A layer with a `Select` before it is called
-    by its new name, ``fc1.layer`` for ``fc1``.
+    The gates keep their names and the order of their units. If a layer ``fc1`` has a `Select`
+    before it, the spans have its new name ``fc1.layer``.
 
     Args:
-        small: the network that remains, from `cut` or `shrink` with these units.
-        gates: the gates of the network that was cut.
-        units: what remained of them, from `surviving_units`.
+        small: the smaller network, from `shrink` with these units.
+        gates: the gates of the network before the cut.
+        units: the units that remained, from `surviving_units`.
     """
-    physical = {name: unit.physical for name, unit in units.items()}
-    rows, columns = _alive(_rows(gates), physical), _alive(_columns(gates), physical)
-    arriving = _alive(_columns([gate for gate in gates if gate.writers]), physical)
-    selected = _alive(_selected(gates), physical)
+    remaining = {name: unit.remaining for name, unit in units.items()}
+    rows, columns = _alive(_rows(gates), remaining), _alive(_columns(gates), remaining)
+    arriving = _alive(_columns([gate for gate in gates if gate.writers]), remaining)
+    selected = _alive(_selected(gates), remaining)
 
     def rest(gate: Gate, span: Span, alive: Mapping[str, Tensor], layer: str = "") -> Span:
-        number = physical[gate.name].cumsum(0) - 1
+        number = remaining[gate.name].cumsum(0) - 1
         old = span.units[alive[span.key]]
         new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
         layer = layer or _present_name(small, span.layer)
         if span.tensor:
             return Span(layer, new, tensor=span.tensor, dim=span.dim)
-        # A convolution that has come to one channel a group still has rows and columns.
+        # A convolution that now has one channel per group still has rows and columns.
         groups = groups_of(small.get_submodule(layer)) if span.groups > 1 else 1
         return Span(layer, new, groups)
 
@@ -322,7 +328,7 @@ def remaining_gates(
 
     found = []
     for gate in gates:
-        # Of a layer that has got a Select, the features that arrive there.
+        # For a layer with a new Select, the features that arrive at the Select.
         fresh = [
             rest(gate, span, arriving, f"{span.layer}.select")
             for span in (gate.readers if gate.writers else ())
@@ -331,7 +337,7 @@ def remaining_gates(
         found.append(
             Gate(
                 gate.name,
-                int(physical[gate.name].sum()),
+                int(remaining[gate.name].sum()),
                 readers=carrying(rest(gate, span, columns) for span in gate.readers),
                 writers=carrying(rest(gate, span, rows) for span in gate.writers),
                 channelwise=carrying(rest(gate, span, rows) for span in gate.channelwise),
@@ -343,7 +349,7 @@ def remaining_gates(
 
 
 def _present_name(small: nn.Module, layer: str) -> str:
-    """What a layer is called where a `Select` may have come before it."""
+    """The name of a layer after a cut, which may have put a `Select` before it."""
     module = small.get_submodule(layer)
     new = isinstance(module, nn.Sequential) and _select_before(small, f"{layer}.layer") is not None
     return f"{layer}.layer" if new else layer
@@ -359,31 +365,31 @@ def _put(net: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """The largest difference between two outputs, relative to the size of the expected one.
+    """The largest difference between two outputs, relative to the size of the expected output.
 
-    Each tensor is compared on its own scale. In a tensor each value is compared relative to its
-    own size, or to the typical size of the tensor where this is larger. The typical size is the
-    larger of two: the median size of the values that differ, and the largest size, counted as at
-    most 1.
+    Each tensor is compared on its own scale. The difference of a value is divided by the absolute
+    value, or by the typical size of the tensor if this is larger. The typical size is the larger of
+    two numbers: the median absolute value of the elements that differ, and the minimum of 1 and the
+    largest absolute value.
 
-    So a tensor whose values are all smaller than 1 is compared relative to its largest value. In
-    others, one huge value, such as a mask of -1e9, does not hide the differences of ordinary
-    values, as it would if all were divided by the largest value. And rounding errors in values that
-    are zero but for cancellation do not count as large differences, as they would if each were
-    divided by its own size.
+    The reasons are as follows. If all values of a tensor are smaller than 1, they are compared
+    relative to the largest value. In other tensors, dividing by the largest value would hide the
+    differences of ordinary values behind one huge value, such as a mask of -1e9. Dividing each
+    difference by its own value would turn rounding errors of values near zero into large
+    differences.
 
-    Values that are not finite and tensors that do not hold floating-point or complex numbers have
-    to be equal; otherwise the difference is infinite. A NaN is not equal to anything.
+    Values that are not finite must be equal, and so must tensors of integers or booleans. Otherwise
+    the difference is infinite. NaN is not equal to anything.
 
     Args:
-        expected, actual: tensors, or nested structures of them as `tensors_of` opens.
+        expected, actual: tensors, or nested structures of tensors as for `tensors_of`.
 
     Raises:
-        ValueError: the outputs hold no tensor, or not the same number of tensors.
+        ValueError: the outputs contain no tensor, or different numbers of tensors.
     """
     pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
     if not pairs:
-        raise ValueError("there is no tensor in the output to compare")
+        raise ValueError("there is no tensor in the output, so nothing can be compared")
     return max(_difference(a.detach(), b.detach()) for a, b in pairs)
 
 

@@ -1,4 +1,4 @@
-"""What becomes of the units of a gate, also as an attribute of the network that lost the others."""
+"""The units of a gate that pruning keeps and removes, and their record in a pruned network."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.deprecation import renamed_attribute, with_new_names
 from pyro_sbp.gates.nested import same
 
 __all__ = ["Units", "forget_units", "set_units", "units_of"]
@@ -17,62 +18,75 @@ __all__ = ["Units", "forget_units", "set_units", "units_of"]
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What becomes of the units of a gate; both are bool tensors ``[size]``.
+    """The units of a gate that pruning has kept and removed.
 
-    Two are equal if both tensors are.
+    Two instances are equal if both tensors are equal.
 
     Attributes:
-        kept: units that carry signal.
-        physical: units that remain in the network. One that remains without being kept is a column
-            of zeros, left where a layer could not be cut otherwise: nothing would remain of it, or
-            its groups would become uneven.
+        kept: the units that carry signal, bool ``[size]``.
+        remaining: the units that remain in the network, bool ``[size]``. A unit that remains but is
+            not kept is a column of zeros. It remains because the layer cannot be cut otherwise: the
+            layer would be empty, or its groups would have different sizes.
     """
 
     kept: Tensor
-    physical: Tensor
+    remaining: Tensor
+
+    physical = renamed_attribute("Units", "physical", "remaining")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(with_new_names(state, {"physical": "remaining"}))
 
     def __eq__(self, other: object) -> bool:
         return same(self, other)
 
     def __hash__(self) -> int:
-        return hash((len(self.kept), int(self.kept.sum()), int(self.physical.sum())))
+        return hash((len(self.kept), int(self.kept.sum()), int(self.remaining.sum())))
 
     @property
     def removed(self) -> Tensor:
-        """Units that are not there any more, bool ``[size]``."""
-        return ~self.physical
+        """The units that were removed from the network, bool ``[size]``."""
+        return ~self.remaining
 
     @property
     def zeroed(self) -> Tensor:
-        """Units that remain as a column of zeros, bool ``[size]``."""
-        return self.physical & ~self.kept
+        """The units that remain as columns of zeros, bool ``[size]``."""
+        return self.remaining & ~self.kept
 
     def to_dict(self) -> dict[str, Any]:
-        """The number of all units, and the indices of those kept and zeroed, for JSON."""
+        """A dictionary for JSON: ``total``, and the indices of ``kept`` and ``zeroed`` units."""
         kept, zeroed = (torch.nonzero(mask).flatten().tolist() for mask in (self.kept, self.zeroed))
         return {"total": len(self.kept), "kept": kept, "zeroed": zeroed}
 
     def then(self, later: Units) -> Units:
-        """These units after another cut, which knew only those that this one had left."""
-        kept, physical = torch.zeros_like(self.kept), torch.zeros_like(self.physical)
-        kept[self.physical], physical[self.physical] = later.kept, later.physical
-        return Units(self.kept & kept, physical)
+        """Combine these units with those of a later cut, which saw only the remaining units.
+
+        Args:
+            later: the units of the later cut.
+
+        Returns:
+            The result of both cuts, with the size of these units.
+        """
+        kept, remaining = torch.zeros_like(self.kept), torch.zeros_like(self.remaining)
+        kept[self.remaining], remaining[self.remaining] = later.kept, later.remaining
+        return Units(self.kept & kept, remaining)
 
 
 def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
-    """Set the attribute `units` of a network: what became of the units of every gate.
+    """Record the units of every gate in the attribute `units` of a pruned network.
 
-    A network that has an attribute of this name itself keeps it, and a `UserWarning` says so.
+    If the network already has an attribute of this name, it is not changed, and a `UserWarning` is
+    given.
 
     Args:
-        small: the network that remains.
-        units: by gate of the network that was cut.
+        small: the pruned network.
+        units: from gate name to the units of the gate.
     """
     forget_units(small)
     if hasattr(small, "units"):
         warnings.warn(
-            f"{type(small).__name__} has an attribute 'units' of its own, which stays as it is; "
-            "the pruned network does not say which units it has kept",
+            f"{type(small).__name__} already has an attribute 'units', which is not changed; "
+            "the pruned network does not record which units it has kept",
             stacklevel=3,
         )
     else:
@@ -80,7 +94,7 @@ def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
 
 
 def units_of(small: nn.Module) -> dict[str, Units] | None:
-    """What `set_units` has set; None for other networks."""
+    """The value that `set_units` has set, or None if there is none."""
     found = vars(small).get("units")
     if isinstance(found, dict) and all(isinstance(unit, Units) for unit in found.values()):
         return found
@@ -88,6 +102,6 @@ def units_of(small: nn.Module) -> dict[str, Units] | None:
 
 
 def forget_units(net: nn.Module) -> None:
-    """Delete what `set_units` has set, for a network that is cut further."""
+    """Delete the attribute that `set_units` has set, because the network is cut again."""
     if units_of(net) is not None:
         del net.units

@@ -1,4 +1,4 @@
-"""Recognise, among the functions that a network calls, those that do the work of a layer."""
+"""Recognise the function calls of a network that compute a layer or a product with a weight."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _NO_LAYER = nn.Identity()
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows and columns of what has a name in the measurement lie.
+    """Where the rows and columns of a layer or a product lie.
 
     Attributes:
-        layer: the module.
-        role: what becomes of units that reach its columns.
-        groups: into how many groups rows and columns fall.
-        tensor: the weight, if it is none that the module is known by.
-        dims: the dimension of the rows in it, and of the columns.
-        size: how many rows there are.
+        layer: the name of the module.
+        role: how units that reach the columns are treated.
+        groups: the number of groups of rows and columns.
+        tensor: the name of the weight, or "" if it is the usual weight of the module.
+        dims: the dimensions of the rows and of the columns in this weight.
+        size: the number of rows.
     """
 
     layer: str
@@ -51,25 +51,24 @@ class Layout:
     size: int = 0
 
     def rows(self, units: Tensor) -> Span:
-        """A span over the rows."""
+        """The span of the rows, for the unit of each row."""
         return Span(self.layer, units, self.groups, self.tensor, self.dims[0] if self.tensor else 0)
 
     def columns(self, units: Tensor) -> Span:
-        """A span over the columns."""
+        """The span of the columns, for the unit of each column."""
         return Span(self.layer, units, self.groups, self.tensor, self.dims[1] if self.tensor else 0)
 
 
 @dataclass(frozen=True)
 class Use:
-    """A call that does the work of a layer.
+    """A function call that computes a layer or a product.
 
     Attributes:
-        name: of the layer.
-        sees: the tensors whose channels arrive in columns, with the name that has the columns and
-            the dimension of the channels.
+        name: the name of the layer or product.
+        sees: the inputs: the name with the columns, the tensor, and the dimension of its channels.
         writes: whether the layer produces units.
-        out_dim: the dimension of the units in the output; None for that of the layer.
-        bias: what is added to the output of a product.
+        out_dim: the dimension of the units in the output, or None for the usual one of the layer.
+        bias: the bias that is added to the output of a product, or None.
     """
 
     name: str
@@ -80,20 +79,20 @@ class Use:
 
 
 def hidden_of(name: str) -> str:
-    """The name of the columns of hidden units of a recurrent layer."""
+    """The name for the columns of a recurrent layer that read hidden units."""
     return f"{name}.{HIDDEN}"
 
 
 class Uses:
-    """The layers of a network, known by their weight or running mean; and products with others.
+    """The layers of a network, recognised by weight or running mean, and products with weights.
 
     Args:
         net: the network.
         loose: its tensors.
 
     Attributes:
-        layouts: by name, of layers, and of products that were recorded.
-        computing: layers that compute another weight from their own in every call.
+        layouts: from the name of each layer and recorded product to its layout.
+        computing: the names of layers that compute another weight from theirs in every call.
     """
 
     def __init__(self, net: nn.Module, loose: LooseTensors) -> None:
@@ -112,7 +111,7 @@ class Uses:
                 tensors = (first_weight(module),)
                 self.layouts[hidden_of(name)] = Layout(name, "reader", tensor=HIDDEN)
             elif is_matrix(module) or is_channelwise(module):
-                # Only what the module holds: a weight that is computed is another one each time.
+                # Only stored tensors: a computed weight is a new tensor in every call.
                 tensors = (
                     module._parameters.get("weight"),
                     module._buffers.get("weight"),
@@ -125,17 +124,20 @@ class Uses:
                         self._by_tensor.setdefault(id(tensor), name)
 
     def module(self, name: str) -> nn.Module | None:
-        """The layer of a name; None for a product."""
+        """The layer with a name, or None for a product."""
         return self._modules.get(name)
 
     def of(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], record: bool
     ) -> Use | None:
-        """What layer a function does the work of, if any.
+        """Find the layer or product that a function call computes.
 
         Args:
             func, args, kwargs: the call.
-            record: whether products that were not seen before are recorded.
+            record: whether to record new products.
+
+        Returns:
+            The use, or None if the call computes neither.
         """
         call = call_of(func, args)
         if call is not None:
@@ -201,12 +203,16 @@ class Uses:
         self.layouts[name] = Layout(layer, "reader", tensor=leaf, dims=(rows, columns), size=size)
 
     def forget(self, name: str) -> None:
-        """No longer recognise a product."""
+        """Forget a product, so that it is not recognised any more."""
         self._products = {place: n for place, n in self._products.items() if n != name}
         del self.layouts[name]
 
     def shorten(self) -> dict[str, str]:
-        """Call products by their modules where these have one each; from old names to new ones."""
+        """Name products after their modules, if a module has only one product.
+
+        Returns:
+            From old name to new name.
+        """
         layers = [layer for layer, _ in self._products]
         short = {
             name: place[0]
@@ -219,7 +225,7 @@ class Uses:
 
     @property
     def products(self) -> dict[str, Place]:
-        """The names of the products, and where their weights are."""
+        """From the name of each product to the place of its weight."""
         return {name: place for place, name in self._products.items()}
 
 

@@ -1,4 +1,4 @@
-"""Other forms of a gate that was measured, for networks that cannot be cut by the first one."""
+"""Variants of a measured gate, for networks that cannot be cut by the gate as measured."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pyro_sbp.gates.sizes import combined, fitting_sizes, likely_sizes
 
 __all__ = ["Kind", "Variant", "apply_variant", "kind_of", "variants", "with_likely_sizes"]
 
-#: How many variants of a gate are tried at most.
+#: The largest number of variants of a gate that are tried.
 _VARIANTS = 40
-#: Into how many parts of equal size code may split units.
+#: The numbers of equal parts into which code may split units.
 _PARTS = (1, 2, 3, 4)
-#: How many attributes of modules may have to follow.
+#: The largest number of attributes of modules that may depend on the units of a gate.
 _ATTRIBUTES = 3
 
-#: What gates of repeated blocks have in common: the name of a writer in the two modules around it.
+#: The common property of gates in repeated blocks: the types and names of the two modules around.
 Kind = tuple[tuple[type[nn.Module], str], ...]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a gate to try differs from the gate that was measured.
+    """The difference between a gate and the gate as measured.
 
     Attributes:
-        parts: how many of the measured units make up one.
-        sizes: the attributes that follow, and which integers of each.
+        parts: the number of measured units that form one unit.
+        sizes: the attributes that depend on the units, and the index of the integer in each.
     """
 
     parts: int
@@ -39,7 +39,7 @@ class Variant:
 
     @classmethod
     def of(cls, net: nn.Module, parts: int, sizes: tuple[Size, ...]) -> Variant:
-        """From sizes of modules of a network."""
+        """Make a variant from sizes of the modules of a network."""
         return cls(parts, frozenset(_item(net, size) for size in sizes))
 
 
@@ -48,7 +48,7 @@ def _item(net: nn.Module, size: Size) -> tuple[type[nn.Module], str, int | None]
 
 
 def kind_of(net: nn.Module, gate: Gate) -> Kind:
-    """The kind of a gate."""
+    """The kind of a gate, which gates in repeated blocks share."""
     path = (gate.writers or gate.readers)[0].layer.split(".")
     return tuple(
         (type(net.get_submodule(".".join(path[:depth]))), path[depth])
@@ -57,14 +57,14 @@ def kind_of(net: nn.Module, gate: Gate) -> Kind:
 
 
 def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
-    """A gate, and the attributes that follow by their names."""
+    """The gate with the sizes whose names suggest that they depend on its units."""
     chosen = {*gate.sizes, *likely_sizes(net, gate)}
     sizes = [size for found in fitting_sizes(net, gate) for size in found if size in chosen]
     return replace(gate, sizes=tuple(sizes))
 
 
 def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
-    """Variants, simple ones first."""
+    """The variants of a candidate, simple ones first."""
     found = []
     for parts in _PARTS:
         coarse = candidate.coarser(parts)
@@ -77,7 +77,7 @@ def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
 
 
 def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gate | None:
-    """The gate that a variant makes of a candidate; None if it does not apply."""
+    """Apply a variant to a candidate. The result is None if the variant does not fit."""
     coarse = candidate.coarser(variant.parts)
     if coarse is None:
         return None

@@ -150,7 +150,7 @@ class Stage:
             carried: the noise before the cut, if the next turn continues to train it.
         """
         left = {
-            name: torch.where(unit.kept, score[name].detach().cpu(), -torch.inf)[unit.physical]
+            name: torch.where(unit.kept, score[name].detach().cpu(), -torch.inf)[unit.remaining]
             for name, unit in choice.units.items()
         }
         return Stage(
@@ -171,7 +171,7 @@ def _left_of(carried: Carried, units: Mapping[str, Units]) -> Carried:
     """The noise of the units that remain in the network."""
     posteriors = {}
     for name, values in carried.posteriors.items():
-        there = units[name].physical.nonzero().flatten().to(values[0].device)
+        there = units[name].remaining.nonzero().flatten().to(values[0].device)
         loc, log_scale = (value[there] for value in values)
         posteriors[name] = loc, log_scale
     return Carried(posteriors, carried.kl_scale)
@@ -296,7 +296,7 @@ class GatedMethod(Method[G]):
         found = {n: self.distributions(*values, self.recipe) for n, values in self._ended.items()}
         posteriors, priors = ({n: pair[i] for n, pair in found.items()} for i in (0, 1))
         return {
-            name: value.cpu()[stage.units[name].physical].where(stage.there(name), -torch.inf)
+            name: value.cpu()[stage.units[name].remaining].where(stage.there(name), -torch.inf)
             for name, value in scores(posteriors, priors, criterion).items()
         }
 
@@ -423,7 +423,7 @@ class TurnPhase(NoisePhase):
         """
         scale, units = self.recipe.prior_scale, self.stage.units
         return {
-            name: over_all_units(q.loc.detach(), q.scale.detach(), units[name].physical, scale)
+            name: over_all_units(q.loc.detach(), q.scale.detach(), units[name].remaining, scale)
             for name, q in self.guide.posteriors().items()
         }
 
@@ -464,7 +464,7 @@ class TurnPhase(NoisePhase):
         if self.last or not self.ends:
             return super().record()
         guide, equivalence = self.guide.state_dict(), dataclasses.asdict(self._equivalence)
-        units = {name: (unit.kept, unit.physical) for name, unit in self._units.items()}
+        units = {name: (unit.kept, unit.remaining) for name, unit in self._units.items()}
         return {"guide": copied(guide), "equivalence": equivalence, "units": units}
 
     def restore(self, record: Mapping[str, Any]) -> bool:

@@ -62,7 +62,7 @@ class Method(ABC, Generic[R]):
         self.recipe = recipe
         # Two examples give the same gates as eight, with less memory.
         self.gates = find_gates(net, example_input[:2], input_features)
-        self.left_alone = dict(self.gates.left_alone)
+        self.left_alone = dict(self.gates.not_prunable)
         self.shares = shares_left_alone(net, self.gates, example_input[:2])
         self.begin()
 

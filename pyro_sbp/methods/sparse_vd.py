@@ -42,7 +42,7 @@ class SparseVD(Method[SparseVDRecipe]):
             exact_kl=recipe.exact_kl,
             init_log_scale=recipe.init_log_scale,
         )
-        self.left_alone.update(self.model.left_alone)
+        self.left_alone.update(self.model.not_prunable)
         self.guide = AdditiveNormalGuide(self.model)
         self._begun = False
 

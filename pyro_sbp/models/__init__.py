@@ -1,1 +1,1 @@
-"""Pyro models and guides of networks with noise."""
+"""Pyro models of networks with noise, and their guides."""

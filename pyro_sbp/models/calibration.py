@@ -49,13 +49,13 @@ def sums(logits: Tensor, labels: Tensor) -> Tensor:
         the sum of these probabilities.
     """
     wrong = logits.argmax(1) != labels
-    # A logit that overflowed would make the sums NaN.
+    # An infinite logit would make the sums NaN.
     log_probabilities = logits.double().nan_to_num(0.0, LARGEST, -LARGEST).log_softmax(1)
     nll = -log_probabilities.gather(1, labels[:, None]).sum()
     confidence = log_probabilities.amax(1).exp()
     # The bins are open at their lower ends: ((b - 1) / BINS, b / BINS].
     bins = ((confidence * BINS).ceil() - 1).clamp(0, BINS - 1)
-    # A product, because scattered sums in CUDA have no fixed order.
+    # A matrix product, because scatter-add on CUDA is not deterministic.
     in_bin = bins[:, None] == torch.arange(BINS, device=logits.device)
     gaps = ((~wrong).double() - confidence) @ in_bin.double()
     return torch.cat([wrong.sum().double()[None], nll[None], gaps])

@@ -1,4 +1,4 @@
-"""Draws from the posterior of a guide, site by site."""
+"""Draws from the posterior of a guide, by site."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["draw_sites", "posterior_draws"]
 
 @torch.no_grad()
 def draw_sites(guide: Callable[..., Any], num_samples: int, *args: Any) -> dict[str, Tensor]:
-    """Independent draws of all sites of a guide, without its auxiliary ones.
+    """Independent draws of all sites of a guide, except for auxiliary sites.
 
     Args:
         guide: the guide.
         num_samples: the number of draws.
-        args: the arguments of the model, for guides of Pyro and functions.
+        args: the arguments of the model. Autoguides of Pyro and functions need them.
 
     Returns:
-        From site name to a tensor ``[num_samples, *site shape]``; of a gate, ``[num_samples,
-        units]``.
+        From site name to a tensor ``[num_samples, *site shape]``. For a gate the shape is
+        ``[num_samples, units]``.
 
     Raises:
-        ValueError: `num_samples` is less than 1, or the guide's sites are not the weights but the
-            means of a `SparseModel` with local noise.
+        ValueError: `num_samples` is less than 1, or the guide is that of a `SparseModel` with local
+            noise, whose sites are the means of the weights.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; expected at least 1")
@@ -41,7 +41,7 @@ def draw_sites(guide: Callable[..., Any], num_samples: int, *args: Any) -> dict[
     for part in parts:
         if isinstance(part, AdditiveNormalGuide) and part.model.noise == "local":
             raise ValueError(
-                "with local noise the sites of a SparseModel hold the means of the weights, not "
+                "with local noise the sites of a SparseModel are the means of the weights, not "
                 'draws; set model.noise = "weight" to draw weights'
             )
         if isinstance(part, SiteStatistics):
@@ -61,23 +61,24 @@ def draw_sites(guide: Callable[..., Any], num_samples: int, *args: Any) -> dict[
 def posterior_draws(
     guide: Callable[..., Any], *args: Any, num_samples: int = 1000, num_chains: int = 1
 ) -> dict[str, Any]:
-    """Posterior draws as ArviZ takes them: ``arviz.from_dict(posterior=posterior_draws(guide))``.
+    """Posterior draws in the format of ArviZ.
 
-    The draws are independent, so that they can be divided into any number of chains. ArviZ is not
-    needed to make them.
+    To convert them, call ``arviz.from_dict(posterior=posterior_draws(guide))``. This function does
+    not need ArviZ. The draws are independent, so they can be divided into any number of chains.
 
     Args:
-        guide: a guide: one of this package, an autoguide of Pyro, or a function.
-        args: the arguments of the model, for guides of Pyro and functions.
+        guide: a guide of this package, an autoguide of Pyro, or a function.
+        args: the arguments of the model. Autoguides of Pyro and functions need them.
         num_samples: the number of draws in each chain.
-        num_chains: the number of chains; ArviZ compares chains from two on.
+        num_chains: the number of chains. The diagnostics of ArviZ need at least two.
 
     Returns:
-        From site name to a NumPy array ``[num_chains, num_samples, *site shape]``; of a gate,
-        ``[num_chains, num_samples, units]``.
+        From site name to a NumPy array ``[num_chains, num_samples, *site shape]``. For a gate the
+        shape is ``[num_chains, num_samples, units]``.
 
     Raises:
-        ValueError: a number is less than 1, or the guide is of a `SparseModel` with local noise.
+        ValueError: `num_samples` or `num_chains` is less than 1, or the guide is that of a
+            `SparseModel` with local noise.
     """
     if num_chains < 1:
         raise ValueError(f"num_chains is {num_chains}; expected at least 1")

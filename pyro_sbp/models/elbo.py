@@ -1,4 +1,4 @@
-"""An ELBO of closed-form KLs whose parts can be looked at."""
+"""An ELBO with closed-form KL divergences that returns its two terms separately."""
 
 from __future__ import annotations
 
@@ -20,33 +20,40 @@ __all__ = ["ClosedFormELBO", "Parts"]
 
 
 class Parts(NamedTuple):
-    """The parts of a loss over the whole data set, in nats, scalars; the KL with its weights."""
+    """The two terms of the negative ELBO over the whole data set, in nats.
+
+    Attributes:
+        nll: the negative log-likelihood, a scalar.
+        kl: the sum of the KL divergences with their weights, a scalar.
+    """
 
     nll: Tensor
     kl: Tensor
 
     @property
     def loss(self) -> Tensor:
-        """Negative log-likelihood and KL together."""
+        """The negative ELBO, `nll` + `kl`."""
         return self.nll + self.kl
 
 
 class ClosedFormELBO(ELBO):
-    """The negative ELBO of a mean-field guide with closed-form KL divergences, in two parts.
+    """The negative ELBO of a mean-field guide, with closed-form KL divergences.
 
-    It has the value of `TraceMeanField_ELBO` for the same draws, and the checks of models and
-    guides that Pyro does if validation is enabled. It never falls back to Monte Carlo: a site
-    without a registered KL divergence is refused. Auxiliary sites of a guide, such as those of
-    Pyro's autoguides, count with their log density, as they do there.
+    For the same draws it has the same value as `TraceMeanField_ELBO`. If validation is enabled, it
+    makes the same checks of models and guides. Unlike `TraceMeanField_ELBO`, it does not fall back
+    to a Monte Carlo estimate: a site without a registered KL divergence raises
+    NotImplementedError. Auxiliary sites of a guide, such as those of Pyro's autoguides, contribute
+    their log density, as in `TraceMeanField_ELBO`.
 
     Args:
         num_particles: the number of draws to average over.
-        max_plate_nesting, vectorize_particles: as for `pyro.infer.ELBO`.
+        max_plate_nesting: as for `pyro.infer.ELBO`.
+        vectorize_particles: as for `pyro.infer.ELBO`.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         unwrapped = poutine.unwrap(guide)
-        if isinstance(unwrapped, poutine.messenger.Messenger):  # a guide that is an effect handler
+        if isinstance(unwrapped, poutine.messenger.Messenger):  # the guide is an effect handler
             guide(*args, **kwargs)
             traced: Any = unwrapped
             model_trace, guide_trace = traced.get_traces()
@@ -64,25 +71,30 @@ class ClosedFormELBO(ELBO):
     def parts(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Parts:
-        """The loss as negative log-likelihood and weighted KL, the mean over `num_particles` draws.
+        """The negative log-likelihood and the weighted KL divergence, averaged over the draws.
+
+        Args:
+            model: the Pyro model.
+            guide: its guide.
+            args, kwargs: the arguments of the model and the guide.
 
         Raises:
-            NotImplementedError: a site has no closed-form KL, or its posterior is not
+            NotImplementedError: a site has no closed-form KL divergence, or its posterior is not
                 reparameterized.
-            ValueError: a latent site of the model is not in the guide, or a site of the guide that
-                is not marked as auxiliary is not in the model; and with validation enabled, the
-                shape of a site does not fit its plates.
+            ValueError: a latent site of the model is not in the guide; a site of the guide is not
+                in the model and not marked as auxiliary; or, with validation enabled, the shape of
+                a site does not fit its plates.
         """
         parts = [
             self._of_traces(*traces) for traces in self._get_traces(model, guide, args, kwargs)
         ]
         nll, kl = (sum(of) / self.num_particles for of in zip(*parts, strict=True))
-        # Without sites of a kind it is the number 0.
+        # If a trace has no site of a kind, the sum is the number 0.
         values = (x if isinstance(x, Tensor) else torch.tensor(x, device="cpu") for x in (nll, kl))
         return Parts(*values)
 
     def _of_traces(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
-        """Negative log-likelihood and KL of one pair of traces."""
+        """The negative log-likelihood and the KL divergence of one pair of traces."""
         nll: Any = 0.0
         kl: Any = 0.0
         for name, site in _samples(model_trace):
@@ -100,43 +112,43 @@ class ClosedFormELBO(ELBO):
                 continue
             if not q["infer"].get("is_auxiliary"):
                 raise ValueError(
-                    f"the site {name!r} of the guide is not in the model; a site that other sites "
-                    'of the guide are computed from is marked by infer={"is_auxiliary": True}'
+                    f"the site {name!r} of the guide is not in the model; if other sites of the "
+                    'guide are computed from it, mark it with infer={"is_auxiliary": True}'
                 )
             _check_reparameterized(name, q)
             kl = kl + self._total(q["fn"].log_prob(q["value"]), q, q)
         return nll, kl
 
     def _total(self, values: Any, weighed_as: Any, site: Any) -> Tensor:
-        """The sum of the values of a site with its scale and mask, after a check of their shape."""
+        """Check the shape of the values of a site, and sum them with its scale and mask."""
         if is_validation_enabled():
             for checked in (site, weighed_as):
                 check_site_shape({**checked, "log_prob": values}, self.max_plate_nesting)
         return scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a scalar tensor to differentiate, the mean over `num_particles` draws."""
+        """The negative ELBO as a differentiable scalar tensor, averaged over the draws."""
         return self.parts(model, guide, *args, **kwargs).loss
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number."""
+        """The negative ELBO as a number."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number; its gradients are added to those of the parameters."""
+        """The negative ELBO as a number. Its gradients are accumulated in the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return float(loss.detach())
 
 
 def _samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The sample sites of a trace, by name."""
+    """The sample sites of a trace with their names."""
     return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
 
 
 def _divergence(q: Any, p: Any) -> Tensor:
-    """The KL divergence; of distributions that a plate has copied it is summed once."""
+    """The KL divergence. For distributions that a plate has expanded, events are summed once."""
     events = getattr(q, "reinterpreted_batch_ndims", 0)
     if not (isinstance(q, Independent) and isinstance(p, Independent)) or (
         events != p.reinterpreted_batch_ndims
@@ -154,5 +166,5 @@ def _check_reparameterized(name: str, site: Any) -> None:
     if not site["fn"].has_rsample:
         raise NotImplementedError(
             f"the posterior of site {name!r} is not reparameterized "
-            f"({type(site['fn']).__name__} has no rsample), so its gradients would be wrong"
+            f"({type(site['fn']).__name__} has no rsample), so the gradients would be wrong"
         )

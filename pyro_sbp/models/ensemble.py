@@ -1,4 +1,4 @@
-"""The posterior predictive of a gated network, an ensemble over draws of theta."""
+"""The posterior predictive distribution of a gated network, as an ensemble over draws of theta."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ __all__ = ["Ensemble"]
 
 
 class Ensemble:
-    """The networks that draws of theta make of a gated network.
+    """An ensemble of networks, one for each posterior draw of theta.
 
-    Called on an input it gives the logarithms of the predictive probabilities ``[batch, classes]``,
-    which are the mean over the draws; they can take the place of logits. The draws are made once,
-    so that every example is seen by the same networks. The network is called in evaluation mode.
+    Called on an input, it returns the log predictive probabilities ``[batch, classes]``, where the
+    probabilities are averaged over the draws. They can be used as logits. Theta is drawn once, when
+    the ensemble is made, so that all inputs pass through the same networks. The network is called
+    in evaluation mode.
 
     Args:
         model: the gated network.
-        guide: its posterior, also an `AutoGuideList` that has a guide for further sites of the
-            likelihood.
+        guide: its guide. If the likelihood has latent sites, an `AutoGuideList` with a guide for
+            them.
         example_input: an input of the network.
         num_samples: the number of draws.
 
     Attributes:
-        draws: from site name to a tensor ``[num_samples, *site shape]``; of a gate
+        draws: from site name to a tensor ``[num_samples, *site shape]``. For a gate the shape is
             ``[num_samples, units]``.
-        mean: from site name to its value in the deterministic network, E[theta] of a gate; of a
-            site whose guide gives no mean, the median.
+        mean: from site name to its value in the deterministic network. This is E[theta] for a gate,
+            and the median for a site whose guide has no mean.
 
     Raises:
         ValueError: `num_samples` is less than 1.
@@ -60,7 +61,7 @@ class Ensemble:
         return len(next(iter(self.draws.values())))
 
     def __call__(self, x: Any) -> Tensor:
-        """The logarithms of the predictive probabilities of an input, ``[batch, classes]``.
+        """The log predictive probabilities for an input, ``[batch, classes]``.
 
         Raises:
             ValueError: the likelihood of the model is not categorical.
@@ -69,8 +70,7 @@ class Ensemble:
         return members.logsumexp(0) - math.log(len(members))
 
     def deterministic(self, x: Any) -> Tensor:
-        """The logarithms of the probabilities ``[batch, classes]`` of the network with the noise at
-        its mean.
+        """The log probabilities ``[batch, classes]`` of the network with the noise at its mean.
 
         Raises:
             ValueError: the likelihood of the model is not categorical.
@@ -79,35 +79,41 @@ class Ensemble:
             return _log_probabilities(self._likelihood(x, self.mean))
 
     def log_likelihood(self, x: Any, y: Tensor) -> Tensor:
-        """The log density of every label under every draw, ``[num_samples, batch]``, in nats.
+        """The log density in nats of every label under every draw, ``[num_samples, batch]``.
 
-        The negative log-likelihood of an example under the posterior predictive is the logarithm of
-        the number of draws less the `logsumexp` over them. ArviZ takes it as
+        The negative log-likelihood of an example under the posterior predictive distribution is
+        ``log(num_samples) - value.logsumexp(0)``. Pass the value to ArviZ as
         ``log_likelihood={"obs": value[None].numpy()}``.
+
+        Args:
+            x: the input of the network.
+            y: the labels, as for the likelihood of the model.
         """
         return torch.stack([fn.log_prob(y) for fn in self._likelihoods(x)])
 
     def compare(
         self, batches: Iterable[tuple[Any, Tensor]], **networks: Callable[..., Tensor]
     ) -> dict[str, Measured]:
-        """Error, negative log-likelihood and calibration of the ensemble, of the deterministic
-        network, and of others, on the same data.
+        """Compare the ensemble, the deterministic network and other networks on the same data.
 
         Args:
             batches: pairs of an input and labels ``[batch]``, such as a `DataLoader` of test data.
-            networks: further networks or functions from inputs to logits, by name, such as
+            networks: other networks, or functions from inputs to logits, by name, such as
                 ``pruned=small``. Modules are called in evaluation mode.
 
         Returns:
-            The values by name, ``ensemble``, ``deterministic``, and the names of `networks`.
+            The error, the negative log-likelihood and the calibration, for ``"ensemble"``,
+            ``"deterministic"`` and each name of `networks`.
 
         Raises:
             ValueError: the likelihood of the model is not categorical, there is no batch, or a
-                network has a name of the two.
+                network is named "ensemble" or "deterministic".
         """
         taken = {"ensemble", "deterministic"} & set(networks)
         if taken:
-            raise ValueError(f"a network is named {taken.pop()!r}, as one of this method: rename")
+            raise ValueError(
+                f"a network is named {taken.pop()!r}, which is a reserved name: rename it"
+            )
         own: dict[str, Callable[..., Tensor]] = {
             "ensemble": self,
             "deterministic": self.deterministic,
@@ -123,11 +129,11 @@ class Ensemble:
             for x, y in batches:
                 count += len(y)
                 for name, net in all_of_them.items():
-                    # Not `call` for our own, which hand the input on as it is.
+                    # The two networks of this class unpack the input themselves.
                     logits = call(net, x) if name in networks else net(x)
                     totals[name] += sums(logits, y).cpu()
         if not count:
-            raise ValueError("there is no batch to measure networks on")
+            raise ValueError("there is no batch: batches is empty")
         return {name: measured(total, count) for name, total in totals.items()}
 
     def _likelihoods(self, x: Any) -> list[Any]:
@@ -140,7 +146,7 @@ class Ensemble:
 
     def _likelihood(self, x: Any, sites: Mapping[str, Tensor]) -> Any:
         theta = {gate.name: sites[gate.name] for gate in self.model.gates}
-        # A likelihood may have sites of its own, such as a scale.
+        # A likelihood may have latent sites, such as a scale.
         return poutine.condition(self.model.likelihood, data=dict(sites))(
             self.model.gated(x, theta)
         )
@@ -149,8 +155,8 @@ class Ensemble:
 def _log_probabilities(likelihood: Any) -> Tensor:
     if not isinstance(likelihood, dist.Categorical):
         raise ValueError(
-            f"the likelihood is {type(likelihood).__name__}; probabilities of classes are those of "
-            "a Categorical: for another likelihood use log_likelihood"
+            f"the likelihood is {type(likelihood).__name__}; expected Categorical, which has "
+            "probabilities of classes: for other likelihoods use log_likelihood"
         )
     logits: Tensor = likelihood.logits
     return logits.log_softmax(-1)
@@ -158,7 +164,7 @@ def _log_probabilities(likelihood: Any) -> Tensor:
 
 @torch.no_grad()
 def _means(guide: Any, example_input: Any) -> dict[str, Tensor]:
-    """The mean of every site of a guide; the median where it gives no mean."""
+    """The mean of every site of a guide, or the median if its guide has no mean."""
     values: dict[str, Tensor] = {}
     parts: list[Any] = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     for part in parts:

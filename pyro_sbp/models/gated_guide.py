@@ -24,40 +24,41 @@ from pyro_sbp.models.truncated_guide import (
 __all__ = ["TruncatedLogNormalGuide"]
 
 _PRIORS = (TruncatedLogUniform, TruncatedLogNormal)
-#: How far loc may leave the support of log theta, and the range of log scale: the box in which the
-#: numerics of the truncated normal are proven.
+#: How far loc may lie outside the support of log theta, and the range of log scale. In this range
+#: the numerics of the truncated normal distribution have been verified.
 LOC_MARGIN = 5.0
 LOG_SCALE_RANGE = (-10.0, 5.0)
-#: Initial location and log scale of log theta.
+#: The initial location and log scale of log theta.
 INIT_LOC, INIT_LOG_SCALE = 0.0, -5.0
 
 
 class TruncatedLogNormalGuide(TruncatedGuide):
-    """Independent truncated log-normal posteriors (arXiv 1705.07283), one per element.
+    """A mean-field guide with truncated log-normal posteriors (arXiv 1705.07283).
 
-    The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
-    before the first step and a state dict loads at any time. Every call first puts them back into
-    the box loc in [log_low - 5, log_high + 5], log scale in [-10, 5] or up to `max_log_scale`.
+    Every element of every site has an independent posterior. The parameters `locs` and `log_scales`
+    are created in the constructor. So an optimizer can be made before the first step, and a state
+    dict can be loaded at any time. Every call first clamps them: loc to [log_low - 5,
+    log_high + 5], and log scale to [-10, `max_log_scale`].
 
     Args:
         model: a `GatedModel`, or any Pyro model whose latent sites all have a `TruncatedLogUniform`
-            or `TruncatedLogNormal` prior with constant bounds (hide other sites with
-            `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
-        example_args: arguments on which a general model is run twice, to find its sites and which
-            priors are learned; a `GatedModel` needs none.
-        init_loc: the initial location of log theta, a number or a tensor that broadcasts to a site,
-            for all sites or for each by name.
-        init_log_scale: the initial log scale of log theta, likewise.
-        max_log_scale: the largest log scale, at most 5. By default it is 5 for a `GatedModel`, or
-            the log of its `prior_scale`, and otherwise the log of the width of the support: a
-            wider posterior is flat, and its gradient does not lead back.
-        init_loc_fn: from a site of the model to the initial value of theta, as of Pyro's
-            autoguides (`pyro.infer.autoguide.initialization`), in place of `init_loc`.
+            or `TruncatedLogNormal` prior with constant bounds. Hide other sites with
+            `pyro.poutine.block`, and combine guides in an `AutoGuideList`.
+        example_args: arguments of the model. A general model is run twice on them, to find its
+            sites and to find out which priors are learned. A `GatedModel` needs none.
+        init_loc: the initial location of log theta: a number or a tensor that broadcasts to the
+            site. It applies to all sites, or is a mapping from site name to the value.
+        init_log_scale: the initial log scale of log theta, in the same format.
+        max_log_scale: the largest log scale, at most 5. The default for a `GatedModel` is 5, or the
+            log of its `prior_scale`. The default for other models is the log of the width of the
+            support: a wider posterior is nearly flat, and its gradient vanishes.
+        init_loc_fn: from a site of the model to the initial value of theta, as in Pyro's autoguides
+            (`pyro.infer.autoguide.initialization`). It replaces `init_loc`.
 
     Raises:
-        ValueError: the model has a latent site with another prior, or none at all;
-            `max_log_scale` is out of [-10, 5]; an initial value names no site or does not fit its
-            shape; or `init_loc` and `init_loc_fn` are both given.
+        ValueError: the model has a latent site with another prior, or has no latent site;
+            `max_log_scale` is not in [-10, 5]; an initial value is for an unknown site or does not
+            fit its shape; or `init_loc` and `init_loc_fn` are both given.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class TruncatedLogNormalGuide(TruncatedGuide):
         if max_log_scale is not None and not least <= max_log_scale <= most:
             raise ValueError(f"max_log_scale is {max_log_scale}; expected a number in [-10, 5]")
         if init_loc is not None and init_loc_fn is not None:
-            raise ValueError("give init_loc or init_loc_fn, not both")
+            raise ValueError("init_loc and init_loc_fn are both given; give only one of them")
         init_loc = INIT_LOC if init_loc is None else init_loc
         if isinstance(model, GatedModel):
             priors: dict[str, Any] = {g.name: model.prior(g.name).to_event(1) for g in model.gates}
@@ -86,8 +87,8 @@ class TruncatedLogNormalGuide(TruncatedGuide):
             base = base_of(prior)
             if not isinstance(base, _PRIORS):
                 raise ValueError(
-                    f"site {name!r} has the prior {type(base).__name__}; this guide is for "
-                    "TruncatedLogUniform and TruncatedLogNormal sites: hide the others with "
+                    f"site {name!r} has the prior {type(base).__name__}; this guide supports only "
+                    "TruncatedLogUniform and TruncatedLogNormal: hide other sites with "
                     "pyro.poutine.block"
                 )
             shape, like = self._full_shape(name, prior), base.log_low
@@ -113,7 +114,7 @@ class TruncatedLogNormalGuide(TruncatedGuide):
         return TruncatedLogNormal(loc, scale, low, high)
 
     def _joint_posteriors(self) -> dict[str, TruncatedLogNormal]:
-        """The posteriors of a `GatedModel`, which draw and compute together."""
+        """The posteriors of a `GatedModel`, which share their computations."""
         bounds = {(box.low, box.high) for box in self._boxes.values()}
         if len(bounds) > 1:
             return self.posteriors()
@@ -122,13 +123,13 @@ class TruncatedLogNormalGuide(TruncatedGuide):
         return dict(zip(self._boxes, whole.split([len(loc) for loc in locs]), strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site from its posterior, with the arguments of the model."""
+        """Sample every site from its posterior. The arguments are those of the model."""
         if isinstance(self.model, GatedModel):
             return self.model.sample_sites(self._joint_posteriors().__getitem__, *args[:1])
         return super().forward(*args, **kwargs)
 
     def priors(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The prior of every site, as `TruncatedGuide.priors` has it."""
+        """The prior of every site, see `TruncatedGuide.priors`."""
         if isinstance(self.model, GatedModel):
             return {name: self.model.prior(name) for name in self._boxes}
         return super().priors(*args, **kwargs)

@@ -30,38 +30,39 @@ from pyro_sbp.models.sites import (
 __all__ = ["GatedModel", "theta_prior", "widest"]
 
 
-#: The support of log theta in the paper's experiments (arXiv 1705.07283, section 5).
+#: The support of log theta in the experiments of the paper (arXiv 1705.07283, section 5).
 LOG_LOW, LOG_HIGH = -20.0, 0.0
 
 
 class GatedModel(CopiedUnderOwnName, PyroModule):
     """A network with multiplicative noise on its units, as a Pyro model of labelled data.
 
-    Every gate is a sample site of its name and shape ``[units]`` with a truncated log-uniform prior
-    (arXiv 1705.07283), or one that leans to zero; the labels are the site ``obs``. Called as
-    ``model(x, y)`` on a minibatch, whose log-likelihood counts for all of the data, or as
-    ``model(x)`` to predict.
+    Every gate is a sample site with the name of the gate and the shape ``[units]``. Its prior is
+    truncated log-uniform (arXiv 1705.07283), or truncated log-normal if `prior_scale` is given. The
+    labels are the site ``obs``. Call ``model(x, y)`` on a minibatch to observe the labels, whose
+    log-likelihood is scaled to the whole data set. Call ``model(x)`` to sample labels.
 
     Args:
-        net: the network; its parameters are shared, not copied.
-        gates: where noise stands, from `find_gates`.
-        num_data: how many examples the whole data set has.
-        noise_per: "batch" draws theta once for the minibatch, for weights or inputs of readers;
-            "example" draws it for every example, which has less variance and costs more. The input
-            then needs the batch in dimension 0.
-        likelihood: from the network's output to the distribution of the labels, with
+        net: the network. Its parameters are shared, not copied.
+        gates: its gates, from `find_gates`.
+        num_data: the number of examples in the whole training set.
+        noise_per: "batch" draws theta once for a minibatch. "example" draws theta for every
+            example, which reduces the variance of the gradient but takes longer. The input must
+            then have the batch in dimension 0.
+        likelihood: from the output of the network to the distribution of the labels, with the
             ``batch_shape`` ``[batch]``.
-        kl_scale: the weight of the KL of every gate, or of each by name (1 where it is not named).
-            With weights other than 1 the loss is not the negative ELBO; with one under 1 it is no
-            bound on the evidence either.
-        prior_scale: None for the truncated log-uniform prior; a number for a truncated log-normal
-            one whose mode is the lower bound, log theta = -20, and whose scale it is: the smaller,
-            the nearer to a point mass there, the larger, the nearer to the log-uniform.
+        kl_scale: the weight of the KL divergence: a number for all gates, or a mapping from gate
+            name to the weight (1 for gates that are not named). If a weight differs from 1, the
+            loss is not the negative ELBO. If a weight is less than 1, the loss is not an upper
+            bound on the negative log evidence.
+        prior_scale: None for the truncated log-uniform prior. A number gives a truncated log-normal
+            prior of this scale, whose mode is the lower bound, log theta = -20. A small scale is
+            close to a point mass at the lower bound, a large one to the log-uniform prior.
 
     Raises:
-        ValueError: there are no gates, `num_data`, `noise_per`, `kl_scale` or `prior_scale` is out
-            of range, `kl_scale` names no gate, or a gate has a name of the model's own: data,
-            noise, obs.
+        ValueError: there are no gates; `num_data`, `noise_per`, `kl_scale` or `prior_scale` is out
+            of range; `kl_scale` names an unknown gate; or a gate has the name of another site or
+            plate of the model: data, noise, obs.
     """
 
     def __init__(
@@ -80,10 +81,14 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
             raise ValueError(f'noise_per is {noise_per!r}; expected "batch" or "example"')
         if not gates:
             why = f": {gates.reasons()}" if isinstance(gates, Gates) else ""
-            raise ValueError(f"there are no gates; gates.left_alone of find_gates says why{why}")
+            raise ValueError(
+                f"there are no gates; find_gates(...).not_prunable has the reasons{why}"
+            )
         taken = {"data", "noise", "obs"} & {gate.name for gate in gates}
         if taken:
-            raise ValueError(f"a gate is named {taken.pop()!r}, as a site of the model is: rename")
+            raise ValueError(
+                f"a gate is named {taken.pop()!r}, which the model uses: rename its layer"
+            )
         if prior_scale is not None and not 0 < prior_scale < float("inf"):
             raise ValueError(f"prior_scale is {prior_scale}; expected a number > 0, or None")
         self.gated = GatedNetwork(net, gates)
@@ -97,11 +102,13 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         self._priors: dict[Any, Any] = {}
 
     def sample_sites(self, distribution: Callable[[str], Any], x: Any) -> dict[str, Tensor]:
-        """Sample theta of every gate; model and guide share it, and with it plates and weights.
+        """Sample theta of every gate, within the plates and with the weights of the model.
+
+        The model and the guide both call it.
 
         Args:
             distribution: from the name of a gate to a distribution of batch shape ``[units]``.
-            x: the network's input.
+            x: the input of the network.
 
         Returns:
             From gate name to theta, ``[units]`` or ``[batch, units]``.
@@ -118,8 +125,8 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         return theta
 
     def prior(self, name: str) -> TruncatedLogUniform | TruncatedLogNormal:
-        """The prior of a gate's theta, of batch shape ``[units]``."""
-        # Not `self.gated`: Pyro would record all parameters of the network at every access.
+        """The prior of theta of one gate, of batch shape ``[units]``."""
+        # Not `self.gated`, because Pyro would record all parameters of the network at every access.
         like = next(self._modules["gated"].parameters())  # type: ignore[union-attr]
         modes = torch.get_default_dtype(), torch.is_inference_mode_enabled()
         key = name, self.prior_scale, like.device, Distribution._validate_args, *modes
@@ -128,14 +135,22 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         return self._priors[key]
 
     def forward(self, x: Any, y: Any = None) -> Any:
-        """Sample theta, call the network, and sample or observe the labels, which are returned.
+        """Sample theta, call the network, and sample or observe the labels.
 
-        Several draws of theta at once, as of `Predictive(parallel=True)` or of an ELBO that
-        vectorizes its particles, call the network once for each.
+        If there are several draws of theta at once (`Predictive(parallel=True)`, or an ELBO with
+        vectorized particles), the network is called once for each draw.
+
+        Args:
+            x: the input of the network: a tensor, a tuple of positional arguments, or a mapping of
+                named arguments.
+            y: the labels, or None to sample them.
+
+        Returns:
+            The labels, of batch shape ``[batch]``.
         """
         theta = self.sample_sites(self.prior, x)
-        # In front of the units: the batch, and plates of draws outside of it. Predictive leaves the
-        # batch out if it is of one row.
+        # The dimensions before the units are the plates of draws, and then the batch. Predictive
+        # omits a batch of one row.
         outside = list(next(iter(theta.values())).shape[:-1])
         draws = outside[:-1]
         if self.noise_per == "batch" and len(outside) == 1:
@@ -148,7 +163,7 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
 def theta_prior(
     scale: float | None, size: int, like: Tensor
 ) -> TruncatedLogUniform | TruncatedLogNormal:
-    """The prior of the theta of `size` units, on the device of `like`, by its `prior_scale`."""
+    """The prior of theta of `size` units for a `prior_scale`, on the device of `like`."""
     low, high = (torch.full((), bound, device=like.device) for bound in (LOG_LOW, LOG_HIGH))
     if scale is None:
         return TruncatedLogUniform(low, high).expand([size])
@@ -157,5 +172,5 @@ def theta_prior(
 
 
 def widest(prior_scale: float | None) -> float:
-    """The largest log scale that a posterior needs: it is no wider than its prior."""
+    """The largest log scale of a posterior, which is not wider than its prior."""
     return 5.0 if prior_scale is None else min(5.0, math.log(prior_scale))

@@ -1,4 +1,4 @@
-"""What a mean-field guide says of its posteriors, site by site."""
+"""Statistics of the posteriors of a mean-field guide, by site."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["SiteStatistics", "check_statistics"]
 
 
 class SiteStatistics:
-    """Statistics of a guide whose `posteriors` gives a distribution over every site's elements."""
+    """Statistics of a guide that has a method `posteriors`."""
 
     def posteriors(self) -> dict[str, Any]:
-        """The posterior of every site, from site name to a distribution over its elements."""
+        """From site name to the posterior of the site, a distribution of the shape of the site."""
         raise NotImplementedError
 
     def _statistic(self, function: Callable[[Any], Tensor]) -> dict[str, Tensor]:
@@ -23,22 +23,22 @@ class SiteStatistics:
             return {name: function(q).detach() for name, q in self.posteriors().items()}
 
     def mean(self) -> dict[str, Tensor]:
-        """The posterior mean of every element, by site."""
+        """From site name to the posterior mean of every element."""
         return self._statistic(lambda q: q.mean)
 
     def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratio, mean over standard deviation, of every element, by site."""
+        """From site name to the signal-to-noise ratio of every element, mean / deviation."""
         return self._statistic(lambda q: q.snr)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of every element, by site."""
+        """From site name to the posterior median of every element."""
         return {name: q[0] for name, q in self.quantiles([0.5]).items()}
 
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles, by site: a tensor ``[len(quantiles), *site shape]``.
+        """From site name to posterior quantiles, a tensor ``[len(quantiles), *site shape]``.
 
         Args:
-            quantiles: a list or tensor of probabilities between 0 and 1.
+            quantiles: a list or a tensor of probabilities between 0 and 1.
         """
 
         def of(q: Any) -> Tensor:
@@ -49,9 +49,9 @@ class SiteStatistics:
 
 
 def check_statistics(guide: Any) -> None:
-    """Raise ValueError unless a guide has the mean and the signal-to-noise ratio of its sites."""
+    """Raise ValueError if a guide lacks the methods `mean` and `snr`."""
     if not all(callable(getattr(guide, name, None)) for name in ("mean", "snr")):
         raise ValueError(
-            f"{type(guide).__name__} has no mean() and snr() by site, which decide what is kept: "
-            "use TruncatedLogNormalGuide, or choose theta yourself and call shrink"
+            f"{type(guide).__name__} has no methods mean() and snr(), which pruning needs: use "
+            "TruncatedLogNormalGuide, or choose theta yourself and call shrink"
         )

@@ -1,4 +1,4 @@
-"""What Pyro models of networks share: names, plates, weights of sample sites."""
+"""Functions that the Pyro models of networks share: names, plates and weights of sample sites."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
 
 
 def categorical(logits: Tensor) -> dist.Categorical:
-    """The likelihood of class labels ``[batch]`` under logits ``[batch, classes]``."""
-    # The log of a sum loses too much in bfloat16.
+    """The likelihood of class labels ``[batch]`` for logits ``[batch, classes]``."""
+    # logsumexp in bfloat16 is not accurate enough.
     return dist.Categorical(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
@@ -37,26 +37,26 @@ _numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def unique_name(kind: str) -> str:
-    """A name for a root `PyroModule` that no other one has.
+    """A unique name for a root `PyroModule`.
 
-    Pyro's parameter store keeps parameters by name: a second module of the same name would silently
-    take over the values of the first, and leave an optimizer with tensors that nobody uses.
+    The parameter store of Pyro stores parameters by name. A second module with the same name would
+    silently take the values of the first one, and its optimizer would update unused tensors.
     """
     number = next(_numbers[kind])
     return f"{kind}_{number}" if number else kind
 
 
 class CopiedUnderOwnName:
-    """A root `PyroModule` whose copies, by `copy` or from a file, have a name of their own.
+    """A root `PyroModule` whose copies, made by `copy` or loaded from a file, have unique names.
 
-    The parameter store would otherwise take the parameters of the copy for those of the original.
+    With the same name, the parameter store would confuse the parameters of copy and original.
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not that of `AutoGuide`, which empties the object that is copied.
+        # Not that of `AutoGuide`, which clears the object that is copied.
         module: Any = self
         for parameter in module.parameters():
-            # A weak reference that Pyro's parameter store sets at every access; it has no copy.
+            # A weak reference, which cannot be copied. Pyro sets it again at every access.
             vars(parameter).pop("unconstrained", None)
         return self.__dict__.copy()
 
@@ -68,31 +68,34 @@ class CopiedUnderOwnName:
 
 
 def check_num_data(num_data: int) -> None:
-    """Raise ValueError unless this can be the size of a data set."""
+    """Raise ValueError if `num_data` is less than 1."""
     if num_data < 1:
         raise ValueError(f"num_data is {num_data}; expected the size of the data set")
 
 
 @contextmanager
 def weighted(weight: float) -> Iterator[None]:
-    """Weigh the sites inside; a weight of 0, which `poutine.scale` refuses, masks them out."""
+    """A context that weights sites. A weight of 0, which `poutine.scale` refuses, masks them."""
     with poutine.mask(mask=False) if weight == 0 else poutine.scale(scale=weight):
         yield
 
 
 def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int] = ()) -> Any:
-    """Sample or observe the labels of a minibatch `x`, which count for all of the data.
+    """Sample or observe the labels of a minibatch, scaled to the whole data set.
 
     Args:
         likelihood: the distribution of the labels, of batch shape ``[*draws, batch]``.
         num_data: the size of the data set.
-        x: the minibatch, with the batch in dimension 0.
+        x: the input of the minibatch, with the batch in dimension 0.
         y: its labels, or None to sample them.
         draws: the shape of the draws of theta, if there are several.
 
+    Returns:
+        The labels.
+
     Raises:
-        ValueError: likelihood or labels have further dimensions, which would be broadcast to a
-            likelihood of every label under every example.
+        ValueError: the likelihood or the labels have too many dimensions. Broadcasting would then
+            pair every label with every example.
     """
     size = len(next(tensors_of(x)))
     batch, event = list(likelihood.batch_shape), len(likelihood.event_shape)
@@ -104,7 +107,7 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
     if isinstance(y, Tensor) and y.ndim - event > 1:
         expected = [size, *likelihood.event_shape]
         raise ValueError(f"the labels have shape {list(y.shape)}; expected {expected}")
-    # Not `subsample_size`, which would draw a permutation of all data at every step.
+    # Not `subsample_size`, because it would draw a permutation of all data at every step.
     with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
         return pyro.sample("obs", likelihood, obs=y)
 
@@ -112,16 +115,21 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
 def scales_of(
     names: Sequence[str], kl_scale: float | Mapping[str, float], kind: str = "gate"
 ) -> dict[str, float]:
-    """The weight of the KL of every site.
+    """From site name to the weight of the KL divergence of the site.
+
+    Args:
+        names: the names of the sites.
+        kl_scale: a weight for all sites, or a mapping from names to weights.
+        kind: what a site is, for messages.
 
     Raises:
-        ValueError: one is negative or not finite, or `kl_scale` names no site.
+        ValueError: a weight is negative or not finite, or `kl_scale` names an unknown site.
     """
     given = kl_scale if isinstance(kl_scale, Mapping) else dict.fromkeys(names, kl_scale)
     for name, value in given.items():
         if name not in names:
             raise ValueError(
-                f"kl_scale names the {kind} {name!r}; the {kind}s are {', '.join(names)}"
+                f"kl_scale names an unknown {kind} {name!r}; the {kind}s are {', '.join(names)}"
             )
         if not 0 <= value < float("inf"):
             raise ValueError(f"kl_scale of {kind} {name!r} is {value}; expected a number >= 0")

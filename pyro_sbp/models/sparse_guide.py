@@ -1,4 +1,4 @@
-"""The mean-field normal posterior of weights."""
+"""The mean-field guide of a `SparseModel`, with normal posteriors of the weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ __all__ = ["AdditiveNormalGuide"]
 class AdditiveNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     """Independent normal posteriors of the weights of a `SparseModel` (arXiv 1701.05369).
 
-    Its parameters are the model's: the weights of the network are the means, and the log variances
-    lie beside them. Every call first raises the variances that are under their range.
+    The parameters belong to the model: the weights of the network are the means, and
+    ``model.noisy`` has the log variances. Every call first raises log variances that are below
+    their range.
 
     Args:
         model: the model.
@@ -31,7 +32,7 @@ class AdditiveNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         self._pyro_name = unique_name(type(self).__name__)
 
     def posteriors(self) -> dict[str, AdditiveNormal]:
-        """The posterior of every layer's weight, by the layer's name."""
+        """From the name of a layer to the posterior of its weight."""
         return self._posteriors(self.model.noisy.in_range())
 
     def _posteriors(self, log_variances: dict[str, Tensor]) -> dict[str, AdditiveNormal]:
@@ -40,12 +41,12 @@ class AdditiveNormalGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         return {n: AdditiveNormal(w, log_variances[n], local) for n, w in means.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site from its posterior: of local noise, its mean."""
+        """Sample every site from its posterior. With local noise, the samples are the means."""
         log_variances = self.model.noisy.in_range()
-        self.model.hand_on(log_variances)
+        self.model.set_log_variances(log_variances)
         return self.model.sample_sites(self._posteriors(log_variances).__getitem__)
 
     def kl(self) -> dict[str, Tensor]:
-        """The KL divergence from posterior to prior of every weight in nats, by site."""
+        """From layer name to the KL divergence from posterior to prior of every weight, in nats."""
         posteriors = self.posteriors()
         return {n: kl_divergence(q, self.model.prior(n)).detach() for n, q in posteriors.items()}

@@ -1,4 +1,4 @@
-"""A network with noise on its weights as a Pyro model: sparse variational dropout."""
+"""A network with noise on its weights, as a Pyro model (sparse variational dropout)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.distributions import ImproperLogUniform
 from pyro_sbp.models.sites import (
     CopiedUnderOwnName,
@@ -26,7 +27,7 @@ __all__ = ["SparseModel"]
 
 
 class _Once:
-    """A value that copies and files of its owner do not have."""
+    """A value that is dropped when its owner is copied or saved."""
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
@@ -36,32 +37,37 @@ class _Once:
 
 
 class SparseModel(CopiedUnderOwnName, PyroModule):
-    """A network with normal posteriors on its weights, as a Pyro model of labelled data.
+    """A network with noise on its weights, as a Pyro model of labelled data.
 
-    The weight of every dense and convolutional layer is a sample site of the layer's name with an
-    improper log-uniform prior (arXiv 1701.05369); the labels are the site ``obs``. Called as
-    ``model(x, y)`` on a minibatch, whose log-likelihood counts for all of the data, or as
-    ``model(x)`` to predict. The network is not changed: noise enters where it calls its layers.
+    The weight of every dense and convolutional layer is a sample site with the name of the layer
+    and an improper log-uniform prior (arXiv 1701.05369). The labels are the site ``obs``. Call
+    ``model(x, y)`` on a minibatch to observe the labels, whose log-likelihood is scaled to the
+    whole data set. Call ``model(x)`` to sample labels. The network itself is not changed: calls of
+    its layers are intercepted.
 
     Args:
-        net: the network; its parameters are shared, and its weights are the posterior's means.
-        example_input: a batch of its inputs, on which it is called once.
-        num_data: how many examples the whole data set has.
-        noise: "local" draws the layers' outputs, for every example, from what the weights'
-            posterior makes of them (local reparameterization); the sites then hold the means.
-            "weight" draws every weight once for the minibatch; gradients have more variance.
-        likelihood: from the network's output to the distribution of the labels, with
+        net: the network. Its parameters are shared, and its weights are the posterior means.
+        example_input: an input of the network, on which it is called once.
+        num_data: the number of examples in the whole training set.
+        noise: "local" draws the outputs of the layers for every example, from the distribution that
+            the posterior of the weights implies (local reparameterization). The sites are then the
+            means of the weights. "weight" draws every weight once for a minibatch, which gives
+            gradients of higher variance.
+        likelihood: from the output of the network to the distribution of the labels, with the
             ``batch_shape`` ``[batch]``.
-        kl_scale: the weight of the KL of every layer, or of each by name (1 where not named).
-        exact_kl: take the exact divergence, else the paper's approximation.
+        kl_scale: the weight of the KL divergence: a number for all layers, or a mapping from layer
+            name to the weight (1 for layers that are not named).
+        exact_kl: whether to compute the exact KL divergence instead of the approximation of the
+            paper.
         init_log_scale: the initial log standard deviation of every weight.
 
     Attributes:
-        left_alone: the layers whose weights have no noise, and why.
+        not_prunable: from the name of each layer whose weight has no noise to the reason.
 
     Raises:
-        ValueError: no layer can have noise, `num_data`, `noise` or `kl_scale` is out of range,
-            `kl_scale` names no layer, or a layer has a name of the model's own: data, obs.
+        ValueError: no layer can have noise; `num_data`, `noise` or `kl_scale` is out of range;
+            `kl_scale` names an unknown layer; or a layer has the name of another site or plate of
+            the model: data, obs.
     """
 
     def __init__(
@@ -79,12 +85,14 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         check_num_data(num_data)
         if noise not in ("local", "weight"):
             raise ValueError(f'noise is {noise!r}; expected "local" or "weight"')
-        layers, self.left_alone = find_weights(net, example_input)
+        layers, self.not_prunable = find_weights(net, example_input)
         if not layers:
-            raise ValueError(f"no layer of {type(net).__name__} can be sparse: {self.left_alone}")
+            raise ValueError(
+                f"no layer of {type(net).__name__} can have noise: {self.not_prunable}"
+            )
         taken = {"data", "obs"} & set(layers)
         if taken:
-            raise ValueError(f"a layer is named {taken.pop()!r}, as a site of the model is: rename")
+            raise ValueError(f"a layer is named {taken.pop()!r}, which the model uses: rename it")
         self.noisy = NoisyWeights(net, list(layers), init_log_scale)
         self.num_data = num_data
         self.noise = noise
@@ -93,16 +101,26 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         self._handed_on = _Once()
         self.kl_scale = scales_of(list(layers), kl_scale, "layer")
 
+    left_alone = renamed_attribute("SparseModel", "left_alone", "not_prunable")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_new_names(state, {"left_alone": "not_prunable"}))
+
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers whose weights are sample sites, by name."""
+        """The names of the layers whose weights are sample sites."""
         return self.noisy.layers
 
     def sample_sites(self, distribution: Callable[[str], Any]) -> dict[str, Tensor]:
-        """Sample the weights of every layer; model and guide share it, and with it KL weights.
+        """Sample the weight of every layer, with the weights of the KL divergences.
+
+        The model and the guide both call it.
 
         Args:
-            distribution: from the name of a layer to a distribution of its weight's shape.
+            distribution: from the name of a layer to a distribution of the shape of its weight.
+
+        Returns:
+            From the name of a layer to its weight.
         """
         weights = {}
         for name in self.layers:
@@ -112,28 +130,46 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         return weights
 
     def prior(self, name: str) -> ImproperLogUniform:
-        """The prior of a layer's weights, of batch shape that of its weight."""
+        """The prior of the weight of a layer, with the shape of the weight as batch shape."""
         weight = self.noisy.net.get_parameter(f"{name}.weight")
         return ImproperLogUniform(weight.shape, self.exact_kl, start=weight)
 
-    def hand_on(self, log_variances: dict[str, Tensor]) -> None:
-        """Take over what the guide has computed, for the one call that follows it."""
+    def set_log_variances(self, log_variances: dict[str, Tensor]) -> None:
+        """Reuse the log variances that the guide has computed, in the next call only.
+
+        Args:
+            log_variances: from the name of a layer to a tensor of the shape of its weight, from
+                `NoisyWeights.in_range`.
+        """
         self._handed_on = _Once((self._state(), log_variances))
 
+    def hand_on(self, log_variances: dict[str, Tensor]) -> None:
+        """Deprecated name of `set_log_variances`."""
+        warn_renamed("SparseModel.hand_on", "set_log_variances")
+        self.set_log_variances(log_variances)
+
     def _state(self) -> tuple[Any, ...]:
-        """What changes with the parameters, and with whether there are gradients."""
+        """A key that changes with the parameters, and with whether gradients are enabled."""
         versions = (parameter._version for parameter in self.noisy.parameters())
         return (torch.is_grad_enabled(), *versions)
 
     def forward(self, x: Any, y: Any = None) -> Any:
-        """Sample the weights, call the network, and sample or observe the labels, which are
-        returned."""
+        """Sample the weights, call the network, and sample or observe the labels.
+
+        Args:
+            x: the input of the network: a tensor, a tuple of positional arguments, or a mapping of
+                named arguments.
+            y: the labels, or None to sample them.
+
+        Returns:
+            The labels, of batch shape ``[batch]``.
+        """
         weights = self.sample_sites(self.prior)
         for name, mean in self.noisy.means().items():
             if weights[name].shape != mean.shape:
                 raise ValueError(
                     f"the weight of {name!r} has shape {list(weights[name].shape)}; expected "
-                    f"{list(mean.shape)}: SparseModel takes one draw at a time, so use "
+                    f"{list(mean.shape)}: SparseModel supports one draw at a time, so use "
                     "Predictive(parallel=False) and vectorize_particles=False"
                 )
         state, log_variances = self._handed_on.value or (None, None)

@@ -1,4 +1,4 @@
-"""What the mean-field guides of truncated posteriors share."""
+"""The base class of the mean-field guides with truncated posteriors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
     "single_bounds",
 ]
 
-#: An initial value of all sites, or of each by name.
+#: An initial value for all sites, or a mapping from site name to the value.
 Initial = float | Tensor | Mapping[str, float | Tensor]
 
 
 class Box(NamedTuple):
-    """The support of a posterior before `exp`, and the range of its parameters."""
+    """The support of a posterior, before `exp` is applied, and the ranges of its parameters."""
 
     low: float
     high: float
@@ -48,9 +48,9 @@ class Box(NamedTuple):
 class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     """Independent posteriors with a location and a log scale for every element of every site.
 
-    The parameters `locs` and `log_scales` exist from the start, so that an optimizer may be made
-    before the first step and a state dict loads at any time. Every call first puts them back into
-    the box of their site.
+    The parameters `locs` and `log_scales` are created in the constructor. So an optimizer can be
+    made before the first step, and a state dict can be loaded at any time. Every call first clamps
+    them to the `Box` of their site.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -58,11 +58,11 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         self._pyro_name = unique_name(type(self).__name__)
         self.locs, self.log_scales = PyroModule(), PyroModule()
         self._boxes: dict[str, Box] = {}
-        # The priors that are the same at every call; None where a site's prior is not.
+        # From site name to its prior, or None if the prior is not the same in every call.
         self._constant_priors: dict[str, Any] = {}
 
     def _posterior_of(self, loc: Tensor, scale: Tensor, low: float, high: float) -> Any:
-        """A distribution over the elements of a site."""
+        """The posterior of a site, of the shape of its parameters."""
         raise NotImplementedError
 
     def _add(self, name: str, box: Box, loc: Tensor, log_scale: Tensor, event_dim: int) -> None:
@@ -72,7 +72,10 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         _set(self.log_scales, name, log_scale, event_dim)
 
     def _trace_model(self, *args: Any) -> dict[str, Any]:
-        """Run a general model twice: its latent sites by name, and which priors are constant.
+        """Run a general model twice, to find its latent sites and which priors are constant.
+
+        Returns:
+            From name to latent site.
 
         Raises:
             ValueError: there are no latent sites, or the bounds of a site are not constant.
@@ -81,7 +84,7 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         self._setup_prototype(*args)
         sites = dict(self._prototype_sites())
         if not sites:
-            raise ValueError("the model has no latent site to infer")
+            raise ValueError("the model has no latent site, so there is nothing to infer")
         state = get_rng_state()
         again = poutine.block(poutine.trace(self.model).get_trace)(*args)
         set_rng_state(state)
@@ -90,18 +93,18 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             if not _have_constant_bounds(prior, second):
                 raise ValueError(
                     f"site {name!r} has bounds that are learned or depend on other sites; this "
-                    "guide takes constant ones"
+                    "guide supports only constant bounds"
                 )
             self._constant_priors[name] = prior if _is_constant(prior, second) else None
         return sites
 
     def _prototype_sites(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        """The latent sites of a general model, by name, as it was traced once."""
+        """The latent sites of a general model in its prototype trace, with their names."""
         assert self.prototype_trace is not None
         return self.prototype_trace.iter_stochastic_nodes()
 
     def _full_shape(self, name: str, prior: Any) -> list[int]:
-        """The shape of a site over all of its plates, subsampled ones at their full size."""
+        """The shape of a site in all of its plates, where subsampled plates have full size."""
         shape = list(prior.shape())
         if self.prototype_trace is not None:
             for frame in self.prototype_trace.nodes[name]["cond_indep_stack"]:
@@ -109,16 +112,21 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         return shape
 
     def _in_the_box(self, name: str) -> tuple[Tensor, Tensor]:
-        """Location and log scale of a site, put back into the box."""
+        """The location and the log scale of a site, clamped to its box in place."""
         loc, log_scale = _get(self.locs, name), _get(self.log_scales, name)
         box = self._boxes[name]
-        # `detach`, which `torch.jit.trace` records, as it does not `no_grad`.
+        # `torch.jit.trace` records `detach`, but not `no_grad`.
         loc.detach().clamp_(box.least_loc, box.most_loc)
         log_scale.detach().clamp_(box.least_log_scale, box.most_log_scale)
         return loc, log_scale
 
     def set_posteriors(self, posteriors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Set location and log scale of sites, by name; of the shapes that they have."""
+        """Set the parameters of sites.
+
+        Args:
+            posteriors: from site name to the location and the log scale, each of the shape of the
+                site.
+        """
         with torch.no_grad():
             for name, (loc, log_scale) in posteriors.items():
                 _get(self.locs, name).copy_(loc)
@@ -130,11 +138,15 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         return self._posterior_of(loc, log_scale.exp(), box.low, box.high)
 
     def posteriors(self) -> dict[str, Any]:
-        """The posterior of every site, from site name to a distribution over its elements."""
+        """From site name to the posterior of the site, a distribution of the shape of the site."""
         return {name: self._posterior(name) for name in self._boxes}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site from its posterior, with the arguments of the model."""
+        """Sample every site from its posterior. The arguments are those of the model.
+
+        Returns:
+            From site name to the sample.
+        """
         plates = self._create_plates(*args, **kwargs)
         values = {}
         for name, site in self._prototype_sites():
@@ -146,17 +158,17 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
         return values
 
     def kl(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The KL divergence from posterior to prior of every element in nats, by site.
+        """From site name to the KL divergence from posterior to prior of every element, in nats.
 
-        It has no gradient; that of the loss is in `ClosedFormELBO.parts`.
+        The result has no gradient. Use `ClosedFormELBO.parts` to differentiate the loss.
 
         Args:
-            args, kwargs: the arguments of the model. They are needed only if a prior is learned,
-                or depends on other sites of the guide (then the result is that of one draw).
+            args, kwargs: the arguments of the model. They are needed only if a prior is learned or
+                depends on other sites of the guide. In the latter case, the result is for one draw.
 
         Raises:
-            ValueError: the prior of a site is not constant, and the arguments are not given, the
-                prior depends on a site that the guide does not have, or the site is in a subsampled
+            ValueError: the prior of a site is not constant, and the arguments are missing, the
+                prior depends on a site that is not in the guide, or the site is in a subsampled
                 plate.
         """
         with torch.no_grad():
@@ -164,7 +176,7 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             return {name: kl_divergence(q, priors[name]) for name, q in self.posteriors().items()}
 
     def priors(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The prior of every site, from site name to a distribution over its elements.
+        """From site name to the prior of the site, a distribution of the shape of the site.
 
         Args:
             args, kwargs: as for `kl`.
@@ -181,19 +193,19 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
                 if any(bool((x != first[k]).any()) for k, x in _parameters(prior).items()):
                     raise ValueError(
                         f"the prior of site {name!r} differs by element, and the site is in a "
-                        "subsampled plate, so kl() has it for a part of the elements only"
+                        "subsampled plate, so kl() knows only the prior of the subsample"
                     )
                 priors[name] = type(prior)(**{k: x[0] for k, x in first.items()}).expand(shape)
         return priors
 
     def _priors_at(self, names: Sequence[str], args: Any, kwargs: Any) -> dict[str, Any]:
-        """The priors of some sites, for a draw of the guide."""
+        """The priors of some sites for one draw of the guide."""
         if not names:
             return {}
         if not args and not kwargs and self._takes_arguments:
             raise ValueError(
-                f"the prior of site {names[0]!r} is learned or depends on other sites: give kl() "
-                "the arguments of the model"
+                f"the prior of site {names[0]!r} is learned or depends on other sites: call kl() "
+                "with the arguments of the model"
             )
         with poutine.block():
             drawn = poutine.trace(self).get_trace(*args, **kwargs)
@@ -205,29 +217,31 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             if not _equal(priors[name], other):
                 raise ValueError(
                     f"the prior of site {name!r} depends on a site that this guide does not have, "
-                    "so its KL is not known here; ClosedFormELBO has it for a draw of all sites"
+                    "so kl() cannot compute its KL divergence: use ClosedFormELBO instead"
                 )
         return priors
 
 
 def single_bounds(name: str, low: Any, high: Any) -> tuple[float, float]:
-    """The bounds of all elements of a site.
+    """The bounds of a site as two numbers.
 
     Raises:
-        ValueError: they differ by element.
+        ValueError: the bounds differ between elements.
     """
     low, high = (x if isinstance(x, Tensor) else torch.tensor(x, device="cpu") for x in (low, high))
     if bool((low != low.min()).any()) or bool((high != high.min()).any()):
-        raise ValueError(f"site {name!r} has several bounds; this guide takes one pair")
+        raise ValueError(
+            f"the bounds of site {name!r} differ by element; expected one pair of bounds"
+        )
     return float(low.min()), float(high.min())
 
 
 def check_names(given: Initial, sites: Mapping[str, Any]) -> None:
-    """Raise ValueError if initial values are for a site that is not there."""
+    """Raise ValueError if initial values name a site that does not exist."""
     for name in given if isinstance(given, Mapping) else ():
         if name not in sites:
             raise ValueError(
-                f"there is no site {name!r} to set an initial value of; the sites are "
+                f"there is no site {name!r}, for which an initial value is given; the sites are "
                 f"{', '.join(sites)}"
             )
 
@@ -235,7 +249,7 @@ def check_names(given: Initial, sites: Mapping[str, Any]) -> None:
 def initial_value(
     given: Initial, default: Any, name: str, like: Tensor, shape: list[int]
 ) -> Tensor:
-    """The initial values of a site as a new tensor of its shape; the default if it is not named."""
+    """The initial values of a site, or the default if `given` does not name it, as a new tensor."""
     value = given.get(name, default) if isinstance(given, Mapping) else given
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     try:
@@ -248,7 +262,7 @@ def initial_value(
 
 
 def base_of(distribution: Any) -> Any:
-    """The distribution inside `to_event` and `mask`."""
+    """The distribution without `to_event` and `mask`."""
     while isinstance(distribution, (dist.Independent, dist.MaskedDistribution)):
         distribution = distribution.base_dist
     return distribution
@@ -259,19 +273,19 @@ def _parameters(distribution: Any) -> dict[str, Tensor]:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two distributions are the same."""
+    """Whether two distributions have the same type and parameters."""
     theirs = _parameters(second) if type(first) is type(second) else {}
     return bool(theirs) and all(torch.equal(x, theirs[k]) for k, x in _parameters(first).items())
 
 
 def _is_constant(first: Any, second: Any) -> bool:
-    """Whether a prior is the same in two runs of a model, and nothing in it is learned."""
+    """Whether a prior is the same in two runs of a model, without learned parameters."""
     learned = any(x.requires_grad for x in _parameters(first).values())
     return not learned and _equal(first, second)
 
 
 def _have_constant_bounds(first: Any, second: Any) -> bool:
-    """Whether the support of a site is the same in two runs, and is not learned."""
+    """Whether the support of a site is the same in two runs of a model, and not learned."""
     for name in ("lower_bound", "upper_bound"):
         one, other = (getattr(prior.support, name, None) for prior in (first, second))
         if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -283,10 +297,10 @@ def _have_constant_bounds(first: Any, second: Any) -> bool:
 
 
 def _parent(root: PyroModule, name: str) -> tuple[PyroModule, str]:
-    """The module that holds the parameter of a dotted name, which is made, and the last part.
+    """The module that owns the parameter with a dotted name, and the last part of the name.
 
-    Sites may nest (``fc1`` and ``fc1.lora``), so a module can have a parameter and a child of one
-    name, which `getattr` does not tell apart.
+    Missing modules are created. The names of sites may nest (``fc1`` and ``fc1.lora``), so a module
+    can have a parameter and a child with the same name. `getattr` does not distinguish them.
     """
     *path, leaf = name.split(".")
     for part in path:
@@ -301,7 +315,7 @@ def _parent(root: PyroModule, name: str) -> tuple[PyroModule, str]:
 
 
 def _set(root: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
-    """Put a parameter at a dotted name into nested modules, as Pyro's own guides do."""
+    """Register a parameter under a dotted name in nested modules, as the guides of Pyro do."""
     module, leaf = _parent(root, name)
     child = module._modules.pop(leaf, None)  # setting the parameter would delete it
     setattr(module, leaf, PyroParam(value, constraints.real, event_dim))
@@ -310,7 +324,7 @@ def _set(root: PyroModule, name: str, value: Tensor, event_dim: int) -> None:
 
 
 def _get(root: PyroModule, name: str) -> Tensor:
-    """The parameter at a dotted name."""
+    """The parameter with a dotted name."""
     module, leaf = _parent(root, name)
     value: Tensor = getattr(module, leaf)
     return value

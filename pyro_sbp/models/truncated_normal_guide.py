@@ -1,4 +1,4 @@
-"""The mean-field truncated normal posterior of sites whose support is an interval."""
+"""The mean-field guide for sites whose support is an interval, with truncated normal posteriors."""
 
 from __future__ import annotations
 
@@ -24,42 +24,44 @@ from pyro_sbp.models.truncated_guide import (
 
 __all__ = ["TruncatedNormalGuide"]
 
-#: The box in which the numerics are proven is that of a support of width 20.
+#: The numerics have been verified for a support of width 20. Other supports are scaled to it.
 PROVEN_WIDTH = 20.0
 LOC_MARGIN = 5.0
 LOG_SCALE_RANGE = (-10.0, 5.0)
-#: The initial scale, in deviations of the prior, as of Pyro's autoguides for a standard normal.
+#: The initial scale, in standard deviations of the prior. Pyro's autoguides have the same default.
 INIT_SCALE = 0.1
-#: No site has an initial value.
+#: The default: no site has an initial value.
 NOT_GIVEN: Mapping[str, float | Tensor] = MappingProxyType({})
 
 
 class TruncatedNormalGuide(TruncatedGuide):
-    """Independent truncated normal posteriors, one per element, on the support of the prior.
+    """A mean-field guide with truncated normal posteriors on the support of the prior.
 
-    It is for every prior to which the KL divergence is known in closed form: `TruncatedNormal`,
-    `Uniform`, `HalfNormal`, `Exponential` and `Normal`. The parameters `locs` and `log_scales`
-    exist from the start. Every call first puts them back into a box: the location at most a quarter
-    of the width of the support outside of it, and the scale between 2e-6 of the width and the
-    width. With an infinite bound the unit is the standard deviation of the prior: the location at
-    most 5 of them outside of the other bound, and the scale between e^-10 and e^5 of them.
+    Every element of every site has an independent posterior. The guide supports all priors to which
+    the KL divergence has a closed form: `TruncatedNormal`, `Uniform`, `HalfNormal`, `Exponential`
+    and `Normal`. The parameters `locs` and `log_scales` are created in the constructor. Every call
+    first clamps them. The location may lie outside the support by at most a quarter of its width,
+    and the scale is between 2e-6 times the width and the width. If a bound is infinite, the
+    standard deviation of the prior replaces the width: the location may lie at most 5 deviations
+    outside the other bound, and the scale is between e^-10 and e^5 deviations.
 
     Args:
-        model: a Pyro model whose latent sites all have such a prior with constant bounds (hide
-            other sites with `pyro.poutine.block`, and combine guides in an `AutoGuideList`).
-        example_args: arguments on which the model is run twice, to find its sites and which priors
-            are learned.
-        init_loc: the initial location, a number or a tensor that broadcasts to a site, for all
-            sites or for each by name; the mean of the prior where it is not given.
-        init_log_scale: the initial log scale, likewise; the log of a tenth of the standard
-            deviation of the prior where it is not given.
-        init_loc_fn: from a site of the model to the initial location, as of Pyro's autoguides
-            (`pyro.infer.autoguide.initialization`), in place of `init_loc`.
+        model: a Pyro model whose latent sites all have such a prior with constant bounds. Hide
+            other sites with `pyro.poutine.block`, and combine guides in an `AutoGuideList`.
+        example_args: arguments of the model. It is run twice on them, to find its sites and to find
+            out which priors are learned.
+        init_loc: the initial location: a number or a tensor that broadcasts to the site. It applies
+            to all sites, or is a mapping from site name to the value. The default is the mean of
+            the prior.
+        init_log_scale: the initial log scale, in the same format. The default is the log of a tenth
+            of the standard deviation of the prior.
+        init_loc_fn: from a site of the model to the initial location, as in Pyro's autoguides
+            (`pyro.infer.autoguide.initialization`). It replaces `init_loc`.
 
     Raises:
-        ValueError: the model has a latent site with another prior, or none at all; the bounds of a
-            site differ by element; an initial value names no site or does not fit its shape; or
-            `init_loc` and `init_loc_fn` are both given.
+        ValueError: the model has a latent site with another prior, or has no latent site; the
+            bounds of a site differ between elements; an initial value is for an unknown site or
+            does not fit its shape; or `init_loc` and `init_loc_fn` are both given.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TruncatedNormalGuide(TruncatedGuide):
     ) -> None:
         super().__init__(model)
         if init_loc is not None and init_loc_fn is not None:
-            raise ValueError("give init_loc or init_loc_fn, not both")
+            raise ValueError("init_loc and init_loc_fn are both given; give only one of them")
         init_loc = NOT_GIVEN if init_loc is None else init_loc
         sites = self._trace_model(*example_args)
         for given in (init_loc, init_log_scale):
@@ -102,7 +104,7 @@ class TruncatedNormalGuide(TruncatedGuide):
 
 
 def _box(low: float, high: float, prior: Any) -> Box:
-    """The range of the parameters of a site."""
+    """The support of a site and the ranges of its parameters."""
     least, most = LOG_SCALE_RANGE
     width = high - low
     unit = width / PROVEN_WIDTH if math.isfinite(width) else float(prior.stddev.max())
@@ -112,13 +114,13 @@ def _box(low: float, high: float, prior: Any) -> Box:
 
 
 def _check_kl(name: str, prior: Any, low: float, high: float) -> None:
-    """Raise ValueError unless the KL divergence to a prior is known in closed form."""
+    """Raise ValueError if there is no closed-form KL divergence to a prior."""
     like = getattr(prior, next(iter(prior.arg_constraints), ""), torch.zeros((), device="cpu"))
     try:
         kl_divergence(TruncatedNormal(like.new_zeros(()), 1.0, low, high), prior)
     except NotImplementedError:
         raise ValueError(
-            f"site {name!r} has the prior {type(prior).__name__}; this guide is for priors with a "
-            "closed-form KL divergence from TruncatedNormal, such as TruncatedNormal, Uniform, "
-            "HalfNormal, Exponential and Normal: hide the others with pyro.poutine.block"
+            f"site {name!r} has the prior {type(prior).__name__}; this guide supports only priors "
+            "with a closed-form KL divergence from TruncatedNormal, such as TruncatedNormal, "
+            "Uniform, HalfNormal, Exponential and Normal: hide other sites with pyro.poutine.block"
         ) from None

@@ -1,8 +1,9 @@
-"""Noise on single weights, drawn in the activations: local reparameterization.
+"""Noise on weights, drawn in the outputs of the layers (local reparameterization).
 
-The output of a layer that is linear in normal weights is normal: of mean f(x, loc) and variance
-f(x^2, variance). To draw it for every example and output costs two calls of the layer and has far
-less variance than to draw the weights (arXiv 1506.02557; arXiv 1701.05369, section 4.3).
+If the weights of a linear layer f have independent normal distributions, its outputs are normal
+with the mean f(x, loc) and the variance f(x^2, variance). Drawing the outputs for every example
+takes two calls of the layer. The gradients have far less variance than with drawn weights (arXiv
+1506.02557; arXiv 1701.05369, section 4.3).
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ __all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "unflat", "within_
 
 #: The range of log alpha (arXiv 1701.05369, section 5).
 LOG_ALPHA_RANGE = (-8.0, 8.0)
-#: Where the input of a layer is zero it has no noise, and the root no slope.
+#: The least variance. Where the input of a layer is zero, the variance is zero, and its square root
+#: has no derivative.
 TINY = 1e-16
 
 
 class _Noise(torch.autograd.Function):
-    """A draw of normals by mean and variance, with its gradient by hand: half of the memory."""
+    """A sample of normal distributions, with an analytic gradient that needs half of the memory."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, mean: Tensor, variance: Tensor) -> Tensor:
         scale = variance.clamp_min(TINY).sqrt_()
-        # In one stretch, whatever the layout: only so are normals drawn several at a time.
+        # Draw into contiguous memory, for any layout: only this is vectorised.
         noise = torch.randn(mean.numel(), device=mean.device).to(mean.dtype)
         noise = noise.as_strided(mean.shape, mean.stride()) if _dense(mean) else noise.view_as(mean)
         drawn = torch.addcmul(mean, scale, noise)
@@ -49,7 +51,7 @@ class _Noise(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> bool:
-    """Whether a tensor has its elements in one stretch, in some order."""
+    """Whether the elements of a tensor fill one block of memory without gaps, in any order."""
     stride = 1
     for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and step != stride:
@@ -59,7 +61,7 @@ def _dense(x: Tensor) -> bool:
 
 
 class _Substitution(TorchFunctionMode):
-    """Calls of layers, each known by its weight, with another weight, and with noise of it."""
+    """A mode that calls layers, recognised by their weights, with other weights and with noise."""
 
     def __init__(
         self,
@@ -88,25 +90,28 @@ class _Substitution(TorchFunctionMode):
 
 
 def _positional(args: Sequence[Any], given: dict[str, Any]) -> list[Any]:
-    """Input, weight, bias and what else is given by place; those given by name are taken out."""
+    """Input, weight, bias and further positional arguments. Named ones are removed from `given`."""
     names = ("input", "weight", "bias")
     first = [*args[:3], *(given.pop(name, None) for name in names[len(args[:3]) :])]
     return [*first, *args[3:]]
 
 
 def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers whose weights can be noisy, by name, and why others cannot.
+    """Find the layers whose weights can have noise.
 
     Args:
         net: the network.
-        example_input: a batch of its inputs, on which it is called once.
+        example_input: an input of the network, on which it is called once.
 
     Returns:
-        Dense and convolutional layers, transposed ones too, and why the
-        other layers cannot have noise.
+        From name to layer: dense and convolutional layers, transposed ones included. And from the
+        name of each other layer with a weight to the reason why it cannot have noise.
+
+    Raises:
+        ValueError: the network is a single layer.
     """
     layers: dict[str, nn.Module] = {}
-    left_alone = {}
+    not_prunable = {}
     holders: dict[int, list[str]] = {}
     for name, module in net.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -117,11 +122,11 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
         weight = module._parameters.get("weight")
         others = [other for other in holders.get(id(weight), ()) if other != name]
         if weight is None:
-            left_alone[name] = "its weight is computed from other tensors"
+            not_prunable[name] = "its weight is computed from other tensors"
         elif others:
-            left_alone[name] = f"shares its weight with {others[0]}"
+            not_prunable[name] = f"shares its weight with {others[0]}"
         elif not name:
-            raise ValueError("the network is a single layer: give torch.nn.Sequential(layer)")
+            raise ValueError("the network is a single layer: wrap it in torch.nn.Sequential(layer)")
         else:
             layers[name] = module
     means = {name: net.get_parameter(f"{name}.weight") for name in layers}
@@ -131,18 +136,18 @@ def find_weights(net: nn.Module, example_input: Any) -> tuple[dict[str, nn.Modul
     for name in list(layers):
         if mode.served[name] != 1:
             del layers[name]
-            left_alone[name] = (
-                "it is called several times, for each of which its noise would be another"
+            not_prunable[name] = (
+                "it is called several times, and its noise would differ between the calls"
                 if mode.served[name]
-                else "its weight is used in a way that noise does not follow"
+                else "its weight is used by an operation to which noise cannot be added"
             )
-    return layers, left_alone
+    return layers, not_prunable
 
 
 class _AtMost(torch.autograd.Function):
-    """The lesser of two tensors, with a gradient for the first where it is that.
+    """The elementwise minimum of two tensors, with a gradient only for the first one.
 
-    `torch.minimum` would keep the first for its gradient, which is to be raised in place.
+    `torch.minimum` would save the first tensor for the backward pass, but it is changed in place.
     """
 
     @staticmethod
@@ -158,11 +163,15 @@ class _AtMost(torch.autograd.Function):
 
 
 def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
-    """Log variances of weights with log alpha in `LOG_ALPHA_RANGE`.
+    """Clamp log variances of weights so that log alpha is in `LOG_ALPHA_RANGE`.
 
-    Those under it are raised in place. Those over it count as the upper end and get no gradient,
-    but stay as they are: a mean that passes through zero must not leave a weight without noise
-    behind.
+    Values below the range are raised in place. Values above the range are replaced by the upper
+    bound in the result, without a gradient, and are not changed in place: while the mean of a
+    weight passes through zero, its log variance must not be lowered permanently.
+
+    Args:
+        log_variance: the log variances.
+        mean: the means of the weights, of the same shape.
     """
     low, high = LOG_ALPHA_RANGE
     with torch.no_grad():
@@ -173,25 +182,26 @@ def within_range(log_variance: Tensor, mean: Tensor) -> Tensor:
 
 
 def _flat(layer: str) -> str:
-    """The name of a layer as that of a parameter, which has no dots."""
+    """The name of a layer as a name of a parameter, which must not contain dots."""
     return layer.replace(".", "/")
 
 
 def unflat(name: str) -> str:
-    """The layer of a parameter's name."""
+    """The name of the layer for the name of a parameter, see `_flat`."""
     return name.replace("/", ".")
 
 
 class NoisyWeights(nn.Module):
-    """A network whose weights are normal: a function of the input and of their means.
+    """A network with normally distributed weights, as a function of the input and their means.
 
     Args:
-        net: the network; its parameters are shared, its weights the means.
-        layers: the names of its layers with noise, from `find_weights`.
+        net: the network. Its parameters are shared, and its weights are the means.
+        layers: the names of the layers with noise, from `find_weights`.
         init_log_scale: the initial log standard deviation of every weight.
 
     Attributes:
-        log_variances: a parameter for every weight, under the name of its layer with / for dots.
+        log_variances: a parameter for each layer, of the shape of its weight. Its name is the name
+            of the layer with slashes instead of dots.
     """
 
     def __init__(self, net: nn.Module, layers: Sequence[str], init_log_scale: float = -5.0) -> None:
@@ -205,11 +215,11 @@ class NoisyWeights(nn.Module):
             self.log_variances[_flat(name)] = nn.Parameter(value)
 
     def means(self) -> dict[str, Tensor]:
-        """The weights, by layer."""
+        """From the name of a layer to the mean of its weight."""
         return {name: self.net.get_parameter(f"{name}.weight") for name in self.layers}
 
     def in_range(self) -> dict[str, Tensor]:
-        """The log variances by layer, see `within_range`."""
+        """From the name of a layer to its log variances, clamped by `within_range`."""
         return {
             name: within_range(self.log_variances[_flat(name)], weight)
             for name, weight in self.means().items()
@@ -218,13 +228,14 @@ class NoisyWeights(nn.Module):
     def forward(
         self, x: Any, means: Mapping[str, Tensor], log_variances: Mapping[str, Tensor] | None
     ) -> Any:
-        """Call the network on `x` with weights of these means.
+        """Call the network with the given weights.
 
         Args:
-            x: the network's input: a tensor, a tuple of positional arguments, or a mapping of named
-                arguments.
-            means: from layer to its weight.
-            log_variances: by layer, to draw the layers' outputs; None leaves these at the means'.
+            x: the input of the network: a tensor, a tuple of positional arguments, or a mapping of
+                named arguments.
+            means: from the name of a layer to the mean of its weight.
+            log_variances: from the name of a layer to the log variances of its weight, with which
+                the outputs are drawn. None means no noise.
         """
         layers = {name: self.net.get_submodule(name) for name in self.layers}
         variances = None

@@ -136,7 +136,7 @@ class UnitCosts:
         """Expected MACs of the network where every unit is there with a probability of its own.
 
         With probabilities 0 and 1 these are the MACs of the network cut to those units: to all
-        that stay physically, `Units.physical`. A cut may leave more than is wanted (one unit of
+        that remain, `Units.remaining`. A cut may leave more than is wanted (one unit of
         every gate, as many in every group) and may take a unit that nothing reads any more; the
         expectation is over the units alone.
 

@@ -162,14 +162,14 @@ def shares_left_alone(
         gates: from `find_gates`.
 
     Returns:
-        For each name in `gates.left_alone` two fractions. What is counted outside of the layer
+        For each name in `gates.not_prunable` two fractions. What is counted outside of the layer
         itself, such as products in the module around a parameter, is not part of its MACs.
     """
     costs = costs_by_layer(net, example_input)
     total = max(sum(macs for macs, _ in costs.values()), 1)
     return {
         name: (gates.shares.get(name, 0.0), costs.get(name, (0, 0))[0] / total)
-        for name in gates.left_alone
+        for name in gates.not_prunable
     }
 
 

@@ -54,7 +54,7 @@ class Pruner:
 
     Attributes:
         net: the network.
-        gates: its gates, with ``gates.left_alone`` for the layers that are not prunable.
+        gates: its gates, with ``gates.not_prunable`` for the layers that are not prunable.
         model, guide: the Pyro model and its posterior, for Pyro's own tools.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Functions of many elements, evaluated in blocks whose intermediate results stay in the cache."""
+"""Evaluate elementwise functions in blocks, so that intermediate results stay in the cache."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pyro_sbp.special.derivatives import common_shape, may_look
 
 __all__ = ["BLOCK", "in_blocks"]
 
-#: Elements: in float64 256 KiB.
+#: The number of elements of a block, 256 KiB in float64.
 BLOCK = 1 << 15
 
 
 def in_blocks(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
-    """What a function gives that treats every element alone.
+    """The results of an elementwise function, computed block by block.
 
     Args:
-        function: from tensors that broadcast to tensors of the shape that they have together.
-        inputs: what it is called with; whole, if they are few or are copied along a dimension.
+        function: from tensors that broadcast to a list of tensors of their common shape.
+        inputs: its arguments. The function is called once on all elements if there are few, or if
+            an input is expanded along a dimension.
     """
     if not all(map(may_look, inputs)):
         return list(function(*inputs))

@@ -1,7 +1,7 @@
-"""Derivatives in the bounds of the truncated normal, which are computed only where asked for.
+"""Derivatives with respect to the bounds of the truncated normal, computed only if required.
 
-A bound that moves outwards adds its density of probability there. An expectation ``E[h]`` then
-changes by ``h(bound) - E[h]`` times the density.
+If a bound moves outwards, probability is added at the bound, in proportion to the density there.
+The derivative of an expectation ``E[h]`` is therefore ``h(bound) - E[h]`` times the density.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ def bound_pairs(
     high: Tensor,
     at_end: Callable[[Tensor, Tensor], Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs for `attach` of low and high; none if neither asks for a gradient.
+    """Pairs (input, derivative) for `attach`, for the bounds that require a gradient.
 
-    ``at_end(bound, log density there)`` is ``E[h] - h(bound)``, or minus what else the logarithm
-    of the normaliser is multiplied with.
+    Args:
+        loc, scale, low, high: the parameters.
+        at_end: from a bound and the log density there to ``E[h] - h(bound)``. For other functions
+            than expectations, it is minus the factor of the log of the normaliser.
     """
     if not (is_tracked(low) or is_tracked(high)):
         return []
@@ -53,7 +55,7 @@ def evaluate(
     high: Tensor,
     at_end: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """``function`` of the parameters with its gradient; `at_end` takes its value first."""
+    """The value of ``function`` with its gradient. `at_end` takes the value as first argument."""
     with torch.no_grad():
         v = Value(*in_blocks(lambda *p: function(frame(*p)), loc, scale, low, high))
         ends = bound_pairs(

@@ -1,4 +1,4 @@
-"""Values whose derivatives are known in closed form, as functions for autograd."""
+"""Attach closed-form derivatives to values, for autograd."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = [
     "without_copies",
 ]
 
-#: From the inputs to the rows of the matrix of second derivatives.
+#: A function from the inputs to the rows of the matrix of second derivatives.
 Second = Callable[..., Sequence[Sequence[Tensor]]]
 
 
 class Saved(Protocol):
-    """The context of a backward pass: torch's own annotation allows for one tensor only."""
+    """The context of a backward pass. The annotation of torch allows only one saved tensor."""
 
     needs_input_grad: tuple[bool, ...]
     second: Second | None
@@ -37,7 +37,7 @@ class Saved(Protocol):
 
 
 class _Attach(torch.autograd.Function):
-    """The first argument as a function of inputs, whose derivatives follow them."""
+    """Return the first argument as a function of the inputs. Their derivatives are given too."""
 
     generate_vmap_rule = True
 
@@ -49,7 +49,7 @@ class _Attach(torch.autograd.Function):
     def setup_context(
         ctx: FunctionCtx, inputs: tuple[Tensor, Second | None, *tuple[Tensor, ...]], output: Tensor
     ) -> None:
-        ctx.second = inputs[1]  # type: ignore[attr-defined]  # contexts take any attribute
+        ctx.second = inputs[1]  # type: ignore[attr-defined]  # contexts accept any attribute
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])
 
@@ -62,7 +62,7 @@ class _Attach(torch.autograd.Function):
 
 
 class _AttachForward(_Attach):
-    """The same with forward mode, which torch.compile does not take."""
+    """`_Attach` with forward mode, which torch.compile does not support."""
 
     @staticmethod
     def jvp(ctx: Saved, *tangents: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The first argument, which depends on the others in a way that is not known."""
+    """Return the first argument, and raise an error if it is differentiated again."""
 
     generate_vmap_rule = True
 
@@ -108,21 +108,25 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 _NO_SECOND = (
-    "pyro_sbp.special is once differentiable: no second derivatives but those of the log density"
+    "pyro_sbp.special is once differentiable: it has no second derivatives, except for log_density"
 )
 
 
 def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None = None) -> Tensor:
-    """``value`` as a function of inputs, from pairs (input, derivative of value in it).
+    """Return ``value`` as a differentiable function of inputs with known derivatives.
 
-    Inputs expand to the shape of the value; their gradients add up over the copies. ``second``
-    takes the inputs and returns the rows of second derivatives, of the shape of the value.
+    Args:
+        value: the value, computed without gradients.
+        pairs: pairs of an input and the derivative of the value with respect to it. Inputs
+            broadcast to the shape of the value.
+        second: from the inputs to the rows of the matrix of second derivatives, each of the shape
+            of the value; None if there are no second derivatives.
 
     Raises:
-        RuntimeError: in a backward pass that asks for derivatives that are not given.
+        RuntimeError: a backward pass requires second derivatives, and `second` is None.
     """
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
-    # Gradients of copies add up in float64: in float32 those of opposite signs would lose digits.
+    # Sum the gradients of expanded inputs in float64: float32 would lose digits by cancellation.
     shape = value.shape
     inputs = [
         x if has_shape(x, shape) and not _is_parameter(x) else _wide(x).expand(shape)
@@ -137,18 +141,18 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
 
 
 def _is_parameter(x: Tensor) -> bool:
-    """Whether ``x`` may be changed in place before the backward pass, as parameters are."""
+    """Whether ``x`` may be changed in place before the backward pass, as a parameter may be."""
     return x.requires_grad and x.is_leaf
 
 
 def _wide(x: Tensor) -> Tensor:
-    """A copy of a parameter in float64, or another tensor in float64."""
+    """Convert a tensor to float64. A parameter is always copied."""
     return x.to(torch.float64, copy=_is_parameter(x))
 
 
 def common_shape(*tensors: Tensor) -> torch.Size:
     """The shape that tensors broadcast to."""
-    # torch's own function takes as long as ten small operations.
+    # torch.broadcast_shapes takes as long as ten small operations.
     shapes = [x.shape for x in tensors if x.ndim] or [torch.Size(())]
     if not torch.jit.is_tracing() and all(shape == shapes[0] for shape in shapes):
         return shapes[0]
@@ -156,28 +160,29 @@ def common_shape(*tensors: Tensor) -> torch.Size:
 
 
 def has_shape(x: Tensor, shape: torch.Size) -> bool:
-    """Whether ``x`` needs no expanding; never in a trace, which records sizes."""
+    """Whether ``x`` has this shape. It is False in a trace, which would record the sizes."""
     return not torch.jit.is_tracing() and x.shape == shape
 
 
 def constant(x: Tensor) -> Tensor:
-    """``x`` in float64 without its derivatives: no_grad() leaves forward mode on."""
+    """``x`` in float64 without derivatives. no_grad() would not disable forward mode."""
     return x.detach().to(torch.float64)
 
 
 def is_tracked(x: Tensor) -> bool:
-    """Whether a derivative in ``x`` may be asked for."""
+    """Whether a derivative with respect to ``x`` may be required."""
     if x.requires_grad or torch.compiler.is_compiling():
         return x.requires_grad
-    # torch.func hides from the inner transforms what the outer ones ask for.
+    # Inside torch.func, requires_grad is not visible to inner transforms.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or forward_ad.unpack_dual(x).tangent is not None
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether Python may choose by the values of ``x``: on a CPU, with nothing that records them.
+    """Whether Python code may branch on the values of ``x``.
 
-    A trace or a compiled graph would hold for the values of one call only, and vmap has several.
+    This requires a tensor on the CPU outside of traces, compiled graphs and vmap. A trace or a
+    compiled graph would be valid only for the recorded values, and under vmap there are several.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -185,7 +190,7 @@ def may_look(x: Tensor) -> bool:
 
 
 def without_copies(x: Tensor) -> Tensor:
-    """One of every dimension that `expand` made: the copies need no computing of their own."""
+    """Reduce expanded dimensions to length 1, so that their copies are computed only once."""
     for dim in range(x.ndim):
         if x.stride(dim) == 0 and x.size(dim) > 1:
             x = x.narrow(dim, 0, 1)

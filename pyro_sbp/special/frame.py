@@ -1,11 +1,12 @@
-"""The truncated normal seen from its nearer bound, and sums over its density.
+"""The truncated normal distribution in coordinates of its nearer bound, and its moments.
 
-The problem is reflected so that the nearer bound is at the left, and every length is counted from
-the mode (the nearer bound if ``loc`` lies outside, else ``loc``) in units of ``scale``. With alpha
-the signed distance of that bound (positive if ``loc`` is outside) the density is proportional to
-``exp(-e(r))``, ``e(r) = max(alpha, 0) r + r^2 / 2``. The term alpha^2 / 2, which makes the textbook
-formulas cancel, never appears. Moments are Gauss-Legendre sums over the window where the density
-is not negligible.
+The distribution is reflected so that the bound nearer to ``loc`` is the left one. The coordinate r
+is the distance from the mode in units of ``scale``. The mode is ``loc``, or the nearer bound if
+``loc`` lies outside. Let alpha be the signed distance of the nearer bound from ``loc``, positive if
+``loc`` lies outside. The density is then proportional to ``exp(-e(r))`` with
+``e(r) = max(alpha, 0) r + r^2 / 2``. The term alpha^2 / 2, which causes cancellation in the
+textbook formulas, does not occur. Moments are Gauss-Legendre sums over the window in which the
+density is not negligible.
 """
 
 from __future__ import annotations
@@ -41,17 +42,18 @@ SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 
 
-# Nodes of a sum, and the log density relative to the mode where its window ends. 40 nodes on the
-# window of float64 give 1e-9, 32 give 4e-6; float32 needs less.
+# The number of nodes of a sum, and the log density, relative to the mode, at which its window ends.
+# On the window of float64, 40 nodes have an error of 1e-9 and 32 nodes one of 4e-6. Float32 needs
+# fewer nodes.
 _SUM = {torch.float64: (64, 42.0), torch.float32: (36, 26.0)}
 
 
 NUM_NEAR_UNIFORM_NODES = 12
 
 
-# Moments are counted from the origin in the window [-1, 1] that is nearest to the mode, which never
-# lies right of the middle: far from the mode their differences would cancel. That costs five
-# digits at most, which float32 can spare.
+# Moments are taken about the origin, a point of the window [-1, 1], that is nearest to the mode.
+# The mode never lies right of the middle. Moments about a point far from the mode would cancel. The
+# remaining cancellation costs at most five digits, which float32 can afford.
 _ORIGINS = {
     64: (-1.0, -0.75, -0.5, -0.25, 0.0),
     36: (-1.0,),
@@ -59,38 +61,38 @@ _ORIGINS = {
 }
 
 
-_BLOCK = 4096  # elements that are summed together: their nodes take 1 MiB of the cache of a CPU
+_BLOCK = 4096  # elements of a block: their nodes take 1 MiB of the cache
 
 
-_WIDE = 1.0  # in width: below it moments in closed form cancel
+_WIDE = 1.0  # the width below which moments in closed form cancel
 
 
 _MOST_SCALES = 37.0
 
 
-_FEW = 1000  # elements, for which sums take no longer than what it needs to find them
+_FEW = 1000  # elements: for fewer, sums are as fast as separating the elements
 
 
-NARROW = 0.25  # below it, in width and in log density, the density is nearly uniform
+NARROW = 0.25  # the width and the log density below which the density is nearly uniform
 
 
 _NUM_NARROW_NODES = 5
 
 
 def _gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on [-1, 1]."""
+    """The nodes and weights of the Gauss-Legendre rule on [-1, 1]."""
     nodes, _ = leggauss(n)
-    # Its weights are right to 2e-15, these to 2e-16.
+    # The weights of NumPy have errors of 2e-15, these have errors of 2e-16.
     weights = 2 / ((1 - nodes**2) * Legendre.basis(n).deriv()(nodes) ** 2)
     return nodes, weights * (2 / weights.sum())
 
 
 class Rule(NamedTuple):
-    """A Gauss-Legendre rule of n nodes x on [-1, 1]."""
+    """The Gauss-Legendre rule with n nodes x on [-1, 1]."""
 
     nodes: Tensor  # [n]
-    powers: Tensor  # [n, 3]: 1, x, x^2, from the coefficients of a parabola to its values
-    rows: Tensor  # [5 a origin, n]: sums of weight (x - origin)^j, j = 0 to 4
+    powers: Tensor  # [n, 3]: 1, x, x^2, which map the coefficients of a parabola to its values
+    rows: Tensor  # [5 per origin, n]: weight (x - origin)^j for j = 0 to 4
 
 
 def _rule(n: int) -> Rule:
@@ -108,7 +110,7 @@ NARROW_NODES = tuple(
 
 
 def rule_on(n: int, device: torch.device) -> Rule:
-    """The rule of n nodes on ``device``, copied there once."""
+    """The rule with n nodes on ``device``, to which it is copied once."""
     if (n, device) not in _RULES:
         _RULES[n, device] = Rule(*(x.to(device) for x in _RULES[n, torch.device("cpu")]))
     return _RULES[n, device]
@@ -120,7 +122,8 @@ def mills(x: Tensor) -> Tensor:
 
 def mills_slope(x: Tensor, mills: Tensor) -> Tensor:
     """``g(x) = 1 - x R(x)``, which is ``-R'(x)``."""
-    # The subtraction loses x^2 eps; from 16 on ten terms of the asymptotic series lose nothing.
+    # The subtraction has an error of x^2 eps. For x >= 16, ten terms of the asymptotic series are
+    # exact to rounding.
     y = 1 / x.clamp_min(16.0).square()
     series = torch.ones_like(y)
     for k in range(21, 1, -2):
@@ -129,15 +132,15 @@ def mills_slope(x: Tensor, mills: Tensor) -> Tensor:
 
 
 def mills_ratio(x: Tensor) -> Tensor:
-    """Mills ratio ``R(x) = (1 - Phi(x)) / phi(x)`` of the standard normal [3].
+    """The Mills ratio ``R(x) = (1 - Phi(x)) / phi(x)`` of the standard normal distribution [3].
 
     Args:
-        x: Any shape, from -37 (where R overflows) to infinity. Relative error 1e-15 from -1 on,
-            ``x^2`` times the machine precision below.
+        x: a tensor of any shape, with values from -37, where R overflows, to infinity.
 
     Returns:
-        Float64, the shape of ``x``, with its own gradient ``R' = -(1 - x R)``: through erfcx it
-        would lose ``x^2`` times the machine precision.
+        Float64, of the shape of ``x``. The relative error is 1e-15 for x >= -1, and ``x^2`` times
+        the machine precision below. The gradient ``R' = -(1 - x R)`` is analytic: through erfcx it
+        would have an error of ``x^2`` times the machine precision.
     """
     with torch.no_grad():
         x64 = constant(x)
@@ -147,13 +150,13 @@ def mills_ratio(x: Tensor) -> Tensor:
 
 
 def mean_excess(x: Tensor) -> Tensor:
-    """Mean of ``z - x`` for a standard normal ``z > x``, which is ``1 / R(x) - x``.
+    """The mean of ``z - x`` for a standard normal ``z > x``, which is ``1 / R(x) - x``.
 
     Args:
-        x: Any shape, from -1 to 1e150. Relative error 1e-13.
+        x: a tensor of any shape, with values from -1 to 1e150.
 
     Returns:
-        Float64, the shape of ``x``; no gradient.
+        Float64, of the shape of ``x``, without a gradient. The relative error is 1e-13.
     """
     with torch.no_grad():
         return _mean_excess(constant(x))
@@ -165,26 +168,26 @@ def _mean_excess(x: Tensor) -> Tensor:
 
 
 class Frame(NamedTuple):
-    """The problem seen from the end nearer to ``loc``, lengths in units of ``scale``."""
+    """The distribution in coordinates of the bound nearer to ``loc``, in units of ``scale``."""
 
-    sign: Tensor  # 1 if the nearer end is low, -1 if it is high
+    sign: Tensor  # 1 if the nearer bound is low, -1 if it is high
     loc: Tensor
     scale: Tensor
     low: Tensor
     high: Tensor
-    alpha: Tensor  # signed distance of the nearer end from loc, positive if loc is outside
-    beta: Tensor  # signed distance of the other end
-    width: Tensor  # beta - alpha, exact
-    precision: torch.dtype  # float64 if a parameter is, else float32
+    alpha: Tensor  # signed distance of the nearer bound from loc, positive if loc is outside
+    beta: Tensor  # signed distance of the other bound
+    width: Tensor  # beta - alpha, without cancellation
+    precision: torch.dtype  # float64 if a parameter is float64, else float32
 
     @property
     def mode(self) -> Tensor:
-        """Of the density: loc, or the nearer end where loc is outside."""
+        """The mode of the density: loc, or the nearer bound where loc is outside."""
         return torch.minimum(torch.maximum(self.loc, self.low), self.high)
 
 
 def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
-    """The parameters, broadcast and in float64, as seen from the end nearer to ``loc``."""
+    """The `Frame` of parameters, broadcast and in float64."""
     precision = torch.float64 if torch.float64 in (loc.dtype, scale.dtype) else torch.float32
     shape = common_shape(loc, scale, low, high)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
@@ -209,7 +212,7 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
 
 
 class Moments(Protocol):
-    """Moments of the density, in the distance r from the mode."""
+    """Moments of the density as a function of the distance r from the mode."""
 
     @property
     def mass(self) -> Tensor:
@@ -217,11 +220,11 @@ class Moments(Protocol):
 
     @property
     def mean(self) -> Tensor:
-        """Mean of r."""
+        """The mean of r."""
 
     @property
     def slope(self) -> Tensor:
-        """Slope of e at the mean of r."""
+        """The slope of e at the mean of r."""
 
     @property
     def var(self) -> Tensor:
@@ -237,10 +240,11 @@ class Moments(Protocol):
 
 
 def moments(f: Frame) -> Moments:
-    """Moments of the density, of every element by the cheapest way that is right for it.
+    """Moments of the density, computed for each element by the cheapest accurate method.
 
-    Where loc is inside, erf gives them in closed form. For float32 that loses nothing, unless the
-    density is nearly uniform; elsewhere, and for float64, they are sums.
+    Where loc is inside the bounds, erf gives the moments in closed form. For float32 this is
+    accurate, unless the density is nearly uniform. In all other cases, and for float64, the moments
+    are quadrature sums.
     """
     if f.precision == torch.float64 or not may_look(f.alpha):
         return integrate(f)
@@ -248,20 +252,20 @@ def moments(f: Frame) -> Moments:
     count = int(inside.count_nonzero())
     if count == inside.numel():
         return ByErf(f)
-    # To take the elements apart costs some forty small operations.
+    # Separating the elements takes about forty small operations.
     return integrate(f) if count < _FEW else ByRegion(f, inside)
 
 
 class ByErf:
-    """Moments of the density in closed form, for a loc inside. They lose ``width^-4`` digits."""
+    """Moments of the density in closed form, for loc inside. The errors grow as ``width^-4``."""
 
     def __init__(self, f: Frame) -> None:
-        # Beyond there is no mass, and next to nothing takes very long.
+        # There is no mass beyond, and subnormal numbers are slow.
         self._ends = torch.stack([f.alpha, f.beta]).clamp(-_MOST_SCALES, _MOST_SCALES)
         scaled = self._ends * SQRT_HALF
         below, above = torch.erf(scaled)
         self.mass = (above - below).mul_(_SQRT_HALF_PI)
-        # The density at the ends, times a power of them, gives the next moment.
+        # The density at the bounds, times a power of the bounds, gives the next moment.
         self._density = scaled.square_().neg_().exp_().div_(self.mass)
         self.mean = self.slope = self._density[0] - self._density[1]
         self._powers = self._ends * self._density
@@ -276,7 +280,7 @@ class ByErf:
 
     @cached_property
     def _third_and_fourth(self) -> tuple[Tensor, Tensor]:
-        """Of r about the mode."""
+        """The third and the fourth moment of r about the mode."""
         self._powers.mul_(self._ends)
         third = 2 * self.mean + self._step()
         self._powers.mul_(self._ends)
@@ -296,7 +300,7 @@ class ByErf:
 
 
 class ByRegion:
-    """Moments of the density, `ByErf` where ``inside`` and by sums elsewhere."""
+    """Moments of the density, from `ByErf` where ``inside`` is true and from sums elsewhere."""
 
     def __init__(self, f: Frame, inside: Tensor) -> None:
         self._shape = inside.shape
@@ -317,17 +321,19 @@ class ByRegion:
 
 
 class Nodes(NamedTuple):
-    """Moments of the density by Gauss-Legendre sums over a window, in the distance r from the mode.
+    """Moments of the density as Gauss-Legendre sums over a window, in the distance r from the mode.
 
-    ``y = x - origin`` is the position in the window, which is x = -1 to 1.
+    The window is -1 <= x <= 1, and ``y = x - origin`` is a position in it.
     """
 
-    half: Tensor  # of the width of the window
+    half: Tensor  # half of the width of the window
     mass: Tensor  # the integral of exp(-e) over r
-    mean: Tensor  # of r
-    slope: Tensor  # of e at the mean of r
+    mean: Tensor  # the mean of r
+    slope: Tensor  # the slope of e at the mean of r
     y: Sequence[Tensor]  # E[y^j], j = 1 to 4
-    sums: Sequence[Tensor]  # of density (exp(step r) - 1)^i y^j over the window, [5] for each i
+    sums: Sequence[
+        Tensor
+    ]  # integrals of density (exp(step r) - 1)^i y^j over the window, [5] for each i
 
     @property
     def var(self) -> Tensor:
@@ -336,7 +342,7 @@ class Nodes(NamedTuple):
 
     @property
     def third(self) -> Tensor:
-        """Central moment of r."""
+        """The third central moment of r."""
         y1, y2, y3, _ = self.y
         return self.half**3 * (y3 - y1 * (3 * y2 - 2 * y1 * y1))
 
@@ -351,7 +357,7 @@ class Nodes(NamedTuple):
 
 
 def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
-    """Moments of the density, and of ``exp(step * r) - 1`` if a step is given."""
+    """The moments of the density, and those of ``exp(step * r) - 1`` if a step is given."""
     num_nodes, cutoff = _SUM[f.precision]
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_max(0)
@@ -379,8 +385,9 @@ def integrate(f: Frame, step: Tensor | None = None) -> Nodes:
 def _sums(n: int, exponents: Sequence[Sequence[Tensor]], origin: Any) -> list[Tensor]:
     """Sums of ``exp(p) (exp(q) - 1)^i y^j`` over the window, [5, ...] with j = 0 to 4, for each i.
 
-    p = -e and q = step r are given by three tensors: of float32 the coefficients of a parabola in
-    x, of float64 left, half and slope or step. With p alone only i = 0.
+    The exponents p = -e and q = step r are given by three tensors each. In float32 these are the
+    coefficients of a parabola in x. In float64 they are left, half, and slope or step. If only p is
+    given, only i = 0 is computed.
     """
     shape, origins = exponents[0][0].shape, _ORIGINS[n]
     rule = rule_on(n, exponents[0][0].device)
@@ -400,7 +407,7 @@ def _parabolas(
 ) -> list[tuple[Tensor, ...]]:
     """Coefficients of -e, and of ``step r`` if there is a step, as parabolas in x.
 
-    A matrix product gives their values at all nodes, faster than erfcx gives the closed forms.
+    A matrix product then gives their values at all nodes. This is faster than erfcx.
     """
     middle = left + half
     found: list[tuple[Tensor, ...]] = [
@@ -415,7 +422,7 @@ def _sums_of_block(rule: Rule, p: Tensor, q: Tensor | None = None) -> list[Tenso
     if len(rule.nodes) == _SUM[torch.float32][0]:
         values = rule.powers @ p
         rise = None if q is None else rule.powers @ q
-    else:  # a sum of three terms would cost float64 its last digit
+    else:  # a sum of three terms would lose the last digit of float64
         left, half, slope = p
         r = torch.addcmul(left, half, (1 + rule.nodes)[:, None])
         rise = None if q is None else r * q[2]
@@ -430,27 +437,27 @@ def _sums_of_block(rule: Rule, p: Tensor, q: Tensor | None = None) -> list[Tenso
 
 
 def _blocks(x: Tensor) -> Sequence[Tensor]:
-    """``x`` in blocks of the last dimension whose nodes stay in the cache of a CPU."""
-    # Their number is one of those values that a trace would hold on to, and compilers fuse.
+    """Split ``x`` along the last dimension into blocks whose nodes fit into the cache of a CPU."""
+    # Not in a trace, which would record the number of blocks, nor when compiling, which fuses.
     return x.split(_BLOCK, -1) if may_look(x) else [x]
 
 
 def _window(slope: Tensor, first: Tensor, last: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
-    """Where ``slope r + r^2 / 2`` is within the cutoff of its least value on [first, last]."""
+    """The part of [first, last] where ``slope r + r^2 / 2`` is at most its minimum plus cutoff."""
     mode = torch.minimum(torch.maximum(-slope, first), last)
-    slope = slope + mode  # at the mode: positive at the first end, negative at the last, else 0
+    slope = slope + mode  # at the mode: > 0 at the first end, < 0 at the last end, else 0
     left = torch.maximum(first, mode - _reach((-slope).clamp_min(0), cutoff))
     right = torch.minimum(last, mode + _reach(slope.clamp_min(0), cutoff))
     return left, right
 
 
 def _reach(slope: Tensor, cutoff: float) -> Tensor:
-    """Where ``slope r + r^2 / 2`` is the cutoff."""
+    """The distance r at which ``slope r + r^2 / 2`` equals the cutoff."""
     return 2 * cutoff / (slope + (slope * slope + 2 * cutoff).sqrt())
 
 
 class Value(NamedTuple):
-    """A function of the parameters with its derivatives."""
+    """The value of a function of the parameters, with its derivatives."""
 
     value: Tensor
     d_loc: Tensor
@@ -460,12 +467,20 @@ class Value(NamedTuple):
 def expectation(
     value: Tensor, f: Frame, n: Moments, slope: Tensor | float, curvature: Tensor | float
 ) -> Value:
-    """``value`` with the derivatives of ``E[h]``, h the parabola of that slope at the mean of r.
+    """``value`` with the derivatives of ``E[h]``, where h is a parabola in r.
 
-    The density is an exponential family with statistics ``r`` and ``e``: the derivatives of
-    ``E[h]`` are ``Cov(h, r) / scale`` in the distance of loc from the end and ``2 Cov(h, e)`` in
-    log scale, and what ``h`` itself changes has mean zero or is part of ``value``. With h = -log
-    density they are those of the entropy.
+    The density is an exponential family with the statistics ``r`` and ``e``. The derivative of
+    ``E[h]`` with respect to the distance of loc from the bound is ``Cov(h, r) / scale``, and the
+    derivative with respect to log scale is ``2 Cov(h, e)``. The contribution of the change of ``h``
+    itself has mean zero or is part of ``value``. With h = -log density, the derivatives are those
+    of the entropy.
+
+    Args:
+        value: the value ``E[h]``.
+        f: the frame.
+        n: the moments.
+        slope: the slope of h at the mean of r.
+        curvature: the second derivative of h.
     """
     var, third = n.var, n.third
     with_r = slope * var + 0.5 * curvature * third

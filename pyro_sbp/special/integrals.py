@@ -1,4 +1,4 @@
-"""Log density, entropy, KL divergences and moments of the truncated normal and its exponential."""
+"""Log density, entropy, KL divergence and moments of the truncated normal and its exponential."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ __all__ = [
 
 
 def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``log Z = log(Phi((high - loc) / scale) - Phi((low - loc) / scale))``.
+    """The log of the normaliser, ``log(Phi((high - loc) / scale) - Phi((low - loc) / scale))``.
 
-    Error 1e-12 of max(1, value), though the value reaches -1e10.
+    The error is below 1e-12 max(1, abs(value)); values may be as small as -1e10.
     """
 
     def function(f: Frame) -> Value:
@@ -58,14 +58,14 @@ def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
 
 
 def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Log density at ``value``, in nats per unit of ``value``; minus infinity outside the bounds.
+    """The log density at ``value`` in nats, which is minus infinity outside the bounds.
 
-    ``value`` broadcasts against the parameters. Twice differentiable.
+    ``value`` broadcasts against the parameters. The function is twice differentiable.
     """
     with torch.no_grad():
         d = _Density(*in_blocks(_density_of, value, loc, scale, low, high))
         ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
-        # The bounds are inputs of the second derivatives in any case.
+        # The second derivatives always take the bounds as inputs.
         ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
     pairs = (value, d.in_value), (loc, d.in_loc), (scale, d.in_scale), *ends
     return attach(d.log_q, *pairs, second=_second_of_log_density)
@@ -78,12 +78,12 @@ def _density_of(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Te
 def _second_of_log_density(
     value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> list[list[Tensor]]:
-    """Second derivatives of the log density in value, loc, scale, low and high."""
+    """Second derivatives of the log density with respect to value, loc, scale, low and high."""
     f, n = _integrated(loc, scale, low, high)
     terms = _terms(f, n)
     d = _density(constant(value), low, high, terms)
     curvature = torch.where(d.outside, 0.0, f.scale.square().reciprocal())
-    cov = n.slope * n.var + 0.5 * n.third  # of r and e
+    cov = n.slope * n.var + 0.5 * n.third  # covariances of r and e
     var_e = n.slope * (cov + 0.5 * n.third) + 0.25 * n.var_square
     in_value_scale = -2 * d.in_value / f.scale
     in_loc_scale = -2 * (d.in_loc / f.scale + f.sign * cov * curvature)
@@ -93,7 +93,7 @@ def _second_of_log_density(
         [curvature, -n.var * curvature, in_loc_scale],
         [in_value_scale, in_loc_scale, in_scale],
     ]
-    # The derivative in a bound is the density there, with its sign.
+    # The derivative with respect to a bound is plus or minus the density at the bound.
     first: list[Tensor] = []
     for end, sign in ((low, 1.0), (high, -1.0)):
         at_end = _density(constant(end), low, high, terms)
@@ -121,13 +121,13 @@ class _Density(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What the log density needs of the parameters alone."""
+    """The terms of the log density that depend only on the parameters."""
 
     mode: Tensor
-    step: Tensor  # scale, negative where the nearer end is high
-    slope: Tensor  # of e at the mode
+    step: Tensor  # scale, negative where the nearer bound is high
+    slope: Tensor  # the slope of e at the mode
     log_total: Tensor  # log of the integral of exp(-e) over x
-    mean: Tensor  # of r
+    mean: Tensor  # the mean of r
     mean_e: Tensor
 
 
@@ -158,7 +158,7 @@ def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
 
 
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Differential entropy in nats. Error 1e-12 of max(1, value)."""
+    """The differential entropy in nats. The error is below 1e-12 max(1, abs(value))."""
 
     def function(f: Frame) -> Value:
         n = moments(f)
@@ -168,10 +168,11 @@ def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """KL divergence from the truncated normal to the uniform on [low, high], as [1].
+    """The KL divergence in nats from the truncated normal to the uniform on [low, high] [1].
 
-    In nats, never negative, relative error 1e-12 down to the nearly uniform; infinite if a bound
-    is. This is also the KL divergence from the truncated log-normal to the truncated log-uniform.
+    It is never negative, and infinite if a bound is infinite. The relative error is 1e-12, also for
+    nearly uniform densities. It equals the KL divergence from the truncated log-normal to the
+    truncated log-uniform distribution.
     """
 
     def function(f: Frame) -> Value:
@@ -184,22 +185,23 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         return expectation(value, f, n, -n.slope, -1.0)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
-        # Minus that of the entropy, log(width) - value, and the width over the density.
+        # Minus the term of the entropy, log(width) - value, and the width over the density.
         log_width = (high.detach().double() - low.detach()).log()
         return 1 + value - log_width - log_q - torch.exp(-log_q - log_width)
 
     return evaluate(function, loc, scale, low, high, at_end)
 
 
-#: The KL below which its sums would cancel.
+#: The value of the KL divergence below which its sums would cancel.
 _NEAR_UNIFORM = {torch.float64: 0.01, torch.float32: 1e-6}
 
 
 def _kl_series(f: Frame) -> Tensor:
-    """The KL below 1e-6, to a relative error of 1e-9.
+    """KL divergences below 1e-6, to a relative error of 1e-9.
 
-    On [-1, 1] the exponent is the parabola ``c x + k (x^2 - 1/3)``. With ``cumulant[n]`` of it
-    under the uniform, the KL is the sum of ``(-1)^n cumulant[n] (n - 1) / n!`` over n >= 2.
+    On [-1, 1] the exponent is the parabola ``c x + k (x^2 - 1/3)``. If ``cumulant[n]`` are its
+    cumulants under the uniform distribution, the KL divergence is the sum of
+    ``(-1)^n cumulant[n] (n - 1) / n!`` over n >= 2.
     """
     c, k = 0.25 * f.width * (f.alpha + f.beta), 0.125 * f.width.square()
     c2, k2 = c * c, k * k
@@ -210,10 +212,11 @@ def _kl_series(f: Frame) -> Tensor:
 
 
 def _kl_near_uniform(f: Frame) -> Tensor:
-    """The KL below 0.01, to the last digits of float64.
+    """KL divergences below 0.01, to the last digits of float64.
 
-    With ``d = mean(e) - e`` under the uniform, and ``T(d) = (exp(d) - 1 - d) / d^2``, the KL is
-    ``mean(d^2 + d^3 T) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``: all of second order.
+    Let ``d = mean(e) - e`` under the uniform distribution and ``T(d) = (exp(d) - 1 - d) / d^2``.
+    The KL divergence is ``mean(d^2 + d^3 T) / (1 + m) - log(1 + m)`` with ``m = mean(d^2 T)``. All
+    terms are of second order, so nothing cancels.
     """
     slope = f.alpha.clamp_min(0)
     first = f.alpha.clamp_min(-4).clamp_max(0)
@@ -247,11 +250,11 @@ def kl_to_truncated_normal(
     low_q: Tensor,
     high_q: Tensor,
 ) -> Tensor:
-    """KL divergence to the truncated normal that has the parameters ``_q``, in nats.
+    """The KL divergence in nats to the truncated normal with the parameters ``*_q``.
 
-    Error 1e-12 of max(1, value) where both have the same bounds, or the mass of the first lies
-    within 1e3 ``scale_q`` of the mode of the second; infinite where the bounds of the first are
-    not within those of the second.
+    It is infinite where the bounds of the first distribution are not within those of the second.
+    The error is below 1e-12 max(1, value) where both have the same bounds, or where the mass of the
+    first distribution lies within 1e3 ``scale_q`` of the mode of the second.
     """
     p, q = (loc, scale, low, high), (loc_q, scale_q, low_q, high_q)
     with torch.no_grad():
@@ -271,11 +274,11 @@ def kl_to_truncated_normal(
 
 
 def _kl_between(*parameters: Tensor) -> tuple[Tensor, ...]:
-    """The KL, and its derivatives in loc, scale, loc_q and scale_q."""
+    """The KL divergence, and its derivatives with respect to loc, scale, loc_q and scale_q."""
     f, n = _integrated(*parameters[:4])
     g, m = _integrated(*parameters[4:])
     _, _, low, high, _, _, low_q, high_q = parameters
-    # The exponent of q is a parabola in the r of p: its slope and mean at the mean of r.
+    # The exponent of q is a parabola in r of p. These are its slope and its value at the mean of r.
     ratio = g.sign * f.sign * f.scale / g.scale
     r = g.sign * (f.mode - g.mode) / g.scale + ratio * n.mean
     slope = g.alpha.clamp_min(0) + r
@@ -288,7 +291,7 @@ def _kl_between(*parameters: Tensor) -> tuple[Tensor, ...]:
 
 
 def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mean of x. Relative error 1e-12 of the larger of its size and the standard deviation."""
+    """The mean of x. The error is below 1e-12 of the larger of abs(mean) and standard deviation."""
 
     def function(f: Frame) -> Value:
         n = moments(f)
@@ -299,7 +302,7 @@ def mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Variance of x. Relative error 1e-12."""
+    """The variance of x. The relative error is 1e-12."""
 
     def function(f: Frame) -> Value:
         n = moments(f)
@@ -313,7 +316,7 @@ def variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 class _Rise(NamedTuple):
-    """The variable ``exp(x) / exp(mode) - 1``, and what its moments do with the parameters."""
+    """Moments of the variable ``exp(x) / exp(mode) - 1``, with their derivatives."""
 
     mean: Value
     var: Value
@@ -325,7 +328,7 @@ def _rise(f: Frame) -> _Rise:
     total, (y1, y2, *_) = n.sums[0][0], n.y
 
     def value(m0: Tensor, m1: Tensor, m2: Tensor) -> Value:
-        """From E[h y^j]: the covariances of h with r, and with e, a parabola in r."""
+        """A value and its derivatives, from E[h y^j]: the covariances of h with r and with e."""
         with_y = m1 - m0 * y1
         with_square = m2 - m0 * y2 - 2 * y1 * with_y  # with (y - mean)^2
         with_e = n.half * (n.slope * with_y + 0.5 * n.half * with_square)
@@ -341,7 +344,7 @@ def _rise(f: Frame) -> _Rise:
 
 
 def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Mean of ``theta = exp(x)``. Relative error 1e-12 on finite bounds."""
+    """The mean of ``theta = exp(x)``. For finite bounds, the relative error is 1e-12."""
 
     def function(f: Frame) -> Value:
         rise = _rise(f)
@@ -352,7 +355,7 @@ def exp_mean(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Variance of ``theta = exp(x)``. Relative error 1e-12 on finite bounds."""
+    """The variance of ``theta = exp(x)``. For finite bounds, the relative error is 1e-12."""
 
     def function(f: Frame) -> Value:
         rise = _rise(f)
@@ -365,21 +368,22 @@ def exp_variance(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tenso
 
 
 def exp_snr(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Signal-to-noise ratio ``E[theta] / sd[theta]`` of ``theta = exp(x)``, as [1].
+    """The signal-to-noise ratio ``E[theta] / sd[theta]`` of ``theta = exp(x)`` [1].
 
-    Relative error 1e-12 on finite bounds; the scale exp(mode) drops out, so nothing underflows.
+    For finite bounds, the relative error is 1e-12. The factor exp(mode) cancels, so that nothing
+    underflows.
     """
 
     def function(f: Frame) -> Value:
         mean_, var, _ = _rise(f)
         snr = (1 + mean_.value) * var.value.rsqrt()
-        # The log of the ratio has the derivatives of the logs of E and of Var, both expectations.
+        # The derivatives of the log of the ratio follow from those of log E and log Var.
         in_mean, in_var = snr / (1 + mean_.value), -0.5 * snr / var.value
         d_loc = in_mean * mean_.d_loc + in_var * var.d_loc
         return Value(snr, d_loc, in_mean * mean_.d_scale + in_var * var.d_scale)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
-        # With t = exp(end) / E: E changes by 1 - t of itself, Var by 1 - (snr (t - 1))^2.
+        # With t = exp(end) / E, the relative change of E is 1 - t, of Var 1 - (snr (t - 1))^2.
         below = 1 - end.exp() / exp_mean(loc, scale, low, high)
         return value * (below - 0.5 * (1 - (value * below).square()))
 

@@ -1,4 +1,4 @@
-"""Distribution function and quantiles of the truncated normal, and the gradients of samples."""
+"""Cumulative distribution function and quantiles of the truncated normal, with gradients."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ __all__ = ["cdf", "icdf", "quantile_pairs"]
 
 
 class _Tails(NamedTuple):
-    """What the distribution function and its inverse need of the parameters alone."""
+    """The terms of the distribution function and its inverse that depend only on the parameters.
 
-    inside: Tensor  # loc is inside by more than one scale: count from loc by erfc and ndtri
-    narrow: Tensor  # the density is nearly uniform: count from the end by quadrature
-    alpha: Tensor  # the nearer end where not inside, else a harmless number
-    hazard: Tensor  # 1 / R(alpha), and the same of the far end
+    The near end is the bound nearer to loc, the far end the other bound.
+    """
+
+    inside: Tensor  # bool: loc is inside by more than one scale; erfc and ndtri from loc
+    narrow: Tensor  # bool: the density is nearly uniform; quadrature from the near end
+    alpha: Tensor  # the near end where not inside, else an arbitrary number
+    hazard: Tensor  # 1 / R(alpha) at the near end, and the same at the far end
     hazard_beta: Tensor
-    excess: Tensor  # mean excess over alpha, and over the far end
+    excess: Tensor  # the mean excess over the near end, and over the far end
     excess_beta: Tensor
-    rho: Tensor  # tail mass beyond the far end over that beyond the near end
+    rho: Tensor  # the tail mass beyond the far end divided by that beyond the near end
     one_minus_rho: Tensor
     whole: tuple[Tensor, Tensor, Tensor]  # where narrow, the partial moments at the far end
     lower: Tensor  # Phi(alpha) and 1 - Phi(beta), where inside
     upper: Tensor
-    inner: Tensor  # alpha where inside, else a harmless number
+    inner: Tensor  # alpha where inside, else an arbitrary number
 
 
 def _partial_moments(alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrals of ``t^k exp(-(alpha t + t^2 / 2))`` over [0, s] for k = 0, 1, 2, if narrow."""
+    """Integrals of ``t^k exp(-(alpha t + t^2 / 2))`` over [0, s] for k = 0, 1, 2, for small s."""
     total = first = second = torch.zeros_like(s)
     for node, weight in NARROW_NODES:
         t = 0.5 * (1 + node) * s
@@ -79,15 +82,18 @@ def _tails(f: Frame) -> _Tails:
 
 
 def _survival(t: _Tails, p: Tensor, q: Tensor) -> Tensor:
-    """Tail mass beyond the quantile over that beyond the near end, without cancellation."""
+    """The tail mass beyond the quantile divided by that beyond the near end, no cancellation."""
     return torch.where(p < 0.5, 1 - p * t.one_minus_rho, t.rho + q * t.one_minus_rho)
 
 
 def _inverse(f: Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantile at probability p = 1 - q from the near end, as ``z`` (inside) and steps from alpha.
+    """The quantile at probability p = 1 - q from the near end.
 
-    Outside, solve ``s (alpha + s / 2) - log(R(alpha + s) / R(alpha)) = target``, the integral of
-    the hazard, by three Halley steps; the left side has the derivative 1 / R.
+    Returns:
+        The quantile as ``z``, the distance from loc (where inside), and as ``s``, the distance from
+        the near end (elsewhere), both in units of scale. For ``s``, three Halley steps solve
+        ``s (alpha + s / 2) - log(R(alpha + s) / R(alpha)) = target``. The left side is the integral
+        of the hazard and has the derivative 1 / R.
     """
     mass = 1 - t.lower - t.upper
     below, above = t.lower + p * mass, t.upper + q * mass
@@ -105,7 +111,8 @@ def _inverse(f: Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]
         step = (s * (t.alpha + 0.5 * s) - (ratio * t.hazard).log() - target) * ratio
         s = s - step / (1 - 0.5 * step * (1 / ratio - t.alpha - s))
         s = torch.minimum(s.clamp_min(0), f.width)
-    # Where narrow, s still has the absolute error of the logarithm: one Newton step on the mass.
+    # Where narrow, s still has the absolute error of the logarithm. A Newton step on the mass
+    # corrects it.
     mass = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))[0]
     step = (mass - p * t.whole[0]) * torch.exp(s * (t.alpha + 0.5 * s))
     s = torch.minimum(torch.where(t.narrow, s - step, s).clamp_min(0), f.width)
@@ -116,15 +123,15 @@ def _inverse(f: Frame, t: _Tails, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]
 def _derivatives(
     f: Frame, t: _Tails, p: Tensor, q: Tensor, z: Tensor, s: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of the quantile at fixed probability in loc and in scale, as [2]."""
-    # Inside: the textbook form, in ratios of densities.
+    """Derivatives of the quantile at fixed probability with respect to loc and scale [2]."""
+    # Inside: the textbook formula, in ratios of densities.
     near = torch.where(q > 0, q * torch.exp(0.5 * (z - t.inner) * (z + t.inner)), 0.0)
     far = torch.where(p > 0, p * torch.exp(-0.5 * (f.beta - z) * (f.beta + z)), 0.0)
     inner_loc = 1 - near - far
     inner_scale = (
         z - torch.where(near > 0, t.inner * near, 0.0) - torch.where(far > 0, f.beta * far, 0.0)
     )
-    # Outside: differences of the hazard 1 / R(x) = x + excess(x), of which x cancels exactly.
+    # Outside: differences of the hazard 1 / R(x) = x + excess(x), in which x cancels exactly.
     ratio = mills(t.alpha + s)
     excess = mills_slope(t.alpha + s, ratio) / ratio
     share = torch.where(t.rho > 0, p * t.rho / _survival(t, p, q), 0.0)
@@ -132,7 +139,7 @@ def _derivatives(
     outer_loc = ratio * (s + excess - t.excess - through)
     through = torch.where(share > 0, share * f.width * ratio * t.hazard_beta, 0.0)
     outer_scale = s + t.alpha * outer_loc - through
-    # Narrow: -(dF / dparameter) / density, with the score 2 alpha t + t^2 of log scale.
+    # Narrow: -(dF / dparameter) / density. The score of log scale is 2 alpha t + t^2.
     _, *moments = _partial_moments(t.alpha, torch.where(t.narrow, s, 0.0))
     rise = torch.exp(s * (t.alpha + 0.5 * s))
     narrow_loc, square = (rise * (p * w - m) for w, m in zip(t.whole[1:], moments, strict=True))
@@ -150,15 +157,17 @@ def icdf(
     high: Tensor,
     complement: Tensor | None = None,
 ) -> Tensor:
-    """Quantile function of x, and reparameterised sample if ``u`` is uniform.
+    """The quantile function of x. For uniform ``u`` it gives reparameterized samples.
 
     Args:
-        u: Probabilities in [0, 1]; broadcasts against the parameters.
-        complement: ``1 - u`` if it is known better than by that subtraction.
+        u: probabilities in [0, 1]; broadcasts against the parameters.
+        loc, scale, low, high: the parameters.
+        complement: ``1 - u``, if it is known more accurately than by subtraction.
 
     Returns:
-        Float64, absolute error 1e-11, inside the bounds. Gradients in ``loc`` and ``scale`` at
-        fixed ``u`` are those of [2], and the one in ``u`` is the inverse density.
+        Float64, within the bounds, with an absolute error of 1e-11. The gradients with respect to
+        ``loc`` and ``scale`` at fixed ``u`` are those of [2]. The gradient with respect to ``u`` is
+        the reciprocal of the density.
     """
     with torch.no_grad():
         f = frame(loc, scale, low, high)
@@ -183,20 +192,20 @@ def icdf(
 def quantile_pairs(
     x: Tensor, u: Tensor, v: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs for `attach` of the bounds that ask for a gradient of the quantile x at u = 1 - v."""
+    """Pairs for `attach`, for the bounds that require a gradient of the quantile x at u = 1 - v."""
     if not (is_tracked(low) or is_tracked(high)):
         return []
     parameters = (constant(y) for y in (loc, scale, low, high))
     log_q = log_density(x, *parameters)
     pairs = bound_pairs(loc, scale, low, high, lambda *_: torch.exp(-log_q))
-    # High has the opposite sign there: more room above moves a quantile up.
+    # `high` has the opposite sign: quantiles increase when the upper bound increases.
     return [(y, d * v if y is low else -d * u) for y, d in pairs]
 
 
 def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Distribution function of x: 0 below the bounds, 1 above. Absolute error 1e-14.
+    """The cumulative distribution function of x at ``value``: 0 below the bounds and 1 above.
 
-    ``value`` broadcasts against the parameters.
+    ``value`` broadcasts against the parameters. The absolute error is 1e-14.
     """
     with torch.no_grad():
         f = frame(loc, scale, low, high)
@@ -205,7 +214,7 @@ def cdf(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
         z = f.sign * (x - f.loc) / f.scale
         s = f.sign * (x - torch.where(f.sign > 0, constant(low), constant(high))) / f.scale
         s = torch.where(t.inside, 0.0, s).clamp_min(0)
-        # Both tails, each without a subtraction from one where it is small.
+        # Compute both tails, so that a small one is not computed as 1 minus the other.
         ratio = torch.exp(-s * (t.alpha + 0.5 * s)) * mills(t.alpha + s) * t.hazard
         outer_q = (ratio - t.rho) / t.one_minus_rho
         drop = s * (t.alpha + 0.5 * s) - (mills(t.alpha + s) * t.hazard).log()

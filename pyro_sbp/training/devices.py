@@ -21,7 +21,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
-from pyro_sbp.errors import Elsewhere, RequestError
+from pyro_sbp.errors import OtherProcessError, RequestError
 from pyro_sbp.training.processes import (
     forget_stray_variables,
     num_processes,
@@ -150,7 +150,7 @@ def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
         The result of the function; None on the other processes.
 
     Raises:
-        Elsewhere: the function failed, and this is another process.
+        OtherProcessError: the function failed, and this is another process.
     """
     result, failure = None, None
     if fabric.is_global_zero:
@@ -162,19 +162,19 @@ def on_first(fabric: Fabric, function: Callable[[], _Result]) -> _Result | None:
     if failure is not None:
         raise failure
     if failed:
-        raise Elsewhere
+        raise OtherProcessError
     return result
 
 
 @contextmanager
 def in_step(fabric: Fabric) -> Iterator[None]:
-    """Within the context, the end of another process raises `Elsewhere`."""
+    """Within the context, the end of another process raises `OtherProcessError`."""
     try:
         yield
     except RuntimeError as error:
         if fabric.world_size == 1 or not any(words in str(error) for words in GONE):
             raise
-        raise Elsewhere from error
+        raise OtherProcessError from error
 
 
 def gather(fabric: Fabric, value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from helpers import run
 
 from pyro_sbp.cli.failures import CommandGroup
 from pyro_sbp.deployment.exporting import ExportError
-from pyro_sbp.errors import Elsewhere, OfOneProcess, RequestError
+from pyro_sbp.errors import OtherProcessError, RequestError, SingleProcessError
 from pyro_sbp.pruning.exactness import EquivalenceError
 from pyro_sbp.training.processes import OWN_GROUP
 
@@ -33,7 +33,7 @@ EXPECTED = [
     FloatingPointError("the loss is nan in epoch 1"),
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     OSError("cannot write run/checkpoint.pt: No space left on device"),
-    Elsewhere(),
+    OtherProcessError(),
     ExportError("torch.export cannot trace the network"),
     EquivalenceError("the networks differ"),
 ]
@@ -116,7 +116,7 @@ def test_click_s_own_exits_are_left_to_it(fail, error):
 
 
 def test_of_several_processes_the_first_one_shows_what_all_found(fail):
-    class DiskFailed(OfOneProcess, OSError):
+    class DiskFailed(SingleProcessError, OSError):
         pass
 
     second = {OWN_GROUP: "1", "LOCAL_RANK": "1"}

@@ -213,7 +213,7 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
         (["--arch", "wrong:Net"], "cannot import 'wrong' of --arch: AttributeError, "),
         (["--arch", "torch.nn:Identiy"], "has no 'Identiy'; did you mean 'Identity'?"),
         (["--arch", "torch.nn:Dropout"], "does not give logits"),
-        (["--arch", "collections:OrderedDict"], "of --arch builds no network"),
+        (["--arch", "collections:OrderedDict"], "of --arch does not build a network"),
         (["--arch", "torch.nn:Nothing"], "module 'torch.nn' of --arch has no 'Nothing'"),
     ):
         result = run("train", *args, "--dataset", "digits", "--device", "cpu")

@@ -21,7 +21,7 @@ def theta_of(gates):
 def check(net, x, **sizes):
     """Check the sizes of the gates, and cut the network twice; returns the network of one cut."""
     gates = find_gates(net, x)
-    assert {gate.name: gate.size for gate in gates} == sizes, gates.left_alone
+    assert {gate.name: gate.size for gate in gates} == sizes, gates.not_prunable
     net, x = net.double().eval(), convert(x, torch.float64)
     arguments = x if isinstance(x, tuple) else (x,)
     theta = theta_of(gates)

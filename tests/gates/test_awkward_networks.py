@@ -232,7 +232,7 @@ def test_cutting_is_exact(make, share):
     gates = find_gates(net, x)
     if expected is not None:
         assert {gate.name: gate.size for gate in gates} == expected
-        assert len(gates) > 0 or gates.left_alone
+        assert len(gates) > 0 or gates.not_prunable
     theta = {
         gate.name: torch.rand(gate.size, dtype=torch.float64) * (torch.rand(gate.size) > share)
         for gate in gates
@@ -242,8 +242,8 @@ def test_cutting_is_exact(make, share):
     small = shrink(exact, gates, theta, x64)
     assert relative_difference(masked, small(*_args(x64)[0], **_args(x64)[1])) <= 1e-10
     for name, units in surviving_units(gates, theta).items():
-        assert 1 <= units.physical.sum() <= len(theta[name])
-        assert not (units.kept & ~units.physical).any()
+        assert 1 <= units.remaining.sum() <= len(theta[name])
+        assert not (units.kept & ~units.remaining).any()
     if gates:
         weights = [sum(p.numel() for p in module.parameters()) for module in (exact, small)]
         assert weights[1] < weights[0] or (share < 0.5 and weights[1] == weights[0])
@@ -343,7 +343,7 @@ def check(net, x, size=6):
     """Gates of a network whose first layer `a` must not be cut."""
     gates = find_gates(net, x)
     assert "a" not in [gate.name for gate in gates], gates
-    return gates.left_alone["a"]
+    return gates.not_prunable["a"]
 
 
 def two(width=6, **more):
@@ -388,7 +388,7 @@ def test_a_layer_that_the_example_does_not_call_forbids_gates():
 
 def test_a_layer_to_ignore_must_be_one_of_the_network():
     net = Net(lambda n, x: n.head(n.a(x)), **two(other=nn.Linear(6, 3), norm=nn.ReLU()))
-    words = "ignore names 'othr', which is no .* layer of the network; did you mean 'other'?"
+    words = "ignore names 'othr', which is not a .* layer of the network; did you mean 'other'?"
     with pytest.raises(ValueError, match=words):
         find_gates(net, torch.ones(2, 4), ignore=["other", "othr"])
     with pytest.raises(ValueError, match="ignore names 'norm'"):
@@ -428,28 +428,28 @@ def test_a_squeeze_that_one_unit_would_fall_to_is_found_out():
     assert "cutting it" in check(net, image(2, 4, 4))
 
 
-def test_an_embedding_that_normalises_its_rows_is_left_alone():
+def test_an_embedding_that_normalises_its_rows_is_not_prunable():
     net = Net(lambda n, t: n.head(n.words(t)), words=nn.Embedding(9, 6, max_norm=1.0),
               head=nn.Linear(6, 2))  # fmt: skip
     assert find_gates(net, torch.randint(9, (2, 3))) == []
 
 
-def test_computed_weights_are_left_alone_every_time():
+def test_computed_weights_are_not_prunable_every_time():
     for _ in range(10):
         net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
         nn.utils.parametrizations.weight_norm(net[1])
         gates = find_gates(net, torch.randn(2, 4))
-        assert sizes(gates) == {"2": 4} and gates.left_alone["1"] == "computes its weight"
+        assert sizes(gates) == {"2": 4} and gates.not_prunable["1"] == "computes its weight"
 
 
-def test_what_nan_leads_astray_is_left_alone():
+def test_what_fails_on_nan_is_not_prunable():
     def forward(n, x):
         h = n.a(x)
         return n.head(h.relu()) if h.sum() > -1e9 else n.other(h)
 
     net, x = Net(forward, **two(other=nn.Linear(6, 3))), torch.ones(2, 4)
     gates = find_gates(net, x, ignore=["other"])
-    assert gates == [] and "astray" in gates.left_alone["a"]
+    assert gates == [] and "fails on NaN" in gates.not_prunable["a"]
 
 
 def test_random_numbers_and_inputs_stay_as_they_were():

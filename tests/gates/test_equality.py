@@ -57,18 +57,18 @@ def test_spans_differ_in_their_layer_units_and_groups():
 
 def test_a_slice_of_gates_keeps_why_the_others_are_not_prunable(found):
     _, _, gates = found
-    assert gates.left_alone == {"fc2": "reaches an output of the network"}
+    assert gates.not_prunable == {"fc2": "reaches an output of the network"}
     for part in (gates[:2], gates[::-1], gates[5:], gates.copy(), copy.copy(gates)):
         assert type(part) is Gates
-        assert (part.left_alone, part.called) == (gates.left_alone, gates.called)
+        assert (part.not_prunable, part.called) == (gates.not_prunable, gates.called)
         assert all(gate in gates for gate in part)
     assert isinstance(gates[0], Gate) and gates[-1].name == "fc1"
     assert [gate.name for gate in gates[:2]] == ["conv1", "conv2"]
     for plain in (gates + gates[:1], gates[:1] + list(gates), 2 * gates, gates * 2):
         assert type(plain) is list
     part = gates[:2]
-    part.left_alone["conv1"] = "not asked for"
-    assert list(gates.left_alone) == ["fc2"]
+    part.not_prunable["conv1"] = "not asked for"
+    assert list(gates.not_prunable) == ["fc2"]
 
 
 def test_units_and_choices(found):

@@ -209,9 +209,9 @@ def test_functions_that_refuse_nan_answer_nan():
         return h.relu() @ torch.linalg.inv(square)
 
     gates = sbp.find_gates(Net(inverted), torch.randn(3, 4))
-    assert gates == [] and gates.left_alone["a"].startswith("several of its units reach")
+    assert gates == [] and gates.not_prunable["a"].startswith("several of its units reach")
     counted = sbp.find_gates(Net(lambda h: h.relu() + int(h.sum())), torch.randn(3, 4))
-    assert "astray" in counted.left_alone["a"]
+    assert "fails on NaN" in counted.not_prunable["a"]
 
 
 def test_a_loop_that_does_not_end_on_nan_is_ended():
@@ -222,7 +222,7 @@ def test_a_loop_that_does_not_end_on_nan_is_ended():
         return y
 
     gates = sbp.find_gates(Net(settle), torch.randn(3, 4))
-    assert gates.left_alone["a"].endswith("a loop of the network does not end on NaN")
+    assert gates.not_prunable["a"].endswith("a loop of the network does not end on NaN")
 
 
 @pytest.mark.parametrize(

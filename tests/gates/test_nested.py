@@ -281,7 +281,7 @@ def test_networks_of_any_input_are_gated_and_cut_exactly(name):
     torch.manual_seed(0)
     net, x = Reads(GETTERS[name]).eval(), INPUTS[name]
     gates = find_gates(net, x)
-    assert {gate.name: gate.size for gate in gates} == {"a": 5, "hidden": 6}, gates.left_alone
+    assert {gate.name: gate.size for gate in gates} == {"a": 5, "hidden": 6}, gates.not_prunable
     theta = {gate.name: torch.rand(gate.size) for gate in gates}
     theta["hidden"][:3] = 0
     small, check = checked_shrink(net, gates, theta, x)

@@ -102,14 +102,14 @@ class Normalised(nn.Module):
     ],
     ids=["layer norm", "output", "softmax"],
 )
-def test_what_cannot_be_gated_is_left_alone_with_its_reason(net, left):
+def test_what_cannot_be_gated_is_not_prunable_with_its_reason(net, left):
     gates = find_gates(net, torch.randn(2, 3))
     assert gates == []
     for name, word in left.items():
-        assert word in gates.left_alone[name]
+        assert word in gates.not_prunable[name]
 
 
-def test_what_cannot_be_cut_is_left_alone():
+def test_what_cannot_be_cut_is_not_prunable():
     class AddsInput(nn.Module):
         def __init__(self):
             super().__init__()
@@ -120,7 +120,7 @@ def test_what_cannot_be_cut_is_left_alone():
 
     gates = find_gates(AddsInput(), torch.randn(2, 4))
     assert gates == []
-    assert "cutting it fails" in gates.left_alone["a"]
+    assert "cutting it fails" in gates.not_prunable["a"]
 
 
 def test_the_network_is_not_changed():
@@ -154,7 +154,7 @@ def test_input_features_must_name_a_dense_layer():
         find_gates(networks.LeNet5(), torch.randn(1, 1, 28, 28), input_features=["conv1"])
 
 
-def test_a_network_that_insists_on_its_width_is_left_alone():
+def test_a_network_that_insists_on_its_width_is_not_prunable():
     class Insists(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,7 +166,7 @@ def test_a_network_that_insists_on_its_width_is_left_alone():
             return self.head(hidden)
 
     gates = find_gates(Insists(), torch.randn(2, 3))
-    assert gates == [] and "four, please" in gates.left_alone["a"]
+    assert gates == [] and "four, please" in gates.not_prunable["a"]
 
 
 def test_a_weight_used_by_name_is_seen():

@@ -124,7 +124,7 @@ def test_a_weight_that_is_used_in_two_ways_is_no_reader():
 
     torch.manual_seed(0)
     gates = find_gates(Tied(), POINTS)
-    assert gates == [] and "weight" in gates.left_alone
+    assert gates == [] and "weight" in gates.not_prunable
 
 
 def test_macs_and_costs():

@@ -188,4 +188,4 @@ def test_a_projected_state_is_refused_by_its_name():
 
     gates = find_gates(Projected(), SEQUENCES)
     assert [gate.name for gate in gates] == ["mid"]
-    assert "proj_size" in gates.left_alone["rnn"]
+    assert "proj_size" in gates.not_prunable["rnn"]

@@ -90,7 +90,7 @@ def test_the_gates_that_remain_are_those_that_probing_finds(make):
     found = {gate.name: gate for gate in find_gates(small, x, features)}
     names = {}
     for gate in remaining:
-        assert gate.size == int(units[gate.name].physical.sum())
+        assert gate.size == int(units[gate.name].remaining.sum())
         writer = gate.writers[0].layer if gate.writers else f"{gate.readers[0].layer}_input"
         names[gate.name] = writer
         assert writer in found, f"probing does not find {writer}"
@@ -114,12 +114,12 @@ def test_three_cuts_in_a_row_are_exact(make, share):
         small, now, units = recut(small, now, theta, x)
         assert relative_difference(masked, call(small, x)) <= 1e-10
         for name, value in theta.items():
-            whole[name][so_far[name].physical] *= value
+            whole[name][so_far[name].remaining] *= value
         so_far = {name: so_far[name].then(unit) for name, unit in units.items()}
-        assert [gate.size for gate in now] == [int(u.physical.sum()) for u in so_far.values()]
+        assert [gate.size for gate in now] == [int(u.remaining.sum()) for u in so_far.values()]
     # The same as all of it at once.
     for name, value in whole.items():
-        value[~so_far[name].physical] = 0
+        value[~so_far[name].remaining] = 0
     masked = GatedNetwork(net, gates)(x, {name: value[None] for name, value in whole.items()})
     assert relative_difference(masked, call(small, x)) <= 1e-10
 
@@ -136,7 +136,7 @@ def test_a_select_before_a_layer_that_has_one_becomes_one_of_both(tmp_path):
     features = torch.ones(now[2].size).double()
     features[5:9] = 0
     smaller, then, second = recut(small, now, {"conv2": channels, "fc1_input": features}, x)
-    kept = torch.nonzero(first["fc1_input"].then(second["fc1_input"]).physical).flatten().tolist()
+    kept = torch.nonzero(first["fc1_input"].then(second["fc1_input"]).remaining).flatten().tolist()
     arriving = [16 * c + i for c in range(50) if c not in (4, 7) for i in range(16)]
     assert [arriving[i] for i in smaller.fc1.select.index.tolist()] == kept
     assert isinstance(smaller.fc1.layer, nn.Linear) and isinstance(smaller.fc1.select, Select)

@@ -232,4 +232,4 @@ class Masking(torch.nn.Module):
 
 def test_a_mask_of_the_smallest_number_does_not_prove_a_wrong_cut():
     gates = find_gates(Masking(), torch.randn(5, 4))
-    assert gates == [] and "cutting it changes the output" in gates.left_alone["a"]
+    assert gates == [] and "cutting it changes the output" in gates.not_prunable["a"]

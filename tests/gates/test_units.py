@@ -30,10 +30,10 @@ def test_they_name_the_input_features_that_stayed(posterior):
     small = sbp.prune(model, guide, x)
     assert set(small.units) == {"0", "0_input"}
     assert small.units["0_input"].kept.tolist() == [True, False, True, True, False, True]
-    assert small.units["0"].physical.sum() == small[0].layer.out_features == 8
+    assert small.units["0"].remaining.sum() == small[0].layer.out_features == 8
     # The features that were removed can be anything.
     other = x.clone()
-    other[:, ~small.units["0_input"].physical] = 100.0
+    other[:, ~small.units["0_input"].remaining] = 100.0
     torch.testing.assert_close(small(other), small(x))
     assert units_of(copy.deepcopy(small)) == small.units
 
@@ -86,7 +86,7 @@ class OwnUnits(nn.Module):
 def test_an_attribute_of_the_network_itself_stays():
     net, x = OwnUnits(), torch.randn(4, 6)
     model = sbp.GatedModel(net, sbp.find_gates(net, x), num_data=100)
-    with pytest.warns(UserWarning, match="OwnUnits has an attribute 'units' of its own"):
+    with pytest.warns(UserWarning, match="OwnUnits already has an attribute 'units'"):
         small = sbp.prune(model, sbp.TruncatedLogNormalGuide(model), x)
     assert small.units == 8
 

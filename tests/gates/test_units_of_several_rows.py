@@ -201,7 +201,7 @@ def test_a_network_that_was_cut_is_cut_again(make):
 def test_the_expected_macs_are_those_of_the_network_that_remains(make):
     net, x, gates, _ = found(make)
     small, units = cut_one(net, gates, x)
-    keep = {name: unit.physical.double() for name, unit in units.items()}
+    keep = {name: unit.remaining.double() for name, unit in units.items()}
     assert UnitCosts(net, gates, x).expected(keep) == pytest.approx(count_macs(small, x))
 
 
@@ -230,7 +230,7 @@ def test_a_group_of_a_norm_goes_whole():
 def test_a_norm_over_all_channels_leaves_no_units():
     net = nn.Sequential(conv(3, 12), nn.GroupNorm(1, 12), conv(12, 3))
     gates = find_gates(net, image(3, 4, 4))
-    assert gates == [] and "several of its units" in gates.left_alone["0"]
+    assert gates == [] and "several of its units" in gates.not_prunable["0"]
 
 
 def test_partitions_are_of_equal_classes_from_fine_to_coarse():

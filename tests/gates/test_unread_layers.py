@@ -61,7 +61,7 @@ def test_a_layer_whose_output_is_dropped_has_no_units():
 
     gates = find_gates(Dropped(), torch.randn(2, 3))
     assert [gate.name for gate in gates] == ["a"]
-    assert gates.left_alone["b"] == "no layer reads it"
+    assert gates.not_prunable["b"] == "no layer reads it"
 
 
 def test_an_unread_layer_beside_a_stream_that_is_not_prunable_has_no_units():
@@ -78,4 +78,4 @@ def test_an_unread_layer_beside_a_stream_that_is_not_prunable_has_no_units():
             return out
 
     gates = find_gates(Mixed(), torch.randn(2, 3))
-    assert gates == [] and gates.left_alone["b"] == "no layer reads it"
+    assert gates == [] and gates.not_prunable["b"] == "no layer reads it"

@@ -196,7 +196,7 @@ def test_units_cost_what_the_network_that_is_left_has_for_them():
             getattr(guide.log_scales, name)[::2] = 3.0
         before = phase.standing().macs
         phase.finish()
-        left = method.units[name].physical
+        left = method.units[name].remaining
         widths[index] = int(left.sum())
         assert widths[index] == len(left) // 2
         # Those that fell to the prior are there with a probability of their own, not 0.

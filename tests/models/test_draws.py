@@ -62,7 +62,7 @@ def test_weights_of_a_sparse_model():
     net, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4)
     model = sbp.SparseModel(net, x, num_data=50, init_log_scale=-1.0)
     guide = sbp.AdditiveNormalGuide(model)
-    with pytest.raises(ValueError, match="hold the means of the weights, not draws"):
+    with pytest.raises(ValueError, match="are the means of the weights, not draws"):
         sbp.posterior_draws(guide)
     model.noise = "weight"
     draws = sbp.posterior_draws(guide, num_samples=40)

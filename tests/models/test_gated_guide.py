@@ -251,7 +251,7 @@ def test_the_scale_of_a_general_model_is_at_most_the_width_of_the_support():
         ({"init_loc": {"thta": 0.0}}, "no site 'thta'.* the sites are theta, other"),
         ({"init_log_scale": {"y": 0.0}}, "no site 'y'"),
         ({"init_loc": {"theta": torch.zeros(3)}}, r"'theta' has shape \[3\]; expected .*\[5\]"),
-        ({"init_loc": 0.0, "init_loc_fn": init_to_median}, "not both"),
+        ({"init_loc": 0.0, "init_loc_fn": init_to_median}, "give only one of them"),
     ],
 )
 def test_wrong_initial_values_are_refused(settings, words):

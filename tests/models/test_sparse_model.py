@@ -168,23 +168,26 @@ class Odd(nn.Module):
         return self.attention(x, x, x)[0].mean(1)
 
 
-def test_what_noise_cannot_follow_is_left_alone_and_said_so():
-    layers, left_alone = find_weights(Odd(), torch.randn(2, 3, 8))
+def test_what_noise_cannot_follow_is_not_prunable_and_said_so():
+    layers, not_prunable = find_weights(Odd(), torch.randn(2, 3, 8))
     assert set(layers) == {"once"}
-    assert left_alone["first"] == "shares its weight with tied"
-    assert left_alone["tied"] == "shares its weight with first"
-    assert left_alone["spelt"] == "shares its weight with words"
-    assert left_alone["twice"].startswith("it is called several times")
-    assert left_alone["normed"] == "its weight is computed from other tensors"
+    assert not_prunable["first"] == "shares its weight with tied"
+    assert not_prunable["tied"] == "shares its weight with first"
+    assert not_prunable["spelt"] == "shares its weight with words"
+    assert not_prunable["twice"].startswith("it is called several times")
+    assert not_prunable["normed"] == "its weight is computed from other tensors"
     for name in ("elsewhere", "attention.out_proj", "unused"):
-        assert left_alone[name] == "its weight is used in a way that noise does not follow"
+        assert (
+            not_prunable[name]
+            == "its weight is used by an operation to which noise cannot be added"
+        )
 
 
 def test_bad_arguments_are_refused_in_one_line():
     net, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     for settings, words in (
         ({"noise": "loud"}, 'noise is \'loud\'; expected "local" or "weight"'),
-        ({"kl_scale": {"1": 2.0}}, "kl_scale names the layer '1'; the layers are 0"),
+        ({"kl_scale": {"1": 2.0}}, "kl_scale names an unknown layer '1'; the layers are 0"),
         ({"kl_scale": -1.0}, "kl_scale of layer '0' is -1.0"),
     ):
         with pytest.raises(ValueError, match="^" + words.replace("(", r"\(")):
@@ -193,7 +196,7 @@ def test_bad_arguments_are_refused_in_one_line():
         sbp.SparseModel(nn.Linear(4, 3), x, num_data=10)
     with pytest.raises(ValueError, match="num_data is 0"):
         sbp.SparseModel(net, x, num_data=0)
-    with pytest.raises(ValueError, match="no layer of ReLU can be sparse"):
+    with pytest.raises(ValueError, match="no layer of ReLU can have noise"):
         sbp.SparseModel(nn.ReLU(), x, num_data=10)
     with pytest.raises(ValueError, match="a layer is named 'obs'"):
         sbp.SparseModel(nn.Sequential(OrderedDict(obs=nn.Linear(4, 3))), x, num_data=10)

@@ -155,7 +155,7 @@ def test_subsampled_plates_get_parameters_of_the_whole():
     [
         (dist.LogNormal(0.0, 1.0), "prior LogNormal; .*HalfNormal, Exponential and Normal"),
         (dist.Bernoulli(0.5), "prior Bernoulli"),
-        (TruncatedNormal(0.0, 1.0, torch.tensor([0.0, -1.0, 0.0]), 1.0), "several bounds"),
+        (TruncatedNormal(0.0, 1.0, torch.tensor([0.0, -1.0, 0.0]), 1.0), "differ by element"),
         (dist.Uniform(0.0, torch.tensor(1.0, requires_grad=True)), "bounds that are learned"),
     ],
 )

@@ -72,7 +72,7 @@ def cut_to(net, gates, units):
 
 
 def physical(units):
-    return {name: unit.physical.float() for name, unit in units.items()}
+    return {name: unit.remaining.float() for name, unit in units.items()}
 
 
 @pytest.mark.parametrize(

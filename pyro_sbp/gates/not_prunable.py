@@ -1,4 +1,4 @@
-"""The reason why a layer or parameter is not prunable, for all that belong to no gate."""
+"""The reasons why layers and parameters are not prunable."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pyro_sbp.gates.measuring import Probe, Reach
 
 __all__ = ["companions", "others", "reasons_by_share", "shares"]
 
-#: At most this many reasons are named in a message.
+#: The largest number of reasons in a message.
 _MOST = 8
 
 
-def companions(candidates: Iterable[Candidate], left_alone: Mapping[str, str]) -> dict[str, str]:
-    """The other writers of units that could not be cut, by the layer that these are named after."""
+def companions(candidates: Iterable[Candidate], not_prunable: Mapping[str, str]) -> dict[str, str]:
+    """The reasons for the other writers of units that cannot be cut. They name the first writer."""
     return {
         reach.writer: f"has the units of {candidate.gate.name!r}, which is not prunable"
         for candidate in candidates
-        if candidate.gate.name in left_alone
+        if candidate.gate.name in not_prunable
         for reach in candidate.reaches
         if reach.writer != candidate.gate.name
     }
@@ -32,20 +32,23 @@ def companions(candidates: Iterable[Candidate], left_alone: Mapping[str, str]) -
 def others(
     probe: Probe,
     gates: Sequence[Gate],
-    left_alone: Mapping[str, str],
+    not_prunable: Mapping[str, str],
     reaches: Sequence[Reach],
 ) -> dict[str, str]:
-    """Layers and parameters that neither belong to a gate nor have a reason so far, with theirs.
+    """The reasons for layers and parameters that belong to no gate and have no reason yet.
 
     Args:
-        probe: of the network, after the measurement.
-        gates: those that were proven.
-        left_alone: the reasons so far, of layers that have units of their own.
-        reaches: where the rows of all writers arrive.
+        probe: the probe of the network, after the measurement.
+        gates: the gates that were proven.
+        not_prunable: the reasons that are known, those of writers.
+        reaches: the measurement of all writers.
+
+    Returns:
+        From the name of a layer or parameter to its reason.
     """
     net = probe.net
     covered = _tensors_of_gates(net, gates)
-    for name in left_alone:
+    for name in not_prunable:
         covered.update(map(id, _own(probe, name)))
     found: dict[str, str] = {}
     for layer, module in net.named_modules():
@@ -56,7 +59,7 @@ def others(
         }
         covered.update(map(id, rest.values()))
         why = {
-            leaf: _why(probe, (layer, leaf), module, parameter, left_alone, reaches)
+            leaf: _why(probe, (layer, leaf), module, parameter, not_prunable, reaches)
             for leaf, parameter in rest.items()
         }
         whole = layer and len(rest) == sum(p is not None for p in module._parameters.values())
@@ -80,12 +83,12 @@ def _tensors_of_gates(net: nn.Module, gates: Sequence[Gate]) -> set[int]:
 
 
 def _own(probe: Probe, name: str) -> list[Tensor]:
-    """The tensors of what has a name in `left_alone` so far: a layer, a product, or a gate."""
+    """The tensors of a name in `not_prunable`: of a layer, of a product or of a gate."""
     net, place = probe.net, probe.uses.products.get(name)
     if place is not None:
         return [probe.loose.places[place]]
     modules = dict(net.named_modules())
-    if name not in modules:  # a gate on features
+    if name not in modules:  # a gate on input features
         return []
     module = modules[name]
     known = [getattr(module, leaf, None) for leaf in known_tensors(module)]
@@ -105,7 +108,7 @@ def _why(
     place: Place,
     module: nn.Module,
     parameter: Tensor,
-    left_alone: Mapping[str, str],
+    not_prunable: Mapping[str, str],
     reaches: Sequence[Reach],
 ) -> str:
     layer, _ = place
@@ -120,7 +123,7 @@ def _why(
         return "is not used on the example"
     meeting = [reach for reach in reaches if layer in reach.seen or place in reach.met]
     for reach in meeting:
-        if reach.writer in left_alone:
+        if reach.writer in not_prunable:
             return f"meets the units of {reach.writer!r}, which is not prunable"
     if meeting:
         return f"has no part of its own for each unit of {meeting[0].writer!r}"
@@ -128,12 +131,15 @@ def _why(
 
 
 def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) -> dict[str, float]:
-    """What share of the parameters each of some layers and parameters holds.
+    """The shares of layers and parameters in the number of parameters of a network.
 
     Args:
         net: the network.
-        names: of layers and parameters.
-        places: the weights of products, by name.
+        names: the names of the layers and parameters.
+        places: from the name of a product to the place of its weight.
+
+    Returns:
+        From name to the share, between 0 and 1.
     """
     total = sum(parameter.numel() for parameter in net.parameters())
     modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
@@ -153,11 +159,11 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
     return found
 
 
-def reasons_by_share(left_alone: Mapping[str, str], shares: Mapping[str, float]) -> str:
-    """The layers and parameters that are not prunable in a line, those with most numbers first."""
-    names = sorted(left_alone, key=lambda name: -shares.get(name, 0.0))
+def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float]) -> str:
+    """One line with the layers and parameters that are not prunable, the largest ones first."""
+    names = sorted(not_prunable, key=lambda name: -shares.get(name, 0.0))
     lines = [
-        f"{name or 'it'} {left_alone[name]} ({shares.get(name, 0.0):.0%} of the parameters)"
+        f"{name or 'it'} {not_prunable[name]} ({shares.get(name, 0.0):.0%} of the parameters)"
         for name in names[:_MOST]
     ]
     if len(names) > _MOST:

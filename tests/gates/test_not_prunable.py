@@ -36,7 +36,7 @@ def test_all_parameters_are_accounted_for():
     net, x = Mixed(), torch.randn(2, 3, 4)
     gates = find_gates(net, x)
     assert gates == []
-    left = gates.left_alone
+    left = gates.not_prunable
     assert left["norm"] == left["offset"] == "meets the units of 'first', which is not prunable"
     assert left["unused"] == "is not used on the example"
     assert "separate_attention" in left["attention"]
@@ -63,11 +63,11 @@ def test_other_writers_of_units_that_cannot_be_cut_are_named():
             return self.c(x) * x.shape[1]
 
     gates = find_gates(Counting(), torch.randn(2, 4))
-    assert gates == [] and "cutting it" in gates.left_alone["a"]
-    assert gates.left_alone["b"] == "has the units of 'a', which is not prunable"
+    assert gates == [] and "cutting it" in gates.not_prunable["a"]
+    assert gates.not_prunable["b"] == "has the units of 'a', which is not prunable"
 
 
 def test_a_weight_that_is_computed_is_refused_by_its_name():
     net = nn.Sequential(ScaledWeight(4, 8), nn.ReLU(), nn.Linear(8, 2))
     gates = find_gates(net, torch.randn(2, 4))
-    assert gates.left_alone["0"] == "computes another weight from its own in every call"
+    assert gates.not_prunable["0"] == "computes another weight from its own in every call"
