@@ -108,7 +108,7 @@ def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
     with torch.no_grad():
         shrink_in_place(small, gates, prepared.theta, units)
     dense, left = macs_by_module(net, fresh(x)), macs_by_module(small, fresh(x))
-    physical = {name: unit.physical.double() for name, unit in units.items()}
+    physical = {name: unit.remaining.double() for name, unit in units.items()}
     costs = UnitCosts(net, gates, fresh(x)).expected(physical)
     blocks = {}
     for block in block_names(net, surveyed.blocks):

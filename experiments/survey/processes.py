@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.experiments.survey.collections import collection
 
 __all__ = ["measured"]
 
@@ -18,8 +19,8 @@ __all__ = ["measured"]
 _SLOWER = 10
 #: CPU seconds that Torch-Pruning may take.
 _LIMIT_OF_OTHERS = 30.0
-#: Imported once, before the processes are forked.
-_PRELOADED = ["pyro_sbp.experiments.survey.measurement"]
+#: Imported once with the libraries, before the processes are forked.
+_PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 
 
 def measured(collected: str, name: str, against: str | None, limit: float) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def measured(collected: str, name: str, against: str | None, limit: float) -> di
         What was measured; ``failed`` is the reason if nothing was.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    libraries = [library.replace("-", "_") for library in collection(collected).LIBRARIES]
+    context.set_forkserver_preload([*_PRELOADED, *libraries])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, collected, name, against, limit))
     process.start()
@@ -77,7 +79,6 @@ def _measure(
     """Send what is measured, and what Torch-Pruning does."""
     import torch
 
-    from pyro_sbp.experiments.survey.collections import collection
     from pyro_sbp.experiments.survey.measurement import Prepared, measure
 
     _limit(limit)
