@@ -411,6 +411,9 @@ def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Followe
                     found[number].append(follower)
             elif len(slices.tensors) > 1:
                 pending += [(single, numbers) for single in slices.singly()]
+            else:
+                sizes = {reach.size for number in numbers for reach in groups[number]}
+                pending += [(blocks, numbers) for blocks in slices.in_blocks(sorted(sizes))]
     return found
 
 
