@@ -119,7 +119,7 @@ def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
         if before:
             blocks[block] = [before, after]
     reasons: dict[str, list[float]] = {}
-    for name, reason in gates.left_alone.items():
+    for name, reason in gates.not_prunable.items():
         count, share = reasons.get(short_reason(reason), (0, 0.0))
         reasons[short_reason(reason)] = [count + 1, share + gates.shares.get(name, 0.0)]
     return {
@@ -136,7 +136,7 @@ def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
         "attention": list(_gated_attention(net, gates)),
         "max_rel_diff": prepared.difference(small, expected, decisions),
         "cpu_seconds": round(prepared.seconds, 2),
-        "left_alone": {why: [count, round(share, 4)] for why, (count, share) in reasons.items()},
+        "not_prunable": {why: [count, round(share, 4)] for why, (count, share) in reasons.items()},
     }
 
 

@@ -36,7 +36,7 @@ def _reasons(rows: Sequence[_Row]) -> str:
     """Why layers of some networks are not prunable, with their mean share of the parameters."""
     shares: Counter[str] = Counter()
     for row in rows:
-        for why, (_, share) in row["left_alone"].items():
+        for why, (_, share) in row["not_prunable"].items():
             shares[why] += share / len(rows)
     return ", ".join(f"{why} {share:.0%}" for why, share in shares.most_common(_REASONS))
 

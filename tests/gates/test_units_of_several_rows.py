@@ -77,6 +77,13 @@ def fused_attention():
     return net, image(5, 12), {"net.attn.qkv": (3, 36), "net.more.qkv": (3, 36)}
 
 
+def many_divisors():
+    """144 rows, which many partitions fit."""
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=FusedAttention(48, 6),
+              head=nn.Linear(48, 4))  # fmt: skip
+    return net, image(5, 48), {"attn.qkv": (6, 144)}
+
+
 class SplitAttention(FusedAttention):
     """The same with the sizes of the parts in a tuple."""
 
@@ -147,7 +154,14 @@ OF_LAYERS = [
     gates_of_a_recurrent_cell,
     a_map_over_all_channels,
 ]
-CASES = [*OF_LAYERS, fused_attention, split_attention, grouped_queries, one_key_for_all]
+CASES = [
+    *OF_LAYERS,
+    fused_attention,
+    many_divisors,
+    split_attention,
+    grouped_queries,
+    one_key_for_all,
+]
 EACH = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 
 
