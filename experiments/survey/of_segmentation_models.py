@@ -34,10 +34,12 @@ def names() -> list[str]:
 
 
 def build(name: str) -> Surveyed:
-    """A network for 3 classes and images of 64 x 64."""
+    """A network for 3 classes, with an input."""
     import segmentation_models_pytorch as smp
 
     decoder, _, encoder = name.partition("/")
     options = {"dynamic_img_size": True} if decoder == "DPT" else {}
     net = getattr(smp, decoder)(encoder, encoder_weights=None, classes=3, **options)
-    return Surveyed(decoder if encoder == "resnet18" else encoder, net, torch.randn(2, 3, 64, 64))
+    size = 128 if decoder == "PAN" else 64
+    x = torch.randn(2, 3, size, size)
+    return Surveyed(decoder if encoder == "resnet18" else encoder, net, x)

@@ -46,10 +46,12 @@ def build(name: str) -> Surveyed:
         options["weights_backbone"] = None
     if family == "detection" and "ssd" not in name:
         options |= {"min_size": 96, "max_size": 96}
+    if "rcnn" in name:
+        options |= {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
     net = builder(**options)
     x: Any = torch.randn(OWN_SHAPES.get(name, SHAPES[family]))
     if family == "optical_flow":
         x = (x, torch.randn(x.shape))
     if family == "detection":
-        x = {"images": [image for image in x.sigmoid()]}
+        x = {"images": list(x.sigmoid())}
     return Surveyed(family, net, x)

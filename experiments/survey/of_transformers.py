@@ -128,7 +128,7 @@ _ENTRIES = {
     "convnext": _Entry(
         "ConvNextConfig",
         "ConvNextForImageClassification",
-        {"hidden_sizes": [24, 48], "depths": [2, 2], "num_stages": 2, "image_size": 32},
+        {"hidden_sizes": [96, 192], "depths": [2, 2], "num_stages": 2, "image_size": 32},
         _PIXELS,
         r".*\.layers\.\d+",
     ),

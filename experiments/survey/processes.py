@@ -18,7 +18,7 @@ __all__ = ["measured"]
 #: How many times longer than its time limit a process may take where others use the processor.
 _SLOWER = 10
 #: CPU seconds that Torch-Pruning may take.
-_LIMIT_OF_OTHERS = 30.0
+_LIMIT_OF_OTHERS = 20.0
 #: Imported once with the libraries, before the processes are forked.
 _PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 

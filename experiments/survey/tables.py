@@ -105,8 +105,10 @@ def blocks(records: Sequence[Record], *collections: str, directory: Path = DIREC
                 gated, layers = row["attention"]
                 heads = f"{gated} of {layers}" if layers else "-"
                 rows.append(
-                    (name, str(len(row["blocks"])), heads, f"{_share(row):.0%}")
-                    + (f"{row['macs_left']:.0%}", f"{row['max_rel_diff']:.0e}")
+                    (
+                        *(name, str(len(row["blocks"])), heads, f"{_share(row):.0%}"),
+                        *(f"{row['macs_left']:.0%}", f"{row['max_rel_diff']:.0e}"),
+                    )
                 )
     head = ("network", "blocks", "attention with gated heads", "MACs left in the blocks")
     return markdown((*head, "in the network", "difference"), rows)
@@ -168,8 +170,11 @@ def against(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
         theirs = Counter(_outcome(row["torch_pruning"]) for row in found)
         if found:
             rows.append(
-                (collection, str(len(found)), f"{ours['exact']}")
-                + tuple(str(theirs[outcome]) for outcome in ("exact", "inexact", "failed"))
+                (
+                    collection,
+                    *(str(n) for n in (len(found), ours["exact"], theirs["exact"])),
+                    *(str(n) for n in (theirs["inexact"], theirs["failed"])),
+                )
             )
     head = ("collection", "networks", "exact here", "exact by Torch-Pruning", "inexact", "failed")
     return markdown(head, rows)

@@ -293,8 +293,8 @@ class _Gating(TorchFunctionMode):
         super().__init__()
         self.layers: dict[int, tuple[_Scaled, nn.Module]] = {}
         self.recurrent: dict[int, dict[str, tuple[_Scaled, nn.Module]]] = {}
-        #: From the id of a tensor to its reader: weights of products, and views of them. The tensors
-        #: are kept alive, so that their ids are not reused.
+        #: From the id of a tensor to its reader: weights of products, and views of them. The
+        #: tensors are kept alive, so that their ids are not reused.
         self.weights: dict[int, tuple[_Scaled, Tensor]] = {}
         for reader in readers:
             module = net.get_submodule(reader.layer)
