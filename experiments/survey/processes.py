@@ -18,7 +18,7 @@ __all__ = ["measured"]
 #: How many times longer than its time limit a process may take where others use the processor.
 _SLOWER = 10
 #: CPU seconds that Torch-Pruning may take.
-_LIMIT_OF_OTHERS = 20.0
+_LIMIT_OF_OTHERS = 10.0
 #: Imported once with the libraries, before the processes are forked.
 _PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 
@@ -85,14 +85,15 @@ def _measure(
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    prepared, row = None, {}
     try:
         surveyed = collection(collected).build(name)
         prepared = Prepared(surveyed)
-        sender.send(measure(surveyed, prepared))
+        row = measure(surveyed, prepared)
     except Exception as error:  # networks may raise anything
-        sender.send({"failed": f"{type(error).__name__}: {first_line(error)}"[:300]})
-        return
-    if against:
+        row = {"failed": f"{type(error).__name__}: {first_line(error)}"[:300]}
+    sender.send(row)
+    if against and prepared is not None and "failed" not in row:
         from pyro_sbp.experiments.survey.torch_pruning_cut import compare
 
         _limit(_LIMIT_OF_OTHERS)
