@@ -128,6 +128,31 @@ def grouped_queries():
     return net, image(5, 16), {"attn.query": (4, 32)}
 
 
+class GroupedQueriesInOneLayer(nn.Module):
+    """The same with one layer for queries, keys and values, and sizes in attributes."""
+
+    def __init__(self, width=16, heads=6, shared=3):
+        super().__init__()
+        self.head_dim, self.repeats = 4, heads // shared
+        self.q_size, self.kv_size = 4 * heads, 4 * shared
+        self.qkv = nn.Linear(width, self.q_size + 2 * self.kv_size)
+        self.out = nn.Linear(self.q_size, width)
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+        )
+        k, v = (part.repeat_interleave(self.repeats, 1) for part in (k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def grouped_queries_in_one_layer():
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=GroupedQueriesInOneLayer(),
+              head=nn.Linear(16, 3))  # fmt: skip
+    return net, image(5, 16), {"attn.qkv": (3, 48)}
+
+
 def one_key_for_all():
     net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=GroupedQueries(shared=1),
               head=nn.Linear(16, 3))  # fmt: skip
@@ -253,7 +278,8 @@ def test_partitions_are_of_equal_classes_from_fine_to_coarse():
     assert sizes == sorted(sizes, reverse=True)
     assert all(len(set(classes.bincount().tolist())) == 1 for classes in found)
     rows = torch.arange(12)
-    for classes in (rows // 4, rows % 4, rows // 2 % 3):  # heads, halves, a fused layer
+    grouped = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1])  # 4 queries for each key
+    for classes in (rows // 4, rows % 4, rows // 2 % 3, grouped):  # heads, halves, a fused layer
         assert any(torch.equal(classes, other) for other in found)
 
 
