@@ -1,12 +1,14 @@
 """Units of several rows: the rows of a layer that code only takes together."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_awkward_networks import Net, conv, image
 from torch import nn
 
+import pyro_sbp as sbp
 from pyro_sbp.gates.classes import codes, partitions, partitions_that_fit
 from pyro_sbp.gates.folding import GatedNetwork, call
 from pyro_sbp.gates.probing import find_gates
@@ -153,6 +155,29 @@ def grouped_queries_in_one_layer():
     return net, image(5, 16), {"attn.qkv": (3, 48)}
 
 
+class ReadsConfig(GroupedQueriesInOneLayer):
+    """The same with numbers of heads in a configuration, which modules share."""
+
+    def __init__(self, config):
+        super().__init__(16, config.num_attention_heads, config.num_key_value_heads)
+        self.config = config
+        del self.q_size, self.kv_size
+
+    def forward(self, x):
+        self.q_size = self.config.num_attention_heads * self.head_dim
+        self.kv_size = self.config.num_key_value_heads * self.head_dim
+        out = super().forward(x)
+        del self.q_size, self.kv_size
+        return out
+
+
+def heads_in_a_configuration():
+    config = SimpleNamespace(num_attention_heads=6, num_key_value_heads=3, hidden_size=16)
+    attention = nn.Sequential(ReadsConfig(config), nn.LayerNorm(16), ReadsConfig(config))
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=attention, head=nn.Linear(16, 3))
+    return net, image(5, 16), {"attn.0.qkv": (3, 48), "attn.2.qkv": (3, 48)}
+
+
 def one_key_for_all():
     net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=GroupedQueries(shared=1),
               head=nn.Linear(16, 3))  # fmt: skip
@@ -292,6 +317,19 @@ def test_partitions_that_fit_are_those_that_codes_do_not_exclude():
     assert any(torch.equal(classes, rows // 4) for classes in fitting)
     assert not any(torch.equal(classes, rows % 8) for classes in fitting)
     assert int(fitting[0].max()) == 3
+
+
+def test_modules_with_other_heads_have_a_configuration_of_their_own(tmp_path):
+    net, x, _ = heads_in_a_configuration()
+    gates = find_gates(net, x)
+    theta = {gates[0].name: torch.tensor([1.0, 0.0, 1.0])}
+    small = shrink(net, gates, theta, x)
+    heads = [layer.config.num_attention_heads for layer in small.attn[::2]]
+    assert heads == [4, 6] and net.attn[0].config.num_attention_heads == 6
+    sbp.save(small, tmp_path / "small", constructor=lambda: heads_in_a_configuration()[0])
+    loaded = sbp.load(tmp_path / "small", constructor=lambda: heads_in_a_configuration()[0])
+    assert [layer.config.num_attention_heads for layer in loaded.attn[::2]] == heads
+    assert relative_difference(small(x), loaded(x)) <= 1e-6
 
 
 @pytest.mark.parametrize("make", [fused_attention, grouped_queries])
