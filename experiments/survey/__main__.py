@@ -49,12 +49,12 @@ def _names(collected: str, asked: Sequence[str]) -> list[str]:
 
 def _survey(options: argparse.Namespace) -> None:
     directory = Path(options.output_dir)
-    try:
+    fresh = records.new(options.collection, collection(options.collection).LIBRARIES)
+    if records.path_of(options.collection, directory).exists():
         record = records.read(options.collection, directory)
-    except RequestError:
-        if records.path_of(options.collection, directory).exists():
-            raise
-        record = records.new(options.collection, collection(options.collection).LIBRARIES)
+        record["versions"] = {**fresh["versions"], **record["versions"]}
+    else:
+        record = fresh
     for name in _names(options.collection, options.networks):
         found = record["networks"].get(name)
         complete = found is not None and (

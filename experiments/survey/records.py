@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from pyro_sbp.training.job import machine, versions
 
 __all__ = ["DIRECTORY", "add", "new", "path_of", "read"]
 
+#: Libraries to compare with, whose versions are noted as well.
+_OTHERS = ("torch-pruning",)
 #: Where the records are.
 DIRECTORY = Path(__file__).parents[1] / "results" / "survey"
+
+
+def _is_installed(name: str) -> bool:
+    return find_spec(name.replace("-", "_")) is not None
 
 
 def path_of(collection: str, directory: Path) -> Path:
@@ -55,7 +62,10 @@ def new(collection: str, libraries: Sequence[str]) -> dict[str, Any]:
     return {
         "collection": collection,
         "command": f"python -m pyro_sbp.experiments.survey {collection} --against torch-pruning",
-        "versions": {**versions(), **{name: version(name) for name in libraries}},
+        "versions": {
+            **versions(),
+            **{name: version(name) for name in (*libraries, *_OTHERS) if _is_installed(name)},
+        },
         "machine": machine(torch.device("cpu")),
         "networks": {},
     }
