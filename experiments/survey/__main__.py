@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ def _names(collected: str, asked: Sequence[str]) -> list[str]:
 
 def _survey(options: argparse.Namespace) -> None:
     directory = Path(options.output_dir)
-    fresh = records.new(options.collection, collection(options.collection).LIBRARIES)
+    libraries = collection(options.collection).LIBRARIES
+    for library in libraries:
+        if find_spec(library.replace("-", "_")) is None:
+            raise RequestError(f"this needs {library}: pip install {library}")
+    fresh = records.new(options.collection, libraries)
     if records.path_of(options.collection, directory).exists():
         record = records.read(options.collection, directory)
         record["versions"] = {**fresh["versions"], **record["versions"]}

@@ -80,6 +80,14 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     assert "has no network 'alexnot'; did you mean 'alexnet'" in capsys.readouterr().err
 
 
+def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["segmentation-models-pytorch"])
+    words = "this needs segmentation-models-pytorch: pip install segmentation-models-pytorch\n"
+    assert capsys.readouterr().err.endswith(words)
+
+
 def test_the_tables_of_a_record(row, tmp_path):
     record = records.new("torchvision", ["torchvision"])
     inexact = {**row, "gates": 6, "torch_pruning": {"max_rel_diff": 0.5}}
