@@ -20,6 +20,7 @@ from pathlib import Path
 from pyro_sbp.errors import RequestError, did_you_mean
 from pyro_sbp.experiments import criteria, frontier, method_tables, minilm_tables, network_tables
 from pyro_sbp.experiments.rows import Record, read_records
+from pyro_sbp.experiments.survey import tables as survey_tables
 from pyro_sbp.training.files import write_text
 
 __all__ = ["TABLES", "main", "rebuilt"]
@@ -47,6 +48,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "minilm": minilm_tables.results,
     "minilm-units": minilm_tables.units,
     "minilm-speed": minilm_tables.speed,
+    "survey": survey_tables.summary,
+    "survey-families": survey_tables.families,
+    "survey-blocks": survey_tables.blocks,
+    "survey-by-block": survey_tables.by_block,
+    "survey-torch-pruning": survey_tables.against,
 }
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")

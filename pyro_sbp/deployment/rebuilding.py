@@ -18,7 +18,7 @@ from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.gates.recurrent import is_recurrent, weight_sizes
-from pyro_sbp.gates.sizes import follows, ratios_around, written_sizes
+from pyro_sbp.gates.sizes import all_sizes, follows, ratios_around, set_size
 from pyro_sbp.networks import PlaceChannels
 
 __all__ = [
@@ -179,7 +179,7 @@ def _set_sizes(
 ) -> None:
     """Set the sizes that are written into modules, if they follow those of the layers inside."""
     for name, sizes in description.sizes.items():
-        old = written_sizes(modules[name]) if name in ratios else {}
+        old = all_sizes(modules[name]) if name in ratios else {}
         for attribute, size in sizes.items():
             if attribute not in old:
                 raise ValueError(f"{attribute!r} of {name!r} is no size around a resized layer")
@@ -188,7 +188,8 @@ def _set_sizes(
                     f"{attribute!r} of {name!r} is {size}, which does not follow from "
                     f"{old[attribute]} by the sizes of the layers"
                 )
-            setattr(modules[name], attribute, type(old[attribute])(size))  # type: ignore[arg-type]
+            value = type(old[attribute])(size)  # type: ignore[arg-type]
+            set_size(modules[name], attribute, value)
 
 
 def check_fit(

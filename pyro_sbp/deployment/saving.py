@@ -44,7 +44,7 @@ from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
-from pyro_sbp.gates.sizes import Written, follows, ratios_around, written_sizes
+from pyro_sbp.gates.sizes import Written, all_sizes, follows, ratios_around
 from pyro_sbp.gates.units import units_of
 
 __all__ = ["load", "load_weights", "save", "unique_tensors"]
@@ -249,10 +249,10 @@ def _smaller_sizes(
     """The sizes written into modules that have become smaller with the layers inside."""
     found = {}
     for module, ratios in ratios_around(fresh, layers).items():
-        here = written_sizes(small.get_submodule(module))
+        here = all_sizes(small.get_submodule(module))
         smaller = {
             name: here[name]
-            for name, old in written_sizes(fresh.get_submodule(module)).items()
+            for name, old in all_sizes(fresh.get_submodule(module)).items()
             if name in here and here[name] != old and follows(here[name], old, ratios)
         }
         if smaller:

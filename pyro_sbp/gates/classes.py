@@ -27,7 +27,8 @@ def partitions(rows: int) -> Iterator[Tensor]:
 
     The class of a row is ``(row // block) % classes``. The classes are contiguous blocks (the heads
     of a layer of queries), strides (the halves of a gated linear unit), or repeated blocks (a layer
-    of queries, keys and values).
+    of queries, keys and values). If a key and a value serve several queries, a class has a large
+    block of the first part of the layer and two small blocks of the rest.
 
     Args:
         rows: the number of rows.
@@ -41,6 +42,14 @@ def partitions(rows: int) -> Iterator[Tensor]:
             for block in range(1, rows // classes + 1):
                 if rows // classes % block == 0:
                     yield (numbers // block) % classes
+            for block in range(rows // classes // 4, 0, -1):
+                if rows // classes % block == 0:
+                    queries = rows - 2 * classes * block
+                    yield torch.where(
+                        numbers < queries,
+                        numbers // (queries // classes),
+                        (numbers - queries) // block % classes,
+                    )
 
 
 def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tensor]:

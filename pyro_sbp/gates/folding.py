@@ -20,6 +20,7 @@ from pyro_sbp.gates.layers import (
     argument,
     channel_dim,
     column_factor,
+    multiplies,
     operands,
     serves,
     weight_of,
@@ -292,8 +293,8 @@ class _Gating(TorchFunctionMode):
         super().__init__()
         self.layers: dict[int, tuple[_Scaled, nn.Module]] = {}
         self.recurrent: dict[int, dict[str, tuple[_Scaled, nn.Module]]] = {}
-        #: From the id of a tensor to its reader: weights that belong to no layer, and views of
-        #: them. The tensors are kept alive, so that their ids are not reused.
+        #: From the id of a tensor to its reader: weights of products, and views of them. The
+        #: tensors are kept alive, so that their ids are not reused.
         self.weights: dict[int, tuple[_Scaled, Tensor]] = {}
         for reader in readers:
             module = net.get_submodule(reader.layer)
@@ -304,7 +305,10 @@ class _Gating(TorchFunctionMode):
                 weight = getattr(module, reader.tensor)
                 self.weights[id(weight)] = reader, weight
             else:
-                self.layers[id(weight_of(module))] = reader, module
+                weight = weight_of(module)
+                self.layers[id(weight)] = reader, module
+                if multiplies(module):
+                    self.weights[id(weight)] = reader, weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})

@@ -162,9 +162,10 @@ def _gate(
     for index, follower in enumerate(followers):
         carried = [slices.get((index, own)) for own in range(follower.slices.size)]
         if any(unit is not None for unit in carried):
-            its = [-1 if unit is None else number[same[unit]] for unit in carried]
+            of_slices = [-1 if unit is None else number[same[unit]] for unit in carried]
+            its = torch.tensor(of_slices, device="cpu").repeat_interleave(follower.slices.block)
             following += [
-                Span(follower.slices.layer, torch.tensor(its, device="cpu"), tensor=leaf, dim=dim)
+                Span(follower.slices.layer, its, tensor=leaf, dim=dim)
                 for leaf, dim in follower.slices.tensors
             ]
     columns = {

@@ -26,6 +26,7 @@ __all__ = [
     "is_reader",
     "known_tensors",
     "most_of_columns",
+    "multiplies",
     "num_columns",
     "num_rows",
     "operands",
@@ -161,6 +162,11 @@ def serves(function: Any, module: nn.Module) -> bool:
     if function is torch.addmm:
         return _is_conv1d(module)
     return isinstance(module, _MATRIX_FUNCTIONS.get(function, ()))
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a dense layer has a `forward` of its own, such as ``x @ self.weight.T``."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 def operands(function: Any) -> tuple[tuple[int, str], tuple[int, str]]:

@@ -32,11 +32,13 @@ class Slices:
         layer: the name of the module.
         tensors: the name of each tensor, and the dimension of its slices.
         size: the number of slices.
+        block: how many consecutive indices make up a slice.
     """
 
     layer: str
     tensors: tuple[tuple[str, int], ...]
     size: int
+    block: int = 1
 
     @property
     def places(self) -> set[Place]:
@@ -46,6 +48,14 @@ class Slices:
     def singly(self) -> list[Slices]:
         """The slices of each tensor separately."""
         return [Slices(self.layer, (one,), self.size) for one in self.tensors]
+
+    def in_blocks(self, sizes: Iterable[int]) -> list[Slices]:
+        """Slices of several indices each, such as those of a head, in each of some numbers."""
+        return [
+            Slices(self.layer, self.tensors, size, self.size // size)
+            for size in sizes
+            if self.block == 1 and 1 < size < self.size and self.size % size == 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class LooseTensors:
         for leaf, dim in slices.tensors:
             tensor = self.places[slices.layer, leaf]
             self._saved.setdefault((slices.layer, leaf), tensor.clone())
-            tensor.movedim(dim, 0)[chosen] = torch.nan
+            tensor.movedim(dim, 0)[chosen.repeat_interleave(slices.block)] = torch.nan
 
     @property
     def filled(self) -> list[Tensor]:

@@ -48,7 +48,7 @@ __all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 #: The largest number of partitions of the rows of a writer that are measured.
 _PARTITIONS = 4
 _UNREAD = "no layer reads it"
-#: After this many consecutive rows that exclude no partition, a partition is measured.
+#: After this many consecutive rows that exclude no partition, the first partition is tested.
 _MISSES = 2
 
 
@@ -411,6 +411,9 @@ def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Followe
                     found[number].append(follower)
             elif len(slices.tensors) > 1:
                 pending += [(single, numbers) for single in slices.singly()]
+            else:
+                sizes = {reach.size for number in numbers for reach in groups[number]}
+                pending += [(blocks, numbers) for blocks in slices.in_blocks(sorted(sizes))]
     return found
 
 
@@ -588,7 +591,10 @@ def _look_at_first_rows(probe: Probe, decodings: Sequence[_Decoding]) -> None:
     """Record the columns that the first row reaches: all of a layer, if there are no classes."""
     if not decodings:
         return
-    hits = _reached(probe, [(decoding.reach, 0) for decoding in decodings])
+    first_rows = [
+        (d.reach, torch.arange(len(d.reach.classes), device="cpu") == 0) for d in decodings
+    ]
+    hits = _reached(probe, first_rows)
     for decoding in decodings:
         for name, seen in decoding.reach.seen.items():
             decoding.first[name] = hits[name] & seen if name in hits else ~seen & seen
@@ -610,45 +616,54 @@ class _Guesses:
         self.partitions = list(partitions_that_fit(*decoding.bits(), len(decoding.reach.classes)))
         self.compared = torch.zeros(len(decoding.reach.classes), dtype=torch.bool, device="cpu")
         self.misses = 0
+        self.tested = False  # whether the rows outside of the first class were compared with it
 
-    def row(self) -> int | None:
-        """The row to compare with the first one.
+    def rows(self) -> Tensor | None:
+        """The rows to compare with the first one, bool; None if the first partition seems right.
 
-        In the first partition it is in another class, and in most other partitions in the same
-        class.
+        A single row is in another class in the first partition, and in the same class in most other
+        partitions. When single rows exclude no partition any more, the rows are all those that the
+        first partition puts into other classes.
         """
-        if len(self.partitions) < 2 or self.misses == _MISSES:
+        if not self.partitions or self.tested:
             return None
         same = torch.stack([classes == classes[0] for classes in self.partitions])
         votes = torch.where(same[0] | self.compared, 0, same.sum(0))
-        return int(votes.argmax()) if int(votes.max()) else None
+        if self.misses < _MISSES and int(votes.max()):
+            return torch.arange(len(votes), device="cpu") == votes.argmax()
+        return ~same[0]
 
-    def learn(self, row: int, hits: Mapping[str, Tensor]) -> None:
-        """Exclude partitions that contradict the columns that a row reaches."""
-        self.compared[row] = True
+    def learn(self, rows: Tensor, hits: Mapping[str, Tensor]) -> None:
+        """Exclude partitions that contradict the columns that rows reach."""
         first = self.decoding.first
-        if any(bool((hits[name] & first[name]).any()) for name in first if name in hits):
-            self.partitions = [classes for classes in self.partitions if classes[row] == classes[0]]
+        meet = any(bool((hits[name] & first[name]).any()) for name in first if name in hits)
+        single = int(rows.sum()) == 1
+        self.compared |= rows & single
+        if meet:
+            # One of the rows is in the class of the first row.
+            self.partitions = [
+                classes for classes in self.partitions if bool((classes[rows] == classes[0]).any())
+            ]
             self.misses = 0
-        else:
+        elif single:
             self.misses += 1
+        else:
+            self.tested = True
 
 
 def _compare_rows(probe: Probe, trying: Sequence[_Guesses]) -> None:
-    """Exclude partitions by passes with single rows, until the first partition seems right."""
+    """Exclude partitions by passes with some rows, until the first partition seems right."""
     for guesses in trying:
-        guesses.misses = 0
-    while rows := [(g, row) for g in trying if (row := g.row()) is not None]:
-        hits = _reached(probe, [(guesses.decoding.reach, row) for guesses, row in rows])
-        for guesses, row in rows:
-            guesses.learn(row, hits)
+        guesses.misses, guesses.tested = 0, False
+    while rows := [(g, chosen) for g in trying if (chosen := g.rows()) is not None]:
+        hits = _reached(probe, [(guesses.decoding.reach, chosen) for guesses, chosen in rows])
+        for guesses, chosen in rows:
+            guesses.learn(chosen, hits)
 
 
-def _reached(probe: Probe, rows: Sequence[tuple[Reach, int]]) -> dict[str, Tensor]:
-    """The columns that one row of each writer reaches."""
-    chosen = {
-        reach.writer: torch.arange(len(reach.classes), device="cpu") == row for reach, row in rows
-    }
+def _reached(probe: Probe, rows: Sequence[tuple[Reach, Tensor]]) -> dict[str, Tensor]:
+    """The columns that some rows of each writer reach."""
+    chosen = {reach.writer: mask for reach, mask in rows}
     try:
         _pass(probe, chosen, {name for reach, _ in rows for name in reach.seen})
     except _Astray:

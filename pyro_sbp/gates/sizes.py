@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -14,11 +15,13 @@ from pyro_sbp.gates.folding import Gate, Size
 
 __all__ = [
     "Written",
+    "all_sizes",
     "combined",
     "fitting_sizes",
     "follows",
     "likely_sizes",
     "ratios_around",
+    "set_size",
     "set_sizes",
     "written_sizes",
 ]
@@ -26,6 +29,8 @@ __all__ = [
 #: The value of an attribute with sizes.
 Written = int | tuple[int, ...] | list[int]
 
+#: The attribute in which the modules of transformers hold their configuration.
+_CONFIG = "config"
 #: Parts of the names of attributes with a number of heads, or of the features of all heads.
 _OF_HEADS = ("heads", "attn_dim", "head_size", "inner_dim")
 
@@ -44,14 +49,49 @@ def written_sizes(module: nn.Module) -> dict[str, Written]:
     }
 
 
+def _config_sizes(module: nn.Module) -> dict[str, Written]:
+    """The integers of a configuration that a module holds, by names such as ``config.num_heads``.
+
+    Modules share their configuration. A module with other sizes gets a copy of it.
+    """
+    config = vars(module).get(_CONFIG)
+    if type(module).__module__.startswith("torch.") or isinstance(config, type | nn.Module):
+        return {}
+    return {
+        f"{_CONFIG}.{name}": value
+        for name, value in getattr(config, "__dict__", {}).items()
+        if not name.startswith("_") and type(value) is int
+    }
+
+
+def all_sizes(module: nn.Module) -> dict[str, Written]:
+    """The attributes of a module and of its configuration that may be sizes."""
+    return {**written_sizes(module), **_config_sizes(module)}
+
+
+def set_size(module: nn.Module, attribute: str, value: Written) -> None:
+    """Set a size of a module, one of `all_sizes`."""
+    holder, _, name = attribute.rpartition(".")
+    if holder:
+        config = copy.copy(vars(module)[holder])
+        setattr(config, name, value)
+        setattr(module, holder, config)
+    else:
+        setattr(module, name, value)
+
+
 def _is_written(value: Any) -> bool:
     if type(value) in (tuple, list):
         return len(value) > 0 and all(type(item) is int for item in value)
     return type(value) is int
 
 
-def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
+def fitting_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> list[tuple[Size, ...]]:
     """The attributes of modules around the layers of a gate that may depend on its units.
+
+    Args:
+        net, gate: the network and the gate.
+        configs: whether those of the configurations of modules are included.
 
     Returns:
         For each attribute, the possible sizes in it. A size is the number of units, or a multiple
@@ -60,7 +100,9 @@ def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
     counts = _per_unit(gate)
     found = []
     for name in _around(gate):
-        for attribute, value in written_sizes(net.get_submodule(name)).items():
+        module = net.get_submodule(name)
+        written = all_sizes(module) if configs else written_sizes(module)
+        for attribute, value in written.items():
             items = enumerate(value) if not isinstance(value, int) else [(None, value)]
             sizes = tuple(
                 Size(name, attribute, place, item // gate.size)
@@ -74,12 +116,16 @@ def fitting_sizes(net: nn.Module, gate: Gate) -> list[tuple[Size, ...]]:
     return found
 
 
-def likely_sizes(net: nn.Module, gate: Gate) -> tuple[Size, ...]:
-    """The possible sizes whose names suggest a number of heads, or of the rows of all heads."""
+def likely_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> tuple[Size, ...]:
+    """The possible sizes whose names suggest a number of heads, or of the rows of all heads.
+
+    Args:
+        net, gate, configs: as for `fitting_sizes`.
+    """
     counts = _per_unit(gate)
     return tuple(
         size
-        for sizes in fitting_sizes(net, gate)
+        for sizes in fitting_sizes(net, gate, configs)
         for size in sizes
         if any(part in size.attribute for part in _OF_HEADS)
         and ("heads" in size.attribute or size.per_unit in counts)
@@ -103,7 +149,7 @@ def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
             items[size.place] = value
             setattr(module, size.attribute, type(getattr(module, size.attribute))(items))
         else:
-            setattr(module, size.attribute, value)
+            set_size(module, size.attribute, value)
 
 
 def ratios_around(

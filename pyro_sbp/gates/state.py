@@ -125,7 +125,8 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
             yield from (value for _, value in _globals_of(thing))
     elif isinstance(thing, nn.Module):
         kept = vars(thing)
-        yield from (kept[n] for n in _OF_MODULES if kept.get(n) or n == "_buffers")
+        # A call may add to those that are empty, such as hooks that a library adds when needed.
+        yield from (kept[n] for n in _OF_MODULES if n in kept)
         yield _Attributes(thing)
         if functions:
             yield from _of_classes(thing)

@@ -17,9 +17,11 @@ from pyro_sbp.gates.layers import (
     is_channelwise,
     is_matrix,
     is_reader,
+    multiplies,
     num_rows,
     operands,
     serves,
+    weight_of,
 )
 from pyro_sbp.gates.loose import LooseTensors, Place
 from pyro_sbp.gates.products import Product, dimensions, products
@@ -151,6 +153,9 @@ class Uses:
             if name is not None and serves(func, self._modules[name]):
                 return self._of_layer(name, func, args, kwargs)
         for product in products(func, args, kwargs):
+            own = self._of_own_product(product)
+            if own is not None:
+                return own
             self.computing.update(
                 layer
                 for layer, leaf in self.loose.sources(product.weight) or ()
@@ -170,6 +175,19 @@ class Uses:
             x: Tensor = argument(operands(func)[0], args, kwargs)
             sees = ((name, x, channel_dim(layer, x)),)
         return Use(name, sees, is_matrix(layer))
+
+    def _of_own_product(self, product: Product) -> Use | None:
+        """The use of a dense layer that computes its output as a product with its weight."""
+        sources = self.loose.sources(product.weight) or frozenset()
+        for layer, leaf in sources if len(sources) == 1 else ():
+            module = self._modules.get(layer, _NO_LAYER)
+            if leaf != "weight" or not multiplies(module) or self.loose.sources(product.x):
+                continue
+            dims = dimensions(product.weight, weight_of(module))
+            if dims is not None and tuple(dims[dim] for dim in product.dims) == (0, 1):
+                seen = (layer, product.x, product.x.ndim + product.x_dim)
+                return Use(layer, (seen,), True, product.out_dim)
+        return None
 
     def _of_product(self, product: Product, record: bool) -> Use | None:
         sources = self.loose.sources(product.weight)

@@ -59,7 +59,7 @@ def kind_of(net: nn.Module, gate: Gate) -> Kind:
 def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
     """The gate with the sizes whose names suggest that they depend on its units."""
     chosen = {*gate.sizes, *likely_sizes(net, gate)}
-    sizes = [size for found in fitting_sizes(net, gate) for size in found if size in chosen]
+    sizes = [size for found in fitting_sizes(net, gate, True) for size in found if size in chosen]
     return replace(gate, sizes=tuple(sizes))
 
 
@@ -74,6 +74,8 @@ def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
                 found.append((len(chosen) + (parts > 1), Variant.of(net, parts, chosen)))
     found.sort(key=lambda item: item[0])
     yield from (variant for _, variant in found[:_VARIANTS])
+    # Last, as most modules only copy the numbers of their configuration into attributes.
+    yield Variant.of(net, 1, likely_sizes(net, candidate.gate, configs=True))
 
 
 def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gate | None:
@@ -83,7 +85,7 @@ def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gat
         return None
     sizes = tuple(
         size
-        for of_attribute in fitting_sizes(net, coarse.gate)
+        for of_attribute in fitting_sizes(net, coarse.gate, configs=True)
         for size in of_attribute
         if _item(net, size) in variant.sizes
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate, Span
 from pyro_sbp.gates.layers import groups_of, num_columns, num_rows, weight_of
 from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent, recurrent_weights
-from pyro_sbp.pruning.macs import costs_by_layer, original_name
+from pyro_sbp.gates.surgery import cut, surviving_units
+from pyro_sbp.pruning.macs import macs_by_module, original_name
 
 __all__ = ["Costs", "UnitCosts", "keep_probability", "scales_by_cost"]
 
@@ -93,6 +95,26 @@ class _Layer:
         )
 
 
+@dataclass(frozen=True)
+class _Products:
+    """Products that a module computes outside of its layers, such as those inside attention.
+
+    Attributes:
+        macs: of all of them.
+        shares: from each gate that they depend on to the share that is gone without its units.
+    """
+
+    macs: float
+    shares: Mapping[str, float]
+
+    def expected(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Expected MACs, a scalar: exact if they are proportional to the units of one gate."""
+        left = torch.tensor(self.macs, dtype=torch.float64, device="cpu")
+        for gate, share in self.shares.items():
+            left = left * (1 - share * (1 - keep[gate].mean()))
+        return left
+
+
 def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
     """The probability that each row or column remains, which requires that all of its units do."""
     there = torch.ones(size, dtype=torch.float64, device="cpu")
@@ -105,12 +127,13 @@ class UnitCosts:
     """What the units of a network cost in MACs, from one call of it.
 
     A dense layer or convolution costs what each of its rows costs with each column that it meets:
-    in a layer with groups those of its group, in a depthwise convolution its own. What no unit
-    touches costs the same in any case, and so does what is counted outside of the layers, such as
-    the products inside attention, even where a unit is one of its heads.
+    in a layer with groups those of its group, in a depthwise convolution its own. What a module
+    computes outside of the layers, such as the products inside attention, is measured: a copy of
+    the network without half of the units of a gate is counted. What no unit touches costs the same
+    in any case.
 
     Args:
-        net: the network, dense or cut before; it is called once and not changed.
+        net: the network, dense or cut before; it is called and not changed.
         gates: its gates, from `find_gates` or `remaining_gates`.
         example_input: its input; the MACs are those of one call on it.
     """
@@ -126,19 +149,19 @@ class UnitCosts:
                 writes.setdefault(span.layer, []).append((gate.name, span))
             for span in gate.readers:
                 reads.setdefault(span.layer, []).append((gate.name, span))
-        macs = {
-            name: float(count) for name, (count, _) in costs_by_layer(net, example_input).items()
-        }
-        self._layers = []
+        macs, rest = _counted(net, example_input), 0.0
+        self._terms: list[_Layer | _Products] = []
         for name in dict.fromkeys([*writes, *reads]):
             cost = macs.pop(original_name(net, name), 0.0)
             if cost:  # not batch norms
                 parts = _parts(
                     net.get_submodule(name), cost, writes.get(name, ()), reads.get(name, ())
                 )
-                self._layers += parts
-                macs[name] = cost - sum(part.all for part in parts)
-        self._rest = sum(macs.values())
+                self._terms += parts
+                rest += cost - sum(part.all for part in parts)
+        outside = _outside_of_layers(net, gates, example_input, macs)
+        self._terms += outside.values()
+        self._rest = rest + sum(count for name, count in macs.items() if name not in outside)
 
     def expected(self, keep: Mapping[str, Tensor]) -> float:
         """Expected MACs of the network, if every unit remains with its own probability.
@@ -183,7 +206,7 @@ class UnitCosts:
         Returns:
             By gate, the mean over its units.
         """
-        if not self._layers:
+        if not self._terms:
             return dict.fromkeys(self.sizes, 0.0)
         keep = {name: ones.requires_grad_() for name, ones in self._all().items()}
         with torch.enable_grad():
@@ -214,9 +237,74 @@ class UnitCosts:
 
     def _expected(self, keep: Mapping[str, Tensor]) -> Tensor:
         whole = torch.tensor(self._rest, dtype=torch.float64, device="cpu")
-        for layer in self._layers:
-            whole = whole + layer.expected(keep)
+        for term in self._terms:
+            whole = whole + term.expected(keep)
         return whole
+
+
+def _counted(net: nn.Module, example_input: Any) -> dict[str, float]:
+    """The MACs of every module without those inside it, by its name before cuts."""
+    macs: dict[str, float] = {}
+    for name, count in macs_by_module(net, example_input).items():
+        if count:
+            name = original_name(net, name) if name else name
+            macs[name] = macs.get(name, 0.0) + count
+    return macs
+
+
+def _outside_of_layers(
+    net: nn.Module, gates: Sequence[Gate], example_input: Any, macs: Mapping[str, float]
+) -> dict[str, _Products]:
+    """The products in modules that depend on the units of gates with layers inside these modules.
+
+    Args:
+        net, gates, example_input: as for `UnitCosts`.
+        macs: of every module but layers whose rows or columns carry units.
+    """
+    inside = {
+        name: [gate for gate in gates if gate.size > 1 and _is_inside(gate, net, name)]
+        for name, count in macs.items()
+        if count > 0
+    }
+    shares: dict[str, dict[str, float]] = {}
+    for together in _apart(inside.values()):
+        theta = {
+            gate.name: torch.arange(gate.size, device="cpu") >= gate.size // 2 for gate in together
+        }
+        units = surviving_units(gates, theta)
+        small = copy_network(net)
+        with torch.no_grad():
+            cut(small, gates, units)
+        left = _counted(small, example_input)
+        for name, of_module in inside.items():
+            for gate in of_module:
+                gone = 1 - float(units[gate.name].remaining.double().mean())
+                fewer = macs[name] - left.get(name, 0.0)
+                if gate.name in theta and gone > 0 and fewer > 0:
+                    shares.setdefault(name, {})[gate.name] = fewer / macs[name] / gone
+    return {name: _Products(macs[name], of_gates) for name, of_gates in shares.items()}
+
+
+def _is_inside(gate: Gate, net: nn.Module, module: str) -> bool:
+    """Whether a layer of a gate is a module, or lies in it."""
+    names = (original_name(net, span.layer) for span in (*gate.writers, *gate.readers))
+    return any(not module or f"{name}.".startswith(f"{module}.") for name in names)
+
+
+def _apart(groups: Iterable[Sequence[Gate]]) -> list[list[Gate]]:
+    """All gates in sets that have at most one gate of each group."""
+    by_name = [{gate.name: gate for gate in group} for group in groups]
+    gates = {name: gate for group in by_name for name, gate in group.items()}
+    sets: list[dict[str, Gate]] = []
+    for name, gate in gates.items():
+        beside = {other for group in by_name if name in group for other in group}
+        for chosen in sets:
+            if not beside & chosen.keys():
+                chosen[name] = gate
+                break
+        else:
+            sets.append({name: gate})
+    return [list(chosen.values()) for chosen in sets]
 
 
 def _parts(module: nn.Module, macs: float, writes: _Spans, reads: _Spans) -> list[_Layer]:

@@ -24,6 +24,7 @@ __all__ = [
     "costs_by_layer",
     "count_macs",
     "count_parameters",
+    "macs_by_module",
     "original_name",
     "shares_not_prunable",
     "unfused",
@@ -102,6 +103,28 @@ def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
+def macs_by_module(net: nn.Module, example_input: Any) -> Counter[str]:
+    """MACs in one call of every module, without those of the modules inside it.
+
+    Args:
+        net, example_input: as for `count_macs`.
+
+    Returns:
+        From the name of a module to its MACs. The sum is that of `count_macs`.
+    """
+    counter = _counter()
+    with (
+        torch.no_grad(),
+        undone(net),
+        evaluating(net),
+        unfused(),
+        counter,
+        by_module(net, lambda: counter.get_total_flops() // 2) as macs,
+    ):
+        call(net, fresh(example_input))
+    return macs
+
+
 def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, int]]:
     """MACs in one call and parameters of every layer that has its own parameters.
 
@@ -116,16 +139,7 @@ def costs_by_layer(net: nn.Module, example_input: Any) -> dict[str, tuple[int, i
         name "". A parameter that two layers share counts for the first one. The sums are those of
         `count_macs` and `count_parameters`.
     """
-    counter = _counter()
-    with (
-        torch.no_grad(),
-        undone(net),
-        evaluating(net),
-        unfused(),
-        counter,
-        by_module(net, lambda: counter.get_total_flops() // 2) as macs,
-    ):
-        call(net, fresh(example_input))
+    macs = macs_by_module(net, example_input)
     seen: set[int] = set()
     costs: dict[str, tuple[int, int]] = {}
     for layer, module in net.named_modules():

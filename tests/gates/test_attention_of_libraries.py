@@ -31,6 +31,25 @@ def llama(transformers):
     return transformers.LlamaForCausalLM(config), tokens(), "self_attn.q_proj"
 
 
+def phi3(transformers):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "use_cache": False}
+    config = transformers.Phi3Config(**TINY, **heads, pad_token_id=0)
+    return transformers.Phi3ForCausalLM(config), tokens(), "self_attn.qkv_proj"
+
+
+def falcon(transformers):
+    options = {**TINY, "num_attention_heads": 8, "num_kv_heads": 4, "use_cache": False}
+    del options["intermediate_size"]
+    config = transformers.FalconConfig(**options, new_decoder_architecture=True)
+    return transformers.FalconForCausalLM(config), tokens(), "self_attention.query_key_value"
+
+
+def deberta(transformers):
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    config = transformers.DebertaConfig(**TINY, num_attention_heads=4, **relative)
+    return transformers.DebertaModel(config), tokens(), "attention.self.in_proj"
+
+
 def gpt2(transformers):
     config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, use_cache=False)
     return transformers.GPT2LMHeadModel(config), tokens(), "attn.c_attn"
@@ -48,10 +67,13 @@ def vit(timm):
         ("transformers", bert),
         ("transformers", distilbert),
         ("transformers", llama),
+        ("transformers", phi3),
+        ("transformers", falcon),
+        ("transformers", deberta),
         ("transformers", gpt2),
         ("timm", vit),
     ],
-    ids=["bert", "distilbert", "llama", "gpt2", "vit"],
+    ids=["bert", "distilbert", "llama", "phi3", "falcon", "deberta", "gpt2", "vit"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_heads_and_hidden_units_of_every_block_are_cut(library, make):

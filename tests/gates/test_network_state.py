@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.state import undone
 
 
@@ -52,3 +53,32 @@ def test_variables_of_installed_packages_are_not_touched(package, place, left):
     with undone(net):
         net(torch.zeros(1))
     assert len(module.calls) == left
+
+
+class Records(nn.Module):
+    """Registers hooks in its first call, and reads what they record, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU())
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        if not hasattr(self, "installed"):
+            for layer in self.layers[::2]:
+                layer.register_forward_hook(lambda _, x, out: self.recorded.append(out))
+            self.installed = True
+        self.recorded = []
+        self.layers(x)
+        first, last = self.recorded
+        return self.head(first.relu()) + last.sum()
+
+
+def test_hooks_that_are_added_in_a_call_are_removed():
+    net, x = Records(), torch.randn(2, 3)
+    for _ in range(2):
+        with undone(net):
+            net(x)
+    assert not hasattr(net, "installed")
+    assert not any(module._forward_hooks for module in net.modules())
+    assert [(gate.name, gate.size) for gate in find_gates(net, x)] == [("layers.0", 8)]

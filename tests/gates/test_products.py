@@ -43,6 +43,13 @@ class TwoWeights(nn.Module):
         return self.function(x, self.second, self.second_bias)
 
 
+class OwnForward(nn.Linear):
+    """A dense layer that multiplies by its weight instead of calling `F.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
 class GraphConvolution(nn.Module):
     def __init__(self, features: int, out_features: int) -> None:
         super().__init__()
@@ -151,3 +158,10 @@ def test_cut_weights_are_saved_and_loaded(tmp_path):
     sbp.save(small, tmp_path / "small", constructor=TwoWeights)
     loaded = sbp.load(tmp_path / "small", constructor=TwoWeights)
     assert torch.equal(loaded(POINTS), small(POINTS))
+
+
+def test_a_dense_layer_with_a_forward_of_its_own_is_a_layer():
+    torch.manual_seed(0)
+    net = nn.Sequential(OwnForward(5, 8), nn.Tanh(), OwnForward(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    small = check(net, POINTS, **{"0": 8, "2": 6})
+    assert (small[2].in_features, small[2].out_features) == (5, 4)

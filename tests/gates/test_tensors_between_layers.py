@@ -76,6 +76,24 @@ class PositionsOfHeads(nn.Module):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class BiasOfQueries(nn.Module):
+    """Attention with a bias that is added to the queries, some numbers for each head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.num_heads = heads
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(width)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+        q, k, v = split(self.qkv(x)).chunk(3, -1)
+        q, v = q + split(self.q_bias[None]), v + split(self.v_bias[None])
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def conv(*sizes: int, **options: int) -> nn.Conv2d:
     return nn.Conv2d(*sizes, **options)
 
@@ -134,6 +152,13 @@ def test_a_table_with_a_column_for_each_head_follows_the_heads():
     net = nn.Sequential(nn.Linear(5, 12), PositionsOfHeads(12, 3, 4), nn.ReLU(), nn.Linear(12, 2))
     small = check(net, torch.randn(2, 4, 5), **{"0": 12, "1.qkv": 3, "1.out": 12})
     assert small[1].table.shape == (7, 2) and small[1].num_heads == 2
+
+
+def test_a_parameter_with_some_numbers_for_each_head_follows_the_heads():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), BiasOfQueries(12, 3), nn.ReLU(), nn.Linear(12, 2))
+    small = check(net, torch.randn(2, 4, 5), **{"0": 12, "1.qkv": 3, "1.out": 12})
+    assert small[1].q_bias.shape == small[1].v_bias.shape == (8,)
 
 
 def test_a_parameter_for_each_position_stays():

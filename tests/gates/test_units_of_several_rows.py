@@ -1,12 +1,14 @@
 """Units of several rows: the rows of a layer that code only takes together."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_awkward_networks import Net, conv, image
 from torch import nn
 
+import pyro_sbp as sbp
 from pyro_sbp.gates.classes import codes, partitions, partitions_that_fit
 from pyro_sbp.gates.folding import GatedNetwork, call
 from pyro_sbp.gates.probing import find_gates
@@ -77,6 +79,13 @@ def fused_attention():
     return net, image(5, 12), {"net.attn.qkv": (3, 36), "net.more.qkv": (3, 36)}
 
 
+def many_divisors():
+    """144 rows, which many partitions fit."""
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=FusedAttention(48, 6),
+              head=nn.Linear(48, 4))  # fmt: skip
+    return net, image(5, 48), {"attn.qkv": (6, 144)}
+
+
 class SplitAttention(FusedAttention):
     """The same with the sizes of the parts in a tuple."""
 
@@ -121,6 +130,54 @@ def grouped_queries():
     return net, image(5, 16), {"attn.query": (4, 32)}
 
 
+class GroupedQueriesInOneLayer(nn.Module):
+    """The same with one layer for queries, keys and values, and sizes in attributes."""
+
+    def __init__(self, width=16, heads=6, shared=3):
+        super().__init__()
+        self.head_dim, self.repeats = 4, heads // shared
+        self.q_size, self.kv_size = 4 * heads, 4 * shared
+        self.qkv = nn.Linear(width, self.q_size + 2 * self.kv_size)
+        self.out = nn.Linear(self.q_size, width)
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+        )
+        k, v = (part.repeat_interleave(self.repeats, 1) for part in (k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def grouped_queries_in_one_layer():
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=GroupedQueriesInOneLayer(),
+              head=nn.Linear(16, 3))  # fmt: skip
+    return net, image(5, 16), {"attn.qkv": (3, 48)}
+
+
+class ReadsConfig(GroupedQueriesInOneLayer):
+    """The same with numbers of heads in a configuration, which modules share."""
+
+    def __init__(self, config):
+        super().__init__(16, config.num_attention_heads, config.num_key_value_heads)
+        self.config = config
+        del self.q_size, self.kv_size
+
+    def forward(self, x):
+        self.q_size = self.config.num_attention_heads * self.head_dim
+        self.kv_size = self.config.num_key_value_heads * self.head_dim
+        out = super().forward(x)
+        del self.q_size, self.kv_size
+        return out
+
+
+def heads_in_a_configuration():
+    config = SimpleNamespace(num_attention_heads=6, num_key_value_heads=3, hidden_size=16)
+    attention = nn.Sequential(ReadsConfig(config), nn.LayerNorm(16), ReadsConfig(config))
+    net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=attention, head=nn.Linear(16, 3))
+    return net, image(5, 16), {"attn.0.qkv": (3, 48), "attn.2.qkv": (3, 48)}
+
+
 def one_key_for_all():
     net = Net(lambda n, x: n.head(n.attn(x)).mean(1), attn=GroupedQueries(shared=1),
               head=nn.Linear(16, 3))  # fmt: skip
@@ -147,7 +204,14 @@ OF_LAYERS = [
     gates_of_a_recurrent_cell,
     a_map_over_all_channels,
 ]
-CASES = [*OF_LAYERS, fused_attention, split_attention, grouped_queries, one_key_for_all]
+CASES = [
+    *OF_LAYERS,
+    fused_attention,
+    many_divisors,
+    split_attention,
+    grouped_queries,
+    one_key_for_all,
+]
 EACH = pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 
 
@@ -239,7 +303,8 @@ def test_partitions_are_of_equal_classes_from_fine_to_coarse():
     assert sizes == sorted(sizes, reverse=True)
     assert all(len(set(classes.bincount().tolist())) == 1 for classes in found)
     rows = torch.arange(12)
-    for classes in (rows // 4, rows % 4, rows // 2 % 3):  # heads, halves, a fused layer
+    grouped = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1])  # 4 queries for each key
+    for classes in (rows // 4, rows % 4, rows // 2 % 3, grouped):  # heads, halves, a fused layer
         assert any(torch.equal(classes, other) for other in found)
 
 
@@ -252,6 +317,19 @@ def test_partitions_that_fit_are_those_that_codes_do_not_exclude():
     assert any(torch.equal(classes, rows // 4) for classes in fitting)
     assert not any(torch.equal(classes, rows % 8) for classes in fitting)
     assert int(fitting[0].max()) == 3
+
+
+def test_modules_with_other_heads_have_a_configuration_of_their_own(tmp_path):
+    net, x, _ = heads_in_a_configuration()
+    gates = find_gates(net, x)
+    theta = {gates[0].name: torch.tensor([1.0, 0.0, 1.0])}
+    small = shrink(net, gates, theta, x)
+    heads = [layer.config.num_attention_heads for layer in small.attn[::2]]
+    assert heads == [4, 6] and net.attn[0].config.num_attention_heads == 6
+    sbp.save(small, tmp_path / "small", constructor=lambda: heads_in_a_configuration()[0])
+    loaded = sbp.load(tmp_path / "small", constructor=lambda: heads_in_a_configuration()[0])
+    assert [layer.config.num_attention_heads for layer in loaded.attn[::2]] == heads
+    assert relative_difference(small(x), loaded(x)) <= 1e-6
 
 
 @pytest.mark.parametrize("make", [fused_attention, grouped_queries])

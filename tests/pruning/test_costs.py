@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from pyro_sbp import networks
+from pyro_sbp.gates.attention import separate_attention
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import cut, remaining_gates, surviving_units
 from pyro_sbp.pruning.costs import UnitCosts, keep_probability, scales_by_cost
@@ -175,11 +176,39 @@ def test_the_weights_of_the_kl():
     assert weighed["conv1"] == pytest.approx(3 * (1 + 2 * costs.relative()["conv1"]))
 
 
-def test_macs_outside_of_layers_stay_and_cannot_weigh():
+def test_products_outside_of_layers_cost_what_they_are():
     net, gates, x = with_gates(ByFunction(), (4,))
     costs = UnitCosts(net, gates, x)
-    assert costs.per_unit() == {"a": 0.0}
-    assert costs.expected({"a": torch.zeros(5)}) == count_macs(net, x) == 30
+    assert costs.per_unit() == {"a": 6.0}  # a row of 4 weights, and a column of 2
+    p = torch.tensor([0, 0.5, 1, 1, 0.25])
+    assert costs.expected({}) == count_macs(net, x) == 30
+    assert costs.expected({"a": p}) == pytest.approx(6 * 2.75)
+
+
+def test_heads_cost_their_part_of_the_products_inside_attention():
+    """7 tokens, 3 heads of 4 dimensions: by hand, and against networks that are cut."""
+    block = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
+    two = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+    net = separate_attention(nn.Sequential(nn.Linear(5, 12), two, nn.Linear(12, 2)))
+    net, gates, x = with_gates(net, (7, 5))
+    costs = UnitCosts(net, gates, x)
+    assert [gate.size for gate in gates] == [3, 20, 3, 20]
+    # 4 rows of 12 columns in 3 layers, 4 columns of 12 rows; queries by keys, weights by values.
+    head, neuron = 7 * 4 * 12 * 4 + 2 * 7 * 7 * 4, 7 * 2 * 12
+    assert list(costs.per_unit().values()) == pytest.approx([head, neuron] * 2)
+    for seed, share in enumerate((0.2, 0.5, 0.8)):
+        units = surviving_units(gates, masks(gates, share, seed))
+        small = cut_to(net, gates, units)
+        assert costs.expected(physical(units)) == pytest.approx(count_macs(small, x))
+        left = remaining_gates(small, gates, units)
+        again = surviving_units(left, masks(left, 0.4, seed))
+        found = UnitCosts(small, left, x).expected(physical(again))
+        assert found == pytest.approx(count_macs(cut_to(small, left, again), x))
+
+
+def test_units_without_macs_cannot_weigh():
+    net, gates, x = with_gates(ByFunction(), (4,))
+    costs = UnitCosts(net, gates, x[:0])
     with pytest.raises(ValueError, match="no layer that the units of a gate reach has MACs"):
         scales_by_cost({"a": 1.0}, costs, 1.0)
 

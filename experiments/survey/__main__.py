@@ -1,0 +1,96 @@
+"""Survey a collection of networks, each in a process of its own with a time limit.
+
+python -m pyro_sbp.experiments.survey COLLECTION [NAME ...] [--against torch-pruning]
+
+Networks have random weights, and nothing is downloaded. A network whose record exists is not
+measured again, so that a survey that was interrupted can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pyro_sbp.errors import RequestError, did_you_mean, first_line
+from pyro_sbp.experiments.extra import check_installed
+from pyro_sbp.experiments.survey import records
+from pyro_sbp.experiments.survey.collections import COLLECTIONS, collection
+from pyro_sbp.experiments.survey.processes import measured
+
+__all__ = ["main"]
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
+    blocks = [sum(values) for values in zip(*row["blocks"].values(), strict=True)]
+    inside = f", {blocks[1] / blocks[0]:.0%} inside blocks" if blocks else ""
+    gated, layers = row["attention"]
+    other = row.get("torch_pruning", {})
+    theirs = other.get("failed", f"{other.get('max_rel_diff', -1):.0e}") if other else ""
+    return (
+        f"{name}: {row['gates']} gates of {row['units']:,} units, {row['macs_left']:.0%} of MACs "
+        f"left{inside}, {gated} of {layers} attention layers, difference "
+        f"{row['max_rel_diff']:.0e}, {row['cpu_seconds']} s"
+        + (f"; Torch-Pruning: {theirs}" if theirs else "")
+    )
+
+
+def _names(collected: str, asked: Sequence[str]) -> list[str]:
+    names = list(collection(collected).names())
+    for name in asked:
+        if name not in names:
+            close = did_you_mean(name, names)
+            raise RequestError(f"the collection {collected} has no network {name!r}{close}")
+    return list(asked) or names
+
+
+def _survey(options: argparse.Namespace) -> None:
+    directory = Path(options.output_dir)
+    libraries = collection(options.collection).LIBRARIES
+    for library in libraries:
+        if find_spec(library.replace("-", "_")) is None:
+            raise RequestError(f"this needs {library}: pip install {library}")
+    fresh = records.new(options.collection, libraries)
+    if records.path_of(options.collection, directory).exists():
+        record = records.read(options.collection, directory)
+        record["versions"] = {**fresh["versions"], **record["versions"]}
+    else:
+        record = fresh
+    for name in _names(options.collection, options.networks):
+        found = record["networks"].get(name)
+        complete = found is not None and (
+            not options.against or "torch_pruning" in found or "failed" in found
+        )
+        if complete and not options.again:
+            continue
+        row = measured(options.collection, name, options.against, options.limit)
+        records.add(record, name, row, directory)
+        print(_line(name, row), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pyro_sbp.experiments.survey", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("collection", choices=COLLECTIONS)
+    parser.add_argument("networks", nargs="*", help="names; all networks if none is given")
+    parser.add_argument("--against", choices=("torch-pruning",), help="cut them with it as well")
+    parser.add_argument("--again", action="store_true", help="measure networks that have a record")
+    parser.add_argument("--limit", type=float, default=150.0, help="CPU seconds for each network")
+    parser.add_argument("--output-dir", default=str(records.DIRECTORY), help="of the records")
+    options = parser.parse_args(arguments)
+    try:
+        if options.against:
+            check_installed("torch_pruning")
+        _survey(options)
+    except (RequestError, ModuleNotFoundError) as error:
+        parser.error(first_line(error))
+
+
+if __name__ == "__main__":
+    main()

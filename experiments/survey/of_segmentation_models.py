@@ -1,0 +1,45 @@
+"""The networks of segmentation-models-pytorch, one for each decoder and some encoders."""
+
+from __future__ import annotations
+
+import torch
+
+from pyro_sbp.experiments.survey.collections import Surveyed
+
+__all__ = ["LIBRARIES", "build", "names"]
+
+LIBRARIES = ("segmentation-models-pytorch", "timm")
+DECODERS = (
+    "Unet",
+    "UnetPlusPlus",
+    "MAnet",
+    "Linknet",
+    "FPN",
+    "PSPNet",
+    "PAN",
+    "DeepLabV3",
+    "DeepLabV3Plus",
+    "UPerNet",
+    "Segformer",
+    "DPT",
+)
+#: Encoders that are tried with the first decoder.
+ENCODERS = ("mobilenet_v2", "efficientnet-b0", "mit_b0", "densenet121", "timm-regnetx_002")
+
+
+def names() -> list[str]:
+    """Decoder and encoder."""
+    own = [f"{decoder}/resnet18" for decoder in DECODERS if decoder != "DPT"]
+    return [*own, "DPT/tu-vit_tiny_patch16_224", *(f"Unet/{encoder}" for encoder in ENCODERS)]
+
+
+def build(name: str) -> Surveyed:
+    """A network for 3 classes, with an input."""
+    import segmentation_models_pytorch as smp
+
+    decoder, _, encoder = name.partition("/")
+    options = {"dynamic_img_size": True} if decoder == "DPT" else {}
+    net = getattr(smp, decoder)(encoder, encoder_weights=None, classes=3, **options)
+    size = 128 if decoder == "PAN" else 64
+    x = torch.randn(2, 3, size, size)
+    return Surveyed(decoder if encoder == "resnet18" else encoder, net, x)

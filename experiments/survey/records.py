@@ -1,0 +1,93 @@
+"""The records of the survey: one file for each collection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.rows import unreadable
+from pyro_sbp.experiments.survey.collections import COLLECTIONS
+from pyro_sbp.training.files import write_text
+from pyro_sbp.training.job import machine, versions
+
+__all__ = ["DIRECTORY", "add", "new", "path_of", "read"]
+
+#: Libraries to compare with, whose versions are noted as well.
+_OTHERS = ("torch-pruning",)
+#: Where the records are.
+DIRECTORY = Path(__file__).parents[1] / "results" / "survey"
+
+
+def _is_installed(name: str) -> bool:
+    return find_spec(name.replace("-", "_")) is not None
+
+
+def path_of(collection: str, directory: Path) -> Path:
+    """The file of a collection."""
+    return directory / f"{collection}.json"
+
+
+def read(collection: str, directory: Path = DIRECTORY) -> dict[str, Any]:
+    """The record of a collection.
+
+    Raises:
+        RequestError: there is none, or it cannot be read.
+    """
+    path = path_of(collection, directory)
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        found["networks"].items()
+        return found
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no record {path}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(path, "record of the survey", error) from error
+
+
+def new(collection: str, libraries: Sequence[str]) -> dict[str, Any]:
+    """An empty record of a collection.
+
+    Args:
+        collection: one of `COLLECTIONS`.
+        libraries: whose versions are noted.
+    """
+    assert collection in COLLECTIONS
+    return {
+        "collection": collection,
+        "command": f"python -m pyro_sbp.experiments.survey {collection} --against torch-pruning",
+        "versions": {
+            **versions(),
+            **{name: version(name) for name in (*libraries, *_OTHERS) if _is_installed(name)},
+        },
+        "machine": machine(torch.device("cpu")),
+        "networks": {},
+    }
+
+
+def add(record: dict[str, Any], name: str, row: dict[str, Any], directory: Path) -> None:
+    """Add a network to a record, and write it.
+
+    Args:
+        record: as `new` or `read` gives it; it is changed.
+        name: of the network.
+        row: what was measured.
+        directory: of the file.
+    """
+    record["networks"][name] = row
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**record, "networks": None}, indent=1)
+    # A line for each network.
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in record["networks"].items()
+    )
+    write_text(
+        path_of(record["collection"], directory),
+        text.replace('"networks": null', f'"networks": {{\n{lines}\n }}') + "\n",
+    )

@@ -1,0 +1,186 @@
+"""The tables of docs/own_network.md, from the records of the survey."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.rows import Record, markdown
+from pyro_sbp.experiments.survey.collections import COLLECTIONS
+from pyro_sbp.experiments.survey.records import DIRECTORY, path_of, read
+
+__all__ = ["against", "blocks", "by_block", "families", "summary"]
+
+_Row = Mapping[str, Any]
+#: The largest difference of a cut that is called exact.
+EXACT = 1e-10
+#: At most this many reasons stand in a cell, those of most parameters first.
+_REASONS = 3
+
+
+def _finished(record: _Row) -> dict[str, _Row]:
+    return {name: row for name, row in record["networks"].items() if "failed" not in row}
+
+
+def _range(values: Iterable[float], spec: str) -> str:
+    """The smallest and the largest of some numbers as text."""
+    texts = [format(value, spec) for value in sorted(values)]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _reasons(rows: Sequence[_Row]) -> str:
+    """Why layers of some networks are not prunable, with their mean share of the parameters."""
+    shares: Counter[str] = Counter()
+    for row in rows:
+        for why, (_, share) in row["not_prunable"].items():
+            shares[why] += share / len(rows)
+    return ", ".join(f"{why} {share:.0%}" for why, share in shares.most_common(_REASONS))
+
+
+def families(
+    records: Sequence[Record], collection: str, *names: str, directory: Path = DIRECTORY
+) -> str:
+    """The networks of a collection by family.
+
+    Args:
+        records: of runs of the command line; they are not used.
+        collection: the collection.
+        names: the families; all if none is given.
+        directory: of the records of the survey.
+    """
+    del records
+    record = read(collection, directory)
+    groups: dict[str, list[_Row]] = {}
+    for row in _finished(record).values():
+        groups.setdefault(row["family"], []).append(row)
+    for name in names:
+        if name not in groups:
+            raise RequestError(f"the record of {collection} has no family {name!r}")
+    rows = [
+        (
+            family,
+            str(len(found)),
+            _range([row["gates"] for row in found], ","),
+            _range([row["macs_left"] for row in found], ".0%"),
+            format(max(row["max_rel_diff"] for row in found), ".0e"),
+            _range([row["cpu_seconds"] for row in found], ".0f"),
+            _reasons(found),
+        )
+        for family, found in sorted(groups.items())
+        if not names or family in names
+    ]
+    rows += [
+        (name, "1", "", "", "", "", row["failed"])
+        for name, row in record["networks"].items()
+        if "failed" in row and not names
+    ]
+    head = (
+        *("family", "networks", "gates", "MACs left", "largest difference", "CPU seconds"),
+        "not prunable, share of the parameters",
+    )
+    return f"{markdown(head, rows)}\n\n{_made(record)}"
+
+
+def _made(record: _Row) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return f"`{record['command']}`; {versions}; {record['machine']}."
+
+
+def _share(row: _Row) -> float:
+    before, after = (sum(values) for values in zip(*row["blocks"].values(), strict=True))
+    return after / before
+
+
+def blocks(records: Sequence[Record], *collections: str, directory: Path = DIRECTORY) -> str:
+    """What is left inside the blocks of networks that have blocks."""
+    del records
+    rows = []
+    for collection in collections:
+        for name, row in _finished(read(collection, directory)).items():
+            if row["blocks"]:
+                gated, layers = row["attention"]
+                heads = f"{gated} of {layers}" if layers else "-"
+                rows.append(
+                    (
+                        *(name, str(len(row["blocks"])), heads, f"{_share(row):.0%}"),
+                        *(f"{row['macs_left']:.0%}", f"{row['max_rel_diff']:.0e}"),
+                    )
+                )
+    head = ("network", "blocks", "attention with gated heads", "MACs left in the blocks")
+    return markdown((*head, "in the network", "difference"), rows)
+
+
+def by_block(
+    records: Sequence[Record], collection: str, *names: str, directory: Path = DIRECTORY
+) -> str:
+    """The MACs left in each block of some networks."""
+    del records
+    found = _finished(read(collection, directory))
+    for name in names:
+        if name not in found:
+            raise RequestError(f"the record of {collection} has no network {name!r}")
+    rows = [
+        (name, block, f"{before:,}", f"{after / before:.0%}")
+        for name in names
+        for block, (before, after) in found[name]["blocks"].items()
+    ]
+    return markdown(("network", "block", "MACs", "left"), rows)
+
+
+def summary(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
+    """A line for each collection that has a record."""
+    del records
+    rows = []
+    for collection in COLLECTIONS:
+        if not path_of(collection, directory).exists():
+            continue
+        networks = read(collection, directory)["networks"]
+        found = list(_finished({"networks": networks}).values())
+        seconds = [row["cpu_seconds"] for row in found]
+        rows.append(
+            (
+                collection,
+                str(len(networks)),
+                str(len(networks) - len(found)),
+                f"{median([row['macs_left'] for row in found]):.0%}",
+                f"{max(row['max_rel_diff'] for row in found):.0e}",
+                f"{median(seconds):.1f}",
+                f"{max(seconds):.0f}",
+            )
+        )
+    head = ("collection", "networks", "not finished", "MACs left, median", "largest difference")
+    return markdown((*head, "CPU seconds, median", "most"), rows)
+
+
+def against(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
+    """How many cuts of Torch-Pruning are exact, inexact, or fail, for each collection."""
+    del records
+    rows = []
+    for collection in COLLECTIONS:
+        if not path_of(collection, directory).exists():
+            continue
+        found = [
+            row for row in _finished(read(collection, directory)).values() if "torch_pruning" in row
+        ]
+        ours = Counter(_outcome(row) for row in found)
+        theirs = Counter(_outcome(row["torch_pruning"]) for row in found)
+        if found:
+            rows.append(
+                (
+                    collection,
+                    *(str(n) for n in (len(found), ours["exact"], theirs["exact"])),
+                    *(str(n) for n in (theirs["inexact"], theirs["failed"])),
+                )
+            )
+    head = ("collection", "networks", "exact here", "exact by Torch-Pruning", "inexact", "failed")
+    return markdown(head, rows)
+
+
+def _outcome(row: _Row) -> str:
+    if "failed" in row:
+        return "failed"
+    return "exact" if row["max_rel_diff"] <= EXACT else "inexact"

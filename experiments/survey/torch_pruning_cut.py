@@ -1,0 +1,57 @@
+"""Cut a network with Torch-Pruning, by the masks that the survey cuts it with."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from pyro_sbp.errors import first_line
+from pyro_sbp.experiments.survey.measurement import Prepared, macs_left, new_decisions
+from pyro_sbp.gates.copies import copy_network, fresh
+from pyro_sbp.gates.layers import num_rows
+from pyro_sbp.gates.sizes import set_sizes
+
+__all__ = ["compare"]
+
+
+def compare(prepared: Prepared) -> dict[str, Any]:
+    """The record of a network that Torch-Pruning has cut.
+
+    It is given the rows of the units that are removed, of every writer that it has not cut with
+    another one. Where code needs numbers of heads, they are set as the gate says.
+
+    Returns:
+        ``max_rel_diff`` from the masked network, or ``failed`` with what was raised.
+    """
+    theta = {name: (value != 0).double() for name, value in prepared.theta.items()}
+    decisions = new_decisions()
+    expected = prepared.masked(theta, decisions)
+    start = time.process_time()
+    try:
+        small = _cut(prepared)
+        difference = prepared.difference(small.eval(), expected, decisions)
+        left = macs_left(prepared.net, small, prepared.x)
+    except Exception as error:  # Torch-Pruning and the cut network may raise anything
+        return {"failed": first_line(error)[:200]}
+    seconds = time.process_time() - start
+    return {"max_rel_diff": difference, "macs_left": left, "cpu_seconds": round(seconds, 2)}
+
+
+def _cut(prepared: Prepared) -> torch.nn.Module:
+    import torch_pruning as tp
+
+    net = copy_network(prepared.net).requires_grad_(True)
+    graph = tp.DependencyGraph().build_dependency(net, example_inputs=fresh(prepared.x))
+    for gate in prepared.gates:
+        kept = prepared.theta[gate.name] != 0
+        for span in gate.writers:
+            layer = net.get_submodule(span.layer)
+            if span.tensor or num_rows(layer) < len(span.units):
+                continue  # cut with another writer
+            cut = graph.get_pruner_of_module(layer).prune_out_channels
+            gone = torch.nonzero((span.units >= 0) & ~kept[span.units]).flatten().tolist()
+            graph.get_pruning_group(layer, cut, idxs=gone).prune()
+        set_sizes(net, gate, int(kept.sum()))
+    return net
