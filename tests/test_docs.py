@@ -235,6 +235,13 @@ def test_the_recipe_file(tmp_path):
     assert recipe.epochs == 40 and recipe.kl_scale == {"conv1": 15.0, "conv2": 4.0}
 
 
+def test_the_recipe_of_efficientnet(tmp_path):
+    (text,) = fenced("hub.md", "toml")
+    (tmp_path / "efficientnet.toml").write_text(text)
+    recipe = read_recipe(tmp_path / "efficientnet.toml")
+    assert recipe.optimizer == "adamw" and recipe.schedule == "one-cycle"
+
+
 def test_the_commands_exist():
     from pyro_sbp.cli import cli
 
