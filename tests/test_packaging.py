@@ -25,7 +25,7 @@ EXTRAS = (
     "transformers", "wandb",
 )  # fmt: skip
 #: What an experiment compares with, or a user names, if it is installed; in no extra.
-ASKED_FOR = {"jax", "numpyro", "timm"}
+ASKED_FOR = {"jax", "numpyro", "segmentation-models-pytorch", "timm"}
 #: Modules that are for those who have installed an extra.
 OF_EXTRAS = ("truncated_normal_truth.py", "lightning.py", "transformers.py")
 PLACES = {"pyro_sbp": "pyro_sbp", "cli": "pyro_sbp/cli", "experiments": "pyro_sbp/experiments"}

@@ -196,7 +196,10 @@ BAD = [
     ),
     (["--arch", "lenet5", "--seed", "-1"], "seed is -1"),
     (["--arch", "lenet5", "--data-dir", "nowhere"], "--dataset digits"),
-    (["--arch", "lenet5", "--dataset", "digits", "--workers", "2"], "--workers is for folder:PATH"),
+    (
+        ["--arch", "lenet5", "--dataset", "digits", "--workers", "2"],
+        "--workers applies to folder:PATH",
+    ),
     (["--arch", "lenet5", "--workers", "-1"], "-1 is not in the range x>=0"),
     (["--arch", "torchvision.models:resnet18"], "--dataset is missing"),
     (["--resume", "nowhere"], "there is no directory nowhere"),

@@ -371,5 +371,6 @@ def test_a_budget_of_a_vit_is_met_by_the_arithmetic():
     assert count_macs(small, IMAGE) == vit_macs(small) <= VIT / 1.5
     costs = UnitCosts(net, gates, IMAGE)
     assert costs.expected({}) == VIT
-    per_head = 17 * 4 * 32 * 8  # the products inside attention belong to no unit
+    # Queries, keys, values and output, and the two products inside attention, of 17 tokens.
+    per_head = 17 * 4 * 32 * 8 + 2 * 17 * 17 * 8
     assert [costs.per_unit()[gate.name] for gate in gates if gate.size == 4] == [per_head] * 2

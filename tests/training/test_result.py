@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_network import Net, labelled_images
 
+from pyro_sbp.deployment.memory import file_size
 from pyro_sbp.deployment.saving import load, save
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import RECIPE_CLASSES
-from pyro_sbp.training.result import _file_size
 from pyro_sbp.training.train import train
 
 
@@ -64,4 +64,4 @@ def normed():
 def test_the_file_of_the_dense_network_has_the_size_of_a_saved_one(tmp_path):
     save(normed(), tmp_path / "net", constructor=normed)
     size = (tmp_path / "net" / "model.safetensors").stat().st_size
-    assert _file_size(normed()) == _file_size(normed().to(torch.float64)) == size
+    assert file_size(normed()) == file_size(normed().to(torch.float64)) == size
