@@ -1,1 +1,1 @@
-"""A pruned network outside of training: saved, exported, measured."""
+"""Save, export and measure pruned networks."""

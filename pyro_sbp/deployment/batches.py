@@ -1,4 +1,4 @@
-"""Inputs of networks of any kind as batches: their size, other sizes, and their tensors by name."""
+"""Treat an input of any kind as a batch: read and change its size, and name its tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def _is_images(x: Any) -> bool:
-    """Whether an input is a list of images, as detectors take: each is one example."""
+    """Whether an input is a list of images, as for detectors. Each image is one example."""
     return (
         isinstance(x, list)
         and len(x) > 0
@@ -57,7 +57,7 @@ def has_batch(tensor: Tensor, size: int) -> bool:
 def with_batch_size(x: Any, size: int) -> Any:
     """A copy of an input with another number of examples.
 
-    Its examples are repeated, or the last ones left out. A tensor whose length is not the number
+    The examples are repeated, or the last ones are omitted. A tensor whose length is not the number
     of examples is not changed.
     """
     before = batch_size(x)
@@ -78,7 +78,7 @@ def on_device(x: Any, device: torch.device) -> Any:
 
 
 def is_shape(x: Any) -> bool:
-    """Whether this is a shape, right or wrong, in place of an input: a sequence of no tensors."""
+    """Whether this is a shape, valid or not, and not an input: a sequence without tensors."""
     if isinstance(x, str):
         return True
     parts = (Tensor, list, tuple, Mapping)
@@ -99,10 +99,10 @@ def example_of(x: Any, dtype: torch.dtype, size: int, generator: torch.Generator
     """An input with `size` examples.
 
     Args:
-        x: an input, whose examples are repeated, or the shape of one example, of which random ones
-            in [0, 1) are made.
-        dtype: of random examples.
-        generator: draws them.
+        x: an input, whose examples are repeated; or the shape of one example, for random examples
+            in [0, 1).
+        dtype: the dtype of random examples.
+        generator: the generator that draws random examples.
     """
     if is_shape(x):
         return torch.rand(size, *x, generator=generator, device="cpu").to(dtype)
@@ -131,11 +131,12 @@ def named_tensors(net: nn.Module, x: Any) -> dict[str, Tensor]:
 
 
 class CalledFlat(nn.Module):
-    """A network that is called on the tensors of its input, one after the other.
+    """A network that takes the tensors of its input as separate positional arguments.
 
     Args:
         net: the network.
-        x: an input, with the structure and the values besides tensors that it is called with.
+        x: an input. The network is called with its structure, and with its values that are not
+            tensors.
     """
 
     def __init__(self, net: nn.Module, x: Any) -> None:

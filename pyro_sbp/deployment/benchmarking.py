@@ -1,4 +1,4 @@
-"""Dense and pruned networks side by side: MACs, parameters and measured latency."""
+"""Compare dense and pruned networks: MACs, parameters and measured latency."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ __all__ = [
 ]
 
 
-#: From the head and the rows of a table to its text.
+#: A function from the head and the rows of a table to its text.
 Layout = Callable[[Sequence[str], Sequence[Sequence[Any]]], str]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds a call, the median over blocks of calls, of a dense and a pruned network.
+    """The latency of a dense and a pruned network: the median over blocks of calls, in milliseconds
+    per call.
 
     Attributes:
-        spread: half the interquartile range over the median, the larger of the two networks.
-        floor_ms: latency of the network with one unit per layer, the lower bound of any pruning.
-            None if it was not measured.
-        runtime: what ran them, one of `runtimes.RUNTIMES`.
+        spread: half the interquartile range divided by the median; the larger of the two networks.
+        floor_ms: the latency of the network with one unit per gate, which is a lower bound for all
+            pruned networks. None if it was not measured.
+        runtime: the runtime of the calls, one of `runtimes.RUNTIMES`.
     """
 
     device: str
@@ -62,12 +63,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A dense and a pruned network side by side; MACs at batch size 1.
+    """The comparison of a dense and a pruned network. MACs are those at batch size 1.
 
-    `str` and `print` give tables of sizes and latencies, and so does a notebook.
+    `str`, `print` and notebooks show tables of sizes and latencies.
 
     Attributes:
-        dense_check, pruned_check: the count of ptflops, to compare with ours.
+        dense_check, pruned_check: the MACs counted by ptflops, for comparison.
     """
 
     dense_macs: int
@@ -80,7 +81,7 @@ class Comparison:
 
     @property
     def macs_ratio(self) -> float:
-        """How many times fewer MACs."""
+        """The MACs of the dense network divided by those of the pruned network."""
         return self.dense_macs / self.pruned_macs
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,11 +101,12 @@ class Comparison:
         return table(("", "dense", "pruned", "ratio"), rows)
 
     def latency_table(self, layout: Layout = table) -> str:
-        """Milliseconds per call as a table, with the runtime and the floor where there are several
-        runtimes and a third network.
+        """The latencies as a table, in milliseconds per call. The table has a column for the
+        runtime if another runtime than eager was measured, and for the floor if it was measured.
 
         Args:
-            layout: makes a text of the head and the rows, such as `markdown_table`.
+            layout: a function from the head and the rows to the text of the table, such as
+                `markdown_table`.
         """
         runtimes = {latency.runtime for latency in self.latencies} != {"eager"}
         floors = any(latency.floor_ms is not None for latency in self.latencies)
@@ -129,19 +131,19 @@ class Comparison:
         return f"{self.size_table()}\n\n{self.latency_table()}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What IPython and notebooks show."""
+        """Print the tables in IPython and notebooks."""
         printer.text(str(self))
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the processor or graphics card behind a device."""
+    """The name of the processor or graphics card of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name()
 
 
 def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) -> nn.Module:
-    """The network with one unit left in every gate: its latency is the floor for any pruning."""
+    """The network with one unit in every gate. No pruned network is expected to be faster."""
     theta = {gate.name: torch.zeros(gate.size, device="cpu") for gate in gates}
     device = next(net.parameters()).device
     return shrink(net, gates, {k: v.to(device) for k, v in theta.items()}, example_input)
@@ -150,9 +152,9 @@ def one_unit_network(net: nn.Module, gates: Sequence[Gate], example_input: Any) 
 def floor_network(
     net: nn.Module, example_input: Any, input_features: Sequence[str] = ()
 ) -> nn.Module:
-    """The `one_unit_network` of a network of which no gate is known yet.
+    """The `one_unit_network` of a network whose gates have not been found yet.
 
-    Attention is separated first, so that the network also has one head left in every attention.
+    Attention is separated first, so that every attention also has only one head.
 
     Args:
         net: the network; it is not changed.
@@ -176,30 +178,32 @@ def benchmark(
     calibration: Sequence[Any] = (),
     seconds: float = 2.0,
 ) -> Comparison:
-    """Compare a dense and a pruned network: MACs, parameters, latency.
+    """Compare the MACs, the parameters and the latency of a dense and a pruned network.
 
-    The networks are measured in turn, in blocks, so that a busy moment of the machine hits all.
-    Each runtime is measured on its own, after its outputs were compared with eager's.
+    The networks are measured in turn, in blocks of calls, so that other load on the machine affects
+    all of them. Each runtime is measured separately, after its outputs were compared with those of
+    eager PyTorch.
 
     Args:
         dense: the original network.
-        pruned: the smaller one.
-        example_input: an input of any kind, as for `find_gates`. Its examples are repeated to the
-            batch sizes: the rows of all tensors that are as long as the first one.
+        pruned: the smaller network.
+        example_input: an input of any kind, as for `find_gates`. Its examples are repeated to reach
+            the batch sizes. They are the rows of all tensors that are as long as the first tensor.
         floor: a third network to measure, from `floor_network`.
-        batch_sizes: how many examples a call.
-        threads: how many CPU threads; each is measured.
-        devices: "cpu", "cuda"; by default the CPU, and the GPU where there is one.
-        runtimes: "eager", "compile" (`torch.compile` with Inductor; what the process has compiled
-            before is forgotten), "onnxruntime" and "int8" (on the CPU only).
+        batch_sizes: the numbers of examples per call; each is measured.
+        threads: the numbers of CPU threads; each is measured.
+        devices: "cpu", "cuda" or both; by default the CPU, and the GPU if there is one.
+        runtimes: some of "eager", "compile" (`torch.compile` with Inductor, which discards what the
+            process has compiled before), and "onnxruntime" and "int8" (on the CPU only).
         calibration: for "int8", batches of training inputs, on which the ranges of the activations
             are measured.
-        seconds: how long to measure each network in each setting.
+        seconds: the time for which each network is measured in each setting.
 
     Raises:
-        RequestError: a runtime is unknown or not installed, ONNX Runtime would run on a GPU only,
-            or int8 has no calibration batches.
-        ExportError: a runtime cannot run a network, or gives other outputs than eager.
+        RequestError: a runtime is unknown or not installed, "onnxruntime" or "int8" is requested
+            without the CPU, or "int8" without calibration batches.
+        ExportError: a runtime cannot run a network, or its outputs differ from those of eager
+            PyTorch.
     """
     check_runtimes(runtimes)
     if devices is None:
@@ -214,12 +218,12 @@ def benchmark(
     for name in devices:
         device = torch.device(name)
         placed = {key: copy_network(net).to(device).eval() for key, net in nets.items()}
-        # Programs are written before anything is measured.
+        # Export all programs first, so that a failure appears before the measurements.
         starts = {
             runtime: {
                 key: prepare(net, runtime, example_input, calibration)
                 for key, net in placed.items()
-                # A network with one unit per layer may be too inexact in int8.
+                # The rounding errors of a network with one unit per gate may be too large in int8.
                 if (key, runtime) != ("floor", "int8")
             }
             for runtime in runtimes
@@ -253,12 +257,13 @@ def _latency(
     seconds: float,
     runtime: str,
 ) -> Latency:
-    # Its import warns on machines that have CUDA's compiler but no GPU.
+    # The import logs a warning on machines that have CUDA's compiler but no GPU.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_without_cuda_home)
     from torch.utils.benchmark import Timer
     from torch.utils.benchmark import timer as synchronizing
 
-    # Without need this one asks for a GPU at every reading, which may take longer than the network.
+    # On the CPU this timer would look for a GPU at every reading, which may take longer than the
+    # network.
     clock = synchronizing if device.type == "cuda" else time.perf_counter
     rounds = 5
     times: dict[str, list[float]] = {name: [] for name in starts}
@@ -295,9 +300,11 @@ def _latency(
 def _started(
     starts: Mapping[str, Start], x: Any, threads: int, runtime: str
 ) -> dict[str, Callable[[], Any]]:
-    """The networks' calls on an input, made with as many threads as they will be measured with."""
+    """By name, the call of each network on an input. Calls are prepared with the number of threads
+    of the measurement."""
     if runtime == "compile":
-        # A `forward` has room for eight programs, and the ninth would be refused.
+        # torch.compile keeps at most eight programs for one `forward`, and would fail for the
+        # ninth.
         torch.compiler.reset()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

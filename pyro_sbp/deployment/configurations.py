@@ -1,4 +1,4 @@
-"""Models of Hugging Face transformers, whose constructor takes a configuration."""
+"""Configurations of the models of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ __all__ = [
     "with_sizes_of",
 ]
 
-#: The name of the file with the configuration; the name that transformers itself uses.
+#: The file with the configuration. It has this name in transformers too.
 CONFIG = "config.json"
-#: How attention is computed, among those that need no other package.
+#: The implementations of attention that need no other package.
 _ATTENTION = ("sdpa", "eager")
-#: More ratios than these cannot be written into the few numbers of a configuration.
+#: With more different ratios, the search for a configuration is skipped, because a configuration
+#: has only a few numbers.
 _MOST_RATIOS = 4
-#: More numbers than these are not changed together.
+#: The largest number of values of a configuration that are changed together.
 _MOST_CHANGES = 4
 
 
@@ -42,10 +43,11 @@ def takes_config(constructor: Callable[..., nn.Module]) -> bool:
 
 
 def config_of(net: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration of a model as plain values, and the arguments that it does not hold.
+    """The configuration of a model as plain values, and the constructor's arguments that it does
+    not contain.
 
     Raises:
-        ValueError: the model has none, or one that JSON cannot hold.
+        ValueError: the model has no configuration, or JSON cannot represent it.
     """
     config: Any = getattr(net, "config", None)
     if not hasattr(config, "to_json_string"):
@@ -67,14 +69,14 @@ def parse_config(text: str) -> dict[str, Any]:
     """
     content = parse_json(text)
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     return content
 
 
 def build_from_config(
     constructor: Callable[..., nn.Module], content: Mapping[str, Any], **kwargs: Any
 ) -> nn.Module:
-    """Build a model with initial weights.
+    """Build a model from its configuration, with initial weights.
 
     Args:
         constructor: the class of the model.
@@ -82,7 +84,7 @@ def build_from_config(
         kwargs: further arguments of the class, and ``attn_implementation``.
 
     Raises:
-        ValueError: ``attn_implementation`` names one that would have to be downloaded.
+        ValueError: ``attn_implementation`` is not one of the built-in implementations.
     """
     attention = kwargs.pop("attn_implementation", None)
     if attention not in (None, *_ATTENTION):
@@ -90,7 +92,7 @@ def build_from_config(
             f"attn_implementation is {attention!r}; expected one of {', '.join(_ATTENTION)}"
         )
     config = constructor.config_class.from_dict(copy.deepcopy(dict(content)))  # type: ignore[attr-defined]
-    # Whatever the file says: the name of another one would be downloaded and run.
+    # Overrides the value of the file: transformers would download and run another implementation.
     config._attn_implementation = attention
     return constructor(config, **kwargs)
 
@@ -101,11 +103,11 @@ def with_sizes_of(
     content: dict[str, Any],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The configuration of a pruned model with the numbers of units that it has left.
+    """The configuration of a pruned model with its new numbers of units.
 
-    A configuration has one number for all layers. Where every layer has kept as many units, that
-    number is set, and transformers can load the model without this package. Which numbers those are
-    is found by building the model without its tensors.
+    A configuration has one number for all layers. If every layer has kept the same number of units,
+    this number is set, and transformers can load the model without this package. The values to
+    change are found by building the model on the meta device.
 
     Args:
         small: the model after pruning.
@@ -114,7 +116,7 @@ def with_sizes_of(
         kwargs: as for `build_from_config`.
 
     Returns:
-        The new configuration; the old one if there is none that builds a model of these sizes.
+        The new configuration; the old one if no configuration builds a model of these sizes.
     """
     target = _sizes(small)
 
@@ -124,7 +126,7 @@ def with_sizes_of(
 
     try:
         found = built({})
-    except Exception:  # a model may not be able to exist without its tensors
+    except Exception:  # some models cannot be built on the meta device
         return content
     wrong = {name for name, value in target.items() if found.get(name) != value}
     ratios = {
@@ -138,7 +140,7 @@ def with_sizes_of(
     for key, value in content.items():
         for ratio in ratios if type(value) is int else ():
             change = (key, int(value * ratio))
-            with contextlib.suppress(Exception):  # a configuration may refuse the number
+            with contextlib.suppress(Exception):  # a configuration may reject the value
                 trial = built(dict([change]))
                 if any(trial.get(name) == target[name] for name in wrong):
                     useful[change] = None
@@ -156,9 +158,10 @@ def with_sizes_of(
 
 
 def _is_unused(name: str, changes: Mapping[str, int], trial: Mapping[str, Any]) -> bool:
-    """Whether a module has a number of the configuration as an attribute of the same name.
+    """Whether a size is only a copy of a value of the configuration, in an attribute of the same
+    name.
 
-    Pruning leaves such an attribute as it was if the code of the module does not use it.
+    Pruning does not change such an attribute if the code of the module does not use it.
     """
     _, colon, attribute = name.partition(":")
     return bool(colon) and trial.get(name) == changes.get(attribute)
@@ -171,7 +174,8 @@ def _computes_the_same(
     content: Mapping[str, Any],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Whether a configuration builds the model, by the input that transformers has for trials."""
+    """Whether the model that a configuration builds has the same outputs, on the dummy input of
+    transformers."""
     net = build_from_config(constructor, content, **kwargs).eval()
     net.load_state_dict(small.state_dict())
     here: Any = copy.deepcopy(small).cpu().to(torch.float32).eval()

@@ -1,4 +1,4 @@
-"""The constructors that saved networks are built by: their names, and which may be called."""
+"""The constructors of saved networks: their names, and which of them are trusted."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def resolve(name: str) -> Callable[..., nn.Module]:
 
 
 def trusted(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module] | None:
-    """A network of pyro_sbp, torchvision, timm or transformers by its name.
+    """Find the constructor of a network of pyro_sbp, torchvision, timm or transformers by its name.
 
     Returns:
-        The constructor. None for any other, as a file must not name code, and for one that is asked
-        to read other files.
+        The constructor. None for any other name, because a file must not choose which code runs,
+        and for arguments that make the constructor read other files.
 
     Raises:
         ImportError: the library is not installed.

@@ -1,4 +1,4 @@
-"""A second count of a network's multiply-accumulates (MACs), by ptflops."""
+"""Count the multiply-accumulates (MACs) of a network a second time, with ptflops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pyro_sbp.pruning.macs import by_module, costs_by_layer, original_name, unfu
 
 __all__ = ["CrossCheck", "cross_check"]
 
-#: The largest relative difference of two counts that agree.
+#: Two counts agree if they differ by at most this share.
 TOLERANCE = 0.05
-#: How many layers an explanation names.
+#: The largest number of layers that an explanation names.
 NAMED = 3
 
 
@@ -35,10 +35,11 @@ class CrossCheck:
     networks, and it knows fewer operations.
 
     Attributes:
-        macs: by `count_macs`.
-        ptflops: by ptflops; None if it cannot run the network.
-        layers: the layers in which the two differ by more than 5 %, from the largest difference to
-            the smallest: the name, with "" for what belongs to no layer, to (ours, ptflops').
+        macs: the count of `count_macs`.
+        ptflops: the count of ptflops; None if it cannot run the network.
+        layers: the layers in which the two counts differ by more than 5 %, with the largest
+            difference first: from the name of a layer, or "" for operations outside of layers, to
+            (count of `costs_by_layer`, count of ptflops).
         failure: why ptflops cannot run the network, in one line.
     """
 
@@ -49,11 +50,13 @@ class CrossCheck:
 
     @property
     def agrees(self) -> bool:
-        """Whether there are two counts, and they differ by at most 5 % of ours."""
+        """Whether there are two counts, and they differ by at most 5 % of the count of
+        `count_macs`."""
         return self.ptflops is not None and _agree(self.macs, self.ptflops)
 
     def explanation(self, name: str) -> str | None:
-        """One line that says what differs, or why there is no second count; None if they agree.
+        """One line that says where the counts differ, or why there is no second count; None if they
+        agree.
 
         Args:
             name: the name of the network in the message, such as "dense".
@@ -81,8 +84,8 @@ def cross_check(net: nn.Module, example_input: Any) -> CrossCheck:
     """Count the MACs of a network in one call with `costs_by_layer` and with ptflops.
 
     Args:
-        net: the network; it is called in evaluation mode; its mode and its hooks do not change.
-        example_input: an input, as for `call`; its batch size counts.
+        net: the network. It is called in evaluation mode. Its mode and its hooks do not change.
+        example_input: an input, as for `call`. The counts are proportional to its batch size.
     """
     ours = {name: macs for name, (macs, _) in costs_by_layer(net, example_input).items()}
     total, theirs, failure = _by_ptflops(net, example_input)
@@ -99,9 +102,9 @@ def _agree(ours: int, theirs: int) -> bool:
 
 
 class _Calling(nn.Module):
-    """A module that calls a network which is not its child.
+    """A module that calls a network without having it as a child.
 
-    ptflops registers hooks on children and sets their modes, and does not undo either.
+    ptflops registers hooks on children and sets their modes, and undoes neither.
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -112,7 +115,7 @@ class _Calling(nn.Module):
     def forward(self, _: Any) -> None:
         try:
             self.function()
-        except Exception as error:  # ptflops prints it and continues
+        except Exception as error:  # ptflops prints the error and continues
             self.error = error
             raise
 
@@ -120,7 +123,7 @@ class _Calling(nn.Module):
 def _by_ptflops(
     net: nn.Module, example_input: Any
 ) -> tuple[int | None, dict[str, int], str | None]:
-    """The total, the count of each layer, and the reason if there is no count."""
+    """The total count of ptflops, its count of each layer, and the reason if there is no count."""
     spent = 0
 
     def recording(formula: Callable[..., int]) -> Callable[..., int]:

@@ -1,4 +1,4 @@
-"""The content of ``network.json``, checked when it is read and when it is written."""
+"""The content of ``network.json``, which is validated when it is read and when it is written."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ __all__ = ["INDEX", "Description", "UnknownFormat", "parse_json"]
 
 #: The name of the file.
 INDEX = "network.json"
-#: Format 2 has "sizes", which a reader must not ignore.
+#: The formats that can be read. Format 2 has "sizes", which a reader must not ignore.
 FORMATS = (1, 2)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Description:
-    """How a saved network is built again.
+    """How to build a saved network.
 
     Attributes:
-        constructor: what built the original network, as ``module:callable``.
-        kwargs: its arguments, as JSON has them.
+        constructor: the constructor of the original network, as ``module:callable``.
+        kwargs: its arguments, as JSON values.
         input_shape: the shape of one example, if it is known.
-        separate_attention: whether `separate_attention` is applied to what the constructor builds.
-        layers: from the name of a layer to the sizes that differ from what the constructor builds:
+        separate_attention: whether `separate_attention` is applied to the constructed network.
+        layers: from the name of a layer to the sizes that differ from the constructed network:
             attributes of the layer, and "select", the length of the index of a `Select` before it.
-        sizes: from the name of a module around such layers to those of its integer attributes, or
-            tuples of them, that differ: numbers of units that its code uses.
-        same: from the name of a tensor that is stored under another name to that name.
-        standardize: "mean" and "std" of each channel, which inputs are standardised with.
-        frozen: the parameters that do not require gradients; None in files that do not say so.
+        sizes: from the name of a module that contains such layers to its changed attributes. They
+            are integers or tuples of integers, such as numbers of units that its code uses.
+        same: for tensors with two names, from the name that is not in the file to the name that is.
+        standardize: the "mean" and "std" of each channel for standardising inputs; None if inputs
+            are not standardised.
+        frozen: the parameters that do not require gradients; None in files of earlier versions.
         buffers: the stored buffers that are not part of the state dict.
         checksums: from the name of each other file to its SHA-256; None in files without checksums.
 
@@ -88,11 +89,11 @@ class Description:
 
     @classmethod
     def read(cls, path: Path) -> Description:
-        """Read the file.
+        """Read a ``network.json``.
 
         Raises:
-            UnknownFormat: it has a format that this version does not read.
-            ValueError: it is missing or damaged. The message does not name the directory.
+            UnknownFormat: the file has a format that this version does not read.
+            ValueError: the file is missing or damaged. The message does not name the directory.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -109,11 +110,11 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """From the content of the file.
+        """The description from the content of a file.
 
         Raises:
-            UnknownFormat: it has a format that this version does not read.
-            ValueError: it is damaged.
+            UnknownFormat: the file has a format that this version does not read.
+            ValueError: the content is damaged.
         """
         content = parse_json(text)
         _check("the content", content, _is_mapping, "an object")
@@ -130,15 +131,15 @@ class Description:
             own = checksums.pop(INDEX, None)
             if own != _digest({**content, "checksums": checksums}):
                 raise ValueError("it differs from its checksum")
-        # Keys of later versions that this one does not know are ignored.
+        # Unknown keys, which later versions may write, are ignored.
         fields = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         return cls(**{**fields, "checksums": checksums})
 
     def to_json(self) -> str:
-        """The content of the file. The same description gives the same text.
+        """The content of the file. Equal descriptions give the same text.
 
         Raises:
-            TypeError, ValueError: JSON cannot hold the constructor's arguments.
+            TypeError, ValueError: JSON cannot represent the constructor's arguments.
         """
         content: dict[str, Any] = {
             "format": 2 if self.sizes else 1,
@@ -159,7 +160,8 @@ class Description:
             content["buffers"] = self.buffers
         if self.checksums is not None:
             content["checksums"] = {**self.checksums}
-            # As it will be read: JSON knows neither tuples nor keys that are numbers.
+            # Convert to the values that a reader gets, because JSON has no tuples, and no numbers
+            # as keys.
             digest = _digest(json.loads(json.dumps(content)))
             content["checksums"][INDEX] = digest
         return json.dumps(content, indent=2) + "\n"
@@ -177,8 +179,8 @@ def parse_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON, an object has a key twice, or it is nested too deeply to be
-            written again.
+        ValueError: the text is not JSON, an object has the same key twice, or the value is nested
+            too deeply to be written again.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -198,7 +200,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of a value; it does not depend on the order of keys or the layout of text."""
+    """The SHA-256 of a value. It does not depend on the order of keys or on white space."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
@@ -258,14 +260,14 @@ def _is_standardization(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    # Not by math.isfinite, which raises OverflowError for a large integer.
+    # math.isfinite would raise OverflowError for a large integer.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max
 
 
 def _is_checksums(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        # Names of files in the directory, not paths that lead out of it.
+        # Only names of files in the directory, not paths to other directories.
         Path(name).name == name and isinstance(digest, str) and _SHA256.fullmatch(digest)
         for name, digest in value.items()
     )

@@ -1,4 +1,5 @@
-"""Write a pruned network as a program that needs no pyro-sbp: ONNX or torch.export's pt2."""
+"""Export a pruned network to a program that does not need pyro-sbp: ONNX, or the pt2 format of
+torch.export."""
 
 from __future__ import annotations
 
@@ -39,56 +40,60 @@ __all__ = [
 ]
 
 FORMATS = ("onnx", "pt2")
-#: The largest difference of the program from the network, relative to the largest output.
+#: The largest allowed difference between the outputs of the program and of the network, relative to
+#: the largest output.
 TOLERANCE = 1e-5
-#: The batch sizes that a program is tried on; the first one is what it is traced with.
+#: The batch sizes with which a program is tested. It is traced with the first one.
 BATCHES = (2, 1, 5)
 
 
 class ExportError(RuntimeError):
-    """The program cannot be made, or does not compute what the network computes."""
+    """A network cannot be exported, or the program computes another function than the network."""
 
 
 def check_onnx() -> None:
-    """See that ONNX programs can be written and run.
+    """Check that ONNX programs can be written and run.
 
     Raises:
-        RequestError: a package for it is not installed.
+        RequestError: a package that this needs is not installed.
     """
     if any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")):
         raise RequestError("ONNX needs more packages: pip install 'pyro-sbp[export]'")
 
 
 def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, format: str) -> float:
-    """Write a network as a program with a dynamic batch size, and run the program.
+    """Export a network to a program with a dynamic batch size, and compare their outputs.
 
     Args:
-        net: the network, from any input to tensors.
-        path: the file to write; it appears whole, and checked, or not at all.
-        input_shape: the shape of one example, if the network takes one tensor
-            ``[batch, *input_shape]`` of numbers in [0, 1). Otherwise an example input, as for
-            `find_gates`: a tensor (of tokens, say), a tuple of positional arguments, a mapping of
-            named arguments, a dataclass. Tensors that have a row for each example get a dynamic
-            first dimension.
-        format: "onnx" or "pt2". An ONNX program has one input for each tensor, with the name of
-            its argument ("input" if there is only one tensor), and the outputs ``output``, or
-            ``output_0`` and so on. A pt2 program is called as the network, or on the tensors one
-            after the other if there are some inside lists or dataclasses.
+        net: the network. Its input may have any structure. Its output consists of tensors.
+        path: the file to write. It appears only after the comparison has succeeded.
+        input_shape: the shape of one example, if the network takes one tensor ``[batch,
+            *input_shape]`` of numbers in [0, 1). Otherwise an example input, as for `find_gates`: a
+            tensor (for example of tokens), a tuple of positional arguments, a mapping of named
+            arguments, or a dataclass. Tensors that have a row for each example get a dynamic first
+            dimension.
+        format: "onnx" or "pt2". An ONNX program has one input for each tensor, with the name of its
+            argument ("input" if there is only one tensor), and the outputs ``output``, or
+            ``output_0`` and so on. A pt2 program takes the same arguments as the network. If
+            tensors are inside lists or dataclasses, it takes all tensors as separate positional
+            arguments.
 
     Returns:
-        The largest difference of the program's outputs from the network's, relative to the largest
-        output, on random or repeated examples.
+        The largest difference between the outputs of the program and of the network, relative to
+        the largest output, on random or repeated examples.
 
     Raises:
         RequestError: the format is unknown or needs a package that is not installed, the network
-            does not take the inputs, or the file cannot be written.
-        ExportError: the program cannot be made, or differs by more than 1e-5.
+            does not accept the inputs, or the file cannot be written.
+        ExportError: the network cannot be exported, or the difference is more than 1e-5.
     """
     if format not in FORMATS:
         raise RequestError(f"unknown format {format!r}; expected {' or '.join(FORMATS)}")
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RequestError(f"cannot write {path}: it is no file in a writable directory")
+        raise RequestError(
+            f"cannot write {path}: expected a file in a directory that exists and is writable"
+        )
     net = copy_network(net).cpu().eval()
     generator = torch.Generator().manual_seed(0)
     dtypes = (p.dtype for p in net.parameters() if p.is_floating_point())
@@ -99,7 +104,7 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
             output = call(net, fresh(inputs[0]))
     except Exception as error:  # a network may raise anything for an input of a wrong shape
         raise RequestError(
-            f"the network does not take inputs of shape {shapes_of(input_shape)}: "
+            f"the network does not accept inputs of shape {shapes_of(input_shape)}: "
             f"{first_line(error)}"
         ) from error
     try:
@@ -107,14 +112,16 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
     except TypeError as error:
         raise ExportError(f"the network's output is not exportable: {error}") from error
     if not outputs:
-        raise ExportError(f"the network gives a {type(output).__name__}; expected tensors")
+        raise ExportError(
+            f"the network returns a {type(output).__name__} without tensors; expected tensors"
+        )
     partial = path.with_name(f"{path.name}.part.{format}")
     try:
         with _quiet():
             run = {"onnx": _onnx, "pt2": _pt2}[format](net, inputs[0], partial)
             try:
                 difference = max(_difference(net, run, x) for x in inputs)
-            except Exception as error:  # the program of a runtime may raise anything
+            except Exception as error:  # a runtime may raise anything
                 raise ExportError(
                     f"the {format} program cannot be run: {first_line(error)}"
                 ) from error
@@ -134,8 +141,8 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
 
 
 def largest_difference(expected: Any, actual: Any) -> float:
-    """The largest difference of two outputs of a network, relative to the largest value of each
-    tensor."""
+    """The largest difference between two outputs of a network, relative to the largest absolute
+    value of each tensor."""
     pairs = zip(tensors_of(expected), tensors_of(actual), strict=True)
     return max(
         float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
@@ -149,7 +156,8 @@ def _difference(net: nn.Module, run: Callable[[Any], Any], x: Any) -> float:
 
 
 def _dynamic(tensor: Any, size: int) -> dict[int, Any] | None:
-    """The dynamic dimension of a tensor of an input with `size` examples."""
+    """The dynamic dimensions of a value in an input with `size` examples; None if it is not a
+    tensor."""
     if not isinstance(tensor, Tensor):
         return None
     return {0: torch.export.Dim("batch")} if has_batch(tensor, size) else {}
@@ -176,9 +184,9 @@ def _pt2(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
         dynamic = (tuple(shapes),) if nested else tuple(shapes)
     try:
         program = torch.export.export(called, args, kwargs, dynamic_shapes=dynamic)
-    except Exception as error:  # torch.export raises what tracing a network's code raises
+    except Exception as error:  # the code of a network may raise anything
         raise ExportError(f"torch.export cannot trace the network: {first_line(error)}") from error
-    # In memory first, so that a full disk raises OSError, and not a RuntimeError of torch.
+    # Serialise in memory first, so that a full disk raises OSError instead of a torch error.
     content = io.BytesIO()
     torch.export.save(program, content)
     path.write_bytes(content.getbuffer())
@@ -192,7 +200,7 @@ def _pt2(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
 
 
 def _external(path: Path) -> Path:
-    """Where torch puts the weights of an ONNX program that are too large for its file."""
+    """The file to which torch writes weights that are too large for the file of an ONNX program."""
     return path.with_name(path.name + ".data")
 
 
@@ -215,14 +223,16 @@ def _onnx(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # as above
+    except Exception as error:  # the code of a network may raise anything
         raise ExportError(f"torch.onnx cannot trace the network: {first_line(error)}") from error
     assert program is not None
     program.save(path)
     if _external(path).exists():
-        raise ExportError("the program needs more than the 2 GB of an ONNX file; expected pt2")
+        raise ExportError(
+            "the network is too large for an ONNX file, whose limit is 2 GB; use the format pt2"
+        )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    taken = {item.name for item in session.get_inputs()}  # an argument may have no effect
+    taken = {item.name for item in session.get_inputs()}  # without unused inputs
 
     def run(x: Any) -> list[Tensor]:
         values = {
@@ -240,7 +250,7 @@ def output_names(count: int) -> list[str]:
 
 @contextmanager
 def _quiet() -> Any:
-    """Without the exporters' own remarks."""
+    """Within the context, the exporters print no messages and no warnings."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

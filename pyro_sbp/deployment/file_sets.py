@@ -1,9 +1,9 @@
-"""Files of one directory that are replaced together, and checked by their checksums.
+"""Replace several files of a directory together, and verify them by their checksums.
 
-One file, the index, holds the checksums of the others. All new files are first written under
-temporary names. Renaming the new index to its own name is the commit: before it, the old files are
-in use; after it, the new ones are. Until a new file has its own name too, `locate` finds it under
-its temporary name, because its checksum is the one in the index.
+One file, the index, contains the checksums of the others. All new files are first written under
+temporary names. Renaming the new index to its final name commits the replacement: before it, the
+old files are in use; after it, the new files are. Until a new file has been renamed too, `locate`
+finds it under its temporary name by the checksum in the index.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 __all__ = ["complete", "locate", "part", "replace", "sync"]
 
-#: The end of the temporary name of a file that is being written.
+#: The suffix of the temporary name of a file that is being written.
 PART = ".part"
-#: What some file systems answer where the entries of a directory cannot be synchronised.
+#: The errors of file systems that cannot synchronise the entries of a directory.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 
@@ -28,10 +28,10 @@ def part(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of files in a directory, has reached the disk.
+    """Wait until a file, or the list of files in a directory, is on the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     directory = path.is_dir()
     if directory and os.name == "nt":
@@ -62,16 +62,16 @@ def replace(
     """Replace the files of a directory, which must exist.
 
     Args:
-        directory: the directory. What an earlier call left unfinished must have been completed by
-            `complete`.
+        directory: the directory. If an earlier call was interrupted, `complete` must be called
+            first.
         writers: from the name of each new file to a function that writes it to a path.
         index: the name of the index.
-        describe: the new content of the index, from the checksums of the files.
+        describe: a function from the checksums of the files to the new content of the index.
         others: files that are removed once the new files are in use.
 
     Raises:
-        OSError: a file cannot be written. If the new index is not in use yet, the old files are as
-            they were, and the temporary files are removed.
+        OSError: a file cannot be written. If the new index is not in use yet, the old files are
+            unchanged, and the temporary files are removed.
     """
     parts = {name: part(directory / name) for name in (*writers, index)}
     committing = False
@@ -94,15 +94,16 @@ def replace(
             part(directory / name).unlink(missing_ok=True)
         sync(directory)
     finally:
-        # After the commit, the temporary files may be the only copy of the new content. The disk
-        # shows whether it has happened, as an interrupt can come right after the renaming.
+        # After the commit, the temporary files may be the only copy of the new content. The files
+        # show whether the commit has happened, because an interrupt can occur right after the
+        # renaming.
         if not committing or parts[index].exists():
             for file in parts.values():
                 file.unlink(missing_ok=True)
 
 
 def locate(directory: Path, name: str, expected: str | None) -> Path | None:
-    """The file that the index means: under its own name, or under its temporary name.
+    """Find a file of the index, under its final or its temporary name.
 
     Args:
         directory: the directory.
@@ -114,7 +115,7 @@ def locate(directory: Path, name: str, expected: str | None) -> Path | None:
 
     Raises:
         ValueError: the file has another checksum.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     path = directory / name
     candidates = [file for file in (path, part(path)) if file.is_file()]
@@ -129,11 +130,11 @@ def locate(directory: Path, name: str, expected: str | None) -> Path | None:
 
 
 def complete(directory: Path, checksums: Mapping[str, str]) -> None:
-    """Give files their own names that `replace` left under temporary ones when it was killed.
+    """Complete an interrupted `replace`: rename its temporary files to their final names.
 
     Args:
         directory: the directory.
-        checksums: those in the index.
+        checksums: the checksums in the index, by the name of the file.
     """
     for name, expected in checksums.items():
         path = directory / name

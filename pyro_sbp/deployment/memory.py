@@ -1,4 +1,4 @@
-"""The memory that a network needs: of its file, and during a call."""
+"""Measure the size of a network's file, and the memory of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file_size(net: nn.Module) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows the tensors that operations create, and their total size in bytes."""
+    """Tracks the tensors that operations create, and their total size in bytes."""
 
     def __init__(self) -> None:
         super().__init__()

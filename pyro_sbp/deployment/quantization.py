@@ -19,20 +19,20 @@ from pyro_sbp.gates.nested import tensors_of
 
 __all__ = ["TOLERANCE", "outputs_of", "quantize"]
 
-#: The largest root mean square difference of the outputs from the network's, relative to the root
-#: mean square of the outputs, on the calibration batches.
+#: The largest allowed root mean square difference between the outputs in int8 and in float32,
+#: relative to the root mean square of the outputs, on the calibration batches.
 TOLERANCE = 0.1
 
 
 def quantize(net: nn.Module, batches: Sequence[Any]) -> bytes:
-    """The ONNX program of a network in 8-bit integers.
+    """Quantize a network to an ONNX program with 8-bit integers.
 
     The weights are quantized per output channel. The ranges of the activations are measured on the
     calibration batches (static quantization). Weights use 7 of 8 bits, because products of 8 bits
     overflow on processors without VNNI instructions.
 
     Args:
-        net: the network, from any input to tensors.
+        net: the network. Its input may have any structure. Its output consists of tensors.
         batches: calibration inputs of the network, with the batch in dimension 0. They should be
             training data.
 
@@ -41,8 +41,8 @@ def quantize(net: nn.Module, batches: Sequence[Any]) -> bytes:
         named as in `export`.
 
     Raises:
-        RequestError: a package is not installed.
-        ExportError: ONNX cannot express the network, it cannot be quantized, or its outputs on the
+        RequestError: a package that this needs is not installed.
+        ExportError: the network cannot be exported to ONNX or quantized, or its outputs on the
             batches differ by more than `TOLERANCE`.
     """
     check_onnx()
@@ -68,7 +68,7 @@ def quantize(net: nn.Module, batches: Sequence[Any]) -> bytes:
         export(net, plain, batches[0], "onnx")
         root = logging.getLogger()
         level = root.level
-        root.setLevel(logging.ERROR)  # it recommends its preprocessing, which is done here
+        root.setLevel(logging.ERROR)  # it recommends the preprocessing that is done below
         try:
             quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
@@ -100,7 +100,7 @@ def outputs_of(program: bytes, net: nn.Module, batches: Iterable[Any]) -> Iterat
 
     Args:
         program: the program.
-        net: the network that it was made from, for the names of its inputs.
+        net: the network that was quantized, for the names of its inputs.
         batches: the inputs.
     """
     import onnxruntime
@@ -116,7 +116,7 @@ def outputs_of(program: bytes, net: nn.Module, batches: Iterable[Any]) -> Iterat
 
 
 def _difference(net: nn.Module, program: bytes, batches: Sequence[Any]) -> float:
-    """The root mean square difference of the outputs, relative to that of the outputs."""
+    """The root mean square difference of the outputs, relative to their root mean square."""
     squares = torch.zeros(2, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for x, found in zip(batches, outputs_of(program, net, batches), strict=True):

@@ -1,4 +1,4 @@
-"""Build a saved network again: what its constructor builds, with the sizes and tensors stored."""
+"""Build a saved network: call its constructor, then set the stored sizes and tensors."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = [
     "settle_lazy_layers",
 ]
 
-#: Functions that create tensors of a size that is given; layers create their parameters by them.
+#: The functions with which layers create their parameters.
 _CREATORS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
 
 
-#: Smaller tensors are created without a look at the available memory.
+#: Tensors of at most this many bytes are created without checking the available memory.
 _SMALL = 2**24
 
 
@@ -55,12 +55,14 @@ class _WithinMemory(TorchFunctionMode):
             if size > _SMALL:
                 available = available_memory(torch.device("cpu"))
                 if available is not None and size > available:
-                    raise MemoryError("the constructor builds more than fits into memory")
+                    raise MemoryError(
+                        "the constructor builds a tensor that does not fit into memory"
+                    )
         return func(*args, **kwargs)
 
 
 def _elements(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many elements a function in `_CREATORS` is asked for; 0 for what it will refuse."""
+    """The number of elements that a function in `_CREATORS` would create; 0 for invalid sizes."""
     sizes = kwargs.get("size", args)
     sizes = sizes[0] if sizes and isinstance(sizes[0], list | tuple) else sizes
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
@@ -74,9 +76,9 @@ def construct(
     """Call a constructor with arguments from a file.
 
     Raises:
-        Exception: whatever the constructor raises, and MemoryError if it builds more than fits into
-            memory.
-        TypeError: it does not build a network.
+        MemoryError: the network does not fit into memory.
+        TypeError: the constructor does not build a network.
+        Exception: any error of the constructor.
     """
     with _WithinMemory():
         net = constructor(**kwargs)
@@ -86,11 +88,11 @@ def construct(
 
 
 def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give lazy layers the number of columns or features of stored tensors, in place.
+    """Give lazy layers the number of columns or features of the stored tensors, in place.
 
     Args:
-        net: what a constructor built.
-        state: the tensors of the network to build.
+        net: the network from the constructor.
+        state: the stored tensors.
     """
     for name, module in net.named_modules():
         if not isinstance(module, LazyModuleMixin):
@@ -105,7 +107,7 @@ def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         else:
             columns = weight.shape[1] * getattr(module, "groups", 1)
         ndim = 2 if weight is None else max(weight.ndim, 2)
-        # What torch does at the first call; only the shape of the input matters.
+        # As torch does at the first call. Only the shape of the input matters.
         example = torch.empty(1, columns, *(1,) * (ndim - 2), device="meta")
         lazy: Any = module
         lazy._infer_parameters(lazy, (example,))
@@ -114,24 +116,25 @@ def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 def resize_layers(
     net: nn.Module, description: Description, state: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Give layers the sizes in the description, and put a `Select` before those that have one.
+    """Set the sizes of layers, and insert a `Select` before layers that have one, as described.
 
-    The tensors keep their shapes; `fill` replaces them.
+    The tensors keep their shapes until `fill` replaces them.
 
     Args:
-        net: what the constructor built, changed in place.
-        description: of the saved network.
+        net: the network from the constructor. It is changed in place.
+        description: the description of the saved network.
         state: the stored tensors.
 
     Returns:
-        The shapes that the sizes imply, by the name of the tensor; tensors of modules that torch
-        does not define may have any shape.
+        The shapes that follow from the sizes, by the name of the tensor. Other tensors, such as
+        those of modules that torch does not define, may have any shape.
 
     Raises:
-        ValueError: a layer is not there, does not have a size, or its index does not fit; or a
-            size is set that is not written into a module around these layers, or does not follow.
+        ValueError: a layer does not exist, does not have a size, or has an index that does not fit;
+            or a size of a module is not a number of units of the layers in it, or does not change
+            in the same ratio.
     """
-    # A subclass may lay out its weight otherwise, and is not checked then.
+    # The weight of a subclass may have another layout. It is not checked then.
     regular = {
         (module, leaf)
         for module in net.modules()
@@ -156,7 +159,9 @@ def resize_layers(
         groups = getattr(module, "groups", 1)
         channels = [getattr(module, name, 0) for name in ("in_channels", "out_channels")]
         if groups == 0 or any(number % groups for number in channels):
-            raise ValueError(f"the channels of layer {layer!r} do not fall into {groups} groups")
+            raise ValueError(
+                f"the channels of layer {layer!r} cannot be divided into {groups} groups"
+            )
     _set_sizes(modules, description, ratios)
     changed = tuple(f"{layer}." for layer in description.layers)
     shapes = {}
@@ -167,7 +172,7 @@ def resize_layers(
         if (module, leaf) in regular:
             shapes[name] = _shapes(module)[leaf]
         elif of_torch and isinstance(tensor, Tensor) and not name.startswith(changed):
-            # A layer of torch that is not resized has the shapes that its constructor gave it.
+            # A layer of torch that is not resized keeps the shapes from its constructor.
             shapes[name] = tuple(tensor.shape)
     return shapes
 
@@ -177,12 +182,14 @@ def _set_sizes(
     description: Description,
     ratios: Mapping[str, Set[Fraction]],
 ) -> None:
-    """Set the sizes that are written into modules, if they follow those of the layers inside."""
+    """Set attributes of modules that are sizes, if they agree with those of the layers inside."""
     for name, sizes in description.sizes.items():
         old = all_sizes(modules[name]) if name in ratios else {}
         for attribute, size in sizes.items():
             if attribute not in old:
-                raise ValueError(f"{attribute!r} of {name!r} is no size around a resized layer")
+                raise ValueError(
+                    f"{attribute!r} of {name!r} is not a size of a module around a resized layer"
+                )
             if not follows(size, old[attribute], ratios[name]):
                 raise ValueError(
                     f"{attribute!r} of {name!r} is {size}, which does not follow from "
@@ -198,16 +205,17 @@ def check_fit(
     state: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Check that stored tensors are those of a network.
+    """Check that the stored tensors fit a network.
 
     Args:
-        net: from the constructor and `resize_layers`.
-        description: of the saved network.
-        state: the stored tensors, those with two names under both.
-        shapes: from `resize_layers`.
+        net: the network, after `resize_layers`.
+        description: the description of the saved network.
+        state: the stored tensors. A tensor with two names is included under both.
+        shapes: the shapes from `resize_layers`.
 
     Raises:
-        ValueError: a tensor is missing, is not one of the network, or has another shape or kind.
+        ValueError: a tensor is missing, does not belong to the network, or has another shape or
+            type.
     """
     names = {*net.state_dict(), *description.buffers}
     for words, wrong in (
@@ -220,7 +228,7 @@ def check_fit(
     buffers = dict(non_persistent_buffers(net))
     for name in description.buffers:
         if name not in buffers:
-            raise ValueError(f"{name!r} is no buffer outside the state dict")
+            raise ValueError(f"{name!r} is not a buffer outside the state dict")
     for name, tensor in state.items():
         module, leaf = _owner(net, name)
         if name in shapes and tuple(tensor.shape) != shapes[name]:
@@ -231,20 +239,20 @@ def check_fit(
         if isinstance(module, PlaceChannels) and leaf == "source":
             inside = (tensor >= 0) & (tensor <= module.in_channels)
             if not bool(inside.all()):
-                raise ValueError(f"{name!r} names channels that are not among the input's")
+                raise ValueError(f"{name!r} has indices of channels that the input does not have")
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name in description.frozen or ():
         if name not in parameters:
-            raise ValueError(f"{name!r} is frozen, but is no parameter")
+            raise ValueError(f"{name!r} is frozen, but is not a parameter")
 
 
 def fill(net: nn.Module, description: Description, state: Mapping[str, Tensor]) -> None:
     """Load stored tensors, which `check_fit` has checked, into a network in place.
 
-    Parameters and buffers take the shape and type of what is stored. Those that were one tensor are
-    one again, and those that were not are not.
+    Parameters and buffers get the stored shape and type. They share a tensor if and only if they
+    shared it when they were saved.
     """
-    placed: dict[str, Tensor] = {}  # by the name that a tensor is stored under
+    placed: dict[str, Tensor] = {}  # by the name under which a tensor is stored
     used: set[Tensor] = set()
     for name, tensor in state.items():
         module, leaf = _owner(net, name)
@@ -291,7 +299,9 @@ def _put_select(
 ) -> None:
     index = state.get(f"{layer}.select.index")
     if index is None or index.ndim != 1 or index.dtype != torch.int64 or len(index) != length:
-        raise ValueError(f"layer {layer!r} selects {length} features, but has no index of them")
+        raise ValueError(
+            f"layer {layer!r} selects {length} features, but has no valid index for them"
+        )
     if not isinstance(module, nn.Linear) or not layer:
         raise ValueError(f"layer {layer!r} cannot select features")
     if length and not 0 <= int(index.min()) <= int(index.max()) < module.in_features:
@@ -310,7 +320,7 @@ def _owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's tensors by its sizes."""
+    """The shapes of the tensors of a layer that follow from its sizes."""
     weight: tuple[int, ...]
     match module:
         case nn.Linear():

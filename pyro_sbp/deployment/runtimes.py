@@ -1,4 +1,4 @@
-"""Calls of a network in several runtimes: PyTorch, torch.compile, ONNX Runtime, int8."""
+"""Run a network in several runtimes: PyTorch, torch.compile, ONNX Runtime, int8."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ __all__ = ["ON_CPU", "RUNTIMES", "check_runtimes", "prepare"]
 RUNTIMES = ("eager", "compile", "onnxruntime", "int8")
 #: The runtimes that run on the CPU only.
 ON_CPU = ("onnxruntime", "int8")
-#: The largest difference from eager, relative to the largest output. Convolutions on a GPU round
-#: to ten bits (TF32).
+#: The largest allowed difference from eager PyTorch, relative to the largest output. Convolutions
+#: on a GPU round their inputs to TF32, which has ten bits of mantissa.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3}
 
-#: From an input, and the CPU threads to take, to a call of the network on this input.
+#: A function from an input and a number of CPU threads to a call of the network on this input.
 Start = Callable[[Any, int], Callable[[], Any]]
 
 
 def check_runtimes(runtimes: Sequence[str]) -> None:
-    """See that the runtimes are there.
+    """Check that the runtimes can be used.
 
     Raises:
-        RequestError: one is unknown, is not installed, or needs a compiler that is not installed.
+        RequestError: a runtime is unknown or not installed, or needs a compiler that is not
+            installed.
     """
     for runtime in runtimes:
         if runtime not in RUNTIMES:
@@ -56,7 +57,7 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
             get_cpp_compiler()
         except RuntimeError as error:
             raise RequestError(
-                "torch.compile needs a C++ compiler: install g++, or name one in CXX"
+                "torch.compile needs a C++ compiler: install g++, or set CXX to a compiler"
             ) from error
 
 
@@ -66,22 +67,23 @@ def prepare(
     """Prepare a network for a runtime.
 
     Args:
-        net: the network in evaluation mode, on the device to measure it on.
-        runtime: "eager"; "compile", `torch.compile` with Inductor, of the whole network and for one
-            shape; "onnxruntime", the program that `export` writes, on the CPU; or "int8", the
-            program of `quantize`, also in ONNX Runtime.
+        net: the network in evaluation mode, on the device of the measurement.
+        runtime: "eager"; "compile" (`torch.compile` with Inductor, for the whole network and one
+            shape); "onnxruntime" (the program from `export`, on the CPU); or "int8" (the program
+            from `quantize`, in ONNX Runtime).
         input_shape: the shape of one example, or an example input, as for `export`.
         calibration: for "int8", batches of training inputs.
 
     Returns:
-        What starts it: ``start(x, threads)`` for an input ``x`` gives a function without arguments
-        that calls the network on ``x``. It is called as it was started: with
-        torch at so many threads, and in the same inference mode. Starting compiles, and compares
-        the output with eager's: `ExportError` where it cannot, or where they differ by more than
-        1e-5 of the largest output (1e-3 on a GPU). `quantize` has compared the outputs of "int8".
+        A function ``start``. ``start(x, threads)`` returns a function without arguments that calls
+        the network on ``x``. Call it with torch set to the same number of threads, and in the same
+        inference mode, as ``start``. ``start`` compiles the network if necessary, and compares the
+        outputs with those of eager PyTorch. It raises `ExportError` if the network cannot be
+        compiled, or if the difference is more than 1e-5 of the largest output (1e-3 on a GPU). The
+        outputs of "int8" are compared by `quantize` instead.
 
     Raises:
-        ExportError: ONNX cannot express the network.
+        ExportError: the network cannot be exported or quantized.
     """
     if runtime == "eager":
         return lambda x, threads: _bound(net, x)
@@ -94,7 +96,7 @@ def prepare(
         expected = call(net, fresh(x))
         begun = start(x, threads)
         for tensor, value in zip(tensors_of(x), tensors_of(given), strict=True):
-            tensor.copy_(value)  # a network may have changed it in place
+            tensor.copy_(value)  # the network may have changed its input in place
         difference = largest_difference(expected, begun())
         tolerance = TOLERANCE[next(tensors_of(x)).device.type]
         if not difference <= tolerance:
@@ -108,7 +110,8 @@ def prepare(
 
 
 def _bound(function: Callable[..., Any], x: Any) -> Callable[[], Any]:
-    """A call on an input without arguments, and without `call` inside what is measured."""
+    """A function without arguments that calls another function on an input. It is faster than
+    `call`."""
     if isinstance(x, Mapping):
         return partial(function, **x)
     return partial(function, *x) if isinstance(x, tuple) else partial(function, x)
@@ -119,7 +122,7 @@ def _compile(net: nn.Module, input_shape: Any) -> Start:
         begun = _bound(torch.compile(net, fullgraph=True, dynamic=False), x)
         try:
             begun()
-        except Exception as error:  # compilers raise what they like
+        except Exception as error:  # a compiler may raise anything
             raise ExportError(
                 f"torch.compile cannot compile the network: {first_line(error)}"
             ) from error
@@ -136,14 +139,14 @@ def _onnxruntime(net: nn.Module, input_shape: Any) -> Start:
 
 
 def _session(net: nn.Module, program: bytes) -> Start:
-    """An ONNX program in ONNX Runtime."""
+    """A function as `prepare` returns it, for an ONNX program in ONNX Runtime."""
     import onnxruntime
 
     def start(x: Any, threads: int) -> Callable[[], Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-        # All are in torch's memory, so no call copies them.
+        # Inputs and outputs are in the memory of torch tensors, so that calls do not copy them.
         inputs = {name: value.contiguous() for name, value in named_tensors(net, x).items()}
         outputs = [
             torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -159,7 +162,7 @@ def _session(net: nn.Module, program: bytes) -> Start:
                 array = value.numpy()
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-        def run(inputs: Any = inputs) -> Any:  # holds the inputs, which the binding does not
+        def run(inputs: Any = inputs) -> Any:  # keeps the inputs alive, which the binding does not
             session.run_with_iobinding(binding)
             return outputs[0] if len(outputs) == 1 else outputs
 

@@ -1,4 +1,4 @@
-"""Keep a pruned network in files that load without pickle, and without Pyro."""
+"""Save pruned networks to files, and load them without pickle and without Pyro."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = ["load", "load_weights", "save", "unique_tensors"]
 
 #: The metadata of ``model.safetensors``, which transformers expects.
 METADATA = {"format": "pt"}
-#: What a saved network may consist of.
+#: The files of a saved network; some are optional.
 FILES = ("model.safetensors", "sparse.safetensors", INDEX, CONFIG, "units.json")
 
 
@@ -70,54 +70,56 @@ def save(
 ) -> None:
     """Write a pruned network to a directory.
 
-    ``model.safetensors`` holds the tensors. ``network.json`` holds the constructor, what differs
-    from what it builds, which parameters are frozen, and a SHA-256 checksum of every file.
-    ``units.json`` holds the units if they are given or `prune` has set them on the network.
+    ``model.safetensors`` contains the tensors. ``network.json`` contains the constructor, the
+    differences from the network that it builds, the names of frozen parameters, and a SHA-256
+    checksum of every file. ``units.json`` contains the units if they are given, or if `prune` has
+    set them on the network.
 
-    For a model of Hugging Face transformers, ``config.json`` holds its own configuration. If every
-    layer has kept as many units, the configuration has the new numbers, and transformers can load
-    the directory without pyro-sbp.
+    For a model of Hugging Face transformers, ``config.json`` contains its configuration. If every
+    layer has kept the same number of units, the configuration has the new numbers, and transformers
+    can load the directory without pyro-sbp.
 
     A new directory appears only when all of its files are complete. With `overwrite`, the old
-    network can be loaded until the new one is complete, and the new one from then on, even if the
-    process is killed in between. An interrupted call may leave files whose names end in ``.part``.
-    Those in the directory may be in use; the next `save` to it renames or replaces them. A
-    directory ``NAME.*.part`` next to a new one is never in use once its process has ended, and can
-    be deleted; `save` does not delete it, as it may belong to a process on another machine.
+    network can be loaded until the new one is complete, and then the new one, even if the process
+    is killed in between. An interrupted call may leave files whose names end in ``.part``. Files
+    with this ending in the directory may be in use. The next `save` to the directory renames or
+    replaces them. A directory ``NAME.*.part`` next to the new directory can be deleted after its
+    process has ended. `save` does not delete it, because the process may run on another machine.
 
-    What is kept are tensors: parameters and buffers with their values and types, which of them are
-    the same tensor, and which parameters are frozen; and integer attributes of modules (or tuples
-    of them) that have become smaller in the same ratio as a layer inside, such as a number of
-    heads. Other attributes that were set after construction are not kept, such as the probability
-    of a dropout layer, and neither are hooks, gradients or memory formats.
+    Saved are parameters and buffers with their values and types, which of them share a tensor, and
+    which parameters are frozen. Integer attributes of modules, and tuples of integers, are saved if
+    they have become smaller in the same ratio as a layer inside, such as a number of heads. Other
+    attributes that were set after construction, such as the probability of a dropout layer, are not
+    saved, and neither are hooks, gradients and memory formats.
 
     Args:
         small: the network, from `prune` or `shrink`.
-        directory: where to write; it must not exist or be empty.
-        constructor: what built the original network, a callable or its name ``module:callable``.
-            For a model of transformers, its class, as in ``type(model)``.
-        kwargs: the constructor's arguments, plain values, besides the configuration.
-        units: what is left of every gate: its total, and the kept and zeroed indices. By default
-            the attribute `units` that `prune` has set on the network.
-        input_shape: the shape of one example, for those who load the network.
-        overwrite: replace a saved network in the directory.
-        standardization: how images in [0, 1] are standardised before the network, for those who
-            load it.
-        sparse: write also ``sparse.safetensors``, which leaves out zeros. Either file is enough to
-            load the network.
-        beside: names of other files that may be in the directory, and stay as they are.
+        directory: the directory to write. Without `overwrite`, it must not exist, or must be empty.
+        constructor: the function or class that builds the original network, or its name
+            ``module:callable``. For a model of transformers it is the class, ``type(model)``.
+        kwargs: the arguments of the constructor, plain values, without the configuration.
+        units: by gate, the total number of units, and the indices of the kept and the zeroed units.
+            The default is the attribute `units` that `prune` has set on the network.
+        input_shape: the shape of one example. It is stored as information for users of the network.
+        overwrite: whether to replace a saved network in the directory.
+        standardization: the standardization of images in [0, 1] that the network expects. It is
+            stored as information for users of the network.
+        sparse: whether to write ``sparse.safetensors`` too, which stores no zeros. Either file is
+            enough to load the network.
+        beside: the names of other files that may be in the directory. They are not changed.
 
     Raises:
-        FileExistsError: the directory exists and is not empty, or holds more than a saved network.
-        ValueError: the constructor builds a network of other layers, or files cannot hold the
-            network.
+        FileExistsError: the directory is not empty, and `overwrite` is not set or the directory
+            contains other files than a saved network.
+        ValueError: the constructor builds a network with other layers, or the network has values
+            that the files cannot store.
         OSError: a file cannot be written.
     """
     path = Path(directory)
     there = {file.name for file in path.iterdir()} if path.exists() else set()
     there -= {part(path / name).name for name in FILES} | {*beside}
     if there and not (overwrite and there <= set(FILES)):
-        hint = "it holds other files" if overwrite else "give another, or overwrite=True"
+        hint = "it contains other files" if overwrite else "give another, or overwrite=True"
         raise FileExistsError(f"{path} is not empty: {hint}")
     name = constructor if isinstance(constructor, str) else name_of(constructor)
     build = resolve(name) if isinstance(constructor, str) else constructor
@@ -149,7 +151,7 @@ def save(
             if not value.requires_grad
         ],
     )
-    # Whatever `load` would refuse is refused here, while the network is still in memory.
+    # Run the checks of `load` now, while the network is still in memory.
     try:
         shapes = resize_layers(fresh, description, _state(tensors, description))
         buffers = _changed_buffers(small, fresh)
@@ -192,11 +194,11 @@ def _write_new(
     describe: Callable[[Mapping[str, str]], str],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A unique name, as another process may be saving a network of the same name.
+    # A unique name, because another process may save a network with the same name.
     unique = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part"))
     partial = unique / path.name
     try:
-        partial.mkdir()  # unlike the directory around it, with the permissions of a new directory
+        partial.mkdir()  # with the usual permissions, unlike the directory of mkdtemp
         file_sets.replace(partial, writers, INDEX, describe)
         os.replace(partial, path)
     finally:
@@ -205,17 +207,17 @@ def _write_new(
 
 
 def _complete(path: Path) -> None:
-    """Complete what a `save` to this directory that was killed had left to do."""
+    """Complete an earlier `save` to this directory that was interrupted."""
     if any(part(path / name).exists() for name in FILES):
-        with contextlib.suppress(ValueError):  # a damaged network is replaced as well
+        with contextlib.suppress(ValueError):  # a damaged network can be replaced too
             file_sets.complete(path, Description.read(path / INDEX).checksums or {})
 
 
 def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, dict[str, int]]:
-    """The sizes in which the layers of a network differ from those that a constructor builds.
+    """By layer, the sizes that differ between a network and the one that its constructor builds.
 
     Raises:
-        ValueError: the layers are others.
+        ValueError: the networks have different layers.
     """
     layers = {}
     here = dict(small.named_modules())
@@ -232,7 +234,7 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
             raise ValueError(f"{name} builds a {type(module).__name__} at {layer!r}, not {found}")
         for attribute in SIZE_ATTRIBUTES:
             size = getattr(found, attribute, None)
-            # A module may have a method of this name, as models of transformers do.
+            # A module may have a method with this name, as in transformers.
             if isinstance(size, int) and size != getattr(module, attribute, None):
                 change[attribute] = size
         if change:
@@ -246,7 +248,7 @@ def _resized_layers(small: nn.Module, fresh: nn.Module, name: str) -> dict[str, 
 def _smaller_sizes(
     small: nn.Module, fresh: nn.Module, layers: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, Written]]:
-    """The sizes written into modules that have become smaller with the layers inside."""
+    """By module, the attributes that have become smaller in the same ratio as a layer inside."""
     found = {}
     for module, ratios in ratios_around(fresh, layers).items():
         here = all_sizes(small.get_submodule(module))
@@ -261,7 +263,7 @@ def _smaller_sizes(
 
 
 def _changed_buffers(small: nn.Module, fresh: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers outside the state dict that are not as the constructor makes them."""
+    """Buffers outside the state dict that differ from those of the constructor."""
     made = non_persistent_buffers(fresh)
     return {
         name: buffer.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -279,14 +281,15 @@ def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, METADATA)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"safetensors cannot hold this network: {first_line(error)}") from error
+        raise ValueError(f"safetensors cannot store this network: {first_line(error)}") from error
 
 
 def unique_tensors(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A network's tensors as they are stored, and the first name of those that have two.
+    """The tensors of a network, each under its first name, and from each further name to the first
+    name of the same tensor.
 
     Raises:
-        ValueError: the state dict holds something that is not a tensor.
+        ValueError: the state dict has a value that is not a dense tensor.
     """
     tensors: dict[str, torch.Tensor] = {}
     same: dict[str, str] = {}
@@ -308,18 +311,19 @@ def load(
 ) -> nn.Module:
     """Load a network that `save` wrote, in evaluation mode, on the CPU.
 
-    Every file is compared with its checksum; in a directory of an earlier version, which has no
-    checksums, types, sizes and indices have to fit the constructor and each other. To load a
-    ``network.json`` that was edited on purpose, remove "checksums" from it.
+    Every file is compared with its checksum. Directories of earlier versions have no checksums.
+    Types, sizes and indices must then agree with the constructor and with each other. To load a
+    ``network.json`` that you have edited, remove "checksums" from it.
 
     Args:
         directory: the directory of the network.
-        constructor: what built the original network. Those of `pyro_sbp.networks`, torchvision,
-            timm and transformers are found by their name; any other must be passed.
+        constructor: the function or class that builds the original network. Those of
+            `pyro_sbp.networks`, torchvision, timm and transformers are found by their name. Others
+            must be given.
 
     Raises:
-        ValueError: a file is missing or damaged, or the constructor is not among the trusted ones
-            and was not passed.
+        ValueError: a file is missing or damaged, or the constructor is not found by its name and
+            was not given.
     """
     path = Path(directory)
     try:
@@ -327,7 +331,7 @@ def load(
         try:
             tensors = _read_tensors(path, description)
         except (OSError, ValueError):
-            # A `save` at the same time may have replaced the files since the index was read.
+            # Another process may have replaced the files after the index was read.
             before, description = description, Description.read(path / INDEX)
             if description == before:
                 raise
@@ -337,8 +341,10 @@ def load(
         raise ValueError(f"{path} has {error}") from error
     except (OSError, ValueError) as error:
         if (path / "pruned" / INDEX).exists():
-            raise ValueError(f"{path} is a run; its network is in {path / 'pruned'}") from error
-        raise ValueError(f"{path} holds no whole saved network: {first_line(error)}") from error
+            raise ValueError(
+                f"{path} is a run directory; its network is in {path / 'pruned'}"
+            ) from error
+        raise ValueError(f"{path} has no complete saved network: {first_line(error)}") from error
     name = description.constructor
     try:
         constructor = constructor or trusted(name, description.kwargs)
@@ -365,7 +371,7 @@ def load(
 
 
 def _read_tensors(path: Path, description: Description) -> dict[str, torch.Tensor]:
-    """The stored tensors, after all files were compared with their checksums."""
+    """Read the stored tensors, after comparing all files with their checksums."""
     sums: Mapping[str, str | None] | None = description.checksums
     if sums is None:
         sums = dict.fromkeys(("model.safetensors", "sparse.safetensors"))
@@ -386,7 +392,7 @@ def _read_config(path: Path, description: Description) -> dict[str, Any]:
     """The configuration of a model of transformers.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the configuration is missing or damaged.
     """
     try:
         file = file_sets.locate(path, CONFIG, (description.checksums or {}).get(CONFIG))
@@ -394,13 +400,13 @@ def _read_config(path: Path, description: Description) -> dict[str, Any]:
             raise ValueError(f"{CONFIG} is missing")
         return parse_config(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no whole saved network: {damage(error)}") from error
+        raise ValueError(f"{path} has no complete saved network: {damage(error)}") from error
 
 
 def _state(
     tensors: Mapping[str, torch.Tensor], description: Description
 ) -> dict[str, torch.Tensor]:
-    """Stored tensors, those that have two names under both."""
+    """The stored tensors. A tensor with two names is included under both."""
     for name, first in description.same.items():
         if first not in tensors or name in tensors:
             raise ValueError(f"{name!r} cannot be the same tensor as {first!r}")
@@ -413,13 +419,13 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
     Args:
         net: the network, which is changed in place.
         path: the file.
-        classes: the number of classes of the data. A layer with as many outputs, of which the file
-            has another number, keeps its initial values, and a `UserWarning` says so. None refuses
-            such a file.
+        classes: the number of classes of the data. If the network has one layer with this number of
+            outputs, and the file has another number for it, the layer keeps its initial values,
+            with a `UserWarning`. With None, such a file raises an error.
 
     Raises:
-        RequestError: the file cannot be read, holds no state dict, or one of another network, or
-            its weights are not finite.
+        RequestError: the file cannot be read, does not contain a state dict, or contains that of
+            another network or values that are not finite.
     """
     try:
         if path.suffix == ".safetensors":
@@ -427,8 +433,8 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
         else:
             state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
-        raise RequestError(f"there is no file {path} to take weights from") from error
-    except Exception as error:  # a file that is none may raise anything
+        raise RequestError(f"there is no file {path} to read weights from") from error
+    except Exception as error:  # a file of another kind may raise anything
         raise RequestError(
             f"{path} cannot be read as weights; expected safetensors, or a state dict of torch.save"
         ) from error
@@ -439,7 +445,7 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
             raise RequestError(
                 f"{path} is a checkpoint of a run; expected a state dict of the network"
             )
-        raise RequestError(f"{path} holds no state dict, from parameter names to tensors")
+        raise RequestError(f"{path} has no state dict, which maps parameter names to tensors")
     own = net.state_dict()
     for name, value in state.items():
         if name in own and own[name].is_floating_point() != value.is_floating_point():
@@ -454,7 +460,7 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
     except Exception as error:  # damaged metadata of a state dict may raise anything
         if (path.parent / "network.json").exists():
             raise RequestError(
-                f"{path} has the weights of a pruned network; expected those of the whole one"
+                f"{path} has the weights of a pruned network; expected those of the dense network"
             ) from error
         raise RequestError(
             f"{path} has the weights of another network: "
@@ -462,11 +468,11 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
         ) from error
     if layer is not None:
         warnings.warn(
-            f"{path} has a layer {layer!r} of another number of classes than {classes}, so that "
+            f"{path} has another number of classes than {classes} in the layer {layer!r}, so that "
             "layer keeps its initial values",
             stacklevel=2,
         )
-    # A buffer may be infinite on purpose, such as a mask.
+    # A buffer may be infinite on purpose, for example a mask.
     wrong = [name for name, value in net.named_parameters() if not bool(value.isfinite().all())]
     wrong += [name for name, value in net.named_buffers() if bool(value.isnan().any())]
     if wrong:
@@ -476,7 +482,8 @@ def load_weights(net: nn.Module, path: Path, classes: int | None = None) -> None
 def _other_classes(
     state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], classes: int
 ) -> str | None:
-    """The one layer that has an output for each class, where a file has other outputs; or None."""
+    """The layer with one output per class for which a file has another number of outputs; None if
+    there is not exactly one."""
     others = [name for name in own if name in state and state[name].shape != own[name].shape]
     layers = {name.rpartition(".")[0] for name in others}
     fits = all(
@@ -489,7 +496,8 @@ def _other_classes(
 
 
 def _differences(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """In which tensors a state dict differs from that of a network, in one line; "" for none."""
+    """One line that says in which tensors a state dict differs from that of a network; may be
+    empty."""
     parts = []
     missing = [name for name in own if name not in state]
     others = [name for name in state if name not in own]

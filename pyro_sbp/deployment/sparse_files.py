@@ -1,4 +1,4 @@
-"""Tensors with many zeros in a file that leaves these out."""
+"""Save tensors with many zeros to a file that does not store the zeros."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from pyro_sbp.errors import first_line
 
 __all__ = ["read_sparse", "write_sparse"]
 
-#: A gap between two numbers that a byte holds; a longer one is bridged by zeros that are stored.
+#: The longest step between stored values, which must fit into a byte. In longer gaps, zeros are
+#: stored.
 _LONGEST = 255
 
 
 def write_sparse(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file.
 
-    Of one in which that takes less room, the values that are not zero, ``NAME:values``, and how
-    many places after the one before each stands, ``NAME:steps``, in a byte; the others as they are.
+    A tensor is stored as ``NAME:values``, the values that are not zero, and ``NAME:steps``, the
+    distance of each of them from the one before as uint8, if this takes less space. Other tensors
+    are stored unchanged.
     """
     content, shapes = {}, {}
     for name, tensor in tensors.items():
@@ -66,7 +68,7 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         shapes = parse_json(text)
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is no file of sparse tensors: {first_line(error)}") from error
+        raise ValueError(f"{path} is not a file of sparse tensors: {first_line(error)}") from error
     if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
         raise ValueError(f"{path} is damaged: its shapes are not lists of sizes")
     tensors = {}
@@ -76,19 +78,22 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged: the values or steps of {name!r} are missing")
         try:
             tensors[name] = _with_zeros(values, steps, shape)
-        except (RuntimeError, ValueError) as error:  # torch cannot allocate the tensor, or as below
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # torch cannot allocate the tensor, or an error below
             raise ValueError(f"{path} is damaged: {name!r} has {first_line(error)}") from error
     return {**tensors, **content}
 
 
 def _with_zeros(values: Tensor, steps: Tensor, shape: list[int]) -> Tensor:
     if values.ndim != 1 or steps.shape != values.shape or steps.dtype != torch.uint8:
-        raise ValueError("other places than values")
+        raise ValueError("positions that do not fit its values or its shape")
     size = math.prod(shape)
     places = steps.long().cumsum(0) - 1
-    # A step of 0 would write a value over another one, or to the end of the tensor.
+    # A step of 0 would overwrite a value, or write to the end of the tensor.
     if len(places) and (int(steps.min()) == 0 or int(places[-1]) >= size):
-        raise ValueError("other places than values")
+        raise ValueError("positions that do not fit its values or its shape")
     available = available_memory(torch.device("cpu"))
     if available is not None and size * values.element_size() > available:
         raise ValueError(f"shape {shape}, which does not fit into memory")

@@ -1,4 +1,4 @@
-"""A budget of latency: how many times faster than the dense network."""
+"""A budget for the latency: a speed-up over the dense network."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["Speedup"]
 class Speedup(Budget):
     """A network that is at least `target` times faster than the dense one on this machine.
 
-    The budget selects the largest such network. Every candidate is measured with the dense network,
-    in blocks that take turns. As latencies vary, the network that is found is measured again for
-    longer; while it is too slow, the next smaller candidate is tried.
+    The budget selects the largest such network. Every candidate is measured in turn with the dense
+    network, in blocks of calls. Because latencies vary, the selected network is measured again for
+    a longer time. If it is too slow, the next smaller candidate is measured, and so on.
 
     Args:
-        target: the latency of the dense network over that of the smaller one.
-        batch_size: examples of a call.
+        target: the latency of the dense network divided by that of the smaller network.
+        batch_size: the number of examples per call.
         runtime: "eager", "compile" or "onnxruntime", as for `benchmark`.
-        threads: CPU threads of a call.
+        threads: the number of CPU threads.
         device: "cpu" or "cuda".
-        seconds: how long each of the two networks is measured for a candidate.
+        seconds: the time for which each of the two networks is measured per candidate.
 
     Attributes:
-        latencies: from threshold to the latency that was measured last.
+        latencies: from a threshold to the latency of its network that was measured last.
     """
 
     name = "speedup"
@@ -47,7 +47,7 @@ class Speedup(Budget):
         self.latencies: dict[float, Latency] = {}
 
     def measurement(self, candidates: Candidates) -> Callable[[float], float]:
-        """The measured speed-up of the network of a threshold."""
+        """A function from a threshold to the measured speed-up of its network."""
         return lambda level: self._speedup(candidates, level, self.seconds)
 
     def _speedup(self, candidates: Candidates, level: float, seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""What the units of a network cost in latency, measured on the device at hand."""
+"""Measure what the units of a network cost in latency on this machine."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pyro_sbp.gates.surgery import shrink
 
 __all__ = ["UnitLatency", "measure_unit_latency"]
 
-#: Numbers of units after the same multiple of 16. Their latencies show the steps of kernels that
+#: Numbers of units above the same multiple of 16. Their latencies increase in steps if kernels
 #: process whole vectors of channels.
 STEPS = (1, 2, 4, 8, 16)
-#: A measurement takes at least this many turns.
+#: Every network is measured at least this many times.
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class UnitLatency:
-    """The latency of a network over the number of units of each of its gates.
+    """The latency of a network as a function of the number of units of each of its gates.
 
     Attributes:
         sizes: by gate, the number of units.
-        milliseconds: by gate, the measured pairs of a number of units and the latency of the
-            network that keeps so many of them, and all units of the other gates; in rising order.
-            The last pair is the latency of the whole network.
-        batch_size, threads, device: how it was measured.
+        milliseconds: by gate, pairs of a number of units and the latency in milliseconds of the
+            network that keeps this number of units of the gate and all units of the other gates, in
+            ascending order. The last pair is that of the dense network.
+        batch_size, threads, device: the conditions of the measurement.
     """
 
     sizes: Mapping[str, int]
@@ -44,10 +44,11 @@ class UnitLatency:
     device: str
 
     def per_unit(self) -> dict[str, float]:
-        """Milliseconds that the network becomes faster by if one unit is removed, by gate.
+        """The latency of one unit in milliseconds, by gate.
 
-        It is the slope of the least-squares line through the measured latencies, at least 0: a
-        single removed unit may save nothing, where the kernel processes a whole vector of channels.
+        It is the slope of the least-squares line through the measured latencies, or 0 if the slope
+        is negative. Removing a single unit may save no time, because kernels process whole vectors
+        of channels.
         """
         slopes = {}
         for gate, pairs in self.milliseconds.items():
@@ -58,10 +59,10 @@ class UnitLatency:
         return slopes
 
     def relative(self) -> dict[str, float]:
-        """`per_unit` over its mean over all units of all gates.
+        """`per_unit`, divided by its mean over all units of all gates.
 
         Raises:
-            ValueError: no number of units changes the latency.
+            ValueError: the latency does not depend on the units of any gate.
         """
         costs = self.per_unit()
         mean = sum(costs[gate] * size for gate, size in self.sizes.items())
@@ -74,11 +75,12 @@ class UnitLatency:
         return {gate: cost / mean for gate, cost in costs.items()}
 
     def round_to(self, tolerance: float = 0.02) -> int:
-        """The largest multiple of units that every gate can be rounded up to for free.
+        """The largest multiple to which the units of every gate can be rounded up without a slower
+        network.
 
         Args:
-            tolerance: the largest increase of the latency that counts as free, relative to the
-                whole network, summed over the gates.
+            tolerance: the largest accepted increase of the latency, summed over the gates and
+                relative to the dense network.
 
         Returns:
             1, 2, 4, 8 or 16.
@@ -102,7 +104,7 @@ class UnitLatency:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UnitLatency:
-        """The object that `to_dict` described.
+        """The latencies from the values that `to_dict` returned.
 
         Raises:
             ValueError: a value is missing or has a wrong type.
@@ -121,9 +123,11 @@ class UnitLatency:
                 str(values["device"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is no table of latencies: {error!r}") from error
+            raise ValueError(f"the latencies of units are damaged: {error!r}") from error
         if sizes.keys() != milliseconds.keys() or not all(milliseconds.values()):
-            raise ValueError("this is no table of latencies: its gates differ")
+            raise ValueError(
+                "the latencies of units are damaged: the gates of sizes and milliseconds differ"
+            )
         return found
 
 
@@ -133,7 +137,7 @@ def first_step(size: int) -> int:
 
 
 def widths(size: int) -> list[int]:
-    """The numbers of units at which a gate of `size` units is measured, in rising order."""
+    """The numbers of units at which a gate of `size` units is measured, in ascending order."""
     steps = (first_step(size) + step for step in STEPS)
     parts = (size // 4, size // 2, 3 * size // 4, size)
     return sorted({width for width in (*steps, *parts) if 1 <= width <= size})
@@ -150,17 +154,17 @@ def measure_unit_latency(
 ) -> UnitLatency:
     """Measure how the latency of a network depends on the number of units of each gate.
 
-    For every gate, networks with fewer units of this gate are built and called in turn with all
-    others, so that a busy moment of the machine affects all of them. The latency of a network is
-    its median.
+    For every gate, networks with fewer units of this gate are built. All networks are measured in
+    turn, so that other load on the machine affects all of them. The latency of a network is the
+    median over its calls.
 
     Args:
-        net: the network; it is not changed. Its device is measured.
+        net: the network; it is not changed. The latency is that on its device.
         gates: its gates.
-        example_input: its input; the examples are repeated to the batch size.
-        batch_size: the number of examples of a call.
-        seconds: the time to measure for; every network is called at least five times.
-        clock: gives the time in seconds.
+        example_input: an input of the network. Its examples are repeated to reach the batch size.
+        batch_size: the number of examples per call.
+        seconds: the duration of the measurement. Every network is called at least five times.
+        clock: a function that returns the time in seconds.
     """
     device = next(net.parameters()).device
     x = on_device(with_batch_size(example_input, batch_size), device)

@@ -121,7 +121,7 @@ def test_wrong_weights_are_refused(finished, tmp_path):
     for name, words in (
         ("missing.pt", "there is no file"),
         ("other.pt", "has the weights of another network"),
-        ("list.pt", "holds no state dict"),
+        ("list.pt", "has no state dict"),
         ("text.safetensors", "cannot be read as weights"),
     ):
         options = ("--weights", tmp_path / name, "--output-dir", tmp_path / "run")

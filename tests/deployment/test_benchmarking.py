@@ -135,7 +135,7 @@ def test_runtimes_that_are_not_there_are_refused(monkeypatch):
         in_runtimes("onnxruntime")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/none/g++",))
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(RequestError, match=r"needs a C\+\+ compiler: install g\+\+, or name"):
+    with pytest.raises(RequestError, match=r"needs a C\+\+ compiler: install g\+\+, or set CXX"):
         in_runtimes("compile")
 
 

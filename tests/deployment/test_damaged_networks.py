@@ -178,7 +178,7 @@ def test_a_flipped_bit_is_named(saved, file, tmp_path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    words = f"net holds no whole saved network: {file} is damaged: it differs from its checksum"
+    words = f"net has no complete saved network: {file} is damaged: it differs from its checksum"
     with pytest.raises(ValueError, match=words):
         sbp.load(tmp_path / "net", Net)
     if file != "model.safetensors":
@@ -206,8 +206,16 @@ def with_tensors(directory, target, change):
     [
         ("fc1.select.index", lambda t: t + 150, "selects features that are not among its 216"),
         ("fc1.select.index", lambda t: t - 9, "selects features that are not among its 216"),
-        ("fc1.select.index", lambda t: t[:-1], "selects 143 features, but has no index of them"),
-        ("fc1.select.index", torch.Tensor.float, "selects 143 features, but has no index of them"),
+        (
+            "fc1.select.index",
+            lambda t: t[:-1],
+            "selects 143 features, but has no valid index for them",
+        ),
+        (
+            "fc1.select.index",
+            torch.Tensor.float,
+            "selects 143 features, but has no valid index for them",
+        ),
         ("conv.weight", lambda t: t[:4], "'conv.weight' has shape .4, 1, 3, 3., not .5, 1, 3, 3."),
         ("norm.bias", lambda t: t.repeat(2), "'norm.bias' has shape .10., not .5."),
         ("scale.weight", lambda t: t[:2], "'scale.weight' has shape .2., not .3."),
@@ -240,11 +248,11 @@ def test_too_few_and_too_many_tensors_are_named(saved, tmp_path):
         ('"classes": 3', '"classes": 3, "classes": 3', "the key 'classes' appears twice"),
         ('"kwargs": {', '"kwargs": {"a": {', "is damaged"),
         ('"classes": 3', '"classes": DEEP', "it is nested too deeply"),
-        ('"groups": 5', '"groups": 0', "do not fall into 0 groups"),
-        ('"groups": 5', '"groups": 2', "do not fall into 2 groups"),
+        ('"groups": 5', '"groups": 0', "cannot be divided into 0 groups"),
+        ('"groups": 5', '"groups": 2', "cannot be divided into 2 groups"),
         ('"groups": 5', '"groups": true', "is True; expected an integer of 0 or more"),
         ('"groups": 5', '"padding": 5', "sets 'padding', which no layer has"),
-        ('"select": 143', '"select": 1099511627776', "but has no index of them"),
+        ('"select": 143', '"select": 1099511627776', "but has no valid index for them"),
         ('"num_features": 5', '"groups": 5', "layer 'norm' has no groups"),
         ('"tied.0.weight"', '"tied.2.weight"', "cannot be the same tensor as 'tied.2.weight'"),
         ('"tied.1.weight"', '"tied.0.weight"', "'tied.0.weight' cannot be the same tensor"),
@@ -327,8 +335,8 @@ def test_damaged_weights_are_refused_in_one_line(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({1: torch.ones(2)}, "holds no state dict"),
-        ([torch.ones(2)], "holds no state dict"),
+        ({1: torch.ones(2)}, "has no state dict"),
+        ([torch.ones(2)], "has no state dict"),
         ({"weight": torch.ones(2, 3).int(), "bias": torch.ones(2)}, "has torch.int32 for 'weight'"),
         ({"weight": torch.ones(2, 3) * 1j, "bias": torch.ones(2)}, "has torch.complex64 for"),
         ({"weight": torch.ones(2, 4), "bias": torch.ones(2)}, "weights of another network"),
@@ -368,7 +376,7 @@ def test_a_last_layer_of_other_classes_keeps_its_initial_values(tmp_path):
     pretrained, fresh = net(9), net(5)
     torch.save(pretrained.state_dict(), tmp_path / "weights.pt")
     before = fresh[2].weight.clone()
-    with pytest.warns(UserWarning, match=r"a layer '2' of another number of classes than 5, so"):
+    with pytest.warns(UserWarning, match=r"another number of classes than 5 in the layer '2', so"):
         load_weights(fresh, tmp_path / "weights.pt", classes=5)
     assert torch.equal(fresh[0].weight, pretrained[0].weight)
     assert torch.equal(fresh[2].weight, before)

@@ -92,7 +92,11 @@ def test_tied_and_frozen_parameters_are_so_again(state):
         ("other", torch.zeros(1), "the tensor 'other' belongs to no layer"),
         ("last.weight", torch.zeros(2, 4), r"'last.weight' has shape \[2, 4\], not \[2, 3\]"),
         ("norm.bias", torch.zeros(3).int(), "'norm.bias' has the type torch.int32, not"),
-        ("first.select.index", torch.arange(4), "selects 5 features, but has no index of them"),
+        (
+            "first.select.index",
+            torch.arange(4),
+            "selects 5 features, but has no valid index for them",
+        ),
         ("first.select.index", torch.arange(5) + 2, "not among its 6"),
     ],
 )
@@ -141,11 +145,11 @@ def test_sizes_written_into_modules_are_set():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"heads": 2}, "'heads' of 'attn' is no size around a resized layer"),
-        ({"fast": 0}, "'fast' of 'attn' is no size"),
-        ({"training": 0}, "'training' of 'attn' is no size"),
-        ({"_version": 1}, "'_version' of 'attn' is no size"),
-        ({"forward": 1}, "'forward' of 'attn' is no size"),
+        ({"heads": 2}, "'heads' of 'attn' is not a size of a module around a resized layer"),
+        ({"fast": 0}, "'fast' of 'attn' is not a size"),
+        ({"training": 0}, "'training' of 'attn' is not a size"),
+        ({"_version": 1}, "'_version' of 'attn' is not a size"),
+        ({"forward": 1}, "'forward' of 'attn' is not a size"),
         ({"num_heads": 4}, "'num_heads' of 'attn' is 4, which does not follow from 3"),
         ({"num_heads": 1}, "'num_heads' of 'attn' is 1, which does not follow from 3"),
         ({"num_heads": 0}, "'num_heads' of 'attn' is 0, which does not follow"),
@@ -165,14 +169,16 @@ def test_sizes_are_set_around_resized_layers_only(module):
     net = nn.ModuleDict({"attn": Attention(), "other": Attention()})
     layers = {"attn.qkv": {"out_features": 24}}
     sizes = {module: {"num_heads": 2}}
-    with pytest.raises(ValueError, match="is no size around a resized layer"):
+    with pytest.raises(ValueError, match="is not a size of a module around a resized layer"):
         resize_layers(net, Description("a:B", {}, layers=layers, sizes=sizes), {})
 
 
 def test_channels_have_to_fall_into_groups():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     layers = {"0": {"in_channels": 3}}
-    with pytest.raises(ValueError, match="the channels of layer '0' do not fall into 2 groups"):
+    with pytest.raises(
+        ValueError, match="the channels of layer '0' cannot be divided into 2 groups"
+    ):
         resize_layers(net, Description("a:B", {}, layers=layers), {})
 
 

@@ -106,13 +106,13 @@ def test_damaged_files_are_refused(small, tmp_path, file, content):
         (tmp_path / "net" / file).unlink()
     else:
         (tmp_path / "net" / file).write_bytes(content)
-    with pytest.raises(ValueError, match=r"holds no whole saved network|reads formats 1 and 2"):
+    with pytest.raises(ValueError, match=r"has no complete saved network|reads formats 1 and 2"):
         sbp.load(tmp_path / "net")
 
 
 def test_the_directory_of_a_run_says_where_its_network_is(small, tmp_path):
     sbp.save(small[0], tmp_path / "pruned", constructor=sbp.networks.LeNet5)
-    with pytest.raises(ValueError, match=r"is a run; its network is in .*pruned"):
+    with pytest.raises(ValueError, match=r"is a run directory; its network is in .*pruned"):
         sbp.load(tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_the_directory_of_a_run_says_where_its_network_is(small, tmp_path):
 def test_tampered_layers_are_refused(small, tmp_path, change):
     sbp.save(small[0], tmp_path / "net", constructor=sbp.networks.LeNet5)
     edit(tmp_path / "net", layers=change)
-    with pytest.raises(ValueError, match=r"does not fit|holds no whole saved network"):
+    with pytest.raises(ValueError, match=r"does not fit|has no complete saved network"):
         sbp.load(tmp_path / "net")
 
 
@@ -312,7 +312,7 @@ def test_frozen_parameters_stay_frozen(tmp_path):
     loaded = sbp.load(tmp_path / "net", constructor=frozen_in_part)
     assert [p.requires_grad for p in loaded.parameters()] == [False, False, True, True]
     edit(tmp_path / "net", frozen=["1.weight"])
-    with pytest.raises(ValueError, match=r"'1\.weight' is frozen, but is no parameter"):
+    with pytest.raises(ValueError, match=r"'1\.weight' is frozen, but is not a parameter"):
         sbp.load(tmp_path / "net", constructor=frozen_in_part)
 
 
@@ -374,8 +374,8 @@ def too_wide():
     ("net", "constructor", "words"),
     [
         (WithExtraState(2, 2), lambda: WithExtraState(2, 2), "'_extra_state' of the state dict is"),
-        (complex_bias(), complex_bias, "safetensors cannot hold this network"),
-        (overlapping(), overlapping, "safetensors cannot hold this network"),
+        (complex_bias(), complex_bias, "safetensors cannot store this network"),
+        (overlapping(), overlapping, "safetensors cannot store this network"),
         (linear().append(torch.nn.Softmax(-1)), linear, "builds no Softmax at '1'"),
         (too_wide(), linear, r"'0\.weight' has shape \[3, 2\], not \[2, 2\]"),
     ],

@@ -43,7 +43,7 @@ def test_a_network_loads_from_either_file(tmp_path):
     (tmp_path / "net" / "model.safetensors").unlink()
     assert torch.equal(sbp.load(tmp_path / "net")(x), whole)
     (tmp_path / "net" / "sparse.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="holds no whole saved network"):
+    with pytest.raises(ValueError, match="has no complete saved network"):
         sbp.load(tmp_path / "net")
 
 
@@ -53,10 +53,10 @@ def test_a_damaged_file_is_refused(tmp_path):
         tmp_path / "file",
         metadata={"shapes": '{"a": [9]}'},
     )
-    with pytest.raises(ValueError, match="'a' has other places than values"):
+    with pytest.raises(ValueError, match="'a' has positions that do not fit its values"):
         read_sparse(tmp_path / "file")
     save_file({"a": nn.Linear(1, 1).weight.detach()}, tmp_path / "file")
-    with pytest.raises(ValueError, match="is no file of sparse tensors"):
+    with pytest.raises(ValueError, match="is not a file of sparse tensors"):
         read_sparse(tmp_path / "file")
 
 
@@ -68,18 +68,34 @@ ONES, STEPS = torch.ones(2), torch.tensor([1, 2], dtype=torch.uint8)
     [
         ('{"a": [9]}', {"a:values": ONES}, "the values or steps of 'a' are missing"),
         ('{"a": [9]}', {"a:steps": STEPS}, "the values or steps of 'a' are missing"),
-        ('{"a": [2]}', {"a:values": ONES, "a:steps": STEPS}, "'a' has other places than values"),
+        (
+            '{"a": [2]}',
+            {"a:values": ONES, "a:steps": STEPS},
+            "'a' has positions that do not fit its values",
+        ),
         # A step of 0 would be the last place, as an index of -1.
-        ('{"a": [9]}', {"a:values": ONES, "a:steps": STEPS - 1}, "'a' has other places"),
-        ('{"a": [9]}', {"a:values": ONES, "a:steps": STEPS.long()}, "'a' has other places"),
-        ('{"a": [9]}', {"a:values": ONES[:, None], "a:steps": STEPS}, "'a' has other places"),
+        (
+            '{"a": [9]}',
+            {"a:values": ONES, "a:steps": STEPS - 1},
+            "'a' has positions that do not fit",
+        ),
+        (
+            '{"a": [9]}',
+            {"a:values": ONES, "a:steps": STEPS.long()},
+            "'a' has positions that do not fit",
+        ),
+        (
+            '{"a": [9]}',
+            {"a:values": ONES[:, None], "a:steps": STEPS},
+            "'a' has positions that do not fit",
+        ),
         ('{"a": [-9]}', {}, "its shapes are not lists of sizes"),
         ('{"a": [true]}', {}, "its shapes are not lists of sizes"),
         ('{"a": [1.0]}', {}, "its shapes are not lists of sizes"),
         ('{"a": 9}', {}, "its shapes are not lists of sizes"),
         ("[]", {}, "its shapes are not lists of sizes"),
         ('{"a": [9], "a": [9]}', {}, "the key 'a' appears twice"),
-        ("{", {}, "is no file of sparse tensors"),
+        ("{", {}, "is not a file of sparse tensors"),
         ("[" * 10_000, {}, "it is nested too deeply"),
         (f'{{"a": [{2**60}]}}', {"a:values": ONES, "a:steps": STEPS}, "does not fit into memory"),
     ],

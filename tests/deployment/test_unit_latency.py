@@ -91,5 +91,5 @@ def test_a_table_is_read_as_it_was_written():
     found = table(a=[(1, 1.0), (4, 4.0)])
     assert UnitLatency.from_dict(found.to_dict()) == found
     for damaged in ({}, {**found.to_dict(), "sizes": {"b": 4}}, {"milliseconds": 3}):
-        with pytest.raises(ValueError, match="this is no table of latencies"):
+        with pytest.raises(ValueError, match="the latencies of units are damaged"):
             UnitLatency.from_dict(damaged)
