@@ -205,7 +205,7 @@ def nothing_reaches(
     """
     largest = max(float(values.max()) for values in score.values())
     return (
-        f"no {element} reaches the threshold {threshold:g}, so next to nothing is left of the "
+        f"no {element} reaches the threshold {threshold:g}, so almost nothing is left of the "
         f"network; the largest {find_criterion(criterion).title} is {largest:.4g}"
     )
 

@@ -23,10 +23,10 @@ _Spans = Sequence[tuple[str, Span]]
 
 
 class Costs(Protocol):
-    """What the units of a network cost, such as `UnitCosts`."""
+    """The costs of the units of a network, such as `UnitCosts`."""
 
     def relative(self) -> dict[str, float]:
-        """By gate, the cost of a unit over the mean cost of all units."""
+        """By gate, the cost of a unit divided by the mean cost of all units."""
 
 
 def keep_probability(snr: Tensor) -> Tensor:
@@ -100,8 +100,9 @@ class _Products:
     """Products that a module computes outside of its layers, such as those inside attention.
 
     Attributes:
-        macs: of all of them.
-        shares: from each gate that they depend on to the share that is gone without its units.
+        macs: the MACs of all these products.
+        shares: from each gate on which the products depend to the share of them that is removed
+            with all of its units.
     """
 
     macs: float
@@ -124,18 +125,18 @@ def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
 
 
 class UnitCosts:
-    """What the units of a network cost in MACs, from one call of it.
+    """The costs of the units of a network in MACs, measured in one call.
 
-    A dense layer or convolution costs what each of its rows costs with each column that it meets:
-    in a layer with groups those of its group, in a depthwise convolution its own. What a module
-    computes outside of the layers, such as the products inside attention, is measured: a copy of
-    the network without half of the units of a gate is counted. What no unit touches costs the same
-    in any case.
+    The MACs of a dense layer or convolution are the sum over all pairs of a row and a column that
+    are multiplied. In a layer with groups, these are the pairs within each group. Products that a
+    module computes outside of its layers, such as those inside attention, are counted in a copy of
+    the network without half of the units of a gate. Operations that do not depend on any unit have
+    constant MACs.
 
     Args:
-        net: the network, dense or cut before; it is called and not changed.
+        net: the network, dense or pruned. It is called, and is not changed.
         gates: its gates, from `find_gates` or `remaining_gates`.
-        example_input: its input; the MACs are those of one call on it.
+        example_input: an input of the network. The MACs are those of one call on it.
     """
 
     def __init__(self, net: nn.Module, gates: Sequence[Gate], example_input: Any) -> None:
@@ -226,7 +227,9 @@ class UnitCosts:
         mean = sum(costs[name] * size for name, size in self.sizes.items())
         mean /= sum(self.sizes.values())
         if not mean > 0:
-            raise ValueError("no layer that the units of a gate reach has MACs of its own to weigh")
+            raise ValueError(
+                "no unit has MACs, so units cannot be weighted by their MACs; use macs_weight 0"
+            )
         return {name: cost / mean for name, cost in costs.items()}
 
     def _all(self) -> dict[str, Tensor]:
@@ -243,7 +246,8 @@ class UnitCosts:
 
 
 def _counted(net: nn.Module, example_input: Any) -> dict[str, float]:
-    """The MACs of every module without those inside it, by its name before cuts."""
+    """The MACs of every module, without those of modules inside it, by its name in the dense
+    network."""
     macs: dict[str, float] = {}
     for name, count in macs_by_module(net, example_input).items():
         if count:
@@ -259,7 +263,7 @@ def _outside_of_layers(
 
     Args:
         net, gates, example_input: as for `UnitCosts`.
-        macs: of every module but layers whose rows or columns carry units.
+        macs: the MACs of every module, except layers whose rows or columns belong to units.
     """
     inside = {
         name: [gate for gate in gates if gate.size > 1 and _is_inside(gate, net, name)]
@@ -286,7 +290,7 @@ def _outside_of_layers(
 
 
 def _is_inside(gate: Gate, net: nn.Module, module: str) -> bool:
-    """Whether a layer of a gate is a module, or lies in it."""
+    """Whether a layer of a gate is a module, or is inside it."""
     names = (original_name(net, span.layer) for span in (*gate.writers, *gate.readers))
     return any(not module or f"{name}.".startswith(f"{module}.") for name in names)
 
@@ -361,7 +365,7 @@ def scales_by_cost(
         macs_weight: the weight of the costs. With 0, `kl_scale` is returned unchanged.
 
     Raises:
-        ValueError: as `relative` of the costs.
+        ValueError: `relative` of the costs raises it.
     """
     if not macs_weight:
         return dict(kl_scale)

@@ -126,7 +126,7 @@ def check_prior(scale: float | None, threshold: float, criterion: str = "snr") -
     score = float(scores(prior, prior, criterion)[""])
     if 0 < threshold <= score:
         raise ValueError(
-            f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit that "
-            f"falls to this prior has a {find_criterion(criterion).title} of {score:.3g} and would "
-            "stay"
+            f"prior_scale {scale:g} is too narrow for the threshold {threshold:g}: a unit whose "
+            f"posterior equals this prior has a {find_criterion(criterion).title} of {score:.3g} "
+            "and would be kept"
         )

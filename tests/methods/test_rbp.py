@@ -345,7 +345,7 @@ def test_fewer_epochs_than_gates_are_refused_in_one_line(digits, tmp_path):
 def test_a_prior_that_would_keep_what_falls_to_it_is_refused(digits, tmp_path):
     with pytest.raises(RequestError, match=r"prior_scale 0.5 is too narrow for the threshold 1: "):
         training.train(request(prior_scale=0.5), digits, tmp_path / "run")
-    with pytest.raises(RequestError, match=r"ratio of 0\.33.* and would stay"):
+    with pytest.raises(RequestError, match=r"ratio of 0\.33.* and would be kept"):
         training.train(request(prior_scale=1e5, threshold=0.33), digits, tmp_path / "run")
 
 
