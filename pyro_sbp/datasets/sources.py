@@ -102,7 +102,7 @@ def check_dataset(
         raise RequestError(unknown("data set", name, names, " or folder:PATH", hint))
     if workers:
         raise RequestError(
-            f"--workers applies to folder:PATH; {name} is kept in memory, leave it out"
+            f"--workers applies to folder:PATH only; {name} is loaded into memory; leave it out"
         )
     if name == "digits":
         return
@@ -143,7 +143,7 @@ def _check_idx(path: Path) -> None:
 
 def _reachable(host: str) -> bool:
     """Whether the host has an address. True behind a proxy, where only a download can show this."""
-    import socket  # not for the help of the command line
+    import socket  # imported here to keep `pyro-sbp --help` fast
     import urllib.request
 
     if urllib.request.getproxies():
@@ -179,7 +179,7 @@ def folder_classes(root: Path) -> list[str]:
     if classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise RequestError(
-            f"{root} has other classes in train/ than in test/: only one has {', '.join(odd)}"
+            f"{root} has different classes in train/ and test/: only one has {', '.join(odd)}"
         )
     if len(classes["train"]) == 1:
         (only,) = classes["train"]

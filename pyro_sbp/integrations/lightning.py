@@ -147,7 +147,7 @@ class PruneCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store what `state_dict` returned until the noise is put on the network."""
+        """Keep the state from `state_dict` until the noise is put on the network."""
         self._saved = state_dict
 
 

@@ -127,8 +127,8 @@ class Stage:
         return {name: self.there(name).to(like) for name in self.score}
 
     def beyond_multiples(self, round_to: int, score: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For every gate that has lost units, its weakest units, so many that a multiple of
-        `round_to` remains without them.
+        """By gate, the weakest units of the gates that have lost units. Without them, the number of
+        units is a multiple of `round_to`.
         """
         return {
             gate.name: score[gate.name].argsort()[: gate.size % round_to]
@@ -504,7 +504,9 @@ class TurnPhase(NoisePhase):
             units = {name: Units(*masks) for name, masks in record["units"].items()}
             choice = dataclasses.replace(choice, units=units)
         self._units = choice.units
-        small = copy.deepcopy(self.stage.net)  # the checkpoint of the current phase has its weights
+        small = copy.deepcopy(
+            self.stage.net
+        )  # its weights are in the checkpoint of the current phase
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
         after = self.stage.after(choice, score, small, self._equivalence, self._carried())

@@ -80,7 +80,7 @@ class PlainPhase(Phase):
 def fine_tuning(
     small: nn.Module, recipe: Recipe, units: Mapping[str, int], teacher: Predict | None
 ) -> PlainPhase:
-    """The phase that trains a pruned network, in which what is zero stays zero.
+    """The phase that trains a pruned network and keeps its zero weights at zero.
 
     Args:
         small: the network.

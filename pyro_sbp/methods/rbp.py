@@ -46,8 +46,8 @@ class RBP(GatedMethod[RBPRecipe]):
             return [Turn("gated", tuple(names), recipe.epochs)]
         if recipe.epochs < len(names):
             raise ValueError(
-                f"epochs is {recipe.epochs}, but there are {len(names)} gates: rbp needs an epoch "
-                "for each of them"
+                f"epochs is {recipe.epochs}, but there are {len(names)} gates: rbp needs at "
+                "least one epoch per gate"
             )
         each, more = divmod(recipe.epochs, len(names))
         if recipe.order == "reversed":

@@ -187,9 +187,9 @@ class Recipe:
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.0,
-        "The first share of every phase, in which learning rates rise linearly. For `one-cycle` "
-        "it is the rising part, 0.3 if this is 0. In the epochs of kl_free_epochs and "
-        "kl_rising_epochs the rates are constant.",
+        "The first share of every phase, in which learning rates rise linearly. With `one-cycle`, "
+        "0 stands for 0.3. In the epochs of kl_free_epochs and kl_rising_epochs the rates are "
+        "constant.",
     )
     decay: _Share = _setting(
         0.5,
@@ -493,9 +493,9 @@ class SBPRecipe(_RisingKL, GatedRecipe):
 
     cut_every: _Count = _setting(
         0,
-        "Every so many epochs with noise, units under half of the threshold are removed from the "
-        "network, which makes later epochs faster. 0 removes units only at the end. `pyro-sbp "
-        "prune` cannot restore units that were removed earlier.",
+        "Number of epochs with noise between cuts. A cut removes the units under half of the "
+        "threshold, which makes later epochs faster. With 0, units are removed only at the end. "
+        "`pyro-sbp prune` cannot restore units that were removed earlier.",
     )
 
     @model_validator(mode="after")

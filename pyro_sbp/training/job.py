@@ -170,13 +170,13 @@ def _build(
             output = call(net.eval(), example.cpu())
     except Exception as error:  # a network's own code may raise anything
         raise RequestError(
-            f"the network does not take images of {list(example.shape[1:])}: {first_line(error)}"
+            f"the network does not accept images of {list(example.shape[1:])}: {first_line(error)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
         found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise RequestError(
-            f"the network does not give logits [batch, {classes}], a column for each class: it "
-            f"gives {found} for {len(example)} images; an argument num_classes of its constructor "
-            "gets their number"
+            f"the network does not return logits [batch, {classes}], one column per class: it "
+            f"returns {found} for {len(example)} images; an argument num_classes of its "
+            "constructor gets the number of classes"
         )
     return net

@@ -147,8 +147,8 @@ class Loop:
         """Restore the results of all phases up to the last one with noise.
 
         Raises:
-            RequestError: there is no checkpoint, or no phase with noise has ended or is in its last
-                part.
+            RequestError: there is no checkpoint, or it is from before the last part of the first
+                phase with noise.
         """
         saved = self._load()
         if saved is None:
@@ -482,7 +482,9 @@ class Loop:
             return None
         saved = Checkpoint.read(path)
         if saved.request != self.request:
-            raise RequestError(f"{path} is of another request than {self.directory}/recipe.json")
+            raise RequestError(
+                f"{path} belongs to another request than {self.directory}/recipe.json"
+            )
         self.finished, self.errors = saved.finished, saved.errors
         # Checkpoints of earlier versions have no calibration.
         self.calibration = saved.calibration or self.calibration

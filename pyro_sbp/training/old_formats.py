@@ -25,7 +25,7 @@ __all__ = ["checkpoint"]
 
 #: The name of the location of log theta: the prefix of the guide, and the gate.
 _LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
-#: The names of a turn of RBP: how exact its cut was, and which units of a gate were left.
+#: The names of a turn of RBP: how exact its cut was, and which units of a gate remained.
 _TURN = re.compile(r"(?:1\.)?(?P<what>exactness|there)(?:\.(?P<gate>.+))?")
 _LOG_VARIANCES = "log_variances."
 _State = Mapping[str, Tensor]

@@ -117,7 +117,7 @@ def read_saved_network(directory: Path) -> SavedNetwork:
     """
     found = _read(directory / "network.json", SavedNetwork)
     if found is None:
-        raise RequestError(f"{directory} holds no saved network: it has no network.json")
+        raise RequestError(f"{directory} has no saved network: network.json is missing")
     return found
 
 

@@ -132,7 +132,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, config=_CONFIG)
 class WeightsLeft:
-    """The number of weights that are kept, for a method that removes weights.
+    """The weights that are kept, for a method that removes weights.
 
     Attributes:
         layers: the numbers for each layer.

@@ -311,5 +311,5 @@ def test_a_checkpoint_is_trusted_with_nothing(stopped, damage, monkeypatch):
         (stopped / "recipe.json").write_text(json.dumps(recipe))
     before = files(stopped)
     line = one_line(run("train", "--resume", stopped), 2)
-    assert "checkpoint.pt is damaged" in line or "is of another request" in line
+    assert "checkpoint.pt is damaged" in line or "belongs to another request" in line
     assert files(stopped) == before

@@ -61,8 +61,8 @@ def test_a_network_is_of_its_seed_and_of_the_classes(data):
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (TooFew, r"does not give logits \[batch, 3\].* gives \[8, 2\] for 8 images"),
-        (Wide, r"the network does not take images of \[1, 4, 4\]: "),
+        (TooFew, r"does not return logits \[batch, 3\].* returns \[8, 2\] for 8 images"),
+        (Wide, r"the network does not accept images of \[1, 4, 4\]: "),
         (Broken, "the network cannot be built from no arguments: no weights"),
     ],
 )

@@ -89,5 +89,5 @@ def test_a_damaged_file_is_named_in_one_line(directory, name, text):
 def test_other_directories_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"is not a run directory: it has no recipe\.json"):
         read_request(tmp_path)
-    with pytest.raises(RequestError, match=r"holds no saved network: it has no network\.json"):
+    with pytest.raises(RequestError, match=r"has no saved network: network\.json is missing"):
         read_saved_network(tmp_path)
