@@ -278,14 +278,14 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     parts.append(pages.side(drawn))
     parts.append(
         pages.details(
-            f"{elements.capitalize()} nearest the threshold {threshold:.3g}",
+            f"{elements.capitalize()} closest to the threshold {threshold:.3g}",
             [
-                pages.table(*nearest_table(description), f"Nearest {elements}"),
+                pages.table(*nearest_table(description), f"Closest {elements}"),
             ],
         )
     )
     if description["waiting"]:
-        words = f"No turn yet: {', '.join(description['waiting'])}."
+        words = f"Gates without a turn yet: {', '.join(description['waiting'])}."
         parts.append(pages.paragraph(words, "soft"))
     left = description["left_alone"]
     if left:
@@ -330,7 +330,7 @@ def _training(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "training",
             plots.training_curves,
-            f"Loss, NLL, KL, test error and units left over the epochs. {words}.",
+            f"Loss, NLL, KL, test error and remaining units by epoch. {words}.",
             found.run,
         ),
     ]
@@ -388,7 +388,7 @@ def _thresholds(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "error-macs",
             plots.error_against_macs,
-            f"{kind.capitalize()} error against times fewer MACs, by threshold. {words}.",
+            f"{kind.capitalize()} error against the MACs ratio, by threshold. {words}.",
             found.sweep,
             threshold,
         ),
@@ -428,7 +428,7 @@ def _layers(found: Findings, pictures: _Pictures) -> list[str]:
         pictures(
             "layers",
             plots.layer_costs,
-            f"MACs and parameters of every layer before and after. {words}.",
+            f"MACs and parameters of every layer, dense and pruned. {words}.",
             found.run,
             found.costs,
         ),
@@ -463,7 +463,7 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
     head = ("device", *runtime, "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
     noisy = []
     if any(row["spread"] > NOISY for row in run.bench):
-        words = f"A spread over {NOISY:.0%}: the machine was busy, measure again."
+        words = f"A spread is over {NOISY:.0%}: the machine was busy. Measure again."
         noisy = [pages.paragraph(words, "note")]
     words = "; ".join(
         f"{row['device']}, {row['runtime'] + ', ' if several else ''}batch {row['batch_size']}, "
@@ -474,7 +474,9 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         pages.table(
             head, rows, "Milliseconds per call, median; spread: half the interquartile range"
         ),
-        pictures("latency", plots.latency, f"Milliseconds a call, dense and pruned. {words}.", run),
+        pictures(
+            "latency", plots.latency, f"Milliseconds per call of both networks. {words}.", run
+        ),
     ]
     return [*noisy, pages.side(parts)]
 
@@ -512,9 +514,7 @@ def _overview(runs: Sequence[Run]) -> str:
             )
         )
     head = ("run", "arch", "data set", "recipe", "seed", "test error", "MACs", "parameters")
-    return pages.table(
-        head, rows, "The runs, and how many times fewer MACs and parameters they have"
-    )
+    return pages.table(head, rows, "The runs, and the ratios of their MACs and parameters")
 
 
 def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
@@ -539,7 +539,7 @@ def _frontier(runs: Sequence[Run], pictures: _Pictures) -> list[str]:
         pictures(
             "frontier",
             plots.frontier,
-            f"Test error against times fewer MACs. Runs: {mine}. Published: {theirs or 'none'}.",
+            f"Test error against the MACs ratio. Runs: {mine}. Published: {theirs or 'none'}.",
             runs,
         ),
     ]
