@@ -79,7 +79,7 @@ def bench(
     request = read_request(run)
     architecture = find_architecture(request.arch)
     kwargs, shape = read_network(saved)
-    # `prune` writes no summary beside its networks.
+    # Networks that `prune` wrote have no summary.
     summary = Summary.read(run / "summary.json") if saved == run / "pruned" else None
     chosen = threads_to_use(max(threads, default=None))
 

@@ -42,7 +42,7 @@ FEW_STEPS = 2000
 #: The option of commands that show or prune a run by a criterion.
 criterion_option = click.option(
     "--criterion",
-    help=f"What decides on units: {', '.join(CRITERIA)}.  [default: that of the run]",
+    help=f"Criterion by which units are kept: {', '.join(CRITERIA)}.  [default: that of the run]",
 )
 
 
@@ -66,7 +66,7 @@ def check_device(name: str) -> str:
 
 def _cuda_devices() -> int:
     """The number of devices that the CUDA driver reports; 0 without a driver."""
-    import ctypes  # not for the help of the command line
+    import ctypes  # imported here to keep `pyro-sbp --help` fast
 
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -143,7 +143,7 @@ def little_removed(steps: int) -> str:
 
 
 def _weights(summary: Summary) -> str:
-    """The number of weights that are left by layer, for a method that removes weights."""
+    """The weights that remain, by layer, for a method that removes weights."""
     weights, files = summary.weights, summary.files
     if weights is None:
         return ""
@@ -185,7 +185,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
 
 
 def result_in_words(summary: Summary) -> str:
-    """The sizes and the errors of the returned network beside those of the dense network."""
+    """The sizes and the error of the final network, compared with those of the dense network."""
     sizes = (summary.macs, summary.parameters)
     macs, parameters = (f"{100 * size.pruned / max(1, size.dense):.3g} %" for size in sizes)
     words = f"The pruned network has {macs} of the MACs and {parameters} of the parameters."

@@ -111,7 +111,7 @@ class _Failure(click.ClickException):
         if not (is_first() or self.unexpected or isinstance(cause, SingleProcessError)):
             return
         if self.debug and cause is not None:
-            import traceback  # not for the help of the command line
+            import traceback  # imported here to keep `pyro-sbp --help` fast
 
             click.echo("".join(traceback.format_exception(cause)), file=file, err=True, nl=False)
         super().show(file)

@@ -1,4 +1,4 @@
-"""pyro-sbp prune: prune a finished run again, by another threshold or criterion or to a budget."""
+"""pyro-sbp prune: prune a finished run again, with another threshold, criterion or budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM: after the first a command saves its work, the second stops it at once."""
+"""Handle SIGINT and SIGTERM: the first signal makes a command save its work and stop, the second
+one stops it at once."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def threads_to_use(
     Args:
         threads: the number that the user gave.
         devices: the number of devices of the run, one process each.
-        recorded: the number that a run which resumes was started with.
+        recorded: the number of threads with which a resumed run was started.
     """
     here = devices if num_processes() is None else processes_here()
     choice = choose_threads(threads, here, recorded)

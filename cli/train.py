@@ -92,7 +92,7 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 )
 @click.option(
     "--criterion",
-    help=f"What decides on units: {', '.join(CRITERIA)}.  [default: by the recipe]",
+    help=f"Criterion by which units are kept: {', '.join(CRITERIA)}.  [default: by the recipe]",
 )
 @click.option(
     "--set",
@@ -206,7 +206,8 @@ def train(
         check_logger(name)
     fabric = launch(request.device, request.devices, request.precision, threads)
 
-    # From here on a signal waits for a checkpoint: processes must stop together.
+    # From here on, a signal stops the run only after a checkpoint, because all processes must stop
+    # together.
     with StopWhenDone() as stop:
 
         def load() -> ImageData:
@@ -364,7 +365,7 @@ def _check_free(directory: Path) -> None:
     if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
         hint = f"resume it with --resume {directory}, or " if _unfinished(directory) else ""
         if (directory / "summary.json").exists():
-            hint = f"it holds a finished run (pyro-sbp inspect {directory} shows it); "
+            hint = f"it contains a finished run (pyro-sbp inspect {directory} shows it); "
         raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
     parent = directory
     while not parent.exists():
@@ -397,7 +398,8 @@ def _unfinished(directory: Path) -> bool:
 
 
 class _Bar:
-    """A title when the training begins, then a progress bar on a terminal or a line per epoch."""
+    """Prints a title when the training begins, then a progress bar on a terminal, or else one line
+    per epoch."""
 
     def __init__(self, quiet: bool, title: str) -> None:
         self.quiet, self.title = quiet, title

@@ -231,13 +231,13 @@ def test_requests_that_only_the_network_can_refuse_write_nothing(tmp_path, monke
         (["--arch", "lenet5", "--recipe", "crop.toml"], "expected less than the images' 28 x 28"),
         (
             ["--arch", "torch.nn:ReLU"],
-            "does not give logits [batch, 10], a column for each class: it gives [8, 1, 8, 8] for",
+            "does not return logits [batch, 10], one column per class: it returns [8, 1, 8, 8] for",
         ),
         (["--arch", "torch.nn:Linear"], "the network cannot be built from no arguments: "),
         (["--arch", "broken:Net"], "cannot import 'broken' of --arch: SyntaxError, "),
         (["--arch", "wrong:Net"], "cannot import 'wrong' of --arch: AttributeError, "),
         (["--arch", "torch.nn:Identiy"], "has no 'Identiy'; did you mean 'Identity'?"),
-        (["--arch", "torch.nn:Dropout"], "does not give logits"),
+        (["--arch", "torch.nn:Dropout"], "does not return logits"),
         (["--arch", "collections:OrderedDict"], "of --arch does not build a network"),
         (["--arch", "torch.nn:Nothing"], "module 'torch.nn' of --arch has no 'Nothing'"),
     ):
@@ -319,7 +319,7 @@ def test_a_directory_in_use_is_not_touched(finished, tmp_path):
     directory, _, args = finished
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     result = run(*args, "--output-dir", directory)
-    assert result.exit_code == 2 and "is not empty: it holds a finished run" in result.stderr
+    assert result.exit_code == 2 and "is not empty: it contains a finished run" in result.stderr
     assert "give another --output-dir" in result.stderr
     for more in ([], ["--epochs", "20"]):
         result = run("train", "--resume", directory, *more)
