@@ -52,7 +52,8 @@ def compared(
 
     Returns:
         For each criterion {`criterion`, `threshold`, `units` (kept, by gate), `macs`, `ratio`,
-        `error` (of the test set in percent: {`pruned`, `finetuned`, or None without}}.
+        `error` (the test error in percent: {`pruned`, `finetuned`}, in which `finetuned` is None
+        without fine-tuning)}.
 
     Raises:
         RequestError: the run has no complete checkpoint, or its method does not have these
@@ -161,7 +162,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"{run} is no finished run: {error}")
+        parser.error(f"{run} is not a finished run: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The posterior of the regression of docs/distributions.md, by its guide and by NUTS.
+"""The posterior of the regression in docs/distributions.md, computed by its guide and by NUTS.
 
 `python -m pyro_sbp.experiments.posteriors_by_nuts [SEED ...]` prints one row for each data seed and
 coefficient.

@@ -189,13 +189,13 @@ def main(arguments: list[str]) -> None:
             if options.sweep:
                 entry["thresholds"] = thresholds(run)
         except OSError as error:
-            sys.exit(f"{run} is no finished run: {error}")
+            sys.exit(f"{run} is not a finished run: {error}")
         except ValueError as error:
             sys.exit(str(error))
         name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:
-            sys.exit(f"{path} is of another command; delete it to replace it by this one")
+            sys.exit(f"{path} is the record of another command; delete it to replace it")
         path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 

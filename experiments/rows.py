@@ -134,7 +134,7 @@ class Record:
 def unreadable(path: Path, what: str, error: Exception) -> RequestError:
     """The error to raise for an unreadable file, from the exception of reading it."""
     words = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
-    return RequestError(f"{path} is no {what}: {words}")
+    return RequestError(f"{path} is not a {what}: {words}")
 
 
 def read_records(directory: Path) -> list[Record]:
@@ -153,8 +153,8 @@ def read_records(directory: Path) -> list[Record]:
             made["dense_epochs"] = now.dense_epochs
         if now is None or type(now).from_dict(made, str(path)) != now:
             raise RequestError(
-                f"{path} was made by a recipe {record.recipe!r} of other settings than it has "
-                "now; rename one of the two, or make the record again"
+                f"{path} was made with other settings of the recipe {record.recipe!r} than it "
+                "has now; rename one of the two, or make the record again"
             )
     return list(found.values())
 

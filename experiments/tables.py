@@ -119,7 +119,7 @@ def _difference(old: Sequence[str], new: Sequence[str]) -> str:
     """A text that shows the first difference between two tables."""
     was, now = next(pair for pair in zip_longest(old, new) if pair[0] != pair[1])
     there, expected = ("nothing" if line is None else repr(line) for line in (was, now))
-    return f"out of date: {there} is there, the records give {expected}"
+    return f"out of date: the page has {there}, but the records give {expected}"
 
 
 def _run(root: Path, check: bool) -> list[str]:
@@ -137,7 +137,7 @@ def _run(root: Path, check: bool) -> list[str]:
     figures = frontier.out_of_date(root, records)
     of_minilm = minilm_tables.out_of_date(root)
     stale += [
-        f"{name}: out of date: it is missing, or of other numbers"
+        f"{name}: out of date: it is missing, or was drawn from other numbers"
         for name in (*figures, *of_minilm)
     ]
     if check:

@@ -88,7 +88,9 @@ def test_a_record_of_a_recipe_that_has_changed_is_refused(tmp_path):
     assert [one.recipe for one in read_records(records)] == ["rbp-lenet-dense"]
     found["settings"]["kl_scale"] = 1.5
     (records / "a.json").write_text(json.dumps(found))
-    with pytest.raises(RequestError, match="made by a recipe 'rbp-lenet-dense' of other settings"):
+    with pytest.raises(
+        RequestError, match="made with other settings of the recipe 'rbp-lenet-dense'"
+    ):
         read_records(records)
 
 
@@ -101,10 +103,10 @@ def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
     before = file.read_text()
     asked = json.loads((run / "recipe.json").read_text())
     (run / "recipe.json").write_text(json.dumps({**asked, "precision": "bf16-mixed"}))
-    with pytest.raises(SystemExit, match="is of another command"):
+    with pytest.raises(SystemExit, match="is the record of another command"):
         main([str(run)])
     assert file.read_text() == before
     (run / "recipe.json").write_text(json.dumps({**asked, "device": "cuda", "devices": 2}))
     assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
-    with pytest.raises(SystemExit, match="none is no finished run: "):
+    with pytest.raises(SystemExit, match="none is not a finished run: "):
         main([str(tmp_path / "none")])

@@ -270,9 +270,9 @@ def test_what_is_no_checkout_or_no_record_is_refused(tmp_path, capsys):
     assert "has no README.md; tables are rebuilt in a checkout" in capsys.readouterr().err
     results = checkout(tmp_path, OURS, "").joinpath("experiments/results")
     for content, words in (
-        ("{", "is no record: Expecting"),
-        ("[]", "is no record: 'list' object has no attribute 'get'"),
-        ('{"error": {}}', "is no record: lacks 'finetuned'"),
+        ("{", "is not a record: Expecting"),
+        ("[]", "is not a record: 'list' object has no attribute 'get'"),
+        ('{"error": {}}', "is not a record: lacks 'finetuned'"),
     ):
         (results / "9.json").write_text(content)
         with pytest.raises(RequestError, match=f"9.json {words}"):
