@@ -1,7 +1,7 @@
 """The group of all commands.
 
-Commands import torch and Pyro only when they run, so that the help and refusals of wrong requests
-appear at once.
+Commands import torch and Pyro only when they run, so that the help and the errors of wrong requests
+appear immediately.
 """
 
 from __future__ import annotations

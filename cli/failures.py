@@ -38,9 +38,9 @@ def _debug_option(envvar: str | None = None) -> click.Option:
 class CommandGroup(click.Group):
     """Commands whose exceptions become one line on stderr.
 
-    A refused request has exit status 2, any other failure has 1. The message of an unexpected
-    exception names its type and the flag --debug, which the group and its commands have. With it,
-    the traceback is printed before the message.
+    The exit status is 2 for a wrong request, and 1 for any other failure. The message of an
+    unexpected exception names its type and the flag --debug, which the group and its commands have.
+    With it, the traceback is printed before the message.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -33,7 +33,8 @@ def report(
     """
     found = [Run.read(find_run(run, finished=False)) for run in runs or (None,)]
     for run in found:
-        run.request.recipe.rule(criterion)  # refuses it before anything is measured
+        # Raises for a wrong criterion, before anything is measured.
+        run.request.recipe.rule(criterion)
 
     threads = threads_to_use()
 

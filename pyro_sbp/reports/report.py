@@ -227,7 +227,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
     head, rows = gate_table(description)
     meanings = {
         "units": f"Units with a {criterion.title} ({criterion.short}) of {threshold:.3g} or more "
-        "are kept. The table shows quantiles of it, the mean of E[theta] over the units, and the "
+        "are kept. The table shows its quantiles, the mean of E[theta] over the units, and the "
         "KL of the gate in nats:",
         "weights": f"Weights with a signal-to-noise ratio (SNR) of {threshold:.3g} or more are "
         f"kept, {_log_alpha(threshold)}. The table shows quantiles of the SNR, the mean of the "

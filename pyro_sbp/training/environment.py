@@ -91,7 +91,7 @@ class Load:
     Attributes:
         averages: the load averages of 1, 5 and 15 minutes; empty where the system has none.
         usable_cores: the cores that this process may use, a fraction under a quota.
-        busy_cores: how many of these other processes use.
+        busy_cores: the number of these cores that other processes use.
     """
 
     averages: list[float]

@@ -57,8 +57,8 @@ def fine_tune(
     Args:
         small: a network that returns logits ``[batch, classes]``, such as `prune` returns.
         batches: pairs of an input and labels ``[batch]``, on the device of the network; a
-            `DataLoader` or a list. They are iterated over once in each epoch.
-        epochs: how many times.
+            `DataLoader` or a list. Every epoch iterates over them once.
+        epochs: the number of epochs.
         teacher: a network, or any function from inputs to logits, whose soft labels are learned in
             place of the labels (Hinton et al. 2015, arXiv 1503.02531). A module is called in
             evaluation mode. The command line uses the network before pruning with the noise at its

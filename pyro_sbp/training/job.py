@@ -129,14 +129,15 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
 def with_weights(net: nn.Module, path: Path, classes: int | None = None) -> nn.Module:
     """The network with the weights of a file.
 
-    The file has the weights of the network as it is built, or with separate attention, as in a run.
-    If the file is of a network with another number of classes, the last layer keeps its initial
-    values, and a `UserWarning` says so.
+    The file has the weights of the network as its constructor builds it, or with separate
+    attention, as in a run. If the file is of a network with another number of classes, the last
+    layer keeps its initial values, and a `UserWarning` says so.
 
     Args:
         net: the network.
         path: the file.
-        classes: the number of classes of the data; None refuses another last layer.
+        classes: the number of classes of the data. With None, a file with another last layer raises
+            an error.
 
     Raises:
         RequestError: the file cannot be read, or belongs to another network.

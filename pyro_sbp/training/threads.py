@@ -30,7 +30,8 @@ CPUS = Path("/sys/devices/system/cpu")
 
 @dataclass(frozen=True)
 class Cores:
-    """The physical cores that this process may use, and how many of them other processes use.
+    """The physical cores that this process may use, and the number of them that other processes
+    use.
 
     Attributes:
         usable: the number of cores given by CPU affinity and by the quota of the container. It may
