@@ -66,7 +66,7 @@ def test_a_folder_is_streamed_where_memory_is_short(folder, monkeypatch):
 
 def test_what_is_no_folder_is_not_streamed():
     with pytest.raises(
-        RequestError, match="--workers applies to folder:PATH; digits is kept in mem"
+        RequestError, match="--workers applies to folder:PATH only; digits is loaded"
     ):
         load_dataset("digits", workers=1)
 

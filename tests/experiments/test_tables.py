@@ -124,7 +124,7 @@ def test_a_page_is_rebuilt_once_and_what_is_old_is_told(tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith("README.md:3: table headline lenet5 lenet5: out of date: ")
     new = ours.replace("0 to 2", "0 to 3").replace("0.74 (", "0.77 (").replace("0.70 |", "0.75 |")
-    assert f"{ours!r} is there" in line
+    assert f"the page has {ours!r}" in line
     assert new.replace("11.00", "11.50") in line
 
 

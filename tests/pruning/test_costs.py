@@ -209,7 +209,7 @@ def test_heads_cost_their_part_of_the_products_inside_attention():
 def test_units_without_macs_cannot_weigh():
     net, gates, x = with_gates(ByFunction(), (4,))
     costs = UnitCosts(net, gates, x[:0])
-    with pytest.raises(ValueError, match="no layer that the units of a gate reach has MACs"):
+    with pytest.raises(ValueError, match="no unit has MACs, so units cannot be weighted"):
         scales_by_cost({"a": 1.0}, costs, 1.0)
 
 
