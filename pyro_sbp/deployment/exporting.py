@@ -1,5 +1,4 @@
-"""Export a pruned network to a program that does not need pyro-sbp: ONNX, or the pt2 format of
-torch.export."""
+"""Export pruned networks as programs that need no pyro-sbp: ONNX, or the pt2 of torch.export."""
 
 from __future__ import annotations
 
@@ -67,11 +66,11 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
     Args:
         net: the network. Its input may have any structure. Its output consists of tensors.
         path: the file to write. It appears only after the comparison has succeeded.
-        input_shape: the shape of one example, if the network takes one tensor ``[batch,
-            *input_shape]`` of numbers in [0, 1). Otherwise an example input, as for `find_gates`: a
-            tensor (for example of tokens), a tuple of positional arguments, a mapping of named
-            arguments, or a dataclass. Tensors that have a row for each example get a dynamic first
-            dimension.
+        input_shape: the shape of one example, if the network takes one tensor
+            ``[batch, *input_shape]`` of numbers in [0, 1). Otherwise an example input, as for
+            `find_gates`: a tensor (for example of tokens), a tuple of positional arguments, a
+            mapping of named arguments, or a dataclass. Tensors that have a row for each example get
+            a dynamic first dimension.
         format: "onnx" or "pt2". An ONNX program has one input for each tensor, with the name of its
             argument ("input" if there is only one tensor), and the outputs ``output``, or
             ``output_0`` and so on. A pt2 program takes the same arguments as the network. If

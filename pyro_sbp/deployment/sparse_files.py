@@ -78,10 +78,7 @@ def read_sparse(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged: the values or steps of {name!r} are missing")
         try:
             tensors[name] = _with_zeros(values, steps, shape)
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # torch cannot allocate the tensor, or an error below
+        except (RuntimeError, ValueError) as error:  # RuntimeError: torch cannot allocate it
             raise ValueError(f"{path} is damaged: {name!r} has {first_line(error)}") from error
     return {**tensors, **content}
 
