@@ -128,7 +128,7 @@ def test_the_page_has_the_numbers_of_the_run(finished, reported):
         ["cpu: x", "eager", "1"],
         ["cpu: x", "compile", "1"],
     ]
-    (alt,) = [image["alt"] for image in page.images if "a call" in image["alt"]]
+    (alt,) = [image["alt"] for image in page.images if "per call" in image["alt"]]
     assert "cpu: x, compile, batch 8, 1 threads: 2.00x" in alt
 
 

@@ -345,7 +345,7 @@ def test_bench_refuses_a_damaged_run(finished, tmp_path):
     for name in ("recipe.json", "summary.json"):
         (tmp_path / name).write_text((directory / name).read_text())
     result = run("bench", tmp_path)
-    assert result.exit_code == 2 and "has no network.json" in result.stderr
+    assert result.exit_code == 2 and "network.json is missing" in result.stderr
 
 
 def test_a_recipe_brings_its_method(tmp_path):
