@@ -59,6 +59,8 @@ class Classifier(torch.nn.Module):
 def build(config):
     return Classifier(BertForSequenceClassification(BertConfig(**config)))
 
+# Another number of threads sums in another order.
+torch.set_num_threads(int(sys.argv[4]))
 net = pyro_sbp.load(sys.argv[1], constructor=build).eval()
 with torch.no_grad():
     outputs = [net(**inputs) for inputs in torch.load(sys.argv[2], weights_only=True)]
@@ -130,10 +132,8 @@ def reloads(net: nn.Module, directory: Path) -> bool:
     """Whether a saved network has equal outputs in a process of its own, which has no Pyro."""
     inputs, outputs = directory / "inputs.pt", directory / "outputs.pt"
     torch.save([example(*shape) for shape in SHAPES], inputs)
-    subprocess.run(
-        [sys.executable, "-c", RELOAD, str(directory / "network"), str(inputs), str(outputs)],
-        check=True,
-    )
+    files = [str(directory / "network"), str(inputs), str(outputs)]
+    subprocess.run([sys.executable, "-c", RELOAD, *files, str(torch.get_num_threads())], check=True)
     with torch.no_grad():
         here = [net(**example(*shape)) for shape in SHAPES]
     there = torch.load(outputs, weights_only=True)

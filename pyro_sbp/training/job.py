@@ -44,7 +44,9 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> str:
     """The machine on which a result depends: processor or graphics card, cores and threads."""
-    return f"{device_name(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    return f"{device_name(device)}, {os.cpu_count()} cores, {threads}"
 
 
 def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:
