@@ -1,7 +1,7 @@
 """pyro-sbp: make neural networks smaller by Bayesian inference.
 
 Names are imported on first use. So ``import pyro_sbp`` is fast, and loading a pruned network
-imports only torch.
+imports only torch and safetensors.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -192,6 +192,8 @@ def test_the_training_loops(library, monkeypatch):
     found = executed("training_loops.md", [before, block])
     if library == "lightning":
         assert found["module"].net[1].out_features < 128
+        same, net = found["same"].net, found["module"].net.eval()
+        assert torch.equal(same(found["x"]), net(found["x"])) and not same.training
     else:
         example = found["example_input"]
         assert count_macs(found["small"], example) < count_macs(found["model"], example)

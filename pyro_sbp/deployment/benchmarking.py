@@ -18,6 +18,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 from pyro_sbp.machine import processor_name
@@ -201,11 +202,14 @@ def benchmark(
 
     Raises:
         RequestError: a runtime is unknown or not installed, "onnxruntime" or "int8" is requested
-            without the CPU, or "int8" without calibration batches.
+            without the CPU, or "int8" without calibration batches, or the noise of a `Pruner` is
+            attached to a network.
         ExportError: a runtime cannot run a network, or its outputs differ from those of eager
             PyTorch.
     """
     check_runtimes(runtimes)
+    for net in (dense, pruned):
+        check_no_noise(net, "benchmarked")
     if devices is None:
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for runtime in set(runtimes) & set(ON_CPU):

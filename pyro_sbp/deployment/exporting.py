@@ -28,6 +28,7 @@ from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates.copies import copy_network, fresh
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.noise import check_no_noise
 
 __all__ = [
     "FORMATS",
@@ -83,11 +84,13 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
 
     Raises:
         RequestError: the format is unknown or needs a package that is not installed, the network
-            does not accept the inputs, or the file cannot be written.
+            does not accept the inputs, the noise of a `Pruner` is attached to the network, or the
+            file cannot be written.
         ExportError: the network cannot be exported, or the difference is more than 1e-5.
     """
     if format not in FORMATS:
         raise RequestError(f"unknown format {format!r}; expected {' or '.join(FORMATS)}")
+    check_no_noise(net, "exported")
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RequestError(

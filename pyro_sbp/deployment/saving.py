@@ -44,6 +44,7 @@ from pyro_sbp.deployment.sparse_files import read_sparse, write_sparse
 from pyro_sbp.errors import RequestError, damage, first_line
 from pyro_sbp.gates.attention import Attention, has_attention, separate_attention
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.sizes import Written, all_sizes, follows, ratios_around
 from pyro_sbp.gates.units import units_of
 
@@ -111,10 +112,11 @@ def save(
     Raises:
         FileExistsError: the directory is not empty, and `overwrite` is not set or the directory
             contains other files than a saved network.
-        ValueError: the constructor builds a network with other layers, or the network has values
-            that the files cannot store.
+        ValueError: the constructor builds a network with other layers, the network has values that
+            the files cannot store, or the noise of a `Pruner` is attached to the network.
         OSError: a file cannot be written.
     """
+    check_no_noise(small, "saved")
     path = Path(directory)
     there = {file.name for file in path.iterdir()} if path.exists() else set()
     there -= {part(path / name).name for name in FILES} | {*beside}

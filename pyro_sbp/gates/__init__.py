@@ -1,6 +1,6 @@
 """Gates: the sets of units that noise can multiply and that pruning can remove.
 
-Names are imported on first use, so that loading a pruned network imports only torch.
+Names are imported on first use, so that loading a pruned network imports no Pyro.
 """
 
 from typing import TYPE_CHECKING

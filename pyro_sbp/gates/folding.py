@@ -26,6 +26,7 @@ from pyro_sbp.gates.layers import (
     weight_of,
 )
 from pyro_sbp.gates.nested import convert, same, tensors_of
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.products import products
 from pyro_sbp.gates.recurrent import (
     HIDDEN,
@@ -447,9 +448,11 @@ class GatedNetwork(nn.Module):
         Raises:
             ValueError: theta names an unknown gate or has a wrong shape; theta is given per
                 example, and the input of a reader does not have the batch in dimension 0; the gates
-                have different numbers of draws; or there are several draws, and the output of the
-                network is not a tensor.
+                have different numbers of draws; there are several draws, and the output of the
+                network is not a tensor; or the noise of a `Pruner` is attached to the network,
+                which would then have noise twice.
         """
+        check_no_noise(self.net, "called with theta")
         check_theta(self.gates, theta)
         draws = {value.shape[:-2] for value in theta.values()}
         if any(draws):

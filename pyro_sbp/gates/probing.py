@@ -16,6 +16,7 @@ from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.layers import num_columns
 from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
@@ -127,8 +128,10 @@ def find_gates(
     Raises:
         ValueError: `input_features` names something else than a dense layer, a layer twice, or a
             layer that is not called; `ignore` names something else than a dense, convolutional or
-            embedding layer; or the network cannot be copied, or not be called on the input.
+            embedding layer; the network cannot be copied, or not be called on the input; or the
+            noise of a `Pruner` is attached to it.
     """
+    check_no_noise(net, "searched for gates")
     if len(set(input_features)) < len(input_features):
         raise ValueError(f"input_features names a layer twice: {', '.join(input_features)}")
     try:

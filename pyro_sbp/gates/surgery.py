@@ -13,6 +13,7 @@ from pyro_sbp.gates.copies import copy_network, drop_broken_hooks, fresh
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
 from pyro_sbp.gates.layers import Select, groups_of, resize, resize_tensor
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent
 from pyro_sbp.gates.sizes import set_sizes
 from pyro_sbp.gates.state import undone
@@ -217,9 +218,11 @@ def shrink(
         layers, they are removed, and a `UserWarning` is given.
 
     Raises:
-        ValueError: theta names an unknown gate, or has a wrong shape.
+        ValueError: theta names an unknown gate, or has a wrong shape, or the noise of a `Pruner` is
+            attached to the network.
         RuntimeError: the smaller network cannot be called on `example_input`.
     """
+    check_no_noise(net, "pruned")
     small = copy_network(net)
     shrink_in_place(small, gates, theta, units)
     drop_broken_hooks(small, example_input)

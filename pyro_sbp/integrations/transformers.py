@@ -27,9 +27,9 @@ POSTERIOR = "posterior.pt"
 class PruneMixin(_Base):
     """Adds noise and the KL divergence to a `Trainer`: ``class PruneTrainer(PruneMixin, Trainer)``.
 
-    `train` trains with noise on the units of the model. `evaluate` measures the model as it would
-    be pruned now. Afterwards ``trainer.pruner.prune()`` returns the smaller model. The posterior is
-    part of the checkpoints.
+    `train` trains with noise on the units of the model. `evaluate` and `predict` measure the model
+    as it would be pruned now, during and after training, until ``trainer.pruner.prune()`` removes
+    the noise and returns the smaller model. The posterior is part of the checkpoints.
 
     Args:
         args, kwargs: for the `Trainer`.
@@ -51,20 +51,22 @@ class PruneMixin(_Base):
         pruner.to(self.args.device)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train with noise. The noise is removed from the model at the end."""
+        """Train with noise, which remains on the model until ``trainer.pruner.prune()``.
+
+        With `load_best_model_at_end`, the posterior is that of the best checkpoint too.
+        """
         found = resume_from_checkpoint
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
         if found:
-            state = torch.load(
-                Path(found) / POSTERIOR, weights_only=True, map_location=self.args.device
-            )
-            self.pruner.load_state_dict(state)
-        self.pruner.attach()
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.pruner.detach()
+            self._load_posterior(found)
+        if not self.pruner.attached:
+            self.pruner.attach()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None:
+            self._load_posterior(best)
+        return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer of the `Trainer`, which also trains the posterior."""
@@ -86,6 +88,15 @@ class PruneMixin(_Base):
         self.accelerator.backward(kl)
         self.pruner.average_gradients()
         return loss + kl.detach().to(loss)
+
+    def _load_posterior(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / POSTERIOR
+        if not path.exists():
+            raise ValueError(
+                f"{checkpoint} has no {POSTERIOR}, so its model was trained without this noise"
+            )
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        self.pruner.load_state_dict(state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and the posterior."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_sbp.gates.folding import gating
 from pyro_sbp.gates.nested import map_tensors
+from pyro_sbp.gates.noise import has_noise, noise_hook
 from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.units import units_of
 from pyro_sbp.models.elbo import ClosedFormELBO
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
@@ -30,7 +33,8 @@ class Pruner:
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
     training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
     evaluation mode, the network computes the same function as the pruned network. `prune` returns
-    the smaller network.
+    the smaller network. Until then, `pyro_sbp.save` and `pyro_sbp.export` raise an error for the
+    network, because their files would have no noise.
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
@@ -60,7 +64,8 @@ class Pruner:
         model, guide: the Pyro model and its posterior, for Pyro's own tools.
 
     Raises:
-        ValueError: no layer is prunable, or an argument is out of range.
+        ValueError: no layer is prunable, an argument is out of range, or another pruner is attached
+            to the network.
     """
 
     def __init__(
@@ -99,6 +104,11 @@ class Pruner:
         #: The number of calls of the network with noise.
         self.noisy_calls = 0
 
+    @property
+    def attached(self) -> bool:
+        """Whether the noise is on the network."""
+        return bool(self._hooks)
+
     def parameters(self, **of_weights: Any) -> list[dict[str, Any]]:
         """The parameter groups for an optimizer of `torch.optim`: the weights, then the posterior.
 
@@ -124,6 +134,9 @@ class Pruner:
         Args:
             x: the input of the network, with the batch in dimension 0.
             y: labels ``[batch]``.
+
+        Raises:
+            ValueError: the pruner is attached, so the network would have noise twice.
         """
         with self._frozen():
             parts = self._elbo.parts(self.model, self.guide, x, y)
@@ -145,11 +158,14 @@ class Pruner:
         """Put noise on the units in every call of the network. Returns the pruner.
 
         Raises:
-            RuntimeError: the pruner is attached already, or the network recomputes activations in
-                the backward pass (gradient checkpointing), where the noise would be missing.
+            RuntimeError: this or another pruner is attached already, or the network recomputes
+                activations in the backward pass (gradient checkpointing), where the noise would be
+                missing.
         """
         if self._hooks:
             raise RuntimeError("the pruner is attached already")
+        if has_noise(self.net):
+            raise RuntimeError("another pruner is attached to the network; call its detach() first")
         if any(getattr(m, "gradient_checkpointing", False) for m in self.net.modules()):
             raise RuntimeError(
                 "the network recomputes activations in the backward pass, where the noise is "
@@ -196,6 +212,9 @@ class Pruner:
     def prune(self, **what: Any) -> nn.Module:
         """Detach the noise, and return the smaller network. The original network is not changed.
 
+        If no unit was removed, a `UserWarning` is given. If an error is raised, the noise remains
+        attached.
+
         Args:
             what: what to keep, as for `pyro_sbp.prune`, such as ``macs_ratio=2``; by default the
                 units that reach the threshold. Another ``criterion`` has its own default threshold.
@@ -203,11 +222,28 @@ class Pruner:
         Raises:
             ValueError, EquivalenceError: as `pyro_sbp.prune`.
         """
-        self.detach()
-        decided = {"threshold", "macs_ratio", "parameters_ratio", "budget", "criterion"}
-        if not decided & what.keys():
+        budgets = {"macs_ratio", "parameters_ratio", "budget"}
+        if not {"threshold", "criterion", *budgets} & what.keys():
             what["threshold"] = self.threshold
-        return prune(self.model, self.guide, self.example_input, **what)
+        attached = self.attached
+        self.detach()
+        try:
+            small = prune(self.model, self.guide, self.example_input, **what)
+        except BaseException:
+            if attached:
+                self.attach()
+            raise
+        if not budgets & what.keys() and all(
+            bool(units.kept.all()) for units in (units_of(small) or {}).values()
+        ):
+            smallest = min(float(snr.min()) for snr in self.guide.snr().values())
+            warnings.warn(
+                "no unit was removed; the smallest signal-to-noise ratio of a unit is "
+                f"{smallest:.4g}. Train the noise for more epochs, or with a larger kl_scale or "
+                "noise_learning_rate",
+                stacklevel=2,
+            )
+        return small
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the posterior. It does not contain the network."""
@@ -225,12 +261,15 @@ class Pruner:
             theta: dict[str, Tensor] = self.guide(x)
             return theta
         mean, snr = self.guide.mean(), self.guide.snr()
-        # Every gate keeps its best unit, as in `prune`.
-        return {
-            name: value * (snr[name] >= snr[name].max().clamp(max=self.threshold))
-            for name, value in mean.items()
-        }
 
+        def kept(snr: Tensor) -> Tensor:
+            # Every gate keeps its best unit, the first of equal ones, as in `prune`.
+            best = snr.double().argsort(descending=True, stable=True)[:1]
+            return (snr >= self.threshold).index_fill(0, best, True)
+
+        return {name: value * kept(snr[name]) for name, value in mean.items()}
+
+    @noise_hook
     def _begin(self, net: nn.Module, args: Any, kwargs: Any) -> None:
         frozen = self._frozen()
         frozen.__enter__()

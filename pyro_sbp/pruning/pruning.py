@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.units import set_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
@@ -55,12 +56,13 @@ def prune(
         `find_gates`.
 
     Raises:
-        ValueError: `choose_units` raises it for these settings, or the guide has no `mean` and
-            `snr`.
+        ValueError: `choose_units` raises it for these settings, the guide has no `mean` and `snr`,
+            or the noise of a `Pruner` is attached to the network.
         EquivalenceError: the `relative_difference` of the result from the masked network is more
             than 1e-10 in float64.
     """
     check_statistics(guide)
+    check_no_noise(model.gated.net, "pruned")
     ratio = ratio_budget(macs_ratio, parameters_ratio)
     if budget is not None and ratio is not None:
         raise ValueError(f"give a budget or a {ratio.name}, not both")

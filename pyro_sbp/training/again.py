@@ -92,9 +92,10 @@ def prune_again(
 def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
     """The budget of an error on the images reserved for validation."""
     if job.data.validation is None:
+        holdout = max(1, len(job.data.train) // 10)
         raise RequestError(
             "max_error_increase is measured on images that are reserved for validation, and this "
-            "run has none; train with --set holdout=5000, or give another budget"
+            f"run has none; train with --set holdout={holdout}, or give another budget"
         )
     dense = loop.errors["validation"].get("dense")
     if dense is None:

@@ -34,7 +34,7 @@ def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
         (["--speedup", "0.5"], "speedup is 0.5; expected a number >= 1"),
         (["--batch-size", "8", "--macs-ratio", "2"], "--batch-size applies to --speedup only"),
         (["--runtime", "eager"], "--runtime applies to --speedup only"),
-        (["--max-error-increase", "0.5"], "train with --set holdout=5000"),
+        (["--max-error-increase", "0.5"], "train with --set holdout=143, "),
         (["--distill", "4"], "--distill applies to --finetune-epochs only"),
         (["--threshold", "1", "--round-to", "auto"], "has no unit_latency.json"),
         (["--threshold", "1", "--round-to", "eight"], "'eight' is not a valid integer"),

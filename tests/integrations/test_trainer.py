@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import pyro_sbp as sbp
+from pyro_sbp.integrations.hub import save_pretrained
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -125,6 +126,46 @@ def test_a_checkpoint_holds_the_posterior(tmp_path):
     for name, value in noise.state_dict().items():
         torch.testing.assert_close(found[name], value)
         torch.testing.assert_close(resumed[name], value)
+
+
+def test_the_noise_stays_after_training_until_it_is_pruned(tmp_path):
+    net = model()
+    noise = pruner(net, noise_learning_rate=0.3, kl_scale=20.0)
+    fit = trainer(net, tmp_path, noise)
+    fit.train()
+    with pytest.raises(ValueError, match=r"saved while the noise of a Pruner .*pruner\.prune"):
+        sbp.save(net, tmp_path / "small", type(net))
+    with pytest.raises(ValueError, match=r"saved while the noise of a Pruner .*pruner\.prune"):
+        save_pretrained(net, tmp_path / "hub")
+    shown = fit.evaluate()["eval_loss"]
+    fit.train()  # training can continue
+    assert noise.attached
+    after = fit.evaluate()["eval_loss"]
+    assert after != pytest.approx(shown, rel=1e-4)
+    small = noise.prune()
+    plain = transformers.Trainer(small, fit.args, eval_dataset=sentences(32))
+    assert plain.evaluate()["eval_loss"] == pytest.approx(after, rel=1e-4)
+
+
+def test_the_best_model_has_the_posterior_of_its_checkpoint(tmp_path):
+    net = model()
+    noise = pruner(net, noise_learning_rate=0.3, kl_scale=20.0)
+    fit = trainer(
+        net, tmp_path, noise, save_strategy="epoch", eval_strategy="epoch", num_train_epochs=3,
+        load_best_model_at_end=True, metric_for_best_model="noise", greater_is_better=False,
+    )  # fmt: skip
+    # The first epoch is the best one.
+    fit.compute_metrics = lambda _: {"noise": fit.state.epoch}
+    fit.train()
+    assert fit.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    best = torch.load(tmp_path / "checkpoint-6" / "posterior.pt", weights_only=True)
+    last = torch.load(tmp_path / "checkpoint-18" / "posterior.pt", weights_only=True)
+    for name, value in noise.state_dict().items():
+        torch.testing.assert_close(value, best[name])
+        assert not torch.equal(value, last[name])
+    (tmp_path / "checkpoint-18" / "posterior.pt").unlink()
+    with pytest.raises(ValueError, match=r"has no posterior\.pt, so its model was trained without"):
+        fit.train(resume_from_checkpoint=str(tmp_path / "checkpoint-18"))
 
 
 def test_a_pruner_of_another_model_is_refused(tmp_path):

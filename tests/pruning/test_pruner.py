@@ -1,6 +1,7 @@
 """Noise inside a training loop of one's own."""
 
 import copy
+import functools
 
 import pyro
 import pytest
@@ -148,6 +149,76 @@ def test_the_posterior_is_saved_and_loaded(digits):
     other.load_state_dict(pruner.state_dict())
     for name, snr in pruner.guide.snr().items():
         assert torch.equal(snr, other.guide.snr()[name])
+
+
+def test_a_network_with_noise_is_neither_saved_nor_measured(digits, tmp_path):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x)).attach()
+    with torch.no_grad():
+        for parameter in pruner.guide.log_scales.parameters():
+            parameter.copy_(2 * torch.randn_like(parameter))
+    net, small = pruner.net, network()
+    outer = nn.Sequential(net, nn.ReLU())  # the noise of a part is found too
+    for noisy in (net, outer, copy.deepcopy(net)):
+        for done, refused in {
+            "saved": functools.partial(sbp.save, noisy, tmp_path / "small", network),
+            "exported": functools.partial(sbp.export, noisy, tmp_path / "net.pt2", x[:2], "pt2"),
+            "benchmarked": functools.partial(sbp.benchmark, noisy, small, x[:1]),
+            "searched for gates": functools.partial(sbp.Pruner, noisy, x[:4], 10),
+            "pruned": functools.partial(sbp.shrink, noisy, pruner.gates, {}, x[:4]),
+        }.items():
+            words = rf"cannot be {done} while the noise of a Pruner is attached to it: use the "
+            with pytest.raises(ValueError, match=words):
+                refused()
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="cannot be pruned while"):
+        sbp.prune(pruner.model, pruner.guide, x[:4])
+    for twice in (lambda: pruner.loss(x[:4], digits[1][:4]), lambda: pruner.model(x[:4])):
+        with pytest.raises(ValueError, match="cannot be called with theta while"):
+            twice()
+    saved = pruner.prune()
+    sbp.save(saved, tmp_path / "small", network)
+    assert torch.equal(sbp.load(tmp_path / "small", network)(x), saved.eval()(x))
+
+
+def test_two_pruners_do_not_add_their_noise(digits):
+    x, _ = digits
+    net = network()
+    first, second = sbp.Pruner(net, x[:4], len(x)), sbp.Pruner(net, x[:4], len(x))
+    first.attach()
+    with pytest.raises(RuntimeError, match="another pruner is attached to the network; call its"):
+        second.attach()
+    first.detach()
+    assert second.attach().attached and not first.attached
+
+
+def test_noise_remains_if_a_budget_cannot_be_met(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=0.0).attach()
+    shown = pruner.net.eval()(x)
+    with pytest.raises(ValueError, match="times fewer MACs"):
+        pruner.prune(macs_ratio=1e9)
+    assert pruner.attached and torch.equal(pruner.net(x), shown)
+
+
+@pytest.mark.filterwarnings("ignore:no unit reaches the threshold")
+def test_evaluation_keeps_one_unit_if_all_are_equally_weak(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=3.0).attach()
+    for snr in pruner.guide.snr().values():
+        assert float(snr.max()) < 1 and len(snr.unique()) == 1
+    shown = pruner.net.eval()(x)
+    small = pruner.prune()
+    assert small[4].out_features == 1
+    assert relative_difference(small(x), shown) < 1e-4
+
+
+def test_a_pruning_that_removes_nothing_warns(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=-5.0)
+    with pytest.warns(UserWarning, match=r"no unit was removed; .* ratio of a unit is 24\d\."):
+        small = pruner.prune()
+    assert sbp.count_macs(small, x[:1]) == sbp.count_macs(pruner.net, x[:1])
 
 
 def test_what_cannot_work_is_refused(digits):

@@ -97,7 +97,7 @@ def test_the_smallest_network_within_an_error(tmp_path):
 
 
 def test_an_error_needs_images_for_validation(data, finished, tmp_path):
-    with pytest.raises(RequestError, match="train with --set holdout=5000"):
+    with pytest.raises(RequestError, match=f"train with --set holdout={len(data.train) // 10}, "):
         prune_again(REQUEST, data, finished[0], tmp_path / "none", max_error_increase=1.0)
 
 
