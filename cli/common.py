@@ -18,6 +18,7 @@ __all__ = [
     "check_device",
     "closing_table",
     "criterion_option",
+    "error_advice",
     "find_network",
     "find_run",
     "little_removed",
@@ -35,6 +36,8 @@ noise_learning_rate in the recipe, or prune this network again with pyro-sbp pru
 NOTHING_LEFT = """\
 Nothing reaches the threshold, so almost nothing is left of the network. To keep more, use a
 smaller threshold, or a smaller kl_scale or fewer epochs in the recipe."""
+#: By how many percentage points pruning must raise the error for advice to be printed.
+MUCH_ERROR = 5.0
 #: Fewer steps with noise than this rarely remove much.
 FEW_STEPS = 2000
 
@@ -86,9 +89,15 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
             run directory; or None for the newest run under ``runs/``.
 
     Raises:
-        RequestError: there is no such run, or it has not finished.
+        RequestError: there is no such run, it has not finished, or the network is not in a run
+            directory.
     """
     if path is not None and (path / "network.json").is_file():
+        if not (path.absolute().parent / "recipe.json").is_file():
+            raise RequestError(
+                f"{path} is a saved network outside of a run directory; in Python, pyro_sbp.load "
+                "reads it, and torch.onnx.export and pyro_sbp.benchmark take it"
+            )
         return find_run(path.parent), path
     run = find_run(path)
     return run, run / "pruned"
@@ -182,6 +191,23 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     nothing = NOTHING_LEFT if summary.nothing_left else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)
     return "\n\n".join(part for part in parts if part)
+
+
+def error_advice(summary: Summary) -> str:
+    """Advice if pruning raised the test error by much, and the network was not fine-tuned.
+
+    A budget far over what the noise has found removes units that the network needs.
+    """
+    errors = summary.error
+    if errors.mean is None or errors.pruned is None or errors.finetuned is not None:
+        return ""
+    points = errors.pruned - errors.mean
+    if points < MUCH_ERROR:
+        return ""
+    return (
+        f"Pruning raised the test error by {points:.1f} points. Use --finetune-epochs, a smaller "
+        "budget, or train the noise for more epochs."
+    )
 
 
 def result_in_words(summary: Summary) -> str:

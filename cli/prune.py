@@ -13,6 +13,7 @@ from pyro_sbp.cli.common import (
     check_device,
     closing_table,
     criterion_option,
+    error_advice,
     find_run,
     read_request,
 )
@@ -206,4 +207,6 @@ def prune(
         by_threshold = not given or threshold is not None
         weak = "under the threshold" if by_threshold else "too weak for the budget"
         click.echo(closing_table(summary, weak=weak))
+        if advice := error_advice(summary):
+            click.echo(advice)
         click.echo(f"network: {target}")

@@ -324,9 +324,9 @@ def test_a_pretrained_transformer():
 
 def test_budgets():
     space = page("budgets.md")
-    assert 4 * count_parameters(space["quarter"]) <= count_parameters(space["net"])
-    assert space["error"](space["close"]) <= 40
-    assert len(space["fast"][0].weight) < 4096
+    assert 10 * count_parameters(space["tenth"]) <= count_parameters(space["net"])
+    assert space["error"](space["close"]) <= space["dense_error"] + 1
+    assert len(space["fast"][1].weight) < 4096
 
 
 def test_the_recipe_of_the_command_line(tmp_path):

@@ -2,14 +2,45 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from helpers import run, train_quickly
+from torch import nn
+
+from pyro_sbp.cli.common import error_advice
+from pyro_sbp.deployment.saving import save
+from pyro_sbp.training.summary import Errors, Summary
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return train_quickly("sbp", tmp_path_factory.mktemp("runs"))[0]
+
+
+def test_advice_where_pruning_raised_the_error(finished):
+    summary = Summary.read(finished / "summary.json")
+    errors = [(1.0, 6.0, None), (1.0, 5.9, None), (1.0, 6.0, 1.2), (None, 6.0, None)]
+    found = [
+        error_advice(replace(summary, error=Errors(mean=mean, pruned=pruned, finetuned=last)))
+        for mean, pruned, last in errors
+    ]
+    assert found[0].startswith("Pruning raised the test error by 5.0 points. Use --finetune-epochs")
+    assert found[1:] == ["", "", ""]
+
+
+@pytest.mark.parametrize("command", [("bench",), ("export", "--format", "onnx")])
+def test_a_network_of_python_is_not_in_a_run(tmp_path, command):
+    save(
+        nn.Linear(2, 3),
+        tmp_path / "small",
+        nn.Linear,
+        {"in_features": 2, "out_features": 3},
+        units={},
+    )
+    result = run(*command, tmp_path / "small")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "small is a saved network outside of a run directory" in result.stderr
 
 
 def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):
