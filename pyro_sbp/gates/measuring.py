@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
 from pyro_sbp.gates.folding import call
-from pyro_sbp.gates.functions import tensors_in
+from pyro_sbp.gates.functions import has_nan, tensors_in
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix
 from pyro_sbp.gates.loose import (
@@ -300,8 +300,7 @@ def _pass(
         return False
     except Exception as error:  # a network's own code may raise anything
         raise _Astray(f"the network fails on NaN in it: {first_line(error)}") from error
-    numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
-    return any(bool(t.isnan().any()) for t in numbers)
+    return any(map(has_nan, tensors_of(output)))
 
 
 def matrices(net: nn.Module) -> list[str]:
