@@ -21,6 +21,7 @@ from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
+    "EXACT",
     "Units",
     "cut",
     "readable",
@@ -30,6 +31,10 @@ __all__ = [
     "shrink_in_place",
     "surviving_units",
 ]
+
+#: Two networks compute the same function if the `relative_difference` of their outputs is at most
+#: this in float64.
+EXACT = 1e-10
 
 
 def _spread(alive: Tensor, span: Span) -> Tensor:

@@ -27,6 +27,7 @@ from pyro_sbp.gates.folding import (
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.surgery import (
+    EXACT,
     Units,
     cut,
     relative_difference,
@@ -35,10 +36,6 @@ from pyro_sbp.gates.surgery import (
 )
 
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
-
-
-#: The largest allowed `relative_difference` of the pruned and the masked network, in float64.
-TOLERANCE = 1e-10
 
 
 class EquivalenceError(RuntimeError):
@@ -90,7 +87,7 @@ def checked_shrink(
         net_eval = copy_network(without_idle_hooks(net, example_input)).eval()
         own = torch.get_default_dtype()
         # Both networks break ties in the same way, because ties are not a difference of the units.
-        decisions = Decisions(relative_difference, TOLERANCE)
+        decisions = Decisions()
         with undone(net_eval), repeatable(own):
             masked = _masked(net_eval, gates, reference, fresh(example_input))
         exact = to_precision(net_eval, torch.float64)
@@ -114,10 +111,10 @@ def checked_shrink(
         pruned = call(small, fresh(example_input))
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
     absolute = max(_largest_difference(a, b) for a, b in pairs)
-    if not relative <= TOLERANCE:
+    if not relative <= EXACT:
         raise EquivalenceError(
             f"the pruned network differs from the masked one by {relative:.1e} in float64, "
-            f"relative to the size of the outputs; at most {TOLERANCE:.0e} is allowed"
+            f"relative to the size of the outputs; at most {EXACT:.0e} is allowed"
         )
     return small, Equivalence(relative, absolute)
 
