@@ -19,11 +19,11 @@ if TYPE_CHECKING:
         evaluating,
         factors,
         fold,
-        repeatable,
     )
     from pyro_sbp.gates.layers import Select
     from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
     from pyro_sbp.gates.probing import Gates, find_gates
+    from pyro_sbp.gates.steady import repeatable
     from pyro_sbp.gates.surgery import (
         Units,
         relative_difference,
@@ -75,7 +75,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
             "evaluating",
             "factors",
             "fold",
-            "repeatable",
         ],
         "layers": [
             "Select",
@@ -88,6 +87,9 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "probing": [
             "Gates",
             "find_gates",
+        ],
+        "steady": [
+            "repeatable",
         ],
         "surgery": [
             "Units",

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import call, evaluating, repeatable
+from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.nested import map_tensors, tensors_of
 from pyro_sbp.gates.state import reachable, undone
+from pyro_sbp.gates.steady import repeatable
 
 __all__ = [
     "copy_network",

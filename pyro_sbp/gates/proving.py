@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.locating import Trail, suspects
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.state import State
+from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.gates.surgery import EXACT, relative_difference, shrink_in_place
 from pyro_sbp.gates.variants import (
     Kind,

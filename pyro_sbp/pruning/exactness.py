@@ -17,15 +17,10 @@ from pyro_sbp.gates.copies import (
     without_idle_hooks,
 )
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import (
-    Gate,
-    GatedNetwork,
-    call,
-    evaluating,
-    repeatable,
-)
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, evaluating
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.state import undone
+from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.gates.surgery import (
     EXACT,
     Units,
