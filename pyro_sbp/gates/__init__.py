@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from pyro_sbp.gates.probing import Gates, find_gates
     from pyro_sbp.gates.steady import repeatable
     from pyro_sbp.gates.surgery import (
-        Units,
         relative_difference,
         remaining_gates,
         shrink,
         surviving_units,
     )
+    from pyro_sbp.gates.units import Units
 
 __all__ = [
     "Attention",
@@ -92,11 +92,13 @@ __getattr__, __dir__, _ = lazy_loader.attach(
             "repeatable",
         ],
         "surgery": [
-            "Units",
             "relative_difference",
             "remaining_gates",
             "shrink",
             "surviving_units",
+        ],
+        "units": [
+            "Units",
         ],
     },
 )

@@ -22,7 +22,6 @@ from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
     "EXACT",
-    "Units",
     "cut",
     "readable",
     "relative_difference",

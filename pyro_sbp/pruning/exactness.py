@@ -23,12 +23,12 @@ from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.gates.surgery import (
     EXACT,
-    Units,
     cut,
     relative_difference,
     shrink_in_place,
     surviving_units,
 )
+from pyro_sbp.gates.units import Units
 
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
 
