@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.folding import Gate, evaluating
-from pyro_sbp.gates.units import set_units, units_of
+from pyro_sbp.gates.units import set_units, units_as_dicts
 from pyro_sbp.models.calibration import measured, sums
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
@@ -381,7 +381,7 @@ class Run:
         before = evaluate(small, self.test)
         teacher = self.dense()
         self.begin(name)
-        units = {gate: unit.to_dict() for gate, unit in (units_of(small) or {}).items()}
+        units = units_as_dicts(small) or {}
         start = time.monotonic()
         sbp.fine_tune(
             small,

@@ -45,7 +45,7 @@ from pyro_sbp.gates.attention import Attention, has_attention, separate_attentio
 from pyro_sbp.gates.layers import SIZE_ATTRIBUTES, Select
 from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.sizes import Written, all_sizes, follows, ratios_around
-from pyro_sbp.gates.units import units_of
+from pyro_sbp.gates.units import units_as_dicts
 
 __all__ = ["load", "save", "unique_tensors"]
 
@@ -166,9 +166,7 @@ def save(
     }
     if sparse:
         writers["sparse.safetensors"] = lambda file: write_sparse(tensors, file)
-    kept = units_of(small)
-    if units is None and kept is not None:
-        units = {gate: unit.to_dict() for gate, unit in kept.items()}
+    units = units_as_dicts(small) if units is None else units
     texts: dict[str, Any] = {"units.json": units, CONFIG: config}
     for file_name, content in texts.items():
         if content is not None:
