@@ -27,7 +27,6 @@ Needs transformers: ``pip install 'pyro-sbp[transformers]'``.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import sys
@@ -52,7 +51,8 @@ from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs, count_parameters
-from pyro_sbp.training.files import write_json, write_whole
+from pyro_sbp.training.checkpoints import write_tensors
+from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions
 
 __all__ = ["Batches", "SentenceClassifier", "Settings", "magnitudes"]
@@ -340,7 +340,7 @@ class Run:
         optimizer = torch.optim.AdamW(weights, lr=self.settings.learning_rate, weight_decay=0.01)
         fit(net, self.train, self.settings.dense_epochs, optimizer)
         self.record("dense", net)
-        save_state(net.state_dict(), path)
+        write_tensors(path, net.state_dict())
         return net
 
     def noisy(self) -> sbp.Pruner:
@@ -370,7 +370,7 @@ class Run:
         pruner.attach()
         fit(net, self.train, settings.noise_epochs, optimizer, pruner.kl_loss, report)
         pruner.detach()
-        save_state({"net": net.state_dict(), "posterior": pruner.state_dict()}, path)
+        write_tensors(path, {"net": net.state_dict(), "posterior": pruner.state_dict()})
         return pruner
 
     def finetuned(self, name: str, epochs: int, prune: Callable[[], nn.Module]) -> None:
@@ -425,13 +425,6 @@ class Run:
         print(
             f"{name}: error {result['error']:.2f} %, {result['macs'] / 1e6:.1f} M MACs", flush=True
         )
-
-
-def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state atomically."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_whole(path, content.getbuffer())
 
 
 def by_noise(run: Run) -> None:
