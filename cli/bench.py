@@ -14,13 +14,10 @@ from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.text_tables import markdown_table, table
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.runs import read_request
+from pyro_sbp.training.runs import NOISY, read_request
 from pyro_sbp.training.summary import Summary
 
 __all__ = ["bench"]
-
-#: Rows with a larger spread are unreliable.
-NOISY = 0.3
 
 
 @click.command()

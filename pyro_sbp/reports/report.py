@@ -15,7 +15,7 @@ from pyro_sbp.reports.findings import Findings, find
 from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
-from pyro_sbp.training.runs import Run
+from pyro_sbp.training.runs import NOISY, Run
 from pyro_sbp.training.summary import Summary, with_share
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ __all__ = ["write_report"]
 
 #: Dots per inch of the PNG files.
 DPI = 150
-#: Rows of latencies with a larger spread are unreliable.
-NOISY = 0.3
 HELD_OUT_WORDS = (
     "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
