@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.copies import (
-    copy_network,
-    drop_broken_hooks,
-    fresh,
-    to_precision,
-    without_idle_hooks,
-)
+from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, evaluating
+from pyro_sbp.gates.hooks import drop_broken_hooks, without_idle_hooks
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.steady import repeatable
