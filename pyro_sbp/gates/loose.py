@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.classes import numbers_of
 from pyro_sbp.gates.functions import changes_in_place, has_nan, is_inexact, tensors_in
 from pyro_sbp.gates.layers import known_tensors
 
@@ -190,11 +191,9 @@ def decode(
     for name, interesting in columns.items():
         hits = [one.get(name, torch.zeros_like(interesting)) & interesting for one in passes]
         seen = hits[0] | hits[1]
-        number = torch.zeros(len(interesting), dtype=torch.long, device="cpu")
-        for bit, (one, zero) in enumerate(zip(hits[0::2], hits[1::2], strict=True)):
+        for one, zero in zip(hits[0::2], hits[1::2], strict=True):
             if bool((one & zero).any()) or not torch.equal(one | zero, seen):
                 return None
-            number += one.long() << bit
-        found[name] = torch.where(seen, number, -1)
+        found[name] = torch.where(seen, numbers_of(hits[0::2]), -1)
     reached = any(bool((number >= 0).any()) for number in found.values())
     return Follower(slices, found) if reached else None

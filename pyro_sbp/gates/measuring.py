@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
+from pyro_sbp.gates.classes import bits_of, codes, numbers_of, partitions_that_fit
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.functions import has_nan, tensors_in
 from pyro_sbp.gates.guards import Guards
@@ -545,11 +545,7 @@ class _Decoding:
         if self.mixed or self.reach.problem is not None:
             return
         for name, seen in self.reach.seen.items():
-            bits = enumerate(one[name] for one, _ in self.hits)
-            number = sum(
-                (one.long() << bit for bit, one in bits),
-                torch.zeros(len(seen), dtype=torch.long, device="cpu"),
-            )
+            number = numbers_of([one[name] for one, _ in self.hits])
             self.reach.columns[name] = torch.where(seen, number, -1)
 
     def bits(self) -> tuple[Tensor, Tensor]:
