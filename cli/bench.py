@@ -9,17 +9,15 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_network, read_request, result_in_words
+from pyro_sbp.cli.common import find_network, read_network, result_in_words
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
 from pyro_sbp.text_tables import markdown_table, table
 from pyro_sbp.training.files import write_json
+from pyro_sbp.training.runs import NOISY, read_request
 from pyro_sbp.training.summary import Summary
 
 __all__ = ["bench"]
-
-#: Rows with a larger spread are unreliable.
-NOISY = 0.3
 
 
 @click.command()

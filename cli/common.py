@@ -23,7 +23,6 @@ __all__ = [
     "find_run",
     "little_removed",
     "read_network",
-    "read_request",
     "result_in_words",
 ]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.cli.common import find_network, read_network, read_request
+from pyro_sbp.cli.common import find_network, read_network
 from pyro_sbp.errors import RequestError
+from pyro_sbp.training.runs import read_request
 
 __all__ = ["export"]
 

@@ -15,11 +15,11 @@ from pyro_sbp.cli.common import (
     criterion_option,
     error_advice,
     find_run,
-    read_request,
 )
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
+from pyro_sbp.training.runs import read_request
 
 __all__ = ["prune"]
 

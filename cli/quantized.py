@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_sbp.datasets.status import check_dataset
+from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.recipes.request import Request
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from pyro_sbp.cli.common import (
     check_device,
     closing_table,
     little_removed,
-    read_request,
     result_in_words,
 )
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
@@ -30,7 +29,7 @@ from pyro_sbp.recipes.request import PRECISIONS, PixelStatistics, Precision, Req
 from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
-from pyro_sbp.training.runs import read_threads
+from pyro_sbp.training.runs import read_request, read_threads
 
 if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData

@@ -27,7 +27,6 @@ Needs transformers: ``pip install 'pyro-sbp[transformers]'``.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import sys
@@ -46,13 +45,14 @@ from torch import Tensor, nn
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.folding import Gate, evaluating
-from pyro_sbp.gates.units import set_units, units_of
+from pyro_sbp.gates.units import set_units, units_as_dicts
 from pyro_sbp.models.calibration import measured, sums
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs import count_macs, count_parameters
-from pyro_sbp.training.files import write_json, write_whole
+from pyro_sbp.training.checkpoints import write_tensors
+from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions
 
 __all__ = ["Batches", "SentenceClassifier", "Settings", "magnitudes"]
@@ -340,7 +340,7 @@ class Run:
         optimizer = torch.optim.AdamW(weights, lr=self.settings.learning_rate, weight_decay=0.01)
         fit(net, self.train, self.settings.dense_epochs, optimizer)
         self.record("dense", net)
-        save_state(net.state_dict(), path)
+        write_tensors(path, net.state_dict())
         return net
 
     def noisy(self) -> sbp.Pruner:
@@ -370,7 +370,7 @@ class Run:
         pruner.attach()
         fit(net, self.train, settings.noise_epochs, optimizer, pruner.kl_loss, report)
         pruner.detach()
-        save_state({"net": net.state_dict(), "posterior": pruner.state_dict()}, path)
+        write_tensors(path, {"net": net.state_dict(), "posterior": pruner.state_dict()})
         return pruner
 
     def finetuned(self, name: str, epochs: int, prune: Callable[[], nn.Module]) -> None:
@@ -381,7 +381,7 @@ class Run:
         before = evaluate(small, self.test)
         teacher = self.dense()
         self.begin(name)
-        units = {gate: unit.to_dict() for gate, unit in (units_of(small) or {}).items()}
+        units = units_as_dicts(small) or {}
         start = time.monotonic()
         sbp.fine_tune(
             small,
@@ -425,13 +425,6 @@ class Run:
         print(
             f"{name}: error {result['error']:.2f} %, {result['macs'] / 1e6:.1f} M MACs", flush=True
         )
-
-
-def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write a state atomically."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_whole(path, content.getbuffer())
 
 
 def by_noise(run: Run) -> None:

@@ -31,7 +31,6 @@ import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.minilm import RESULTS, build, description, example, pretrained
 from pyro_sbp.gates.folding import Gate
-from pyro_sbp.gates.units import units_of
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions
@@ -149,9 +148,7 @@ def measured(dense: nn.Module, small: nn.Module, options: Mapping[str, Any]) -> 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         config = small.net.config.to_dict()  # type: ignore[union-attr,operator]
-        sbp.save(
-            small, directory / "network", build, {"config": config}, units=units_of(small) or {}
-        )
+        sbp.save(small, directory / "network", build, {"config": config})
         if not reloads(small.eval(), directory):
             raise RuntimeError("the reloaded network has other outputs")
         difference = export_program(small, directory / "network.onnx")

@@ -26,8 +26,6 @@ from pyro_sbp.pruning.macs import count_macs, count_parameters, macs_by_module
 
 __all__ = ["Prepared", "block_names", "measure", "random_masks", "short_reason"]
 
-#: The difference up to which choices among numbers are made alike in both networks.
-TOLERANCE = 1e-10
 #: Short texts for the reasons why layers are not prunable, by a part of the long ones.
 REASONS = {
     "several": "its units are mixed",
@@ -89,11 +87,6 @@ def random_masks(gates: Iterable[Gate]) -> dict[str, Tensor]:
     return theta
 
 
-def new_decisions() -> Decisions:
-    """Choices among numbers, which the masked network makes and the cut one repeats."""
-    return Decisions(relative_difference, TOLERANCE)
-
-
 def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
     """The record of a network: its gates, and what a cut leaves and changes.
 
@@ -101,7 +94,7 @@ def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
     the cut, and ``attention`` how many of the attention layers have gated heads.
     """
     net, gates, x = prepared.net, prepared.gates, prepared.x
-    decisions = new_decisions()
+    decisions = Decisions()
     expected = prepared.masked(prepared.theta, decisions)
     units = surviving_units(gates, prepared.theta)
     small = copy_network(net)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.experiments.survey.measurement import Prepared, macs_left, new_decisions
+from pyro_sbp.experiments.survey.measurement import Prepared, macs_left
 from pyro_sbp.gates.copies import copy_network, fresh
+from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.layers import num_rows
 from pyro_sbp.gates.sizes import set_sizes
 
@@ -26,7 +27,7 @@ def compare(prepared: Prepared) -> dict[str, Any]:
         ``max_rel_diff`` from the masked network, or ``failed`` with what was raised.
     """
     theta = {name: (value != 0).double() for name, value in prepared.theta.items()}
-    decisions = new_decisions()
+    decisions = Decisions()
     expected = prepared.masked(theta, decisions)
     start = time.process_time()
     try:

@@ -37,6 +37,7 @@ __all__ = [
     "export",
     "largest_difference",
     "output_names",
+    "run_onnx",
 ]
 
 FORMATS = ("onnx", "pt2")
@@ -234,15 +235,21 @@ def _onnx(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
             "the network is too large for an ONNX file, whose limit is 2 GB; use the format pt2"
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: run_onnx(session, net, x)
+
+
+def run_onnx(session: Any, net: nn.Module, x: Any) -> list[Tensor]:
+    """The outputs of an ONNX program on an input.
+
+    Args:
+        session: the ``InferenceSession`` of the program.
+        net: the network that was exported, for the names of its inputs.
+        x: the input.
+    """
     taken = {item.name for item in session.get_inputs()}  # without unused inputs
-
-    def run(x: Any) -> list[Tensor]:
-        values = {
-            name: tensor.numpy() for name, tensor in named_tensors(net, x).items() if name in taken
-        }
-        return [torch.from_numpy(value) for value in session.run(None, values)]
-
-    return run
+    given = named_tensors(net, x).items()
+    values = {name: tensor.cpu().numpy() for name, tensor in given if name in taken}
+    return [torch.from_numpy(value) for value in session.run(None, values)]
 
 
 def output_names(count: int) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.deployment.batches import named_tensors
-from pyro_sbp.deployment.exporting import ExportError, check_onnx, export
+from pyro_sbp.deployment.exporting import ExportError, check_onnx, export, run_onnx
 from pyro_sbp.gates.copies import copy_network, fresh
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
@@ -108,11 +108,8 @@ def outputs_of(program: bytes, net: nn.Module, batches: Iterable[Any]) -> Iterat
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-    taken = {item.name for item in session.get_inputs()}
     for x in batches:
-        inputs = {name: v.cpu().numpy() for name, v in named_tensors(net, x).items()}
-        found = session.run(None, {name: v for name, v in inputs.items() if name in taken})
-        yield [torch.from_numpy(value) for value in found]
+        yield run_onnx(session, net, x)
 
 
 def _difference(net: nn.Module, program: bytes, batches: Sequence[Any]) -> float:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.datasets.memory import available_memory
 from pyro_sbp.deployment.description import Description
 from pyro_sbp.gates.attention import separate_attention
+from pyro_sbp.gates.functions import is_inexact
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.gates.recurrent import is_recurrent, weight_sizes
 from pyro_sbp.gates.sizes import all_sizes, follows, ratios_around, set_size
@@ -280,8 +281,7 @@ def fill(net: nn.Module, description: Description, state: Mapping[str, Tensor]) 
     if description.frozen is not None:
         frozen = set(description.frozen)
         for name, parameter in net.named_parameters(remove_duplicate=False):
-            can_train = parameter.is_floating_point() or parameter.is_complex()
-            parameter.requires_grad_(name not in frozen and can_train)
+            parameter.requires_grad_(name not in frozen and is_inexact(parameter))
 
 
 def non_persistent_buffers(net: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from pyro_sbp.gates.nested import tensors_of
 __all__ = ["ON_CPU", "RUNTIMES", "check_runtimes", "prepare"]
 
 RUNTIMES = ("eager", "compile", "onnxruntime", "int8")
-#: The runtimes that run on the CPU only.
+#: The runtimes that run ONNX programs, on the CPU only.
 ON_CPU = ("onnxruntime", "int8")
 #: The largest allowed difference from eager PyTorch, relative to the largest output. Convolutions
 #: on a GPU round their inputs to TF32, which has ten bits of mantissa.
@@ -48,7 +48,7 @@ def check_runtimes(runtimes: Sequence[str]) -> None:
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise RequestError(unknown("runtime", runtime, RUNTIMES))
-    if not {"onnxruntime", "int8"}.isdisjoint(runtimes):
+    if not set(ON_CPU).isdisjoint(runtimes):
         check_onnx()
     if "compile" in runtimes:
         from torch._inductor.cpp_builder import get_cpp_compiler

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
         evaluating,
         factors,
         fold,
-        repeatable,
     )
     from pyro_sbp.gates.layers import Select
     from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
     from pyro_sbp.gates.probing import Gates, find_gates
+    from pyro_sbp.gates.steady import repeatable
     from pyro_sbp.gates.surgery import (
-        Units,
         relative_difference,
         remaining_gates,
         shrink,
         surviving_units,
     )
+    from pyro_sbp.gates.units import Units
 
 __all__ = [
     "Attention",
@@ -75,7 +75,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
             "evaluating",
             "factors",
             "fold",
-            "repeatable",
         ],
         "layers": [
             "Select",
@@ -89,12 +88,17 @@ __getattr__, __dir__, _ = lazy_loader.attach(
             "Gates",
             "find_gates",
         ],
+        "steady": [
+            "repeatable",
+        ],
         "surgery": [
-            "Units",
             "relative_difference",
             "remaining_gates",
             "shrink",
             "surviving_units",
+        ],
+        "units": [
+            "Units",
         ],
     },
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["bits_of", "codes", "partitions", "partitions_that_fit"]
+__all__ = ["bits_of", "codes", "numbers_of", "partitions", "partitions_that_fit"]
 
 
 def bits_of(size: int) -> int:
@@ -20,6 +20,11 @@ def codes(size: int) -> Tensor:
     numbers = torch.arange(size, device="cpu")
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits_of(size))]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
+
+
+def numbers_of(bits: Sequence[Tensor]) -> Tensor:
+    """The numbers with given bits, int64 ``[columns]``; the lowest bit, bool, comes first."""
+    return torch.stack([bit.long() << place for place, bit in enumerate(bits)]).sum(0)
 
 
 def partitions(rows: int) -> Iterator[Tensor]:

@@ -7,7 +7,6 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.functions import operation_name, tensors_in
+from pyro_sbp.gates.surgery import EXACT, relative_difference
 
 __all__ = ["Decisions"]
 
@@ -33,19 +33,15 @@ _CHOOSING = frozenset(
     }
 )
 _NMS = "torchvision::nms"
-_Difference = Callable[[Any, Any], float]
 
 
 class Decisions:
     """Record the choices of one network, and repeat them in another one for equal arguments.
 
-    Args:
-        difference: a function that returns the difference between two tensors.
-        tolerance: the largest difference at which tensors count as equal.
+    Arguments count as equal if their `relative_difference` is at most `EXACT`.
     """
 
-    def __init__(self, difference: _Difference, tolerance: float) -> None:
-        self.difference, self.tolerance = difference, tolerance
+    def __init__(self) -> None:
         self.taken: list[tuple[Any, list[Tensor], Any]] = []
 
     def recorded(self) -> TorchFunctionMode:
@@ -54,7 +50,7 @@ class Decisions:
 
     def repeated(self) -> TorchFunctionMode:
         """The context for the call of the second network, which repeats the choices."""
-        return _Repeating(self)
+        return _Repeating(self.taken)
 
 
 def _chooses(func: Any) -> bool:
@@ -79,10 +75,9 @@ class _Recording(TorchFunctionMode):
 
 
 class _Repeating(TorchFunctionMode):
-    def __init__(self, decisions: Decisions) -> None:
+    def __init__(self, taken: list[tuple[Any, list[Tensor], Any]]) -> None:
         super().__init__()
-        self.decisions = decisions
-        self.waiting = list(decisions.taken)
+        self.waiting = list(taken)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +87,6 @@ class _Repeating(TorchFunctionMode):
         now = list(tensors_in((args, kwargs)))
         if known is not func or [x.shape for x in given] != [x.shape for x in now]:
             return func(*args, **kwargs)
-        if not self.decisions.difference(given, now) <= self.decisions.tolerance:
+        if not relative_difference(given, now) <= EXACT:
             return func(*args, **kwargs)
         return out.clone() if isinstance(out, Tensor) else out

@@ -25,7 +25,7 @@ from pyro_sbp.gates.layers import (
     serves,
     weight_of,
 )
-from pyro_sbp.gates.nested import convert, same, tensors_of
+from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.products import products
 from pyro_sbp.gates.recurrent import (
@@ -37,7 +37,7 @@ from pyro_sbp.gates.recurrent import (
     is_recurrent,
     scaled_call,
 )
-from pyro_sbp.gates.steady import eager, repeatable
+from pyro_sbp.gates.steady import eager
 
 __all__ = [
     "Gate",
@@ -46,13 +46,10 @@ __all__ = [
     "Span",
     "call",
     "check_theta",
-    "convert",
     "evaluating",
     "factors",
     "fold",
     "gating",
-    "repeatable",
-    "tensors_of",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["changes_in_place", "has_nan", "operation_name", "tensors_in"]
+__all__ = ["changes_in_place", "has_nan", "is_inexact", "operation_name", "tensors_in"]
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -22,9 +22,14 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether a tensor has floating-point or complex elements, which can be NaN."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def has_nan(tensor: Tensor) -> bool:
     """Whether an element of a tensor is NaN. It is False for integer tensors."""
-    return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isnan().any())
+    return is_inexact(tensor) and bool(tensor.isnan().any())
 
 
 def changes_in_place(func: Any) -> bool:

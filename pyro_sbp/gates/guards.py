@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_sbp.gates.functions import has_nan, operation_name, tensors_in
+from pyro_sbp.gates.functions import has_nan, is_inexact, operation_name, tensors_in
 
 __all__ = ["Endless", "Guards"]
 
@@ -165,7 +165,7 @@ def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     out = func(*_map(_cleaned, args), **_map(_cleaned, kwargs))
 
     def nan(x: Tensor) -> Tensor:
-        return torch.full_like(x, torch.nan) if x.is_floating_point() or x.is_complex() else x
+        return torch.full_like(x, torch.nan) if is_inexact(x) else x
 
     if isinstance(out, tuple) and type(out) is not tuple:  # such as torch.return_types
         return type(out)([_map(nan, part) for part in out])

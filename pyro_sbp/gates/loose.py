@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.functions import changes_in_place, has_nan, tensors_in
+from pyro_sbp.gates.classes import numbers_of
+from pyro_sbp.gates.functions import changes_in_place, has_nan, is_inexact, tensors_in
 from pyro_sbp.gates.layers import known_tensors
 
 __all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try"]
@@ -113,7 +114,7 @@ class LooseTensors:
         inputs = list(tensors_in((*args, *kwargs.values())))
         # Elements that integers select from a tensor are computed from that tensor alone.
         found = [
-            self.sources(tensor) if _is_inexact(tensor) else frozenset[Place]() for tensor in inputs
+            self.sources(tensor) if is_inexact(tensor) else frozenset[Place]() for tensor in inputs
         ]
         sources = frozenset[Place]().union(*(places for places in found if places is not None))
         if None not in found:
@@ -153,13 +154,9 @@ class LooseTensors:
     _saved: dict[Place, Tensor] = field(default_factory=dict)
 
 
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _has_slices(tensor: Tensor) -> bool:
     # An expanded tensor cannot be changed in place.
-    return _is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
+    return is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
 
 
 def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:
@@ -194,11 +191,9 @@ def decode(
     for name, interesting in columns.items():
         hits = [one.get(name, torch.zeros_like(interesting)) & interesting for one in passes]
         seen = hits[0] | hits[1]
-        number = torch.zeros(len(interesting), dtype=torch.long, device="cpu")
-        for bit, (one, zero) in enumerate(zip(hits[0::2], hits[1::2], strict=True)):
+        for one, zero in zip(hits[0::2], hits[1::2], strict=True):
             if bool((one & zero).any()) or not torch.equal(one | zero, seen):
                 return None
-            number += one.long() << bit
-        found[name] = torch.where(seen, number, -1)
+        found[name] = torch.where(seen, numbers_of(hits[0::2]), -1)
     reached = any(bool((number >= 0).any()) for number in found.values())
     return Follower(slices, found) if reached else None

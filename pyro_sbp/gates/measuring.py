@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.classes import bits_of, codes, partitions_that_fit
+from pyro_sbp.gates.classes import bits_of, codes, numbers_of, partitions_that_fit
 from pyro_sbp.gates.folding import call
-from pyro_sbp.gates.functions import tensors_in
+from pyro_sbp.gates.functions import has_nan, tensors_in
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix
 from pyro_sbp.gates.loose import (
@@ -300,8 +300,7 @@ def _pass(
         return False
     except Exception as error:  # a network's own code may raise anything
         raise _Astray(f"the network fails on NaN in it: {first_line(error)}") from error
-    numbers = (t for t in tensors_of(output) if t.is_floating_point() or t.is_complex())
-    return any(bool(t.isnan().any()) for t in numbers)
+    return any(map(has_nan, tensors_of(output)))
 
 
 def matrices(net: nn.Module) -> list[str]:
@@ -546,11 +545,7 @@ class _Decoding:
         if self.mixed or self.reach.problem is not None:
             return
         for name, seen in self.reach.seen.items():
-            bits = enumerate(one[name] for one, _ in self.hits)
-            number = sum(
-                (one.long() << bit for bit, one in bits),
-                torch.zeros(len(seen), dtype=torch.long, device="cpu"),
-            )
+            number = numbers_of([one[name] for one, _ in self.hits])
             self.reach.columns[name] = torch.where(seen, number, -1)
 
     def bits(self) -> tuple[Tensor, Tensor]:

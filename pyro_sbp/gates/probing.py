@@ -10,9 +10,10 @@ from torch import nn
 
 from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
-from pyro_sbp.gates.copies import materialize, without_idle_hooks
+from pyro_sbp.gates.copies import materialize
 from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
+from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.layers import num_columns
 from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
 from pyro_sbp.gates.nested import convert, tensors_of

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, repeatable
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.locating import Trail, suspects
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.state import State
-from pyro_sbp.gates.surgery import relative_difference, shrink_in_place
+from pyro_sbp.gates.steady import repeatable
+from pyro_sbp.gates.surgery import EXACT, relative_difference, shrink_in_place
 from pyro_sbp.gates.variants import (
     Kind,
     Variant,
@@ -30,8 +31,6 @@ from pyro_sbp.gates.variants import (
 
 __all__ = ["Proof", "copy_for_measurement", "enliven"]
 
-#: The largest `relative_difference` between the shrunk and the masked network, in float64.
-TOLERANCE = 1e-10
 #: After this many gates of a kind without a variant that works, no more variants are tried.
 _FAILURES = 2
 
@@ -97,7 +96,7 @@ class Proof:
             values[gone(gate.size, generator)] = 0
             theta[gate.name] = values
         each = {name: value[None] for name, value in theta.items()}
-        decisions = Decisions(relative_difference, TOLERANCE)
+        decisions = Decisions()
         trails = Trail(), Trail()
         try:
             with torch.no_grad():
@@ -111,7 +110,7 @@ class Proof:
         except Exception as error:  # a network's own code may raise anything
             self._where = trails[0].first_difference(trails[1])
             return f"cutting it fails: {first_line(error)}"
-        if not difference <= TOLERANCE:
+        if not difference <= EXACT:
             self._where = trails[0].first_difference(trails[1])
             return f"cutting it changes the output by {difference:.1e}"
         return None

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.copies import copy_network, drop_broken_hooks, fresh
+from pyro_sbp.gates.copies import copy_network, fresh
 from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
+from pyro_sbp.gates.functions import is_inexact
+from pyro_sbp.gates.hooks import drop_broken_hooks
 from pyro_sbp.gates.layers import Select, groups_of, resize, resize_tensor
 from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.noise import check_no_noise
@@ -20,7 +22,7 @@ from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.units import Units, forget_units
 
 __all__ = [
-    "Units",
+    "EXACT",
     "cut",
     "readable",
     "relative_difference",
@@ -29,6 +31,10 @@ __all__ = [
     "shrink_in_place",
     "surviving_units",
 ]
+
+#: Two networks compute the same function if the `relative_difference` of their outputs is at most
+#: this in float64.
+EXACT = 1e-10
 
 
 def _spread(alive: Tensor, span: Span) -> Tensor:
@@ -399,7 +405,7 @@ def relative_difference(expected: Any, actual: Any) -> float:
 def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
-    if not (_is_inexact(a) and _is_inexact(b)):
+    if not (is_inexact(a) and is_inexact(b)):
         return 0.0 if a.dtype == b.dtype and torch.equal(a, b) else float("inf")
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
@@ -413,7 +419,3 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return float("inf")
     typical = size.median().maximum(largest.clamp(max=1))
     return float(((a - b).abs() / size.maximum(typical)).max())
-
-
-def _is_inexact(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_sbp.deprecation import renamed_attribute, with_new_names
 from pyro_sbp.gates.nested import same
 
-__all__ = ["Units", "forget_units", "set_units", "units_of"]
+__all__ = ["Units", "forget_units", "set_units", "units_as_dicts", "units_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,12 @@ def units_of(small: nn.Module) -> dict[str, Units] | None:
     if isinstance(found, dict) and all(isinstance(unit, Units) for unit in found.values()):
         return found
     return None
+
+
+def units_as_dicts(small: nn.Module) -> dict[str, dict[str, Any]] | None:
+    """By gate, `Units.to_dict` of the value that `set_units` has set, or None if there is none."""
+    units = units_of(small)
+    return None if units is None else {gate: unit.to_dict() for gate, unit in units.items()}
 
 
 def forget_units(net: nn.Module) -> None:

@@ -21,7 +21,7 @@ from pyro_sbp.deployment.constructors import trusted
 from pyro_sbp.deployment.description import INDEX, Description
 from pyro_sbp.deployment.saving import FILES, load, save
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.units import units_of
+from pyro_sbp.gates.units import units_as_dicts
 from pyro_sbp.integrations.model_card import model_card
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
@@ -88,8 +88,7 @@ def save_pretrained(
     beside = there - {*FILES}
     save(net, path, constructor, kwargs, units, input_shape, True, standardization, beside=beside)
     description = Description.read(path / INDEX)
-    if units is None:
-        units = {gate: unit.to_dict() for gate, unit in (units_of(net) or {}).items()}
+    units = units_as_dicts(net) if units is None else units
     num_parameters = sum(parameter.numel() for parameter in net.parameters())
     library, code = "pyro-sbp", _code(description, repo_id or str(folder))
     if takes_config(type(net)):

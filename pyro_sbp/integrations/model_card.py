@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyro_sbp.text_tables import markdown_table
+
 __all__ = ["model_card"]
 
 
@@ -74,8 +76,7 @@ def _units(units: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    return markdown_table([_cell(name) for name in head], [list(map(_cell, row)) for row in rows])
 
 
 def _cell(value: Any) -> str:

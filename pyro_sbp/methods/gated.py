@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from pyro_sbp.deployment.unit_latency import UnitLatency, measure_unit_latency
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.folding import Gate, factors
-from pyro_sbp.gates.surgery import Units, cut, remaining_gates
+from pyro_sbp.gates.surgery import cut, remaining_gates
+from pyro_sbp.gates.units import Units
 from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, copied, noise_groups
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import Units
+from pyro_sbp.gates.units import Units
 from pyro_sbp.methods.phase import Phase, Predict
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.budgets import Budget

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.distributions import AdditiveNormal, ImproperLogUniform
-from pyro_sbp.gates.surgery import Units
+from pyro_sbp.gates.units import Units
 from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, noise_groups, rising_kl
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide

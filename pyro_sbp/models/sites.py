@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sbp.gates.folding import tensors_of
+from pyro_sbp.gates.nested import tensors_of
 
 __all__ = [
     "CopiedUnderOwnName",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.folding import call, evaluating, repeatable
+from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.layers import is_linear_in_weight, serves
+from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.special.derivatives import Saved
 
 __all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "unflat", "within_range"]

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.copies import copy_network, to_precision, without_idle_hooks
+from pyro_sbp.gates.copies import copy_network, to_precision
 from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.nested import convert
-from pyro_sbp.gates.surgery import Units, cut
+from pyro_sbp.gates.surgery import cut
+from pyro_sbp.gates.units import Units
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.criteria import CRITERIA, Criterion
 

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.nested import same
-from pyro_sbp.gates.surgery import (
-    Units,
-    readable,
-    shrink,
-    surviving_units,
-)
+from pyro_sbp.gates.surgery import readable, shrink, surviving_units
+from pyro_sbp.gates.units import Units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.budgets import Budget, Candidates, find_level

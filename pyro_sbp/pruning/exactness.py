@@ -9,36 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.copies import (
-    copy_network,
-    drop_broken_hooks,
-    fresh,
-    to_precision,
-    without_idle_hooks,
-)
+from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import (
-    Gate,
-    GatedNetwork,
-    call,
-    evaluating,
-    repeatable,
-)
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, evaluating
+from pyro_sbp.gates.hooks import drop_broken_hooks, without_idle_hooks
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.state import undone
+from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.gates.surgery import (
-    Units,
+    EXACT,
     cut,
     relative_difference,
     shrink_in_place,
     surviving_units,
 )
+from pyro_sbp.gates.units import Units
 
 __all__ = ["Equivalence", "EquivalenceError", "checked_shrink"]
-
-
-#: The largest allowed `relative_difference` of the pruned and the masked network, in float64.
-TOLERANCE = 1e-10
 
 
 class EquivalenceError(RuntimeError):
@@ -90,7 +77,7 @@ def checked_shrink(
         net_eval = copy_network(without_idle_hooks(net, example_input)).eval()
         own = torch.get_default_dtype()
         # Both networks break ties in the same way, because ties are not a difference of the units.
-        decisions = Decisions(relative_difference, TOLERANCE)
+        decisions = Decisions()
         with undone(net_eval), repeatable(own):
             masked = _masked(net_eval, gates, reference, fresh(example_input))
         exact = to_precision(net_eval, torch.float64)
@@ -114,10 +101,10 @@ def checked_shrink(
         pruned = call(small, fresh(example_input))
     pairs = zip(tensors_of(masked), tensors_of(pruned), strict=True)
     absolute = max(_largest_difference(a, b) for a, b in pairs)
-    if not relative <= TOLERANCE:
+    if not relative <= EXACT:
         raise EquivalenceError(
             f"the pruned network differs from the masked one by {relative:.1e} in float64, "
-            f"relative to the size of the outputs; at most {TOLERANCE:.0e} is allowed"
+            f"relative to the size of the outputs; at most {EXACT:.0e} is allowed"
         )
     return small, Equivalence(relative, absolute)
 

@@ -15,8 +15,8 @@ from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.layers import most_of_columns, rows_of
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import Units, surviving_units
-from pyro_sbp.gates.units import set_units
+from pyro_sbp.gates.surgery import surviving_units
+from pyro_sbp.gates.units import Units, set_units
 from pyro_sbp.models.sparse_guide import AdditiveNormalGuide
 from pyro_sbp.models.sparse_model import SparseModel
 from pyro_sbp.pruning.choosing import check_threshold, held_gates, nothing_reaches

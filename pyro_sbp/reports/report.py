@@ -15,7 +15,7 @@ from pyro_sbp.reports.findings import Findings, find
 from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
-from pyro_sbp.training.runs import Run
+from pyro_sbp.training.runs import NOISY, Run
 from pyro_sbp.training.summary import Summary, with_share
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ __all__ = ["write_report"]
 
 #: Dots per inch of the PNG files.
 DPI = 150
-#: Rows of latencies with a larger spread are unreliable.
-NOISY = 0.3
 HELD_OUT_WORDS = (
     "The network at other thresholds on the {title}, without fine-tuning. Errors are "
     "measured on the {count:,} training images that are reserved for validation, so a threshold "
@@ -221,9 +219,9 @@ def _log_alpha(threshold: float) -> str:
 def _units(found: Findings, pictures: _Pictures) -> list[str]:
     if found.description is None or found.posterior is None:
         return [pages.paragraph(f"No posterior: {found.missing['posterior']}.", "soft")]
-    description, run = found.description, found.run
+    description, criterion = found.description, found.rule.criterion
     gates, threshold = description["gates"], description["threshold"]
-    elements, criterion = description["elements"], found.rule.criterion
+    elements = description["elements"]
     head, rows = gate_table(description)
     meanings = {
         "units": f"Units with a {criterion.title} ({criterion.short}) of {threshold:.3g} or more "
@@ -242,12 +240,43 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
         kept = ", and the best is kept" if elements == "units" else ""
         words = f"No {elements[:-1]} reaches the threshold{kept}: {held}."
         parts.append(pages.paragraph(words, "note"))
+    parts.append(pages.side(_scores(found, pictures, head[0])))
+    parts.append(
+        pages.details(
+            f"{elements.capitalize()} closest to the threshold {threshold:.3g}",
+            [
+                pages.table(*nearest_table(description), f"Closest {elements}"),
+            ],
+        )
+    )
+    if description["waiting"]:
+        words = f"Gates without a turn yet: {', '.join(description['waiting'])}."
+        parts.append(pages.paragraph(words, "soft"))
+    left = description["left_alone"]
+    if left:
+        rows = [
+            (name, with_share(why, description["shares"].get(name))) for name, why in left.items()
+        ]
+        parts.append(
+            pages.details(
+                f"Not prunable: {len(left)} of the layers",
+                [pages.table(("layer", "why"), rows, "Layers without a gate")],
+            )
+        )
+    return parts
+
+
+def _scores(found: Findings, pictures: _Pictures, site: str) -> list[str]:
+    """The figures of the scores of units or weights; `site` is "gate" or "layer"."""
+    assert found.description is not None and found.posterior is not None
+    run, criterion, threshold = found.run, found.rule.criterion, found.description["threshold"]
+    gates = found.description["gates"]
     counts = "; ".join(f"{g['gate']} keeps {g['kept']} of {g['total']}" for g in gates)
     drawn = [
         pictures(
             "snr",
             plots.snr_histograms,
-            f"Histograms of the signal-to-noise ratio of every {head[0]}; the threshold on the "
+            f"Histograms of the signal-to-noise ratio of every {site}; the threshold on the "
             f"{criterion.title} is {threshold:.3g}. {counts}.",
             found.posterior,
             threshold,
@@ -275,30 +304,7 @@ def _units(found: Findings, pictures: _Pictures) -> list[str]:
                 criterion.name,
             )
         )
-    parts.append(pages.side(drawn))
-    parts.append(
-        pages.details(
-            f"{elements.capitalize()} closest to the threshold {threshold:.3g}",
-            [
-                pages.table(*nearest_table(description), f"Closest {elements}"),
-            ],
-        )
-    )
-    if description["waiting"]:
-        words = f"Gates without a turn yet: {', '.join(description['waiting'])}."
-        parts.append(pages.paragraph(words, "soft"))
-    left = description["left_alone"]
-    if left:
-        rows = [
-            (name, with_share(why, description["shares"].get(name))) for name, why in left.items()
-        ]
-        parts.append(
-            pages.details(
-                f"Not prunable: {len(left)} of the layers",
-                [pages.table(("layer", "why"), rows, "Layers without a gate")],
-            )
-        )
-    return parts
+    return drawn
 
 
 def _training(found: Findings, pictures: _Pictures) -> list[str]:

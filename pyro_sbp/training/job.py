@@ -19,7 +19,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment.benchmarking import device_name
-from pyro_sbp.deployment.saving import load_weights
+from pyro_sbp.deployment.weight_files import load_weights
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.folding import call
@@ -29,7 +29,15 @@ from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.devices import dtype_of
 
-__all__ = ["build_network", "machine", "prepare_data", "versions", "with_weights"]
+__all__ = [
+    "Job",
+    "build_network",
+    "machine",
+    "prepare_data",
+    "prepare_job",
+    "versions",
+    "with_weights",
+]
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,8 @@ from pyro_sbp import networks
 from pyro_sbp.gates.folding import Gate, Span
 from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.probing import Gates, find_gates
-from pyro_sbp.gates.surgery import Units, surviving_units
+from pyro_sbp.gates.surgery import surviving_units
+from pyro_sbp.gates.units import Units
 from pyro_sbp.pruning.choosing import choose_units
 
 

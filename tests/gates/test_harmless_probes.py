@@ -10,7 +10,6 @@ from torchvision.ops import DeformConv2d
 
 import pyro_sbp as sbp
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.surgery import relative_difference
 
 
 class Net(nn.Module):
@@ -279,7 +278,7 @@ def test_ties_are_decided_alike_and_other_choices_are_not():
     def top(*scores):
         return torch.tensor(scores, dtype=torch.float64).topk(2).indices.tolist()
 
-    decisions = Decisions(relative_difference, 1e-10)
+    decisions = Decisions()
     with decisions.recorded():
         chosen = top(1.0, 1.0 + 1e-15, 3.0), top(1.0, 2.0, 3.0)
     with decisions.repeated():

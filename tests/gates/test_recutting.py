@@ -10,16 +10,17 @@ from torch import nn
 
 from pyro_sbp import networks
 from pyro_sbp.deployment import saving
-from pyro_sbp.gates.folding import GatedNetwork, call, convert
+from pyro_sbp.gates.folding import GatedNetwork, call
 from pyro_sbp.gates.layers import Select, is_channelwise
+from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import (
-    Units,
     relative_difference,
     remaining_gates,
     shrink,
     surviving_units,
 )
+from pyro_sbp.gates.units import Units
 
 
 def lenet5():

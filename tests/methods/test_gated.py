@@ -5,7 +5,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.gates.surgery import Units
+from pyro_sbp.gates.units import Units
 from pyro_sbp.methods import SBP
 from pyro_sbp.methods.gated import Stage, over_all_units
 from pyro_sbp.networks import LeNet300_100

@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import pyro_sbp as sbp
 from pyro_sbp import networks
 from pyro_sbp.gates.attention import separate_attention
-from pyro_sbp.gates.folding import convert
+from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.macs import costs_by_layer, count_macs, count_parameters, unfused
