@@ -16,6 +16,8 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
+from pyro_sbp.models.untraced import untraced_terms
+
 __all__ = ["ClosedFormELBO", "Parts"]
 
 
@@ -85,13 +87,27 @@ class ClosedFormELBO(ELBO):
                 in the model and not marked as auxiliary; or, with validation enabled, the shape of
                 a site does not fit its plates.
         """
-        parts = [
+        parts: Any = self._untraced(model, guide, args, kwargs) or [
             self._of_traces(*traces) for traces in self._get_traces(model, guide, args, kwargs)
         ]
         nll, kl = (sum(of) / self.num_particles for of in zip(*parts, strict=True))
         # If a trace has no site of a kind, the sum is the number 0.
         values = (x if isinstance(x, Tensor) else torch.tensor(x, device="cpu") for x in (nll, kl))
         return Parts(*values)
+
+    def _untraced(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The terms of every draw without traces, or an empty list if the traces are needed."""
+        if self.vectorize_particles or self.max_plate_nesting < 1:
+            return []
+        found = []
+        for _ in range(self.num_particles):
+            terms = untraced_terms(model, guide, args, kwargs)
+            if terms is None:
+                return []
+            found.append(terms)
+        return found
 
     def _of_traces(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
         """The negative log-likelihood and the KL divergence of one pair of traces."""

@@ -113,14 +113,24 @@ class TruncatedLogNormalGuide(TruncatedGuide):
     ) -> TruncatedLogNormal:
         return TruncatedLogNormal(loc, scale, low, high)
 
-    def _joint_posteriors(self) -> dict[str, TruncatedLogNormal]:
-        """The posteriors of a `GatedModel`, which share their computations."""
+    def joint_posterior(self) -> TruncatedLogNormal | None:
+        """The posterior of all sites of a `GatedModel`, ``[units]``, in the order of the gates.
+
+        None if the sites have different bounds.
+        """
         bounds = {(box.low, box.high) for box in self._boxes.values()}
         if len(bounds) > 1:
-            return self.posteriors()
+            return None
         locs, log_scales = zip(*map(self._in_the_box, self._boxes), strict=True)
-        whole = TruncatedLogNormal(torch.cat(locs), torch.cat(log_scales).exp(), *bounds.pop())
-        return dict(zip(self._boxes, whole.split([len(loc) for loc in locs]), strict=True))
+        return TruncatedLogNormal(torch.cat(locs), torch.cat(log_scales).exp(), *bounds.pop())
+
+    def _joint_posteriors(self) -> dict[str, TruncatedLogNormal]:
+        """The posteriors of a `GatedModel`, which share their computations."""
+        whole = self.joint_posterior()
+        if whole is None:
+            return self.posteriors()
+        sizes = [gate.size for gate in self.model.gates]
+        return dict(zip(self._boxes, whole.split(sizes), strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site from its posterior. The arguments are those of the model."""

@@ -66,6 +66,9 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
             plate of the model: data, noise, obs.
     """
 
+    #: Whether the network or the likelihood is known to contain sample sites.
+    has_sites_inside = False
+
     def __init__(
         self,
         net: nn.Module,
@@ -117,7 +120,7 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         theta = {}
         with ExitStack() as stack:
             if self.noise_per == "example":
-                size = len(next(tensors_of(x)))
+                size = self.batch_size(x)
                 stack.enter_context(pyro.plate("noise", size, dim=-1))
                 stack.enter_context(poutine.scale(scale=1 / size))
             for gate in self.gates:
@@ -125,14 +128,25 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
                     theta[gate.name] = pyro.sample(gate.name, distribution(gate.name).to_event(1))
         return theta
 
+    def batch_size(self, x: Any) -> int:
+        """The number of examples of an input of the network."""
+        return len(next(tensors_of(x)))
+
     def prior(self, name: str) -> TruncatedLogUniform | TruncatedLogNormal:
         """The prior of theta of one gate, of batch shape ``[units]``."""
+        return self._prior_of(self._sizes[name])
+
+    def joint_prior(self) -> TruncatedLogUniform | TruncatedLogNormal:
+        """The prior of theta of all gates in order, of batch shape ``[units]``."""
+        return self._prior_of(sum(self._sizes.values()))
+
+    def _prior_of(self, size: int) -> TruncatedLogUniform | TruncatedLogNormal:
         # Not `self.gated`, because Pyro would record all parameters of the network at every access.
         like = next(self._modules["gated"].parameters())  # type: ignore[union-attr]
         modes = torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        key = name, self.prior_scale, like.device, Distribution._validate_args, *modes
+        key = size, self.prior_scale, like.device, Distribution._validate_args, *modes
         if torch.compiler.is_compiling() or key not in self._priors:
-            self._priors[key] = theta_prior(self.prior_scale, self._sizes[name], like)
+            self._priors[key] = theta_prior(self.prior_scale, size, like)
         return self._priors[key]
 
     def forward(self, x: Any, y: Any = None) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
     "CopiedUnderOwnName",
     "categorical",
     "check_num_data",
+    "check_observed",
     "observe",
     "scales_of",
     "unique_name",
@@ -94,6 +95,24 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
         The labels.
 
     Raises:
+        ValueError: as `check_observed`.
+    """
+    size = check_observed(likelihood, x, y, draws)
+    # Not `subsample_size`, because it would draw a permutation of all data at every step.
+    with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
+        return pyro.sample("obs", likelihood, obs=y)
+
+
+def check_observed(likelihood: Any, x: Any, y: Any, draws: Sequence[int] = ()) -> int:
+    """Check the shapes of the likelihood and of the labels of a minibatch.
+
+    Args:
+        likelihood, x, y, draws: as for `observe`.
+
+    Returns:
+        The size of the minibatch.
+
+    Raises:
         ValueError: the likelihood or the labels have too many dimensions. Broadcasting would then
             pair every label with every example.
     """
@@ -107,9 +126,7 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
     if isinstance(y, Tensor) and y.ndim - event > 1:
         expected = [size, *likelihood.event_shape]
         raise ValueError(f"the labels have shape {list(y.shape)}; expected {expected}")
-    # Not `subsample_size`, because it would draw a permutation of all data at every step.
-    with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
-        return pyro.sample("obs", likelihood, obs=y)
+    return size
 
 
 def scales_of(
