@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_value
-from pyro.optim import Adam  # type: ignore[attr-defined]  # made when Pyro is imported
+from pyro.optim import ClippedAdam  # type: ignore[attr-defined]  # made when Pyro is imported
 from torch import Tensor
 
 import pyro_sbp as sbp
@@ -39,19 +39,21 @@ def _model(x: Tensor, y: Tensor) -> None:
     with pyro.plate("features", x.shape[1]):
         theta = pyro.sample("theta", sbp.distributions.TruncatedLogUniform(-20.0, 0.0))
     with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(x @ theta, 0.5), obs=y)
+        pyro.sample("y", dist.Normal(theta @ x.T, 0.5), obs=y)
 
 
 def rows(
-    seed: int, *, steps: int = 600, samples: int = 400, warmup: int = 200, size: int = 300
+    seed: int, *, steps: int = 1500, samples: int = 400, warmup: int = 200, size: int = 300
 ) -> Iterator[Row]:
     """The coefficients of the data set of a seed, in order."""
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     x = torch.randn(size, len(TRUTH))
     y = x @ torch.tensor(TRUTH) + 0.5 * torch.randn(size)
-    guide = sbp.TruncatedLogNormalGuide(_model, x, y, init_loc=-6.0, init_log_scale=0.0)
-    svi = SVI(_model, guide, Adam({"lr": 0.05}), TraceMeanField_ELBO())
+    guide = sbp.TruncatedLogNormalGuide(_model, x, y, init_loc=-3.0, init_log_scale=-2.0)
+    decay = {"lr": 0.05, "lrd": 0.3 ** (1 / steps), "clip_norm": float("inf")}
+    elbo = TraceMeanField_ELBO(num_particles=10, vectorize_particles=True)
+    svi = SVI(_model, guide, ClippedAdam(decay), elbo)
     for _ in range(steps):
         svi.step(x, y)
     q = guide.posteriors()["theta"]

@@ -129,23 +129,28 @@ class _Terms(NamedTuple):
     scale: Tensor
     low: Tensor
     high: Tensor
-    far: Tensor  # bool: the elements whose loc is far outside
+    far: Tensor | None  # bool: the elements whose loc is far outside; None if there are none
     of_near: _Near
-    of_far: _Far | None  # None if there are no such elements
+    of_far: _Far | None
 
 
 def _terms(*parameters: Tensor) -> _Terms:
     loc, scale, low, high = (constant(without_copies(x)) for x in parameters)
     ends = torch.stack(torch.broadcast_tensors((low - loc) / scale, (high - loc) / scale))
-    far = (ends[0] > _FAR) | (ends[1] < -_FAR)
+    is_near = may_look(ends) and ends.numel() > 0 and _all_near(ends)
+    far = None if is_near else (ends[0] > _FAR) | (ends[1] < -_FAR)
     ends = ends.clamp(-_MOST, _MOST)  # vmap has no rule for the in-place function
     scaled = ends.mul(_SQRT_HALF)
     density = scaled.square().neg_().exp_()
     of_near = (_with_rise(x) for x in (scaled.erf_(), density, ends.mul_(density)))
     near = _Near(*(x for pair in of_near for x in pair))
-    is_near = may_look(far) and not far.any()
-    of_far = None if is_near else _terms_of_far(*parameters)
+    of_far = None if far is None else _terms_of_far(*parameters)
     return _Terms(loc, scale, low, high, far, near, of_far)
+
+
+def _all_near(ends: Tensor) -> bool:
+    """Whether no element is far outside, from the extreme values."""
+    return bool(ends[0].max() <= _FAR) and bool(ends[1].min() >= -_FAR)
 
 
 def _with_rise(ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +182,7 @@ def _draw(u: Tensor, t: _Terms) -> tuple[Tensor, Tensor, Tensor]:
     d_loc = torch.addcmul(n.density, n.density_rise, u).mul_(inverse_density).neg_().add_(1)
     d_scale = z - torch.addcmul(n.moment, n.moment_rise, u).mul_(inverse_density)
     x = torch.addcmul(t.loc, t.scale, z)
-    if t.of_far is not None:
+    if t.far is not None and t.of_far is not None:
         near = (x, d_loc, d_scale)
         x, d_loc, d_scale = map(torch.where, (t.far,) * 3, _draw_far(u, t.of_far), near)
     return torch.clamp(x, t.low, t.high), d_loc, d_scale

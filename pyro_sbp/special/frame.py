@@ -64,7 +64,9 @@ _ORIGINS = {
 _BLOCK = 4096  # elements of a block: their nodes take 1 MiB of the cache
 
 
-_WIDE = 1.0  # the width below which moments in closed form cancel
+# The width below which moments in closed form cancel, and the distance of loc outside, in scales,
+# from which erf cancels. Up to there the errors are below 2e-9.
+_WIDE, _OUTSIDE = 1.0, 3.0
 
 
 _MOST_SCALES = 37.0
@@ -192,7 +194,7 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     shape = common_shape(loc, scale, low, high)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
     below, above = (low - loc) / scale, (loc - high) / scale
-    sign = (below >= above).to(torch.float64).mul_(2).sub_(1)
+    sign = torch.where(below >= above, *_signs(below.device))
     alpha, beta = torch.maximum(below, above), torch.minimum(below, above).neg_()
 
     def full(x: Tensor) -> Tensor:
@@ -209,6 +211,12 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
         full((high - low) / scale),
         precision,
     )
+
+
+def _signs(device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 and -1 in float64. `where` with tensors is four times faster than converting a mask."""
+    one, minus = (torch.full((), x, dtype=torch.float64, device=device) for x in (1.0, -1.0))
+    return one, minus
 
 
 class Moments(Protocol):
@@ -242,13 +250,16 @@ class Moments(Protocol):
 def moments(f: Frame) -> Moments:
     """Moments of the density, computed for each element by the cheapest accurate method.
 
-    Where loc is inside the bounds, erf gives the moments in closed form. For float32 this is
-    accurate, unless the density is nearly uniform. In all other cases, and for float64, the moments
-    are quadrature sums.
+    Where loc is inside the bounds, or outside by at most three scales, erf gives the moments in
+    closed form. For float32 this is accurate, unless the density is nearly uniform. In all other
+    cases, and for float64, the moments are quadrature sums.
     """
     if f.precision == torch.float64 or not may_look(f.alpha):
         return integrate(f)
-    inside = (f.alpha < 0) & (f.width > _WIDE)
+    # Extreme values are found several times faster than elements of a mask are counted.
+    if f.alpha.numel() and bool(f.alpha.max() < _OUTSIDE) and bool(f.width.min() > _WIDE):
+        return ByErf(f)
+    inside = (f.alpha < _OUTSIDE) & (f.width > _WIDE)
     count = int(inside.count_nonzero())
     if count == inside.numel():
         return ByErf(f)
@@ -257,17 +268,26 @@ def moments(f: Frame) -> Moments:
 
 
 class ByErf:
-    """Moments of the density in closed form, for loc inside. The errors grow as ``width^-4``."""
+    """Moments of the density in closed form. Their errors grow as ``width^-4``, and as the inverse
+    of the mass of the normal distribution within the bounds.
+
+    They are moments of z, the distance from loc. If loc is outside, the mode is the nearer bound,
+    and ``r = z - alpha``.
+    """
 
     def __init__(self, f: Frame) -> None:
         # There is no mass beyond, and subnormal numbers are slow.
         self._ends = torch.stack([f.alpha, f.beta]).clamp(-_MOST_SCALES, _MOST_SCALES)
         scaled = self._ends * SQRT_HALF
         below, above = torch.erf(scaled)
-        self.mass = (above - below).mul_(_SQRT_HALF_PI)
+        self.mass = mass = (above - below).mul_(_SQRT_HALF_PI)
         # The density at the bounds, times a power of the bounds, gives the next moment.
-        self._density = scaled.square_().neg_().exp_().div_(self.mass)
-        self.mean = self.slope = self._density[0] - self._density[1]
+        self._density = scaled.square_().neg_().exp_().div_(mass)
+        self._mean = self.mean = self.slope = self._density[0] - self._density[1]
+        if bool(f.alpha.max() > 0):
+            outside = f.alpha.clamp_min(0)
+            self.mean = self._mean - outside
+            self.mass = mass * (0.5 * outside.square()).exp()
         self._powers = self._ends * self._density
         self._square = 1 + self._step()
 
@@ -276,26 +296,26 @@ class ByErf:
 
     @property
     def var(self) -> Tensor:
-        return self._square - self.mean.square()
+        return self._square - self._mean.square()
 
     @cached_property
     def _third_and_fourth(self) -> tuple[Tensor, Tensor]:
-        """The third and the fourth moment of r about the mode."""
+        """The third and the fourth moment of z."""
         self._powers.mul_(self._ends)
-        third = 2 * self.mean + self._step()
+        third = 2 * self._mean + self._step()
         self._powers.mul_(self._ends)
         return third, 3 * self._square + self._step()
 
     @property
     def third(self) -> Tensor:
         third, _ = self._third_and_fourth
-        return third - self.mean * (3 * self._square - 2 * self.mean.square())
+        return third - self._mean * (3 * self._square - 2 * self._mean.square())
 
     @property
     def var_square(self) -> Tensor:
         third, fourth = self._third_and_fourth
-        square = self.mean.square()
-        fourth = fourth - 4 * self.mean * third + square * (6 * self._square - 3 * square)
+        square = self._mean.square()
+        fourth = fourth - 4 * self._mean * third + square * (6 * self._square - 3 * square)
         return fourth - self.var.square()
 
 

@@ -113,11 +113,15 @@ def _second_of_log_density(
 class _Density(NamedTuple):
     """The log density at a value, and its derivatives."""
 
-    outside: Tensor
+    beyond: Tensor  # the distance of the value from the bounds, positive outside
     log_q: Tensor
     in_value: Tensor
     in_loc: Tensor
     in_scale: Tensor
+
+    @property
+    def outside(self) -> Tensor:
+        return self.beyond > 0
 
 
 class _Terms(NamedTuple):
@@ -142,7 +146,7 @@ def _terms(f: Frame, n: Moments) -> _Terms:
 
 
 def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
-    outside = (x < low) | (x > high)
+    beyond = torch.maximum(low - x, x - high)
     r = (x - t.mode) / t.step
     e = r * (t.slope + 0.5 * r)
     found: tuple[Tensor, ...] = (
@@ -151,10 +155,10 @@ def _density(x: Tensor, low: Tensor, high: Tensor, t: _Terms) -> _Density:
         (r - t.mean) / t.step,
         2 * (e - t.mean_e) / t.step.abs(),
     )
-    if not (may_look(outside) and not outside.any()):
+    if not (may_look(beyond) and beyond.numel() and bool(beyond.max() <= 0)):
         rest = (-math.inf, 0.0, 0.0, 0.0)
-        found = tuple(map(torch.where, (outside,) * 4, rest, found))
-    return _Density(outside, *found)
+        found = tuple(map(torch.where, (beyond > 0,) * 4, rest, found))
+    return _Density(beyond, *found)
 
 
 def entropy(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -179,9 +183,9 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         n = moments(f)
         value = (f.width / n.mass).log() - mean_e(n)
         near_uniform = _kl_near_uniform if f.precision == torch.float64 else _kl_series
-        large = value > _NEAR_UNIFORM[f.precision]
-        if not (may_look(large) and large.all()):
-            value = torch.where(large, value, near_uniform(f))
+        least = _NEAR_UNIFORM[f.precision]
+        if not (may_look(value) and value.numel() and bool(value.min() > least)):
+            value = torch.where(value > least, value, near_uniform(f))
         return expectation(value, f, n, -n.slope, -1.0)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
