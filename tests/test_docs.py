@@ -308,6 +308,10 @@ def test_prune_your_own_network_with_pyro():
 def test_the_distributions_in_your_own_model():
     space = page("distributions.md")
     assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]
+    # The deviations of a regression on the two features, with noise of variance 0.25.
+    x, q = space["x"][:, [0, 2]], space["guide"].posteriors()["theta"]
+    deviations = (0.25 * torch.linalg.inv(x.T @ x)).diagonal().sqrt()
+    torch.testing.assert_close(q.stddev[[0, 2]].detach(), deviations, rtol=0.15, atol=0)
     assert space["samples"]["y"].shape == (100, 300)
 
 

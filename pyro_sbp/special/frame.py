@@ -194,7 +194,7 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
     shape = common_shape(loc, scale, low, high)
     loc, scale, low, high = (constant(without_copies(x)) for x in (loc, scale, low, high))
     below, above = (low - loc) / scale, (loc - high) / scale
-    sign = torch.where(below >= above, *_signs(below.device))
+    sign = (below >= above).to(torch.float64).mul_(2).sub_(1)
     alpha, beta = torch.maximum(below, above), torch.minimum(below, above).neg_()
 
     def full(x: Tensor) -> Tensor:
@@ -211,12 +211,6 @@ def frame(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Frame:
         full((high - low) / scale),
         precision,
     )
-
-
-def _signs(device: torch.device) -> tuple[Tensor, Tensor]:
-    """1 and -1 in float64. `where` with tensors is four times faster than converting a mask."""
-    one, minus = (torch.full((), x, dtype=torch.float64, device=device) for x in (1.0, -1.0))
-    return one, minus
 
 
 class Moments(Protocol):
