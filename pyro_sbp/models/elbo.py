@@ -47,6 +47,9 @@ class ClosedFormELBO(ELBO):
     NotImplementedError. Auxiliary sites of a guide, such as those of Pyro's autoguides, contribute
     their log density, as in `TraceMeanField_ELBO`.
 
+    A `GatedModel` and its own guide are traced only if an effect handler is active, a method or a
+    hook changes them, or the network or the likelihood contains sample sites.
+
     Args:
         num_particles: the number of draws to average over.
         max_plate_nesting: as for `pyro.infer.ELBO`.
