@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import MCMC, NUTS, SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import init_to_value
-from pyro.optim import ClippedAdam  # type: ignore[attr-defined]  # made when Pyro is imported
+from pyro.optim import ClippedAdam
 from torch import Tensor
 
 import pyro_sbp as sbp

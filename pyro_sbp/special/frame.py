@@ -278,7 +278,7 @@ class ByErf:
         # The density at the bounds, times a power of the bounds, gives the next moment.
         self._density = scaled.square_().neg_().exp_().div_(mass)
         self._mean = self.mean = self.slope = self._density[0] - self._density[1]
-        if bool(f.alpha.max() > 0):
+        if f.alpha.numel() and bool(f.alpha.max() > 0):
             outside = f.alpha.clamp_min(0)
             self.mean = self._mean - outside
             self.mass = mass * (0.5 * outside.square()).exp()
