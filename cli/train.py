@@ -26,7 +26,7 @@ from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
 from pyro_sbp.recipes.request import PRECISIONS, PixelStatistics, Precision, Request
-from pyro_sbp.recipes.settings import METHODS, Recipe, read_recipe
+from pyro_sbp.recipes.settings import METHODS, TEMPERATURE, Recipe, read_recipe
 from pyro_sbp.training.files import LOCK
 from pyro_sbp.training.processes import is_first, num_processes
 from pyro_sbp.training.runs import read_request, read_threads
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
+#: The flags of options that may be repeated.
+_FLAGS = {"settings": "set", "teachers": "teacher"}
 #: The loggers, which are named like their extras; CSV files need none.
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
@@ -66,6 +68,16 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     "dense_epochs=N the dense network is trained from it.",
 )
 @click.option(
+    "--teacher",
+    "teachers",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="RUN",
+    help="Run whose dense network is the teacher of fine-tuning, at the temperature distill (4 if "
+    "the recipe has none); several runs are an ensemble.  [default: the network before its last "
+    "cut]",
+)
+@click.option(
     "--image-size",
     type=click.IntRange(1),
     metavar="N",
@@ -88,6 +100,13 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     "--macs-weight",
     type=float,
     help="Weight of the MACs of units in the KL divergence.  [default: by the recipe]",
+)
+@click.option(
+    "--target-macs-ratio",
+    type=float,
+    metavar="R",
+    help="Reach R times fewer MACs: macs_weight is adjusted during training, and the units are "
+    "chosen by R.  [default: by the recipe]",
 )
 @click.option(
     "--criterion",
@@ -172,7 +191,7 @@ def train(
                 "train again with more --epochs and another --output-dir"
             )
         given = [
-            "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+            f"--{_FLAGS.get(name, name.replace('_', '-'))}"
             for name, value in options.items()
             if value not in (None, ())
         ]
@@ -265,6 +284,7 @@ def _request(
     image_size: int | None,
     epochs: int | None,
     settings: Sequence[str],
+    teachers: Sequence[Path],
     **changes: Any,
 ) -> Request:
     if arch is None:
@@ -299,6 +319,13 @@ def _request(
             raise RequestError(f"--weights: there is no file {weights}")
         if "dense_epochs" not in assigned:
             chosen = chosen.replace(dense_epochs=0)
+    if teachers:
+        if not chosen.finetune_epochs:
+            raise RequestError(
+                "--teacher sets the labels of fine-tuning, but finetune_epochs is 0; expected more"
+            )
+        if not chosen.distill and "distill" not in assigned:
+            chosen = chosen.replace(distill=TEMPERATURE)
     config = architecture.data_config()
     standardize_by: PixelStatistics | None = None
     if config is not None:
@@ -328,6 +355,7 @@ def _request(
         channels_last=bool(channels_last),
         image_size=image_size,
         standardize_by=standardize_by,
+        teachers=tuple(map(str, teachers)),
     )
 
 

@@ -61,7 +61,10 @@ def compared(
     """
     rules = [request.recipe.rule(name) for name in CRITERIA]
     rows = []
-    with replayed(request, data, directory) as (job, loop), tempfile.TemporaryDirectory() as other:
+    with (
+        replayed(request, data, directory, fine_tuning) as (job, loop),
+        tempfile.TemporaryDirectory() as other,
+    ):
         loop.directory = Path(other)  # no run resumes from these checkpoints
         for criterion, threshold in rules:
             job.method.prune(criterion=criterion.name, threshold=threshold)

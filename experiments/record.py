@@ -61,7 +61,8 @@ def record(run: Path) -> dict[str, Any]:
     """The record of a run: its summary, and the facts that are needed to repeat it.
 
     For a run that started from the weights of another run, ``started_from`` is the command of that
-    run. ``latencies`` are those that `pyro-sbp bench` measured, if it did.
+    run, and ``taught_by`` are the commands of the runs of its teachers. ``latencies`` are those
+    that `pyro-sbp bench` measured, if it did.
 
     Raises:
         ValueError: the recipe of the run is not a named recipe, or the run started from weights
@@ -70,9 +71,11 @@ def record(run: Path) -> dict[str, Any]:
     asked = json.loads((run / "recipe.json").read_text("utf-8"))
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     request = Request.from_dict(asked)
-    start = {}
+    start: dict[str, Any] = {}
     if request.weights is not None:
         start["started_from"] = command(made_by(Path(request.weights)))
+    if request.teachers:
+        start["taught_by"] = [command(made_by(Path(run) / "dense.pt")) for run in request.teachers]
     return {
         **summary,
         "dataset": without_path(request.dataset),
@@ -131,6 +134,7 @@ def command(request: Request) -> str:
     words.append(f"--recipe {named.name}")
     if request.weights is not None:
         words.append(f"--weights {short_path(request.weights)}")
+    words += [f"--teacher {Path(run).name}" for run in request.teachers]
     if request.device != "cpu":
         words.append(f"--device {request.device}")
     if request.devices != 1:

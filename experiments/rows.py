@@ -181,7 +181,8 @@ class Row:
         record = self.first
         if record.baseline:
             return f"{record.method}, epochs of `{record.recipe}`"
-        return f"{METHODS.get(record.method, record.method)}, `{record.recipe}`"
+        name = f"{METHODS.get(record.method, record.method)}, `{record.recipe}`"
+        return name + _taught(record)
 
     @property
     def seeds(self) -> str:
@@ -252,12 +253,27 @@ def rows(records: Sequence[Record]) -> list[Row]:
         key = [record.arch, record.dataset, record.method, record.recipe]
         if record.baseline:
             key.append(record.command)
+        else:
+            key.append(_taught(record))
         group = groups.setdefault(tuple(key), [])
         if record.seed in {other.seed for other in group}:
             words = f"{record.arch} on {record.dataset} by {record.method}, {record.recipe}"
             raise RequestError(f"seed {record.seed} of {words} is recorded twice")
         group.append(record)
     return [Row(tuple(group)) for group in groups.values()]
+
+
+def _taught(record: Record) -> str:
+    """What a row says of the teachers of its fine-tuning; empty without `--teacher`."""
+    teachers = record.content.get("teachers", ())
+    if not teachers:
+        return ""
+    nets = " and ".join(sorted({title(arch) for arch in teachers}))
+    return (
+        f", taught by a dense {nets}"
+        if len(teachers) == 1
+        else (f", taught by {len(teachers)} dense networks ({nets})")
+    )
 
 
 def median_units(counts: Sequence[Mapping[str, int]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,18 @@ from pyro_sbp.methods.phase import NoisePhase, Phase, Predict, Standing, copied,
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE, TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_prior
 from pyro_sbp.models.sites import scales_of
-from pyro_sbp.pruning.budgets import Budget
+from pyro_sbp.pruning.budgets import Budget, MacsRatio
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import check_prior, guide_scores, scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
+from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
+from pyro_sbp.pruning.macs_target import (
+    TargetReached,
+    choose_by_macs,
+    largest_ratio,
+    ratio_of,
+)
 from pyro_sbp.recipes.settings import GatedRecipe
 
 __all__ = ["GatedMethod", "Stage", "Turn", "TurnPhase", "over_all_units"]
@@ -194,6 +202,10 @@ class GatedMethod(Method[G]):
     #: The latency of the units of the dense network, if the recipe's `cost` is "latency". It is set
     #: before the first turn, and is used in all turns.
     unit_latency: UnitLatency | None = None
+    #: The MACs of the dense network, unless the recipe's `cost` is another one.
+    dense_macs: float
+    #: The weights of the KL divergence, if they change during training.
+    control: KLControl | None = None
 
     @abstractmethod
     def turns(self) -> list[Turn]:
@@ -213,12 +225,41 @@ class GatedMethod(Method[G]):
         self.kl_scale = scales_of([gate.name for gate in gates], recipe.kl_scale)
         # Check the arguments now, so that an error does not appear after hours of training.
         if recipe.cost == "macs":
-            scales_by_cost(self.kl_scale, self.costs(self.net, gates), recipe.macs_weight)
+            costs = self.costs(self.net, gates)
+            self.dense_macs = costs.expected({})
+            scales_by_cost(self.kl_scale, costs, recipe.macs_weight)
+            if recipe.current_costs or recipe.target_macs_ratio is not None:
+                self.control = self._control(costs)
         self._turns = self.turns()
         self._stage = Stage.dense(self.net, gates)
         self._ended: dict[str, tuple[Tensor, Tensor]] = {}
         self._current: TurnPhase | None = None
         self._open: TurnPhase | None = None
+
+    def _control(self, costs: UnitCosts) -> KLControl:
+        """The weights of the KL divergence that follow the current costs, or reach the target."""
+        recipe, target = self.recipe, self.recipe.target_macs_ratio
+        if target is not None:
+            most = largest_ratio(self.net, self.gates, costs, self.example_input)
+            if target > most:
+                raise ValueError(
+                    f"target_macs_ratio is {target:g}; expected at most "
+                    f"{math.floor(100 * most) / 100:.2f}, the ratio of {type(self.net).__name__} "
+                    "with one unit in every gate"
+                )
+            if not any(self.kl_scale.values()):
+                raise ValueError(
+                    f"target_macs_ratio is {target:g}, but kl_scale is 0 for all gates, so no "
+                    "units would be removed; set kl_scale"
+                )
+        return KLControl(self.kl_scale, recipe.macs_weight, recipe.threshold, costs, target)
+
+    def state(self) -> dict[str, Any] | None:
+        return None if self.control is None else self.control.state_dict()
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        if self.control is not None and state is not None:
+            self.control.load_state_dict(state)
 
     def noise(self) -> Iterator[Phase]:
         for index, turn in enumerate(self._turns):
@@ -283,8 +324,14 @@ class GatedMethod(Method[G]):
         rule = self.recipe.rule(criterion)
         criterion = rule.criterion.name
         check_settings(criterion, threshold, budget, round_to, min_units)
-        if threshold is None and budget is None:
+        target = self.recipe.target_macs_ratio
+        if not (threshold is None and budget is None and criterion == self.recipe.criterion):
+            target = None
+        if target is not None:
+            budget = MacsRatio(target)
+        elif budget is None and threshold is None:
             threshold = rule.threshold
+        self.target = None
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
             theta = {**stage.theta(), **guide.mean()}
@@ -294,23 +341,48 @@ class GatedMethod(Method[G]):
             theta, score = stage.theta(), self._scores(criterion)
         for name, beyond in stage.beyond_multiples(round_to, score).items():
             theta[name][beyond], score[name][beyond] = 0, -torch.inf
-        choice = choose_units(
-            stage.net,
-            stage.gates,
-            theta,
-            score,
-            self.example_input,
-            criterion=criterion,
-            threshold=threshold,
-            budget=budget,
-            round_to=round_to,
-            min_units=min_units,
-            dense=self.net,
-        )
+        if target is not None and round_to == min_units == 1:
+            choice = self.by_macs(stage, theta, score, self.costs(stage.net, stage.gates), target)
+        else:
+            choice = choose_units(
+                stage.net,
+                stage.gates,
+                theta,
+                score,
+                self.example_input,
+                criterion=criterion,
+                threshold=threshold,
+                budget=budget,
+                round_to=round_to,
+                min_units=min_units,
+                dense=self.net,
+            )
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.example_input, choice.units
         )
         self._return(stage.after(choice, score, small, equivalence))
+
+    def by_macs(
+        self,
+        stage: Stage,
+        mean: Mapping[str, Tensor],
+        score: Mapping[str, Tensor],
+        costs: UnitCosts,
+        target: float,
+    ) -> Choice:
+        """The units of the network of a stage that reaches a target of MACs."""
+        return choose_by_macs(
+            stage.net,
+            stage.gates,
+            mean,
+            score,
+            self.example_input,
+            costs,
+            criterion=self.recipe.criterion,
+            ratio=target,
+            dense=self.net,
+            dense_macs=self.dense_macs,
+        )
 
     def _scores(self, criterion: str) -> dict[str, Tensor]:
         """The scores of the units of the last stage, by gate. For the recipe's criterion, they are
@@ -353,7 +425,9 @@ class TurnPhase(NoisePhase):
             method, recipe, stage, turn, last,
         )  # fmt: skip
         self.costs = method.costs(stage.net, stage.gates)
-        if stage.carried is None:
+        if method.control is not None:
+            kl_scale = method.control.weights
+        elif stage.carried is None:
             costs = method.weighted(self.costs)
             kl_scale = scales_by_cost(method.kl_scale, costs, recipe.macs_weight)
         else:
@@ -380,6 +454,20 @@ class TurnPhase(NoisePhase):
     def groups(self) -> list[dict[str, Any]]:
         return noise_groups(self.stage.net, self.guide, self.recipe)
 
+    def begin_step(self, epoch: int, step: int, steps: int) -> None:
+        control = self.method.control
+        if control is None or step % UPDATE_EVERY:
+            return
+        position = None
+        if self.decays:  # the KL divergence has its full weight
+            before, epochs = self.schedule_span or (0, self.epochs)
+            position = (before + epoch + step / steps) / epochs
+        self.model.kl_scale.update(control.update(self.costs, self._snr(), position))
+
+    def _snr(self) -> dict[str, Tensor]:
+        """The signal-to-noise ratios of the units, by gate, 0 where a column of zeros remains."""
+        return {name: x.where(self._there(name), 0.0) for name, x in self.guide.snr().items()}
+
     def decide(self) -> Decision:
         """The units that the turn would keep if it ended now."""
         recipe, stage = self.recipe, self.stage
@@ -394,10 +482,23 @@ class TurnPhase(NoisePhase):
             criterion=recipe.criterion,
             threshold=recipe.threshold,
         )
-        held = held_gates(own, recipe.threshold)
+        return self._decided(choice, score, own, recipe.threshold)
+
+    def _decided(
+        self, choice: Choice, score: dict[str, Tensor], own: dict[str, Tensor], threshold: float
+    ) -> Decision:
+        """The decision of a turn.
+
+        Args:
+            choice: the units to keep.
+            score: by gate, the scores of the units.
+            own: the scores of the units of the gates of the turn.
+            threshold: the threshold with which the units were chosen.
+        """
+        held = held_gates(own, threshold)
         # A unit that is kept although it is under the threshold is recorded as at the threshold, so
         # that `prune` keeps it too.
-        stayed = {name: value.clamp_min(recipe.threshold) for name, value in own.items()}
+        stayed = {name: value.clamp_min(self.recipe.threshold) for name, value in own.items()}
         return Decision(dataclasses.replace(choice, held=held), {**score, **stayed})
 
     def scores(self, criterion: str) -> dict[str, Tensor]:
@@ -440,9 +541,9 @@ class TurnPhase(NoisePhase):
         }
         # The expected MACs are those of the current network, whose other gates have had
         # their turn or are still to have it.
-        snr = {name: x.where(self._there(name), 0.0) for name, x in self.guide.snr().items()}
-        expected = self.costs.expected_under(snr)
-        return Standing(units, choice.held, self.kl(), expected)
+        expected, control = self.costs.expected_under(self._snr()), self.method.control
+        numbers = None if control is None else control.standing()
+        return Standing(units, choice.held, self.kl(), expected, numbers)
 
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Location and scale of log theta for all units of the turn's gates in the dense network.
@@ -475,7 +576,29 @@ class TurnPhase(NoisePhase):
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
-        return self._decide_cut() if self.turn.continues else self.decide()
+        if self.turn.continues:
+            return self._decide_cut()
+        decision, target = self.decide(), self.recipe.target_macs_ratio
+        return decision if target is None else self._decide_by_macs(decision, target)
+
+    def _decide_by_macs(self, by_threshold: Decision, target: float) -> Decision:
+        """The units of the network with the target of MACs, with a warning if the posterior is far
+        from it.
+
+        Args:
+            by_threshold: the units that the threshold keeps.
+            target: the ratio of MACs.
+        """
+        method, stage, recipe = self.method, self.stage, self.recipe
+        own = self.scores(recipe.criterion)
+        score = {**stage.score, **own}
+        theta = {**stage.theta(), **self.guide.mean()}
+        choice = method.by_macs(stage, theta, score, self.costs, target)
+        alone = ratio_of(self.costs, by_threshold.choice.units, method.dense_macs)
+        method.target = TargetReached(target, choice.threshold, alone)
+        if method.target.far:
+            warnings.warn(method.target.warning(recipe.threshold), stacklevel=2)
+        return self._decided(choice, score, own, choice.threshold)
 
     def _carried(self) -> Carried | None:
         if not self.turn.continues:

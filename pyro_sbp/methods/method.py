@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.exactness import Equivalence
 from pyro_sbp.pruning.macs import shares_not_prunable
+from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.sparsity import KeptWeights
 from pyro_sbp.recipes.settings import Recipe
 
@@ -42,6 +43,8 @@ class Method(ABC, Generic[R]):
         units: which units of every gate remain.
         held: the gates in which no unit reached the threshold, so that only the best was kept.
         equivalence: the differences between the smaller and the masked network when it was cut.
+        target: how the units were chosen, if the recipe has a target of MACs.
+        teacher: the network whose soft labels are learned with `distill`; None for `mean`.
     """
 
     mean: Predict
@@ -49,6 +52,8 @@ class Method(ABC, Generic[R]):
     units: dict[str, Units]
     held: tuple[str, ...] = ()
     equivalence: Equivalence
+    target: TargetReached | None = None
+    teacher: Predict | None = None
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class Method(ABC, Generic[R]):
     def finetuning(self) -> Phase:
         """The phase of ordinary training of the smaller network."""
         units = {name: int(units.kept.sum()) for name, units in self.units.items()}
-        teacher = self.mean if self.recipe.distill else None
+        teacher = (self.teacher or self.mean) if self.recipe.distill else None
         return fine_tuning(self.small, self.recipe, units, teacher)
 
     @abstractmethod
@@ -119,6 +124,14 @@ class Method(ABC, Generic[R]):
             ValueError: the criterion is not for this method, or `choose_units` raises it for these
                 settings.
         """
+
+    def state(self) -> dict[str, Any] | None:
+        """The state that training changes besides the modules of the phases, as plain values; None
+        if there is none."""
+        return None
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Load what `state` returned, before the phases begin."""
 
     @abstractmethod
     def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -38,12 +38,14 @@ class Standing:
         held: the gates in which no unit reaches the threshold, so that only the best is kept.
         kl: the KL divergence of all sites in nats, without weights.
         macs: the expected MACs of one example under the posterior; None without noise on units.
+        control: the numbers of `KLControl.standing`, if weights of the KL divergence change.
     """
 
     units: Mapping[str, int]
     held: tuple[str, ...] = field(default=())
     kl: float = 0.0
     macs: float | None = None
+    control: Mapping[str, float] | None = None
 
 
 class Phase(ABC):
@@ -92,6 +94,14 @@ class Phase(ABC):
     @abstractmethod
     def loss(self, x: Tensor, y: Tensor) -> Parts:
         """The loss of a minibatch of images and labels, in parts, per example."""
+
+    def begin_step(self, epoch: int, step: int, steps: int) -> None:  # noqa: B027
+        """Prepare the loss of the next step, such as the weights of its KL divergence.
+
+        Args:
+            epoch: the number of finished epochs of the phase.
+            step, steps: the number of finished steps of the epoch, and of all its steps.
+        """
 
     @abstractmethod
     def predictor(self) -> Predict:

@@ -180,6 +180,10 @@ class UnitCosts:
             ValueError: `keep` has an unknown gate, a tensor of the wrong shape, or a value outside
                 of [0, 1].
         """
+        return float(self._expected(self._checked(keep)))
+
+    def _checked(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The probabilities of all units, on the CPU, in float64."""
         values = {name: value.detach().cpu().double() for name, value in keep.items()}
         for name, value in values.items():
             if name not in self.sizes:
@@ -191,7 +195,19 @@ class UnitCosts:
                 )
             if not bool(((value >= 0) & (value <= 1)).all()):
                 raise ValueError(f"keep of gate {name!r} has a value outside of [0, 1]")
-        return float(self._expected({**self._all(), **values}))
+        return {**self._all(), **values}
+
+    def _slopes(self, keep: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The expected MACs, and the loss of MACs if a unit is removed, by gate, ``[units]``."""
+        if not self._terms:
+            return self._rest, {name: torch.zeros_like(value) for name, value in keep.items()}
+        values = {name: value.clone().requires_grad_() for name, value in keep.items()}
+        with torch.enable_grad():
+            # The expectation is linear in the probability of each unit, so its slope is the loss of
+            # MACs.
+            whole = self._expected(values)
+            slopes = torch.autograd.grad(whole, list(values.values()), materialize_grads=True)
+        return float(whole.detach()), dict(zip(values, slopes, strict=True))
 
     def expected_under(self, snr: Mapping[str, Tensor]) -> float:
         """Expected MACs under a posterior, with the probabilities of `keep_probability`.
@@ -201,36 +217,42 @@ class UnitCosts:
         """
         return self.expected({name: keep_probability(value) for name, value in snr.items()})
 
-    def per_unit(self) -> dict[str, float]:
+    def per_unit(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """MACs that the network loses if one unit is removed and all others remain.
 
-        Returns:
-            By gate, the mean over its units.
-        """
-        if not self._terms:
-            return dict.fromkeys(self.sizes, 0.0)
-        keep = {name: ones.requires_grad_() for name, ones in self._all().items()}
-        with torch.enable_grad():
-            # The expectation is linear in the probability of each unit, so its slope is the loss of
-            # MACs.
-            whole = self._expected(keep)
-            slopes = torch.autograd.grad(whole, list(keep.values()), materialize_grads=True)
-        return {name: float(slope.mean()) for name, slope in zip(keep, slopes, strict=True)}
+        Args:
+            keep: the probabilities with which the other units remain, as for `expected`; by default
+                all remain.
 
-    def relative(self) -> dict[str, float]:
-        """`per_unit`, divided by its mean over all units of all gates.
+        Returns:
+            By gate, the mean over its units, weighted by their probabilities.
 
         Raises:
-            ValueError: the MACs of no unit are known.
+            ValueError: as `expected`.
         """
-        costs = self.per_unit()
-        mean = sum(costs[name] * size for name, size in self.sizes.items())
-        mean /= sum(self.sizes.values())
+        values = self._checked(keep or {})
+        _, slopes = self._slopes(values)
+        return {name: float(_mean(slopes[name], values[name])) for name in self.sizes}
+
+    def relative(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """`per_unit`, divided by its mean over all units of all gates, weighted by `keep`.
+
+        Raises:
+            ValueError: the MACs of no unit are known, or as `expected`.
+        """
+        return self.expected_and_relative(keep or {})[1]
+
+    def expected_and_relative(self, keep: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """The values of `expected` and `relative`, in about the time of one of them."""
+        values = self._checked(keep)
+        expected, slopes = self._slopes(values)
+        costs = {name: float(_mean(slopes[name], values[name])) for name in self.sizes}
+        mean = float(_mean(*(torch.cat([x[n] for n in self.sizes]) for x in (slopes, values))))
         if not mean > 0:
             raise ValueError(
                 "no unit has MACs, so units cannot be weighted by their MACs; use macs_weight 0"
             )
-        return {name: cost / mean for name, cost in costs.items()}
+        return expected, {name: cost / mean for name, cost in costs.items()}
 
     def _all(self) -> dict[str, Tensor]:
         return {
@@ -243,6 +265,12 @@ class UnitCosts:
         for term in self._terms:
             whole = whole + term.expected(keep)
         return whole
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The weighted mean of values; without any weight, their mean."""
+    total = weights.sum()
+    return (values * weights).sum() / total if total > 0 else values.mean()
 
 
 def _counted(net: nn.Module, example_input: Any) -> dict[str, float]:

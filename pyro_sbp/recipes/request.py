@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
@@ -47,6 +47,9 @@ class Request:
             of the architecture, or of the data.
         standardize_by: the statistics for standardising images, such as those with which the
             weights were trained. With None the recipe decides.
+        teachers: directories of other runs. With `distill`, fine-tuning learns the average
+            predictions of their dense networks. Without them, it learns those of the network of the
+            run before its last cut.
 
     Raises:
         RequestError: a value has a wrong type or is out of its bounds.
@@ -64,6 +67,21 @@ class Request:
     channels_last: bool = False
     image_size: Annotated[int, Field(ge=1)] | None = None
     standardize_by: PixelStatistics | None = None
+    teachers: tuple[str, ...] = ()
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # JSON has lists
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> Self:
+        if self.teachers and not self.recipe.distill:
+            raise ValueError(
+                "a teacher sets the soft labels of fine-tuning, and distill, their temperature, is "
+                "0; set distill"
+            )
+        return self
 
     @property
     def method(self) -> str:

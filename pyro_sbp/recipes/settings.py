@@ -22,6 +22,7 @@ __all__ = [
     "ORDERS",
     "RECIPE_CLASSES",
     "STRICT",
+    "TEMPERATURE",
     "GatedRecipe",
     "RBPRecipe",
     "Recipe",
@@ -46,6 +47,8 @@ _Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 _Rate = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Factor = Annotated[float, Field(ge=0, le=1e6)]
+#: The temperature of a teacher's soft labels unless another is given; it suits MNIST.
+TEMPERATURE = 4.0
 #: The largest signal-to-noise ratio that the posterior of a weight can reach: that of log alpha =
 #: -8.
 _MAX_WEIGHT_SNR = math.exp(4)
@@ -215,8 +218,8 @@ class Recipe:
     distill: Annotated[float, Field(ge=0, le=1000)] = _setting(
         0.0,
         "Temperature of the soft labels for fine-tuning; 0 uses the labels of the data. The "
-        "teacher is the network before its last cut, with the noise at its mean. 4 works well for "
-        "MNIST.",
+        "teacher is the network before its last cut, with the noise at its mean, or the dense "
+        "networks of `--teacher`. 4 works well for MNIST.",
     )
     init_log_scale: Annotated[float, Field(ge=-10, le=5)] = _setting(
         -5.0,
@@ -370,6 +373,19 @@ class GatedRecipe(Recipe):
         "Weight of the cost of a unit in its KL divergence. The KL of a gate is weighted by "
         "`kl_scale` * (1 + `macs_weight` * cost of one of its units / mean cost of all units).",
     )
+    target_macs_ratio: Annotated[float, Field(ge=1, le=1e6)] | None = _setting(
+        None,
+        "The ratio of the MACs of the dense network to those of the pruned network that the run "
+        "shall reach. The weights of the KL divergence are adjusted during training, and "
+        "`macs_weight` is their start. The units are then chosen by this ratio instead of the "
+        "`threshold`. RBP needs the order `together`.",
+    )
+    current_costs: bool = _setting(
+        False,
+        "Use the MACs of a unit as they are now, when other gates have lost units, instead of "
+        "those in the dense network (for rbp, at the beginning of a turn). With "
+        "`target_macs_ratio` they are always used.",
+    )
     cost: Literal["macs", "latency"] = _setting(
         "macs",
         "The cost of a unit: its MACs, or the latency that it adds on this machine, which is "
@@ -412,6 +428,31 @@ class GatedRecipe(Recipe):
         if self.cost != "macs" and not self.macs_weight:
             raise ValueError(
                 f"cost is {self.cost}, and has no effect, because macs_weight is 0; set macs_weight"
+            )
+        if self.current_costs and self.cost != "macs":
+            raise ValueError(f"current_costs applies to MACs only; cost is {self.cost}")
+        if self.current_costs and not self.macs_weight and self.target_macs_ratio is None:
+            raise ValueError(
+                "current_costs has no effect, because macs_weight is 0; set macs_weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.target_macs_ratio is None:
+            return self
+        given = f"target_macs_ratio is {self.target_macs_ratio:g}"
+        if self.cost != "macs":
+            raise ValueError(f"{given}, which weights units by their MACs; cost is {self.cost}")
+        if self.criterion != "snr" or self.threshold <= 0:
+            name, value = (
+                ("threshold", self.threshold)
+                if self.criterion == "snr"
+                else ("criterion", self.criterion)
+            )
+            raise ValueError(
+                f"{given}, which needs signal-to-noise ratios and a threshold > 0; {name} is "
+                f"{value}"
             )
         return self
 

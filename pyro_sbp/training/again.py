@@ -62,7 +62,8 @@ def prune_again(
         RequestError: the run has no complete checkpoint, an error must be measured and the run has
             no images for validation, or `choose_units` does not accept the settings.
     """
-    with replayed(request, data, directory) as (job, loop), TemporaryDirectory() as other:
+    taught = finetune_epochs > 0
+    with replayed(request, data, directory, taught) as (job, loop), TemporaryDirectory() as other:
         if max_error_increase is not None:
             budget = _error_budget(max_error_increase, job, loop)
         try:
@@ -191,17 +192,20 @@ def sweep(
 
 
 @contextmanager
-def replayed(request: Request, data: ImageData, directory: Path) -> Iterator[tuple[Job, Loop]]:
+def replayed(
+    request: Request, data: ImageData, directory: Path, taught: bool = False
+) -> Iterator[tuple[Job, Loop]]:
     """Within the context, a run with its posterior, in the state after its phases.
 
     Args:
         request, data, directory: of the run, as for `train`.
+        taught: whether to read the teachers of the run, which only fine-tuning needs.
 
     Raises:
         RequestError: the run has no complete checkpoint.
     """
     fabric = launch(request.device, precision=request.precision)
-    job = prepare_job(request, data, directory, fabric)
+    job = prepare_job(request, data, directory, fabric, taught)
     loop = Loop(request, job.method, job.data, directory, fabric)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False):
         loop.replay()

@@ -78,6 +78,7 @@ class Checkpoint:
             checkpoints of earlier versions.
         calibration: NLL and ECE, by split and by the name of the network; None in checkpoints of
             earlier versions.
+        method: the state of the method, from `Method.state`, if it has any.
     """
 
     request: Request
@@ -96,6 +97,7 @@ class Checkpoint:
     average: dict[str, Any] | None = None
     gates: dict[str, int] | None = None
     calibration: dict[str, dict[str, dict[str, float]]] | None = None
+    method: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Write the file atomically, with a checksum of its values.
@@ -206,6 +208,22 @@ class _Record(TypedDict):
 
 
 @with_config(_CONFIG)
+class _Control(TypedDict):
+    """The values of `KLControl.state_dict`."""
+
+    integral: float
+    position: float
+    log_ratio: float
+    speed: float
+    start: list[float] | None
+    macs_weight: float
+    factor: float
+    ratio: float
+    reference: float | None
+    weights: dict[str, float]
+
+
+@with_config(_CONFIG)
 class _Saved(TypedDict):
     """The values in the file, named like the attributes of `Checkpoint`."""
 
@@ -225,6 +243,7 @@ class _Saved(TypedDict):
     average: NotRequired[dict[str, Any] | None]
     gates: NotRequired[dict[str, _Count] | None]
     calibration: NotRequired[dict[str, dict[str, dict[str, float]]] | None]
+    method: NotRequired[_Control | None]
 
 
 _SAVED = TypeAdapter(_Saved)

@@ -14,13 +14,10 @@ from pyro_sbp.errors import RequestError, unknown
 from pyro_sbp.gates.folding import evaluating
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
-from pyro_sbp.recipes.settings import Optimizer, Recipe, SBPRecipe, Schedule
+from pyro_sbp.recipes.settings import TEMPERATURE, Optimizer, Recipe, SBPRecipe, Schedule
 from pyro_sbp.training.optimization import Optimization, moving_average
 
 __all__ = ["Settings", "fine_tune"]
-
-#: The temperature of soft labels unless another is given; it suits MNIST.
-TEMPERATURE = 4.0
 
 
 class Settings(TypedDict, total=False):

@@ -28,6 +28,7 @@ from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.devices import dtype_of
+from pyro_sbp.training.teachers import Teachers, check_teacher
 
 __all__ = [
     "Job",
@@ -108,9 +109,18 @@ class Job:
     parameters: int
 
 
-def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabric) -> Job:
-    """Build the network and the method of a request. Nothing is written."""
+def prepare_job(
+    request: Request, data: ImageData, directory: Path, fabric: Fabric, taught: bool = True
+) -> Job:
+    """Build the network and the method of a request. Nothing is written.
+
+    Args:
+        request, data, directory, fabric: as for `Loop`, with the data as `load_dataset` returns it.
+        taught: whether to read the teachers of the request, which only fine-tuning needs.
+    """
     data = prepare_data(request, data, fabric.device)
+    # Before the network of the run is built, whose seed determines all later random numbers.
+    teacher = _teacher(request, data) if taught else None
     dense, kwargs = build_network(request, data)
     example, _ = data.test.batch(slice(0, 8))
     # A run that resumes does not need the file: its checkpoint has later weights.
@@ -132,8 +142,21 @@ def prepare_job(request: Request, data: ImageData, directory: Path, fabric: Fabr
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
+    if teacher is not None:
+        method.teacher = teacher.to(fabric.device, dtype)
     macs, parameters = count_macs(dense, example[:1]), count_parameters(dense)
     return Job(request, data, example, kwargs, method, macs, parameters)
+
+
+def _teacher(request: Request, data: ImageData) -> Teachers | None:
+    """The dense networks of the runs that the request names as teachers."""
+    networks, names = [], []
+    for name in request.teachers:
+        other = check_teacher(Path(name), request)
+        net, _ = build_network(other, data)
+        networks.append(with_weights(net, Path(name) / "dense.pt"))
+        names.append(other.arch)
+    return Teachers(networks, names) if networks else None
 
 
 def with_weights(net: nn.Module, path: Path, classes: int | None = None) -> nn.Module:

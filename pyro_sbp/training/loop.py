@@ -313,6 +313,7 @@ class Loop:
                 # Gradients are averaged over processes, whose shares may differ by one example.
                 share = world * len(y) / len(batch)
                 weight = _kl_weight(phase, place, len(batches))
+                phase.begin_step(place.epoch, place.step, len(batches))
                 loss, parts = step(self._input(x), y, share, weight)
                 optimization.zero_grad()
                 self.fabric.backward(loss)
@@ -360,6 +361,7 @@ class Loop:
             "units": dict(standing.units),
             "held": list(standing.held),
             **({} if standing.macs is None else {"macs": standing.macs}),
+            **({} if standing.control is None else {"control": dict(standing.control)}),
             "seconds": round(seconds, 3),
         }
         self.lines.append(line)
@@ -473,6 +475,7 @@ class Loop:
             left_alone=self.method.not_prunable,
             posteriors=self.method.posteriors(),
             gates={gate.name: gate.size for gate in self.method.gates},
+            method=self.method.state(),
         )
         on_first(self.fabric, lambda: checkpoint.write(self.directory / "checkpoint.pt"))
 
@@ -490,6 +493,7 @@ class Loop:
         self.calibration = saved.calibration or self.calibration
         self.seconds, self.lines = saved.seconds, saved.lines
         self.order.set_state(saved.order.cpu())
+        self.method.load_state(saved.method)
         random = saved.random[self.fabric.global_rank]
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from pyro_sbp.training.summary import (
     LayerWeights,
     Size,
     Summary,
+    Target,
     WeightsLeft,
 )
+from pyro_sbp.training.teachers import Teachers
 
 __all__ = ["write_result"]
 
@@ -97,7 +100,17 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
             method.equivalence.max_rel_diff_float64, method.equivalence.max_abs_diff
         ),
         standardize=None if standardization is None else standardization.to_dict(),
+        teachers=_teachers(loop),
+        target=None if method.target is None else Target(**dataclasses.asdict(method.target)),
     )
+
+
+def _teachers(loop: Loop) -> tuple[str, ...]:
+    """The architectures of the dense networks that taught the returned network."""
+    teacher = loop.method.teacher
+    if isinstance(teacher, Teachers) and "finetuned" in loop.errors["test"]:
+        return teacher.names
+    return ()
 
 
 def _weights(method: Method) -> WeightsLeft | None:

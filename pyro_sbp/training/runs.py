@@ -56,6 +56,7 @@ class Line(TypedDict):
     weighted_kl: NotRequired[float]
     held: NotRequired[list[str]]
     macs: NotRequired[float]
+    control: NotRequired[dict[str, float]]
 
 
 @with_config(_CONFIG)

@@ -22,6 +22,7 @@ __all__ = [
     "GateUnits",
     "Size",
     "Summary",
+    "Target",
     "WeightsLeft",
     "lines_not_prunable",
     "with_share",
@@ -175,8 +176,18 @@ class Differences:
     max_abs_diff: _Number
 
 
+@dataclass(frozen=True, config=_CONFIG)
+class Target:
+    """How a network with a target of MACs was chosen; see `TargetReached`."""
+
+    macs_ratio: _Number
+    threshold: float
+    ratio_by_threshold: _Number
+
+
 #: Fields that are omitted if they are None, instead of being written as null.
 _OPTIONAL = (
+    "target",
     "validation_error",
     "training_error",
     "calibration",
@@ -212,6 +223,9 @@ class Summary:
         macs: multiply-accumulates of one example.
         parameters: the number of parameters.
         equivalence: how exact the cut was.
+        target: how the units were chosen, if the recipe has a target of MACs.
+        teachers: the networks whose dense versions taught the fine-tuning; empty without
+            `--teacher`.
         standardize: mean and standard deviation by channel, if images are standardized.
     """
 
@@ -237,6 +251,8 @@ class Summary:
     left_alone: Mapping[str, str] = Field(default_factory=dict)
     shares: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
     standardize: Mapping[str, Sequence[float]] | None = None
+    target: Target | None = None
+    teachers: tuple[str, ...] = ()
 
     def not_prunable(self) -> list[str]:
         """A line for each layer that is not prunable, those with most parameters first."""
@@ -248,6 +264,8 @@ class Summary:
         for name in _OPTIONAL:
             if values[name] is None:
                 del values[name]
+        if not values["teachers"]:
+            del values["teachers"]
         if values["macs"]["nonzero"] is None:
             del values["macs"]["nonzero"]
         if "files" in values and values["files"]["sparse"] is None:

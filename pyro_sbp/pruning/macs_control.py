@@ -1,0 +1,179 @@
+"""Weights of the KL divergence that follow the costs of the units, and reach a target of MACs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pyro_sbp.pruning.costs import UnitCosts, scales_by_cost
+
+__all__ = ["UPDATE_EVERY", "KLControl", "soft_keep"]
+
+#: The number of steps between two updates of the weights.
+UPDATE_EVERY = 20
+#: The slope of the probability of a unit at the threshold. With 2 it would be `keep_probability`,
+#: which counts a tenth of the units whose posterior equals the prior. With 6 these do not count.
+SHARPNESS = 6.0
+#: The ramp of the target begins when the expected MACs have fallen by this factor, or after this
+#: share of training. It ends after the other share, before learning rates have decayed.
+BEGINS, WAITS, RAMP_ENDS = 1.02, 0.2, 0.7
+#: The gains of the controller, in log strength for each unit of the log of the ratio; integrals and
+#: derivatives are over the share of training. The derivative is that of the expected MACs, smoothed
+#: over the last share of training below. It slows the weights early, because most units that were
+#: removed do not come back.
+PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 30.0, 0.1
+SMOOTHED = 0.01
+#: The largest absolute value of the log strength.
+LARGEST = math.log(1e4)
+
+
+def soft_keep(snr: Tensor, threshold: float) -> Tensor:
+    """1 / (1 + (threshold / SNR)^6): a smooth count of the units that reach a threshold.
+
+    Args:
+        snr: the signal-to-noise ratios, of any shape, in [0, inf].
+        threshold: the threshold, > 0. A unit at the threshold counts 1/2.
+    """
+    return 1 / (1 + (threshold / snr.double()) ** SHARPNESS)
+
+
+class KLControl:
+    """The weights of the KL divergence of the gates, from the costs of the units as they are now.
+
+    The cost of a unit is the number of MACs that the network loses if it is removed now, when other
+    gates have lost units already. Without a target, the weight of a gate is ``kl_scale * (1 +
+    macs_weight * cost / mean cost)``.
+
+    With a target, a proportional-integral-derivative controller adjusts the strength of these
+    weights, so that the logarithm of the expected MACs falls linearly to that of the target. The
+    reference begins when units begin to be removed, and reaches the target after 70 % of training.
+    A strength v >= 1 replaces `macs_weight` m by v (1 + m) - 1, so only the weight of the costs
+    grows. A strength v < 1 multiplies all weights. The expected MACs are those of units that remain
+    with the probabilities of `soft_keep`.
+
+    Args:
+        kl_scale: the weights without costs, by gate.
+        macs_weight: the weight of the costs, which is also the start of the controller.
+        threshold: the signal-to-noise ratio at which units will be removed.
+        costs: the costs of the units of the dense network.
+        target: the target, as a ratio of the MACs of the dense network to those of the smaller one;
+            None without a target.
+
+    Attributes:
+        weights: the weights of the KL divergence, by gate.
+        macs_weight: the current weight of the costs.
+        factor: the current factor of all weights, at most 1.
+        ratio: the ratio of the MACs of the dense network to the expected MACs.
+        reference: the ratio that the controller aims for now; None before the ramp and without a
+            target.
+
+    Raises:
+        ValueError: the MACs of no unit are known.
+    """
+
+    def __init__(
+        self,
+        kl_scale: Mapping[str, float],
+        macs_weight: float,
+        threshold: float,
+        costs: UnitCosts,
+        target: float | None = None,
+    ) -> None:
+        self._kl_scale, self._least = dict(kl_scale), macs_weight
+        self._threshold, self._target = threshold, target
+        self._dense = costs.expected({})
+        self._integral = self._position = self._log_ratio = self._speed = 0.0
+        self._start: tuple[float, float] | None = None
+        self.macs_weight, self.factor, self.ratio = macs_weight, 1.0, 1.0
+        self.reference: float | None = None
+        self.weights = scales_by_cost(kl_scale, costs, macs_weight)
+        if target is not None:
+            costs.relative()  # raises now if a controller would have nothing to weight
+
+    def update(
+        self, costs: UnitCosts, snr: Mapping[str, Tensor], position: float | None
+    ) -> dict[str, float]:
+        """Adjust the weights.
+
+        Args:
+            costs: the costs of the units of the current network.
+            snr: by gate, the signal-to-noise ratios of the units of the current network. Gates that
+                are not named keep all their units.
+            position: the share of training with noise that is done, in [0, 1]; None in a part of
+                training in which the KL divergence does not have its full weight. The controller
+                then does nothing.
+
+        Returns:
+            The weights of the gates that `snr` names.
+        """
+        keep = {name: soft_keep(value, self._threshold) for name, value in snr.items()}
+        expected, relative = costs.expected_and_relative(keep)
+        log_ratio = math.log(self._dense / max(expected, 1.0))
+        self.ratio = math.exp(log_ratio)
+        if self._target is not None and position is not None:
+            self._control(log_ratio, position)
+        for name in snr:
+            cost = 1 + self.macs_weight * relative[name]
+            self.weights[name] = self.factor * self._kl_scale[name] * cost
+        return {name: self.weights[name] for name in snr}
+
+    def _control(self, log_ratio: float, position: float) -> None:
+        passed, self._position = position - self._position, position
+        grown, self._log_ratio = log_ratio - self._log_ratio, log_ratio
+        if passed > 0:
+            self._speed += min(1.0, passed / SMOOTHED) * (grown / passed - self._speed)
+        if self._start is None:
+            if self.ratio < BEGINS and position < WAITS:
+                return
+            self._start = position, log_ratio
+        assert self._target is not None
+        start, first = self._start
+        share = min(1.0, (position - start) / (max(RAMP_ENDS, start + 0.1) - start))
+        reference = first + share * (math.log(self._target) - first)
+        error = reference - log_ratio
+        self._integral += INTEGRAL * error * passed
+        self._integral = max(-LARGEST, min(LARGEST, self._integral))
+        log_strength = self._integral + PROPORTIONAL * error - DERIVATIVE * self._speed
+        strength = math.exp(max(-LARGEST, min(LARGEST, log_strength)))
+        self.factor = min(1.0, strength)
+        self.macs_weight = max(1.0, strength) * (1 + self._least) - 1
+        if strength < 1:
+            self.macs_weight = self._least
+        self.reference = math.exp(reference)
+
+    def standing(self) -> dict[str, float]:
+        """The state of the controller in numbers, for the metrics of an epoch."""
+        found = {"macs_ratio": self.ratio, "macs_weight": self.macs_weight}
+        if self._target is not None:
+            found["kl_factor"] = self.factor
+        if self.reference is not None:
+            found["reference"] = self.reference
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain values, for a checkpoint."""
+        return {
+            "integral": self._integral,
+            "position": self._position,
+            "log_ratio": self._log_ratio,
+            "speed": self._speed,
+            "start": None if self._start is None else list(self._start),
+            "macs_weight": self.macs_weight,
+            "factor": self.factor,
+            "ratio": self.ratio,
+            "reference": self.reference,
+            "weights": dict(self.weights),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self._integral, self._position = state["integral"], state["position"]
+        self._log_ratio, self._speed = state["log_ratio"], state["speed"]
+        start = state["start"]
+        self._start = None if start is None else (start[0], start[1])
+        self.macs_weight, self.factor = state["macs_weight"], state["factor"]
+        self.ratio, self.reference = state["ratio"], state["reference"]
+        self.weights = dict(state["weights"])

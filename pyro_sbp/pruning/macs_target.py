@@ -1,0 +1,134 @@
+"""Choose the units of a network with a given ratio of MACs, closer than a threshold alone can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.surgery import Units, surviving_units
+from pyro_sbp.pruning.budgets import MacsRatio
+from pyro_sbp.pruning.choosing import Choice, choose_units
+from pyro_sbp.pruning.costs import UnitCosts
+
+__all__ = ["TargetReached", "choose_by_macs", "largest_ratio"]
+
+#: Units under the threshold of a budget are added until the ratio is this close to the target.
+CLOSE = 1.05
+#: The posterior is far from the target if the threshold alone gives a ratio that differs by more
+#: than this factor.
+FAR = 1.25
+
+
+@dataclass(frozen=True)
+class TargetReached:
+    """How a network with a target of MACs was chosen.
+
+    Attributes:
+        macs_ratio: the target.
+        threshold: the threshold that the target required.
+        ratio_by_threshold: the ratio of MACs that the threshold of the recipe alone would give.
+    """
+
+    macs_ratio: float
+    threshold: float
+    ratio_by_threshold: float
+
+    @property
+    def far(self) -> bool:
+        """Whether the posterior is far from the target."""
+        times = self.ratio_by_threshold / self.macs_ratio
+        return not 1 / FAR <= times <= FAR
+
+    def warning(self, threshold: float) -> str:
+        """One line for a posterior that is far from the target; `threshold` is the recipe's."""
+        change = "larger" if self.ratio_by_threshold < self.macs_ratio else "smaller"
+        return (
+            f"the posterior is far from target_macs_ratio {self.macs_ratio:g}: the threshold "
+            f"{threshold:g} alone gives {self.ratio_by_threshold:.2f} times fewer MACs, so units "
+            f"are kept by the threshold {self.threshold:.4g}; train with more epochs, or with a "
+            f"{change} noise_learning_rate or kl_scale"
+        )
+
+
+def ratio_of(costs: UnitCosts, units: Mapping[str, Units], dense: float) -> float:
+    """The ratio of the MACs of the dense network to those of the network with these units."""
+    return dense / costs.expected({name: unit.remaining.double() for name, unit in units.items()})
+
+
+def largest_ratio(
+    net: nn.Module, gates: Sequence[Gate], costs: UnitCosts, example_input: Any
+) -> float:
+    """The ratio of the MACs of a network to those of the network with one unit in every gate."""
+    ones = {gate.name: torch.ones(gate.size, device="cpu") for gate in gates}
+    score = {name: torch.zeros_like(one) for name, one in ones.items()}
+    choice = choose_units(net, gates, ones, score, example_input)
+    return ratio_of(costs, choice.units, costs.expected({}))
+
+
+def choose_by_macs(
+    net: nn.Module,
+    gates: Sequence[Gate],
+    mean: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
+    example_input: Any,
+    costs: UnitCosts,
+    *,
+    criterion: str,
+    ratio: float,
+    dense: nn.Module,
+    dense_macs: float,
+) -> Choice:
+    """Choose the units of the largest network with at most 1 / `ratio` of the dense MACs.
+
+    In a small network, the next unit can have a large part of all MACs, so that no threshold is
+    close to the ratio. Units under the threshold are then added, best first, while the MACs permit
+    it.
+
+    Args:
+        net, gates, mean, score, example_input, criterion, dense: as for `choose_units`.
+        costs: the costs of the units of `net`.
+        ratio: the ratio of MACs.
+        dense_macs: the MACs of the dense network.
+
+    Raises:
+        ValueError: as `choose_units`.
+    """
+    choice = choose_units(
+        net,
+        gates,
+        mean,
+        score,
+        example_input,
+        criterion=criterion,
+        budget=MacsRatio(ratio),
+        dense=dense,
+    )
+    theta, units = choice.theta, choice.units
+    found = ratio_of(costs, units, dense_macs)
+    for name, unit in _best_first(score, units):
+        if found <= CLOSE * ratio:
+            break
+        with_unit = {**theta, name: theta[name].clone()}
+        with_unit[name][unit] = mean[name][unit]
+        more = surviving_units(gates, with_unit, score=score)
+        macs = ratio_of(costs, more, dense_macs)
+        if more[name].kept[unit] and macs >= ratio:
+            theta, units, found = with_unit, more, macs
+    return replace(choice, theta=theta, units=units)
+
+
+def _best_first(score: Mapping[str, Tensor], units: Mapping[str, Units]) -> list[tuple[str, int]]:
+    """The removed units, in descending order of their scores."""
+    removed = [
+        (float(value), name, unit)
+        for name, scores in score.items()
+        for unit, value in enumerate(scores.tolist())
+        if not units[name].kept[unit] and value > -torch.inf
+    ]
+    removed.sort(key=lambda entry: -entry[0])
+    return [(name, unit) for _, name, unit in removed]
