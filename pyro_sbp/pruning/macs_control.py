@@ -50,8 +50,9 @@ class KLControl:
     With a target, a proportional-integral-derivative controller adjusts the strength of these
     weights, so that the logarithm of the expected MACs falls linearly to that of the target. The
     reference begins when units begin to be removed, and reaches the target after 70 % of training.
-    A strength v >= 1 replaces `macs_weight` m by v (1 + m) - 1, so only the weight of the costs
-    grows. A strength v < 1 multiplies all weights. The expected MACs are those of units that remain
+    A strength v < 1 multiplies all weights. A strength v >= 1 multiplies all weights by sqrt(v),
+    and replaces `macs_weight` m by sqrt(v) (1 + m) - 1, so that expensive units are removed first,
+    but not only these. The expected MACs are those of units that remain
     with the probabilities of `soft_keep`.
 
     Args:
@@ -65,7 +66,7 @@ class KLControl:
     Attributes:
         weights: the weights of the KL divergence, by gate.
         macs_weight: the current weight of the costs.
-        factor: the current factor of all weights, at most 1.
+        factor: the current factor of all weights.
         ratio: the ratio of the MACs of the dense network to the expected MACs.
         reference: the ratio that the controller aims for now; None before the ramp and without a
             target.
@@ -138,10 +139,11 @@ class KLControl:
         self._integral = max(-LARGEST, min(LARGEST, self._integral))
         log_strength = self._integral + PROPORTIONAL * error - DERIVATIVE * self._speed
         strength = math.exp(max(-LARGEST, min(LARGEST, log_strength)))
-        self.factor = min(1.0, strength)
-        self.macs_weight = max(1.0, strength) * (1 + self._least) - 1
-        if strength < 1:
-            self.macs_weight = self._least
+        # Half of a strength above 1 is on all units, so that the layers stay in balance, and half on
+        # their costs.
+        half = math.sqrt(max(1.0, strength))
+        self.factor = half if strength > 1 else strength
+        self.macs_weight = half * (1 + self._least) - 1
         self.reference = math.exp(reference)
 
     def standing(self) -> dict[str, float]:

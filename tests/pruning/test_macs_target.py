@@ -127,8 +127,9 @@ def test_the_strength_raises_the_cost_of_macs_or_lowers_all_weights():
     control = KLControl(scales, 1.0, 1.0, costs, 20.0)
     for position in (0.3, 0.5, 0.7):  # no unit is removed, so the reference runs ahead
         found = control.update(costs, far, position)
-    assert control.factor == 1 and control.macs_weight > 1
-    expected = {name: 2 * (1 + control.macs_weight * cost) for name, cost in relative.items()}
+    assert control.factor > 1 and control.macs_weight == pytest.approx(2 * control.factor - 1)
+    factor, weight = 2 * control.factor, control.macs_weight
+    expected = {name: factor * (1 + weight * cost) for name, cost in relative.items()}
     assert found == {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()}
     near = {name: value.clone() for name, value in far.items()}
     near["conv1"][1:] = near["conv2"][1:] = near["fc1"][1:] = 0.0

@@ -61,7 +61,7 @@ def test_fine_tuning_learns_the_soft_labels_of_the_teachers(count, dense, tmp_pa
     x, _ = data.train.batch(slice(0, 100))
     with torch.no_grad():
         soft = (sum(network_of(run)(x).softmax(1) for run in dense[:count]) / count).log()
-        student = load(tmp_path / "taught" / "pruned")(x)
+        student = load(tmp_path / "taught" / "pruned", Net)(x)
     soft, student = ((logits / 3).log_softmax(1) for logits in (soft, student))
     expected = 9 * F.kl_div(student, soft, log_target=True, reduction="batchmean")
     lines = lines_of(tmp_path / "taught")
