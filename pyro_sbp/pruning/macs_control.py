@@ -139,8 +139,8 @@ class KLControl:
         self._integral = max(-LARGEST, min(LARGEST, self._integral))
         log_strength = self._integral + PROPORTIONAL * error - DERIVATIVE * self._speed
         strength = math.exp(max(-LARGEST, min(LARGEST, log_strength)))
-        # Half of a strength above 1 is on all units, so that the layers stay in balance, and half on
-        # their costs.
+        # Half of a log strength above 0 is on all units, so that the layers stay in balance, and
+        # half on their costs.
         half = math.sqrt(max(1.0, strength))
         self.factor = half if strength > 1 else strength
         self.macs_weight = half * (1 + self._least) - 1
