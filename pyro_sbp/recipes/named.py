@@ -109,7 +109,7 @@ _ALL: tuple[Recipe, ...] = (
         finetune_learning_rate=1e-3,
         cut_every=10,
         crop=2,
-        kl_scale={"conv1": 12.0, "conv2": 5.0},
+        kl_scale={"conv1": 8.0, "conv2": 4.0, "fc1_input": 0.5, "fc1": 0.5},
     ),
     SBPRecipe(name="digits", dense_epochs=15, epochs=50, finetune_epochs=15, batch_size=32),
     SparseVDRecipe(name="sparse", kl_rising_epochs=10, finetune_learning_rate=1e-3),
