@@ -75,6 +75,7 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     record = records.read("torchvision", tmp_path)
     assert record["networks"] == json.loads(json.dumps({"alexnet": row, "vgg11": row}))
     assert record["versions"]["torch"] == torch.__version__
+    assert record["command"] == "python -m pyro_sbp.experiments.survey torchvision"
     with pytest.raises(SystemExit, match="2"):
         command.main(["torchvision", "alexnot", "--output-dir", str(tmp_path)])
     assert "has no network 'alexnot'; did you mean 'alexnet'" in capsys.readouterr().err
