@@ -59,7 +59,7 @@ class Prepared:
         self.net: nn.Module = net
         self.x = convert(surveyed.x, torch.float64)
         start = time.process_time()
-        self.gates: Gates = find_gates(net, fresh(self.x))
+        self.gates: Gates = find_gates(net, fresh(self.x), ignore=surveyed.ignore)
         self.seconds = time.process_time() - start
         self.theta = random_masks(self.gates)
 
