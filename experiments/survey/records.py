@@ -19,8 +19,6 @@ from pyro_sbp.training.job import machine, versions
 
 __all__ = ["DIRECTORY", "add", "command", "new", "path_of", "read"]
 
-#: Libraries to compare with, whose versions are noted as well.
-_OTHERS = ("torch-pruning",)
 #: Where the records are.
 DIRECTORY = Path(__file__).parents[1] / "results" / "survey"
 
@@ -71,12 +69,13 @@ def new(collection: str, libraries: Sequence[str], against: str | None = None) -
         against: as for `command`.
     """
     assert collection in COLLECTIONS
+    names = (*libraries, *((against,) if against else ()))
     return {
         "collection": collection,
         "command": command(collection, against),
         "versions": {
             **versions(),
-            **{name: version(name) for name in (*libraries, *_OTHERS) if _is_installed(name)},
+            **{name: version(name) for name in names if _is_installed(name)},
         },
         "machine": machine(torch.device("cpu")),
         "networks": {},
