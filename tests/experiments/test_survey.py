@@ -48,6 +48,17 @@ def test_a_third_of_heads_and_hidden_units_leaves_two_thirds_of_the_blocks(row):
     assert row["macs_by_unit_costs"] == pytest.approx(row["macs_left"])
 
 
+def test_a_network_that_casts_to_float32_is_measured():
+    class Casts(Classifier):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    torch.manual_seed(0)
+    surveyed = Surveyed("encoder", Casts(), torch.randn(2, 7, 5))
+    found = measure(surveyed, Prepared(surveyed))
+    assert found["gates"] == 4 and found["max_rel_diff"] <= 1e-10
+
+
 def test_both_libraries_cut_the_same_network_exactly(row):
     assert row["max_rel_diff"] <= 1e-10 and row["torch_pruning"]["max_rel_diff"] <= 1e-10
     assert row["torch_pruning"]["macs_left"] == row["macs_left"]
