@@ -54,10 +54,12 @@ def _survey(options: argparse.Namespace) -> None:
     for library in libraries:
         if find_spec(library.replace("-", "_")) is None:
             raise RequestError(f"this needs {library}: pip install {library}")
-    fresh = records.new(options.collection, libraries)
+    fresh = records.new(options.collection, libraries, options.against)
     if records.path_of(options.collection, directory).exists():
         record = records.read(options.collection, directory)
         record["versions"] = {**fresh["versions"], **record["versions"]}
+        if options.against:
+            record["command"] = fresh["command"]
     else:
         record = fresh
     for name in _names(options.collection, options.networks):

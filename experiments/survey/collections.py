@@ -22,12 +22,14 @@ class Surveyed:
         x: an input of it.
         blocks: a regular expression for the names of its blocks, the parts between embeddings and
             output layers. With None they are found by their attention (see `block_names`).
+        ignore: the layers that the network never calls, as for `find_gates`.
     """
 
     family: str
     net: nn.Module
     x: Any
     blocks: str | None = None
+    ignore: Sequence[str] = ()
 
 
 class Collection(Protocol):

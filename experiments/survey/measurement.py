@@ -59,7 +59,7 @@ class Prepared:
         self.net: nn.Module = net
         self.x = convert(surveyed.x, torch.float64)
         start = time.process_time()
-        self.gates: Gates = find_gates(net, fresh(self.x))
+        self.gates: Gates = find_gates(net, fresh(self.x), ignore=surveyed.ignore)
         self.seconds = time.process_time() - start
         self.theta = random_masks(self.gates)
 
@@ -100,9 +100,10 @@ def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
     small = copy_network(net)
     with torch.no_grad():
         shrink_in_place(small, gates, prepared.theta, units)
-    dense, left = macs_by_module(net, fresh(x)), macs_by_module(small, fresh(x))
     physical = {name: unit.remaining.double() for name, unit in units.items()}
-    costs = UnitCosts(net, gates, fresh(x)).expected(physical)
+    with repeatable(torch.float64):  # networks with a cast to float32 fail in float64
+        dense, left = macs_by_module(net, fresh(x)), macs_by_module(small, fresh(x))
+        costs = UnitCosts(net, gates, fresh(x)).expected(physical)
     blocks = {}
     for block in block_names(net, surveyed.blocks):
         before, after = (

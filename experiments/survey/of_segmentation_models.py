@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from pyro_sbp.experiments.survey.collections import Surveyed
 
@@ -42,4 +43,12 @@ def build(name: str) -> Surveyed:
     net = getattr(smp, decoder)(encoder, encoder_weights=None, classes=3, **options)
     size = 128 if decoder == "PAN" else 64
     x = torch.randn(2, 3, size, size)
-    return Surveyed(decoder if encoder == "resnet18" else encoder, net, x)
+    family = decoder if encoder == "resnet18" else encoder
+    # An encoder with fewer stages has the layers of the others, but does not call them.
+    unused = {"PSPNet": ("encoder.layer3.", "encoder.layer4.")}.get(decoder, ())
+    ignore = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Conv2d) and name.startswith(unused)
+    ]
+    return Surveyed(family, net, x, ignore=ignore)

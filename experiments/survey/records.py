@@ -17,10 +17,8 @@ from pyro_sbp.experiments.survey.collections import COLLECTIONS
 from pyro_sbp.training.files import write_text
 from pyro_sbp.training.job import machine, versions
 
-__all__ = ["DIRECTORY", "add", "new", "path_of", "read"]
+__all__ = ["DIRECTORY", "add", "command", "new", "path_of", "read"]
 
-#: Libraries to compare with, whose versions are noted as well.
-_OTHERS = ("torch-pruning",)
 #: Where the records are.
 DIRECTORY = Path(__file__).parents[1] / "results" / "survey"
 
@@ -51,20 +49,33 @@ def read(collection: str, directory: Path = DIRECTORY) -> dict[str, Any]:
         raise unreadable(path, "record of the survey", error) from error
 
 
-def new(collection: str, libraries: Sequence[str]) -> dict[str, Any]:
+def command(collection: str, against: str | None) -> str:
+    """The command that measures a collection.
+
+    Args:
+        collection: one of `COLLECTIONS`.
+        against: the library that cuts the networks as well, or None.
+    """
+    words = f"python -m pyro_sbp.experiments.survey {collection}"
+    return f"{words} --against {against}" if against else words
+
+
+def new(collection: str, libraries: Sequence[str], against: str | None = None) -> dict[str, Any]:
     """An empty record of a collection.
 
     Args:
         collection: one of `COLLECTIONS`.
         libraries: whose versions are noted.
+        against: as for `command`.
     """
     assert collection in COLLECTIONS
+    names = (*libraries, *((against,) if against else ()))
     return {
         "collection": collection,
-        "command": f"python -m pyro_sbp.experiments.survey {collection} --against torch-pruning",
+        "command": command(collection, against),
         "versions": {
             **versions(),
-            **{name: version(name) for name in (*libraries, *_OTHERS) if _is_installed(name)},
+            **{name: version(name) for name in names if _is_installed(name)},
         },
         "machine": machine(torch.device("cpu")),
         "networks": {},

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, markdown
-from pyro_sbp.experiments.survey.collections import COLLECTIONS
+from pyro_sbp.experiments.survey.collections import COLLECTIONS, collection
 from pyro_sbp.experiments.survey.records import DIRECTORY, path_of, read
 
 __all__ = ["against", "blocks", "by_block", "families", "summary"]
@@ -42,24 +42,24 @@ def _reasons(rows: Sequence[_Row]) -> str:
 
 
 def families(
-    records: Sequence[Record], collection: str, *names: str, directory: Path = DIRECTORY
+    records: Sequence[Record], collected: str, *names: str, directory: Path = DIRECTORY
 ) -> str:
     """The networks of a collection by family.
 
     Args:
         records: of runs of the command line; they are not used.
-        collection: the collection.
+        collected: the collection.
         names: the families; all if none is given.
         directory: of the records of the survey.
     """
     del records
-    record = read(collection, directory)
+    record = read(collected, directory)
     groups: dict[str, list[_Row]] = {}
     for row in _finished(record).values():
         groups.setdefault(row["family"], []).append(row)
     for name in names:
         if name not in groups:
-            raise RequestError(f"the record of {collection} has no family {name!r}")
+            raise RequestError(f"the record of {collected} has no family {name!r}")
     rows = [
         (
             family,
@@ -82,7 +82,13 @@ def families(
         *("family", "networks", "gates", "MACs left", "largest difference", "CPU seconds"),
         "not prunable, share of the parameters",
     )
-    return f"{markdown(head, rows)}\n\n{_made(record)}"
+    return f"{markdown(head, rows)}\n\n{_count(collected, record)} networks; {_made(record)}"
+
+
+def _count(collected: str, record: _Row) -> str:
+    """How many networks of a collection have been measured."""
+    number, most = len(record["networks"]), len(collection(collected).names())
+    return str(number) if number == most else f"{number} of {most}"
 
 
 def _made(record: _Row) -> str:
@@ -99,8 +105,8 @@ def blocks(records: Sequence[Record], *collections: str, directory: Path = DIREC
     """What is left inside the blocks of networks that have blocks."""
     del records
     rows = []
-    for collection in collections:
-        for name, row in _finished(read(collection, directory)).items():
+    for collected in collections:
+        for name, row in _finished(read(collected, directory)).items():
             if row["blocks"]:
                 gated, layers = row["attention"]
                 heads = f"{gated} of {layers}" if layers else "-"
@@ -115,14 +121,14 @@ def blocks(records: Sequence[Record], *collections: str, directory: Path = DIREC
 
 
 def by_block(
-    records: Sequence[Record], collection: str, *names: str, directory: Path = DIRECTORY
+    records: Sequence[Record], collected: str, *names: str, directory: Path = DIRECTORY
 ) -> str:
     """The MACs left in each block of some networks."""
     del records
-    found = _finished(read(collection, directory))
+    found = _finished(read(collected, directory))
     for name in names:
         if name not in found:
-            raise RequestError(f"the record of {collection} has no network {name!r}")
+            raise RequestError(f"the record of {collected} has no network {name!r}")
     rows = [
         (name, block, f"{before:,}", f"{after / before:.0%}")
         for name in names
@@ -135,17 +141,17 @@ def summary(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
     """A line for each collection that has a record."""
     del records
     rows = []
-    for collection in COLLECTIONS:
-        if not path_of(collection, directory).exists():
+    for collected in COLLECTIONS:
+        if not path_of(collected, directory).exists():
             continue
-        networks = read(collection, directory)["networks"]
-        found = list(_finished({"networks": networks}).values())
+        record = read(collected, directory)
+        found = list(_finished(record).values())
         seconds = [row["cpu_seconds"] for row in found]
         rows.append(
             (
-                collection,
-                str(len(networks)),
-                str(len(networks) - len(found)),
+                collected,
+                _count(collected, record),
+                str(len(record["networks"]) - len(found)),
                 f"{median([row['macs_left'] for row in found]):.0%}",
                 f"{max(row['max_rel_diff'] for row in found):.0e}",
                 f"{median(seconds):.1f}",
@@ -160,18 +166,18 @@ def against(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
     """How many cuts of Torch-Pruning are exact, inexact, or fail, for each collection."""
     del records
     rows = []
-    for collection in COLLECTIONS:
-        if not path_of(collection, directory).exists():
+    for collected in COLLECTIONS:
+        if not path_of(collected, directory).exists():
             continue
         found = [
-            row for row in _finished(read(collection, directory)).values() if "torch_pruning" in row
+            row for row in _finished(read(collected, directory)).values() if "torch_pruning" in row
         ]
         ours = Counter(_outcome(row) for row in found)
         theirs = Counter(_outcome(row["torch_pruning"]) for row in found)
         if found:
             rows.append(
                 (
-                    collection,
+                    collected,
                     *(str(n) for n in (len(found), ours["exact"], theirs["exact"])),
                     *(str(n) for n in (theirs["inexact"], theirs["failed"])),
                 )

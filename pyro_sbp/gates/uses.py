@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Span
@@ -30,6 +31,9 @@ from pyro_sbp.gates.recurrent import HIDDEN, call_of, first_weight, is_recurrent
 __all__ = ["Layout", "Use", "Uses", "hidden_of"]
 
 _NO_LAYER = nn.Identity()
+#: Functions of layers with a bias, and its position and name in their arguments.
+_WITH_BIAS = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d})
+_BIAS = (2, "bias")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Use:
         sees: the inputs: the name with the columns, the tensor, and the dimension of its channels.
         writes: whether the layer produces units.
         out_dim: the dimension of the units in the output, or None for the usual one of the layer.
-        bias: the bias that is added to the output of a product, or None.
+        bias: the bias that is added to the output, or None. For a layer it is None if the bias is
+            that of the layer.
     """
 
     name: str
@@ -174,7 +179,18 @@ class Uses:
         if not isinstance(layer, nn.Embedding):
             x: Tensor = argument(operands(func)[0], args, kwargs)
             sees = ((name, x, channel_dim(layer, x)),)
-        return Use(name, sees, is_matrix(layer))
+        bias = argument(_BIAS, args, kwargs) if func in _WITH_BIAS else None
+        if not is_matrix(layer) or not self._is_loose(bias):
+            return Use(name, sees, is_matrix(layer))
+        return Use(
+            name, sees, True, channel_dim(layer, weight_of(layer)) - weight_of(layer).ndim, bias
+        )
+
+    def _is_loose(self, bias: Any) -> bool:
+        """Whether a bias is computed from tensors that belong to no known layer."""
+        if not isinstance(bias, Tensor):
+            return False
+        return not self.loose.places.keys().isdisjoint(self.loose.sources(bias) or ())
 
     def _of_own_product(self, product: Product) -> Use | None:
         """The use of a dense layer that computes its output as a product with its weight."""

@@ -48,6 +48,17 @@ def test_a_third_of_heads_and_hidden_units_leaves_two_thirds_of_the_blocks(row):
     assert row["macs_by_unit_costs"] == pytest.approx(row["macs_left"])
 
 
+def test_a_network_that_casts_to_float32_is_measured():
+    class Casts(Classifier):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    torch.manual_seed(0)
+    surveyed = Surveyed("encoder", Casts(), torch.randn(2, 7, 5))
+    found = measure(surveyed, Prepared(surveyed))
+    assert found["gates"] == 4 and found["max_rel_diff"] <= 1e-10
+
+
 def test_both_libraries_cut_the_same_network_exactly(row):
     assert row["max_rel_diff"] <= 1e-10 and row["torch_pruning"]["max_rel_diff"] <= 1e-10
     assert row["torch_pruning"]["macs_left"] == row["macs_left"]
@@ -75,6 +86,7 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     record = records.read("torchvision", tmp_path)
     assert record["networks"] == json.loads(json.dumps({"alexnet": row, "vgg11": row}))
     assert record["versions"]["torch"] == torch.__version__
+    assert record["command"] == "python -m pyro_sbp.experiments.survey torchvision"
     with pytest.raises(SystemExit, match="2"):
         command.main(["torchvision", "alexnot", "--output-dir", str(tmp_path)])
     assert "has no network 'alexnot'; did you mean 'alexnet'" in capsys.readouterr().err
@@ -98,7 +110,7 @@ def test_the_tables_of_a_record(row, tmp_path):
     families = tables.families([], "torchvision", directory=tmp_path).splitlines()
     assert families[2].startswith("| encoder | 2 | 4 to 6 |") and "other" in families[3]
     assert families[4] == "| d | 1 | | | | | not finished after 3 s |"
-    assert "| torchvision | 4 | 1 |" in tables.summary([], directory=tmp_path)
+    assert "| torchvision | 4 of 80 | 1 |" in tables.summary([], directory=tmp_path)
     assert "| torchvision | 3 | 3 | 1 | 1 | 1 |" in tables.against([], directory=tmp_path)
     assert "| a | 2 | 2 of 2 | 67% |" in tables.blocks([], "torchvision", directory=tmp_path)
     by_block = tables.by_block([], "torchvision", "c", directory=tmp_path)

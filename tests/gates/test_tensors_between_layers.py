@@ -94,6 +94,20 @@ class BiasOfQueries(nn.Module):
         return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class BiasOfFusedLayer(BiasOfQueries):
+    """The same with the biases in the call of the layer, which has none of its own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.register_buffer("k_bias", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        qkv = nn.functional.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 def conv(*sizes: int, **options: int) -> nn.Conv2d:
     return nn.Conv2d(*sizes, **options)
 
@@ -154,11 +168,26 @@ def test_a_table_with_a_column_for_each_head_follows_the_heads():
     assert small[1].table.shape == (7, 2) and small[1].num_heads == 2
 
 
-def test_a_parameter_with_some_numbers_for_each_head_follows_the_heads():
+@pytest.mark.parametrize("attention", [BiasOfQueries, BiasOfFusedLayer])
+def test_a_parameter_with_some_numbers_for_each_head_follows_the_heads(attention):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 12), BiasOfQueries(12, 3), nn.ReLU(), nn.Linear(12, 2))
+    net = nn.Sequential(nn.Linear(5, 12), attention(12, 3), nn.ReLU(), nn.Linear(12, 2))
     small = check(net, torch.randn(2, 4, 5), **{"0": 12, "1.qkv": 3, "1.out": 12})
     assert small[1].q_bias.shape == small[1].v_bias.shape == (8,)
+
+
+def test_a_bias_in_the_call_of_a_layer_follows_its_channels():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.offset = conv(8, 6, 3, bias=False), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.layer.weight, 2 * self.offset)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 8, 3), nn.ReLU(), Own(), nn.ReLU(), conv(6, 2, 1))
+    assert check(net, IMAGES, **{"0": 8, "2.layer": 6})[2].offset.shape == (4,)
 
 
 def test_a_parameter_for_each_position_stays():
