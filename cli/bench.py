@@ -153,7 +153,7 @@ def bench(
         click.echo(f"\n{layout(*rows_of)}\n")
     if any(latency.spread > NOISY for latency in result.latencies):
         click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
-    blocks = sorted({latency.blocks for latency in result.latencies})
+    blocks = sorted({latency.blocks or 0 for latency in result.latencies})
     click.echo(
         f"ms per call, median of {' or '.join(map(str, blocks))} blocks in turn; speed-up: median "
         "of the ratios of blocks, with a confidence interval; spread: half the interquartile range; "

@@ -94,7 +94,8 @@ class Speedup(Budget):
         while True:
             level = float(candidates.levels[index])
             self.measured[level] = self._speedup(candidates, level, LONGER * self.seconds)
-            if self.is_met(self.latencies[level].speedup_low):
+            low = self.latencies[level].speedup_low
+            if low is not None and self.is_met(low):
                 return index
             if index == last:
                 raise self.refusal(candidates, level)
