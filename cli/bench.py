@@ -156,7 +156,7 @@ def bench(
     blocks = sorted({latency.blocks or 0 for latency in result.latencies})
     click.echo(
         f"ms per call, median of {' or '.join(map(str, blocks))} blocks in turn; speed-up: median "
-        "of the ratios of blocks, with a confidence interval; spread: half the interquartile range; "
+        "ratio of blocks, with its confidence interval; spread: half the interquartile range; "
         "floor: one unit in every gate\n"
         f"CPU governor: {more['governor'] or 'not readable'}\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "

@@ -121,17 +121,16 @@ def comparison(
         The head and the rows.
     """
 
-    def kilobytes(name: str) -> str:
-        return f"{sizes[name] / 1e3:,.1f}"
+    def kilobytes(network: str) -> list[str]:
+        return [f"{sizes[f'{network}_{of}_bytes'] / 1e3:,.1f}" for of in ("file", "peak")]
 
     head = ["network", "error, %", "same class, %", "file, kB", "peak memory, kB"]
     dense = "-" if dense_error is None else f"{dense_error:.2f}"
+    quantized = [f"{found.int8_error:.2f}", f"{found.same_class:.1f}"]
     rows = [
-        ["dense", dense, "-", kilobytes("dense_file_bytes"), kilobytes("dense_peak_bytes")],
-        ["pruned", f"{found.pruned_error:.2f}", "100.0"]
-        + [kilobytes("pruned_file_bytes"), kilobytes("pruned_peak_bytes")],
-        ["pruned, int8", f"{found.int8_error:.2f}", f"{found.same_class:.1f}"]
-        + [f"{found.int8_file_bytes / 1e3:,.1f}", "-"],
+        ["dense", dense, "-", *kilobytes("dense")],
+        ["pruned", f"{found.pruned_error:.2f}", "100.0", *kilobytes("pruned")],
+        ["pruned, int8", *quantized, f"{found.int8_file_bytes / 1e3:,.1f}", "-"],
     ]
     for latency in latencies:
         if latency.runtime != "eager" or not latency.device.startswith("cpu"):

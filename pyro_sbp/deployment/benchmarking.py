@@ -207,7 +207,7 @@ def benchmark(
     """Compare the MACs, the parameters and the latency of a dense and a pruned network.
 
     The networks are measured in turn, in blocks of calls, so that other load on the machine affects
-    all of them (`times_in_turn`). Each runtime is measured separately, after its outputs were compared with those of
+    all of them. Each runtime is measured separately, after its outputs were compared with those of
     eager PyTorch.
 
     Args:
