@@ -21,13 +21,13 @@ are kept from an existing record.
 The networks of the tables are trained with::
 
     common="--dataset mnist --seed 0 --threads 1 --set holdout=5000"
-    pyro-sbp train --arch lenet5 --recipe lenet5-small $common --output-dir runs/lenet5-macs
-    pyro-sbp train --arch lenet5 --recipe lenet5-small $common --output-dir runs/lenet5-latency-128 \
-        --set 'cost="latency"' --set cost_batch_size=128
-    pyro-sbp train --arch lenet5 --recipe lenet5-small $common --output-dir runs/lenet5-latency-1 \
-        --set 'cost="latency"' --set cost_batch_size=1
-    pyro-sbp train --arch lenet-500-300 --recipe lenet-dense-small $common \
-        --output-dir runs/lenet-500-300
+    small="--arch lenet5 --recipe lenet5-small $common"
+    dense="--arch lenet-500-300 --recipe lenet-dense-small $common"
+    latency="--set cost='latency'"
+    pyro-sbp train $small --output-dir runs/lenet5-macs
+    pyro-sbp train $small --output-dir runs/lenet5-latency-128 $latency --set cost_batch_size=128
+    pyro-sbp train $small --output-dir runs/lenet5-latency-1 $latency --set cost_batch_size=1
+    pyro-sbp train $dense --output-dir runs/lenet-500-300
 """
 
 from __future__ import annotations
