@@ -124,7 +124,8 @@ def time_by_layer(net: nn.Module, shape: Sequence[int], size: int, seconds: floa
         By layer, and for the whole call under "whole", the milliseconds.
     """
     layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
-    begun, times = {}, {name: [] for name in (*layers, "whole")}
+    begun: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in (*layers, "whole")}
     hooks = []
     for name, layer in layers.items():
 
@@ -170,8 +171,14 @@ class Measurement:
 
     def _pruned(self, name: str, **settings: Any) -> Summary:
         target = self.run / f"pruned-{name}"
-        quiet = {"tell": lambda line: print(f"{name}: {line}", flush=True)}
-        return prune_again(self.request, self.data, self.run, target, **quiet, **settings)
+        return prune_again(
+            self.request,
+            self.data,
+            self.run,
+            target,
+            tell=lambda line: print(f"{name}: {line}", flush=True),
+            **settings,
+        )
 
     def budgets(self) -> list[dict[str, Any]]:
         """What every budget asked for, and what was measured of its network.
@@ -231,7 +238,7 @@ class Measurement:
     def variants(self) -> dict[str, Any]:
         """The latencies of the network of the run in other forms, by the name of the form."""
         saved = self.run / "pruned"
-        found = {
+        found: dict[str, dict[str, Any]] = {
             "channels-last": {"latencies": self._bench(saved, "--channels-last")},
             "compile": {"latencies": self._bench(saved, "--runtime", "compile")},
         }

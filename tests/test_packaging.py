@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "docs", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
+    "docs", "executorch", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
     "transformers", "wandb",
 )  # fmt: skip
 #: What an experiment compares with, or a user names, if it is installed; in no extra.

@@ -79,12 +79,12 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
             `find_gates`: a tensor (for example of tokens), a tuple of positional arguments, a
             mapping of named arguments, or a dataclass. Tensors that have a row for each example get
             a dynamic first dimension.
-        format: "onnx", "pt2" or "executorch" (for batch sizes up to `LARGEST_BATCH`, on the CPU by
-            XNNPACK, which has a fast implementation of most layers). An ONNX program has one input for each tensor, with the name of its
-            argument ("input" if there is only one tensor), and the outputs ``output``, or
-            ``output_0`` and so on. A pt2 program takes the same arguments as the network. If
-            tensors are inside lists or dataclasses, it takes all tensors as separate positional
-            arguments. An ExecuTorch program takes all tensors as positional arguments.
+        format: "onnx", "pt2" or "executorch". An ONNX program has one input for each tensor, with
+            the name of its argument ("input" if there is only one tensor), and the outputs
+            ``output``, or ``output_0`` and so on. A pt2 program takes the same arguments as the
+            network. If tensors are inside lists or dataclasses, it takes all tensors as separate
+            positional arguments. An ExecuTorch program takes all tensors as positional arguments,
+            with at most `LARGEST_BATCH` examples. XNNPACK runs most of its layers.
 
     Returns:
         The largest difference between the outputs of the program and of the network, relative to
