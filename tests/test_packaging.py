@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "docs", "executorch", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
-    "transformers", "wandb",
+    "docs", "executorch", "experiments", "export", "hub", "lightning", "mlflow", "report",
+    "tensorboard", "transformers", "wandb",
 )  # fmt: skip
 #: What an experiment compares with, or a user names, if it is installed; in no extra.
 ASKED_FOR = {"jax", "numpyro", "segmentation-models-pytorch", "timm"}
