@@ -153,11 +153,10 @@ def bench(
         click.echo(f"\n{layout(*rows_of)}\n")
     if any(latency.spread > NOISY for latency in result.latencies):
         click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
-    blocks = sorted({latency.blocks or 0 for latency in result.latencies})
     click.echo(
-        f"ms per call, median of {' or '.join(map(str, blocks))} blocks in turn; speed-up: median "
-        "ratio of blocks, with its confidence interval; spread: half the interquartile range; "
-        "floor: one unit in every gate\n"
+        "ms per call, median of blocks of calls in turn; speed-up: median ratio in groups of "
+        "blocks, with its confidence interval; spread: half the interquartile range; floor: one "
+        "unit in every gate\n"
         f"CPU governor: {more['governor'] or 'not readable'}\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}\n"

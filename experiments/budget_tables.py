@@ -38,8 +38,8 @@ def _cells(part: str, rows_of: Callable[[Mapping[str, Any]], Rows]) -> Rows:
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    """The network of a record and the cost of its units, if it is not the MACs."""
-    name = title(entry["arch"])
+    """The network and the data of a record, and the cost of its units, if it is not the MACs."""
+    name = title(entry["arch"], entry["dataset"])
     if entry["cost"] != "latency":
         return name
     return f"{name}, cost latency at batch {entry['cost_batch_size']}"

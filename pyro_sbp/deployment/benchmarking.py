@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyro_sbp.deployment.batches import batch_size, on_device, with_batch_size
-from pyro_sbp.deployment.blocks import times_in_turn
+from pyro_sbp.deployment.blocks import ratios, times_in_turn
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
 from pyro_sbp.deployment.intervals import CONFIDENCE, median_interval
 from pyro_sbp.deployment.runtimes import ON_CPU, Start, check_runtimes, prepare
@@ -48,15 +48,16 @@ class Latency:
     per call.
 
     Attributes:
-        speedup: the median of the ratios of blocks that were measured side by side. Other load
-            affects both of them, so it can differ slightly from the ratio of the two medians.
+        speedup: the median of the ratios of the two networks in groups of blocks (`ratios`). Other
+            load affects both networks in a group, so it can differ slightly from the ratio of
+            `dense_ms` and `pruned_ms`.
         spread: half the interquartile range divided by the median; the larger of the two networks.
         floor_ms: the latency of the network with one unit per gate, which is a lower bound for all
             pruned networks. None if it was not measured.
         runtime: the runtime of the calls, one of `runtimes.RUNTIMES`.
         speedup_low, speedup_high: the confidence interval of `speedup`, from `median_interval`. It
-            covers the variation between blocks, not that between processes or machines. None in
-            results of earlier versions.
+            covers the variation within the measurement, not that between processes or machines.
+            None in results of earlier versions.
         confidence: the smallest probability with which the interval contains the true median.
         blocks: the number of blocks of each network.
     """
@@ -307,21 +308,21 @@ def _latency(
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
         )
         spread[name] = float((high - low) / (2 * middle))
-    ratios = [dense / pruned for dense, pruned in zip(times["dense"], times["pruned"], strict=True)]
-    speedup_low, speedup_high = median_interval(ratios)
+    speedups = ratios(times["dense"], times["pruned"])
+    speedup_low, speedup_high = median_interval(speedups)
     return Latency(
         device=f"{device.type}: {device_name(device)}",
         threads=threads,
         batch_size=batch_size(x),
         dense_ms=1e3 * median(times["dense"]),
         pruned_ms=1e3 * median(times["pruned"]),
-        speedup=median(ratios),
+        speedup=median(speedups),
         spread=max(spread.values()),
         floor_ms=1e3 * median(times["floor"]) if "floor" in times else None,
         runtime=runtime,
         speedup_low=speedup_low,
         speedup_high=speedup_high,
-        blocks=len(ratios),
+        blocks=len(times["dense"]),
     )
 
 

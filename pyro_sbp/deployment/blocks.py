@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import median
 from timeit import Timer
 from typing import Any
 
 from pyro_sbp.deployment.intervals import LEAST
 
-__all__ = ["times_in_turn"]
+__all__ = ["ratios", "times_in_turn"]
 
-#: The number of blocks into which the duration of a measurement is divided.
-BLOCKS = 25
+#: The duration of a block in seconds. It is shorter than the time slices of the operating system,
+#: so that most blocks are not interrupted by other processes.
+BLOCK = 2e-3
+#: The largest number of groups of consecutive blocks.
+GROUPS = 25
 
 
 def times_in_turn(
@@ -22,9 +27,10 @@ def times_in_turn(
 ) -> dict[str, list[float]]:
     """The time of one call of each function in seconds, averaged over each block of calls.
 
-    In every round, each function is called for one block. The order is reversed from round to
-    round, so that other load on the machine, and a clock frequency that drifts, affect all
-    functions. The k-th values of two functions were measured side by side, and can be compared.
+    In every round, each function is called for one block of about 2 ms, or once if a call takes
+    longer. The order is reversed from round to round, so that other load on the machine, and a
+    clock frequency that drifts, affect all functions. The k-th values of two functions were
+    measured side by side, and can be compared.
 
     Args:
         calls: the functions by name.
@@ -32,7 +38,9 @@ def times_in_turn(
         clock: a function that returns the time in seconds, after all work has finished.
     """
     timers = {name: Timer(function, timer=clock) for name, function in calls.items()}
-    numbers = {name: _calls_per_block(timer, seconds / BLOCKS) for name, timer in timers.items()}
+    numbers = {
+        name: _calls_per_block(timer, min(BLOCK, seconds / LEAST)) for name, timer in timers.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     names, rounds, begin = list(calls), 0, clock()
     while rounds < LEAST or clock() - begin < seconds * len(calls):
@@ -41,6 +49,25 @@ def times_in_turn(
         names.reverse()
         rounds += 1
     return times
+
+
+def ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """The ratios of the median times of two functions, in groups of consecutive rounds.
+
+    The times of consecutive blocks depend on each other, because the load of the machine changes
+    slowly. Those of groups are nearly independent if a group lasts longer than the load.
+
+    Args:
+        first, second: times from `times_in_turn`, of the same rounds.
+
+    Returns:
+        A ratio for each of 25 groups of equal size up to one round, or for each round if there are
+        fewer than 25.
+    """
+    count = min(GROUPS, len(first))
+    edges = [len(first) * place // count for place in range(count + 1)]
+    spans = [slice(*pair) for pair in pairwise(edges)]
+    return [median(first[span]) / median(second[span]) for span in spans]
 
 
 def _calls_per_block(timer: Timer, duration: float) -> int:

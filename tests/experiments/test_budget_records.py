@@ -73,7 +73,9 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     monkeypatch.setattr(budget_tables, "DIRECTORY", tmp_path)
     write_json(tmp_path / "run.json", entry)
     first, second = cells(budget_tables.speedups([]))
-    assert first[:3] == ["LeNet-300-100", "1x", "1"] and first[4] == "2.00x (1.80 to 2.20)"
+    assert (
+        first[:3] == ["LeNet-300-100 on digits", "1x", "1"] and first[4] == "2.00x (1.80 to 2.20)"
+    )
     assert second[3].startswith("refused: ") and second[3].endswith("x is the largest")
     (row,) = cells(budget_tables.error_budgets([]))
     assert row[4].endswith("x") and row[6] == "2.00x"
@@ -142,19 +144,20 @@ BYTES |= {"int8_error": 0.8, "same_class": 99.5}
 
 def test_speedups_are_compared_with_the_ratio_of_macs(records):
     first, second = cells(budget_tables.costs([]))
-    assert first == ["LeNet-5", "0.70 to 0.75", "3-9", "10.00x", "2.00x (1.80 to 2.20), 0.20",
-                     "8.00x (7.20 to 8.80), 0.80"]  # fmt: skip
-    assert second[0] == "LeNet-5, cost latency at batch 128" and second[1:] == first[1:]
+    assert first[:4] == ["LeNet-5 on MNIST", "0.70 to 0.75", "3-9", "10.00x"]
+    assert first[4:] == ["2.00x (1.80 to 2.20), 0.20", "8.00x (7.20 to 8.80), 0.80"]
+    assert second == ["LeNet-5 on MNIST, cost latency at batch 128", *first[1:]]
 
 
 def test_int8_stands_beside_float32(records):
     rows = cells(budget_tables.int8([]))
-    assert rows == [
-        ["LeNet-5, cost latency at batch 128", "dense, eager", "0.70", "1,724.0", "0.400", "8.000"],
-        ["", "dense, ONNX Runtime", "0.70", "1,724.0", "4.000", "4.000"],
-        ["", "pruned, eager", "0.75", "80.0", "0.200", "1.000"],
-        ["", "pruned, ONNX Runtime", "0.75", "80.0", "0.100", "0.800"],
-        ["", "pruned, ONNX Runtime, int8", "0.80", "30.0", "0.050", "0.600"],
+    assert rows[0][0] == "LeNet-5 on MNIST, cost latency at batch 128"
+    assert [row[1:] for row in rows] == [
+        ["dense, eager", "0.70", "1,724.0", "0.400", "8.000"],
+        ["dense, ONNX Runtime", "0.70", "1,724.0", "4.000", "4.000"],
+        ["pruned, eager", "0.75", "80.0", "0.200", "1.000"],
+        ["pruned, ONNX Runtime", "0.75", "80.0", "0.100", "0.800"],
+        ["pruned, ONNX Runtime, int8", "0.80", "30.0", "0.050", "0.600"],
     ]
 
 
