@@ -164,12 +164,15 @@ def layers(records: Sequence[Record], run: str, batch: str = "128") -> str:
 def variants(records: Sequence[Record]) -> str:
     """The latencies of pruned networks in other forms: rounded, channels last, compiled."""
     del records
-    names = {"channels-last": "channels last", "compile": "`torch.compile`"}
+    names = {"channels-last": "channels last", "compiled": "`torch.compile`"}
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         forms = {"eager": entry["network"]} if "network" in entry else {}
+        forms |= entry["variants"]
+        if "compiled" in entry:
+            forms["compiled"] = {"latencies": entry["compiled"]}
         found: Rows = []
-        for form, of_form in (forms | entry["variants"]).items():
+        for form, of_form in forms.items():
             name = names.get(form, form)
             if form == "round-to-auto":
                 name = f"`--round-to auto` (multiples of {of_form['multiple']})"

@@ -9,8 +9,9 @@ For every run, the parts are:
   measured again in a new process. Budgets that cannot be met are recorded with their message.
 - ``network``: the speed-up of the network of the run itself, in a new process, and its profile by
   layer.
-- ``variants``: the same with ``--round-to auto`` (if the run has measured latencies), with the
-  channels-last memory format and with torch.compile.
+- ``variants``: the same with the channels-last memory format, and with ``--round-to auto`` if the
+  run has measured latencies.
+- ``compiled``: the same with torch.compile, which takes minutes.
 - ``int8``: the network of the run in ONNX Runtime, in float32 and in int8.
 
 All latencies are those of one CPU thread. Nothing is fine-tuned. The run directory is only read. A
@@ -239,8 +240,7 @@ class Measurement:
         """The latencies of the network of the run in other forms, by the name of the form."""
         saved = self.run / "pruned"
         found: dict[str, dict[str, Any]] = {
-            "channels-last": {"latencies": self._bench(saved, "--channels-last")},
-            "compile": {"latencies": self._bench(saved, "--runtime", "compile")},
+            "channels-last": {"latencies": self._bench(saved, "--channels-last")}
         }
         if (self.run / UNIT_LATENCY).exists():
             multiple = read_unit_latency(self.run).round_to()
@@ -253,13 +253,17 @@ class Measurement:
             }
         return found
 
+    def compiled(self) -> list[Any]:
+        """The latencies of the network of the run with torch.compile."""
+        return self._bench(self.run / "pruned", "--runtime", "compile")
+
     def int8(self) -> list[Any]:
         """The rows of `bench` in eager PyTorch and, in float32 and int8, in ONNX Runtime."""
         options = ("--runtime", "onnxruntime", "--runtime", "int8")
         return self._bench(self.run / "pruned", *options)
 
 
-PARTS = ("budgets", "network", "variants", "int8")
+PARTS = ("budgets", "network", "variants", "compiled", "int8")
 
 
 def _sizes(summary: Summary) -> dict[str, Any]:

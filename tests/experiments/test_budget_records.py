@@ -134,6 +134,7 @@ def records(tmp_path, monkeypatch):
             "network": both,
             "int8": eager + others,
             "variants": forms,
+            "compiled": [latency(1, 0.3, 0.1), latency(128, 6.0, 0.5)],
         },
     )
 
@@ -163,8 +164,9 @@ def test_int8_stands_beside_float32(records):
 
 def test_forms_of_a_network_have_a_row_each(records):
     rows = cells(budget_tables.variants([]))
-    assert [row[1] for row in rows] == ["eager", "`--round-to auto` (multiples of 4)"]
-    assert rows[0][3] == "8.000 to 1.000, 8.00x"
+    rounded = "`--round-to auto` (multiples of 4)"
+    assert [row[1] for row in rows] == ["eager", rounded, "`torch.compile`"]
+    assert [row[3] for row in rows][::2] == ["8.000 to 1.000, 8.00x", "6.000 to 0.500, 12.00x"]
 
 
 def test_a_table_without_records_is_refused(records, tmp_path):
