@@ -42,6 +42,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from pyro_sbp.deployment.saving import load
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS, without_path
+from pyro_sbp.gates.layers import Select
 from pyro_sbp.machine import cpu_governor
 from pyro_sbp.pruning.macs import costs_by_layer
 from pyro_sbp.recipes.named import RECIPES
@@ -110,8 +112,10 @@ def bench(saved: Path, *options: str, batch_sizes: Sequence[int] = BATCH_SIZES) 
     return json.loads(done.stdout)
 
 
-def time_by_layer(net: nn.Module, shape: Sequence[int], size: int, seconds: float = 1.0) -> Any:
-    """The median time of every layer within a call of the network, in milliseconds.
+def time_by_layer(
+    net: nn.Module, shape: Sequence[int], size: int, seconds: float = 1.0
+) -> dict[str, float]:
+    """The median time of every layer in a call of the network, in milliseconds.
 
     The times include the overhead of one Python hook before and one after each layer.
 
@@ -122,36 +126,41 @@ def time_by_layer(net: nn.Module, shape: Sequence[int], size: int, seconds: floa
         seconds: the duration of the measurement.
 
     Returns:
-        By layer, and for the whole call under "whole", the milliseconds.
+        The milliseconds by layer, of all its calls and with the `Select` of pruning; those outside
+        of the layers, such as of activation functions, as "other"; and the sum as "whole".
     """
-    layers = {name: layer for name, layer in net.named_modules() if not list(layer.children())}
+    layers: dict[str, nn.Module] = {}
+    for name, module in net.named_modules():
+        selects = isinstance(getattr(module, "select", None), Select)
+        if (selects or not list(module.children())) and name.rpartition(".")[0] not in layers:
+            layers[name] = module
     begun: dict[str, float] = {}
-    times: dict[str, list[float]] = {name: [] for name in (*layers, "whole")}
+    spent = dict.fromkeys((*layers, "whole"), 0.0)
     hooks = []
-    for name, layer in layers.items():
+    for name, module in layers.items():
 
         def before(*_: Any, name: str = name) -> None:
             begun[name] = time.perf_counter()
 
         def after(*_: Any, name: str = name) -> None:
-            times[name].append(1e3 * (time.perf_counter() - begun[name]))
+            spent[name] += 1e3 * (time.perf_counter() - begun[name])
 
-        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     x = torch.rand(size, *shape, device="cpu")
+    calls = []
     end = time.perf_counter() + seconds
     with torch.inference_mode():
-        while time.perf_counter() < end or len(times["whole"]) < 5:
+        while time.perf_counter() < end or len(calls) < 5:
+            spent = dict.fromkeys(spent, 0.0)
             start = time.perf_counter()
             net(x)
-            times["whole"].append(1e3 * (time.perf_counter() - start))
+            spent["whole"] = 1e3 * (time.perf_counter() - start)
+            calls.append(spent)
     for hook in hooks:
         hook.remove()
-    middle = {
-        name: float(torch.tensor(found, dtype=torch.float64, device="cpu").median())
-        for name, found in times.items()
-        if found
-    }
-    return middle
+    found = {name: median(call[name] for call in calls) for name in layers}
+    found["other"] = median(call["whole"] - sum(call[name] for name in layers) for call in calls)
+    return found | {"whole": median(call["whole"] for call in calls)}
 
 
 class Measurement:

@@ -10,6 +10,7 @@ import torch
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import budget_tables, budgets
+from pyro_sbp.gates.layers import Select
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.files import write_json
@@ -101,11 +102,27 @@ def test_the_time_of_a_layer_is_that_of_its_call():
             time.sleep(self.seconds)
             return x
 
-    net = torch.nn.Sequential(Sleeps(0.02), torch.nn.Sequential(Sleeps(0.04)))
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice = Sleeps(0.02)
+            self.part = torch.nn.Sequential(Sleeps(0.03))
+            # As `shrink` leaves a layer that reads some of the features.
+            select = torch.nn.Module()
+            select.select, select.layer = Select(torch.arange(3)), Sleeps(0.05)
+            select.forward = lambda x: select.layer(select.select(x))
+            self.fc1 = select
+
+        def forward(self, x):
+            time.sleep(0.1)
+            return self.fc1(self.part(self.twice(self.twice(x))))
+
+    net = Net()
     found = budgets.time_by_layer(net, (3,), 2, seconds=0.1)
-    assert list(found) == ["0", "1.0", "whole"]
-    assert 20 <= found["0"] < found["1.0"] and found["1.0"] >= 40
-    assert found["whole"] >= 60 and not net[0]._forward_hooks
+    assert list(found) == ["twice", "part.0", "fc1", "other", "whole"]
+    for name, milliseconds in {"twice": 40, "part.0": 30, "fc1": 50, "other": 100}.items():
+        assert found[name] >= milliseconds
+    assert found["whole"] >= 220 and not net.twice._forward_hooks
 
 
 @pytest.fixture
