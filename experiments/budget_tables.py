@@ -110,24 +110,28 @@ def error_budgets(records: Sequence[Record]) -> str:
 
 
 def costs(records: Sequence[Record]) -> str:
-    """Runs with MACs and with latency as the cost of a unit: error, MACs ratio, speed-ups, and the
-    speed-ups as shares of the MACs ratio."""
+    """Runs with MACs and with latency as the cost of a unit: errors, MACs ratio, speed-ups, and the
+    speed-up of the network with one unit per gate, which is the largest that is possible."""
     del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         error = entry["error"]
         last = error["pruned"] if error["finetuned"] is None else error["finetuned"]
         units = "-".join(map(str, entry["units"].values()))
-        ratio = entry["macs_ratio"]
-        speed = [
-            f"{_speedup(latency)}, {latency['speedup'] / ratio:.2f}"
-            for latency in entry["network"]["latencies"]
-        ]
-        errors = f"{error['dense']:.2f} to {last:.2f}"
-        return [(_name(entry), errors, units, f"{ratio:.2f}x", *speed)]
+        found: Rows = []
+        for latency in entry["network"]["latencies"]:
+            largest = latency["dense_ms"] / latency["floor_ms"]
+            share = latency["speedup"] / entry["macs_ratio"]
+            speed = (_speedup(latency), f"{share:.2f}", f"{largest:.2f}x")
+            found.append((_RUNTIMES[latency["runtime"]], str(latency["batch_size"]), *speed))
+        of_run = (f"{error['dense']:.2f} to {last:.2f}", units, f"{entry['macs_ratio']:.2f}x")
+        blank = ("",) * len(of_run)
+        return _first(
+            entry, [(*(blank if place else of_run), *row) for place, row in enumerate(found)]
+        )
 
-    head = ("network", "test error, %", "units", "MACs", "speed-up, batch 1", "batch 128")
-    return markdown(head, _cells("network", rows))
+    head = ("network", "test error, %", "units", "MACs", "runtime", "batch", "speed-up")
+    return markdown((*head, "of the MACs ratio", "one unit per gate"), _cells("network", rows))
 
 
 def layers(records: Sequence[Record], run: str, batch: str = "128") -> str:
@@ -167,8 +171,10 @@ def variants(records: Sequence[Record]) -> str:
     names = {"channels-last": "channels last", "compiled": "`torch.compile`"}
 
     def rows(entry: Mapping[str, Any]) -> Rows:
-        forms = {"eager": entry["network"]} if "network" in entry else {}
-        forms |= entry["variants"]
+        forms = dict(entry["variants"])
+        if "network" in entry:
+            eager = [x for x in entry["network"]["latencies"] if x["runtime"] == "eager"]
+            forms = {"eager": {"latencies": eager}} | forms
         if "compiled" in entry:
             forms["compiled"] = {"latencies": entry["compiled"]}
         found: Rows = []

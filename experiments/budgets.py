@@ -7,14 +7,14 @@ For every run, the parts are:
 - ``budgets``: the run is pruned with ``--speedup`` 2 and 4 at batch sizes 1 and 128, and with
   ``--max-error-increase 0.1`` if it has images for validation. The speed-up of every network is
   measured again in a new process. Budgets that cannot be met are recorded with their message.
-- ``network``: the speed-up of the network of the run itself, in a new process, and its profile by
-  layer.
+- ``network``: the speed-up of the network of the run itself, in eager PyTorch and in ONNX Runtime,
+  in a new process, and its profile by layer.
 - ``variants``: the same with the channels-last memory format, and with ``--round-to auto`` if the
   run has measured latencies.
 - ``compiled``: the same with torch.compile, which takes minutes.
 - ``int8``: the network of the run in ONNX Runtime, in float32 and in int8.
 
-All latencies are those of one CPU thread. Nothing is fine-tuned. The run directory is only read. A
+ONNX Runtime needs ``pip install 'pyro-sbp[export]'``. All latencies are those of one CPU thread. Nothing is fine-tuned. The run directory is only read. A
 record for each run is written to `results/budgets/`, from which `python -m
 pyro_sbp.experiments.tables` makes the tables of docs/budgets.md. Parts that are not measured again
 are kept from an existing record.
@@ -243,7 +243,8 @@ class Measurement:
             profile[name] = {"macs": macs} | {
                 f"batch-{size}": found for size, found in times.items()
             }
-        return {"latencies": self._bench(self.run / "pruned"), "profile": profile}
+        runtimes = ("--runtime", "eager", "--runtime", "onnxruntime")
+        return {"latencies": self._bench(self.run / "pruned", *runtimes), "profile": profile}
 
     def variants(self) -> dict[str, Any]:
         """The latencies of the network of the run in other forms, by the name of the form."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyro_sbp.deployment.batches import batch_size, on_device, with_batch_size
-from pyro_sbp.deployment.blocks import ratios, times_in_turn
+from pyro_sbp.deployment.blocks import BLOCK, ratios, times_in_turn
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
 from pyro_sbp.deployment.intervals import CONFIDENCE, median_interval
 from pyro_sbp.deployment.runtimes import ON_CPU, Start, check_runtimes, prepare
@@ -37,6 +37,9 @@ __all__ = [
     "one_unit_network",
 ]
 
+
+#: The duration of a block of calls on a GPU in seconds. It is long compared to synchronizing.
+GPU_BLOCK = 5e-3
 
 #: A function from the head and the rows of a table to its text.
 Layout = Callable[[Sequence[str], Sequence[Sequence[Any]]], str]
@@ -299,7 +302,9 @@ def _latency(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            times = times_in_turn(_started(starts, x, threads, runtime), seconds, clock)
+            calls = _started(starts, x, threads, runtime)
+            block = GPU_BLOCK if device.type == "cuda" else BLOCK
+            times = times_in_turn(calls, seconds, clock, block)
     finally:
         torch.set_num_threads(before)
     spread = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ __all__ = ["ratios", "times_in_turn"]
 
 #: The duration of a block in seconds. It is shorter than the time slices of the operating system,
 #: so that most blocks are not interrupted by other processes.
-BLOCK = 2e-3
+BLOCK = 0.5e-3
 #: The largest number of groups of consecutive blocks.
 GROUPS = 25
 
@@ -24,29 +25,32 @@ def times_in_turn(
     calls: Mapping[str, Callable[[], Any]],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    block: float = BLOCK,
 ) -> dict[str, list[float]]:
     """The time of one call of each function in seconds, averaged over each block of calls.
 
-    In every round, each function is called for one block of about 2 ms, or once if a call takes
-    longer. The order is reversed from round to round, so that other load on the machine, and a
-    clock frequency that drifts, affect all functions. The k-th values of two functions were
-    measured side by side, and can be compared.
+    In every round, each function is called for one block, or once if a call takes longer. Other
+    load on the machine, and a clock frequency that drifts, therefore affect all functions. The
+    order of a round is drawn at random, because in a fixed order the time slices of the operating
+    system could end in the blocks of the same function again and again. The k-th values of two
+    functions were measured side by side, and can be compared.
 
     Args:
         calls: the functions by name.
         seconds: the time for which each function is measured. There are at least six rounds.
         clock: a function that returns the time in seconds, after all work has finished.
+        block: the duration of a block in seconds.
     """
     timers = {name: Timer(function, timer=clock) for name, function in calls.items()}
     numbers = {
-        name: _calls_per_block(timer, min(BLOCK, seconds / LEAST)) for name, timer in timers.items()
+        name: _calls_per_block(timer, min(block, seconds / LEAST)) for name, timer in timers.items()
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names, rounds, begin = list(calls), 0, clock()
+    names, order, rounds, begin = list(calls), random.Random(0), 0, clock()
     while rounds < LEAST or clock() - begin < seconds * len(calls):
+        order.shuffle(names)
         for name in names:
             times[name].append(timers[name].timeit(numbers[name]) / numbers[name])
-        names.reverse()
         rounds += 1
     return times
 

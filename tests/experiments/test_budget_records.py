@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pyro_sbp.datasets.loading import load_dataset
+from pyro_sbp.deployment import speedup
+from pyro_sbp.deployment.benchmarking import Comparison, Latency
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import budget_tables, budgets
 from pyro_sbp.gates.layers import Select
@@ -20,10 +22,11 @@ SMALL = {"dense_epochs": 1, "epochs": 2, "finetune_epochs": 0, "holdout": 300, "
 
 
 def latency(batch_size, dense_ms, pruned_ms, runtime="eager"):
-    speedup = dense_ms / pruned_ms
-    found = {"batch_size": batch_size, "runtime": runtime, "speedup": speedup}
+    ratio = dense_ms / pruned_ms
+    found = {"batch_size": batch_size, "runtime": runtime, "speedup": ratio}
     found |= {"dense_ms": dense_ms, "pruned_ms": pruned_ms, "threads": 1, "device": "cpu: x"}
-    return found | {"speedup_low": 0.9 * speedup, "speedup_high": 1.1 * speedup}
+    found["floor_ms"] = pruned_ms / 2
+    return found | {"speedup_low": 0.9 * ratio, "speedup_high": 1.1 * ratio}
 
 
 def cells(table):
@@ -42,7 +45,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tmp_path):
     summary, run = finished
-    monkeypatch.setattr(budgets, "SPEEDUPS", (1.0, 1e6))
+    monkeypatch.setattr(budgets, "SPEEDUPS", (2.0, 1e6))
     monkeypatch.setattr(budgets, "BATCH_SIZES", (1,))
     monkeypatch.setattr(budgets, "INCREASE", 100.0)
     seen = []
@@ -51,20 +54,26 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
         seen.append((saved.name, json.loads((saved / "units.json").read_text())))
         return [latency(size, 2.0, 1.0) for size in batch_sizes]
 
+    def benchmark(dense, pruned, x, **_):
+        found = [sum(p.numel() for p in net.parameters()) for net in (dense, pruned)]
+        ratio = found[0] / found[1]
+        row = Latency("cpu", 1, 1, found[0], found[1], ratio, 0.0, None, "eager", ratio, ratio)
+        return Comparison(1, 1, *found, (row,))
+
     monkeypatch.setattr(budgets, "bench", bench)
+    monkeypatch.setattr(speedup, "benchmark", benchmark)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     entry = budgets.measured(run, parts=["budgets", "network"], seconds=0.05)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     reached, refused, of_error = entry["budgets"]
-    # A network that is at least as fast as the dense one.
-    assert reached["found"]["speedup_low"] >= 1.0 and reached["compared"] >= 1
+    assert 2.0 <= reached["found"]["speedup_low"] < 2.3 and reached["compared"] > 3
     assert "1e+06 cannot be met" in refused["refusal"] and "later" not in refused
     # Any error is at most 100 points over the dense one: the smallest network has one unit a gate.
     assert set(of_error["units"].values()) == {1} and of_error["macs_ratio"] > 100
     assert of_error["validation_error"]["dense"] == summary.validation_error.dense
     # What is measured in a new process is the network that the budget has found.
     names = [name for name, _ in seen]
-    assert names == ["pruned-speedup-1-batch-1", "pruned-error", "pruned"]
+    assert names == ["pruned-speedup-2-batch-1", "pruned-error", "pruned"]
     for (_, units), row in zip(seen, (reached, of_error), strict=False):
         assert {name: len(unit["kept"]) for name, unit in units.items()} == row["units"]
     profile = entry["network"]["profile"]
@@ -75,7 +84,7 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     write_json(tmp_path / "run.json", entry)
     first, second = cells(budget_tables.speedups([]))
     assert (
-        first[:3] == ["LeNet-300-100 on digits", "1x", "1"] and first[4] == "2.00x (1.80 to 2.20)"
+        first[:3] == ["LeNet-300-100 on digits", "2x", "1"] and first[4] == "2.00x (1.80 to 2.20)"
     )
     assert second[3].startswith("refused: ") and second[3].endswith("x is the largest")
     (row,) = cells(budget_tables.error_budgets([]))
@@ -160,11 +169,12 @@ BYTES = {"dense_file_bytes": 1_724_000, "pruned_file_bytes": 80_000, "int8_file_
 BYTES |= {"int8_error": 0.8, "same_class": 99.5}
 
 
-def test_speedups_are_compared_with_the_ratio_of_macs(records):
-    first, second = cells(budget_tables.costs([]))
+def test_speedups_are_compared_with_the_ratio_of_macs_and_with_the_floor(records):
+    first, second, *others = cells(budget_tables.costs([]))
     assert first[:4] == ["LeNet-5 on MNIST", "0.70 to 0.75", "3-9", "10.00x"]
-    assert first[4:] == ["2.00x (1.80 to 2.20), 0.20", "8.00x (7.20 to 8.80), 0.80"]
-    assert second == ["LeNet-5 on MNIST, cost latency at batch 128", *first[1:]]
+    assert first[4:] == ["eager", "1", "2.00x (1.80 to 2.20)", "0.20", "4.00x"]
+    assert second == [*[""] * 4, "eager", "128", "8.00x (7.20 to 8.80)", "0.80", "16.00x"]
+    assert others == [["LeNet-5 on MNIST, cost latency at batch 128", *first[1:]], second]
 
 
 def test_int8_stands_beside_float32(records):
