@@ -171,7 +171,7 @@ def variants(records: Sequence[Record]) -> str:
     names = {"channels-last": "channels last", "compiled": "`torch.compile`"}
 
     def rows(entry: Mapping[str, Any]) -> Rows:
-        forms = dict(entry["variants"])
+        forms: dict[str, Any] = dict(entry["variants"])
         if "network" in entry:
             eager = [x for x in entry["network"]["latencies"] if x["runtime"] == "eager"]
             forms = {"eager": {"latencies": eager}} | forms

@@ -14,10 +14,10 @@ For every run, the parts are:
 - ``compiled``: the same with torch.compile, which takes minutes.
 - ``int8``: the network of the run in ONNX Runtime, in float32 and in int8.
 
-ONNX Runtime needs ``pip install 'pyro-sbp[export]'``. All latencies are those of one CPU thread. Nothing is fine-tuned. The run directory is only read. A
-record for each run is written to `results/budgets/`, from which `python -m
-pyro_sbp.experiments.tables` makes the tables of docs/budgets.md. Parts that are not measured again
-are kept from an existing record.
+ONNX Runtime needs ``pip install 'pyro-sbp[export]'``. All latencies are those of one CPU thread.
+Nothing is fine-tuned. The run directory is only read. A record for each run is written to
+`results/budgets/`, from which `python -m pyro_sbp.experiments.tables` makes the tables of
+docs/budgets.md. Parts that are not measured again are kept from an existing record.
 
 The networks of the tables are trained with::
 
@@ -42,7 +42,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -115,9 +114,10 @@ def bench(saved: Path, *options: str, batch_sizes: Sequence[int] = BATCH_SIZES) 
 def time_by_layer(
     net: nn.Module, shape: Sequence[int], size: int, seconds: float = 1.0
 ) -> dict[str, float]:
-    """The median time of every layer in a call of the network, in milliseconds.
+    """The least time of every layer in a call of the network, in milliseconds.
 
-    The times include the overhead of one Python hook before and one after each layer.
+    The least time of many calls is the one that other programs disturb least. It includes the
+    overhead of one Python hook before and one after each layer.
 
     Args:
         net: the network, in evaluation mode.
@@ -127,7 +127,8 @@ def time_by_layer(
 
     Returns:
         The milliseconds by layer, of all its calls and with the `Select` of pruning; those outside
-        of the layers, such as of activation functions, as "other"; and the sum as "whole".
+        of the layers, such as of activation functions, as "other"; and those of a whole call as
+        "whole".
     """
     layers: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
@@ -147,7 +148,7 @@ def time_by_layer(
 
         hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     x = torch.rand(size, *shape, device="cpu")
-    calls = []
+    calls: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     with torch.inference_mode():
         while time.perf_counter() < end or len(calls) < 5:
@@ -158,9 +159,9 @@ def time_by_layer(
             calls.append(spent)
     for hook in hooks:
         hook.remove()
-    found = {name: median(call[name] for call in calls) for name in layers}
-    found["other"] = median(call["whole"] - sum(call[name] for name in layers) for call in calls)
-    return found | {"whole": median(call["whole"] for call in calls)}
+    for call in calls:
+        call["other"] = call["whole"] - sum(call[name] for name in layers)
+    return {name: min(call[name] for call in calls) for name in (*layers, "other", "whole")}
 
 
 class Measurement:
