@@ -38,11 +38,8 @@ def _cells(part: str, rows_of: Callable[[Mapping[str, Any]], Rows]) -> Rows:
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    """The network and the data of a record, and the cost of its units, if it is not the MACs."""
-    name = title(entry["arch"], entry["dataset"])
-    if entry["cost"] != "latency":
-        return name
-    return f"{name}, cost latency at batch {entry['cost_batch_size']}"
+    """The network, the data and the name of the run of a record."""
+    return f"{title(entry['arch'], entry['dataset'])}, `{entry['run']}`"
 
 
 def _speedup(latency: Mapping[str, Any]) -> str:
@@ -224,14 +221,12 @@ def int8(records: Sequence[Record]) -> str:
 def commands(records: Sequence[Record]) -> str:
     """The commands, versions and machines of the records of budgets, as a list."""
     del records
-    cells = _cells(
-        "command",
-        lambda entry: [
-            (
-                entry["command"],
-                ", ".join(f"{name} {number}" for name, number in entry["versions"].items()),
-                entry["machine"],
-            )
-        ],
+
+    def rows(entry: Mapping[str, Any]) -> Rows:
+        used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
+        return [(entry["run"], entry["command"], used, entry["machine"])]
+
+    return "\n".join(
+        f"- `{run}`: `{words}`; {used}; {where}"
+        for run, words, used, where in _cells("command", rows)
     )
-    return "\n".join(f"- `{words}`; {used}; {where}" for words, used, where in cells)

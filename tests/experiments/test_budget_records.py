@@ -84,7 +84,8 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     write_json(tmp_path / "run.json", entry)
     first, second = cells(budget_tables.speedups([]))
     assert (
-        first[:3] == ["LeNet-300-100 on digits", "2x", "1"] and first[4] == "2.00x (1.80 to 2.20)"
+        first[:3] == ["LeNet-300-100 on digits, `run`", "2x", "1"]
+        and first[4] == "2.00x (1.80 to 2.20)"
     )
     assert second[3].startswith("refused: ") and second[3].endswith("x is the largest")
     (row,) = cells(budget_tables.error_budgets([]))
@@ -171,15 +172,15 @@ BYTES |= {"int8_error": 0.8, "same_class": 99.5}
 
 def test_speedups_are_compared_with_the_ratio_of_macs_and_with_the_floor(records):
     first, second, *others = cells(budget_tables.costs([]))
-    assert first[:4] == ["LeNet-5 on MNIST", "0.70 to 0.75", "3-9", "10.00x"]
+    assert first[:4] == ["LeNet-5 on MNIST, `a`", "0.70 to 0.75", "3-9", "10.00x"]
     assert first[4:] == ["eager", "1", "2.00x (1.80 to 2.20)", "0.20", "4.00x"]
     assert second == [*[""] * 4, "eager", "128", "8.00x (7.20 to 8.80)", "0.80", "16.00x"]
-    assert others == [["LeNet-5 on MNIST, cost latency at batch 128", *first[1:]], second]
+    assert others == [["LeNet-5 on MNIST, `b`", *first[1:]], second]
 
 
 def test_int8_stands_beside_float32(records):
     rows = cells(budget_tables.int8([]))
-    assert rows[0][0] == "LeNet-5 on MNIST, cost latency at batch 128"
+    assert rows[0][0] == "LeNet-5 on MNIST, `b`"
     assert [row[1:] for row in rows] == [
         ["dense, eager", "0.70", "1,724.0", "0.400", "8.000"],
         ["dense, ONNX Runtime", "0.70", "1,724.0", "4.000", "4.000"],
@@ -194,6 +195,13 @@ def test_forms_of_a_network_have_a_row_each(records):
     rounded = "`--round-to auto` (multiples of 4)"
     assert [row[1] for row in rows] == ["eager", rounded, "`torch.compile`"]
     assert [row[3] for row in rows][::2] == ["8.000 to 1.000, 8.00x", "6.000 to 0.500, 12.00x"]
+
+
+def test_the_commands_are_below_the_tables(records):
+    assert budget_tables.commands([]).splitlines() == [
+        "- `a`: `pyro-sbp train`; torch 2; m",
+        "- `b`: `pyro-sbp train`; torch 2; m",
+    ]
 
 
 def test_a_table_without_records_is_refused(records, tmp_path):
