@@ -363,17 +363,16 @@ def main(arguments: Sequence[str]) -> None:
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     for run in options.runs:
         path = DIRECTORY / f"{run.resolve().name}.json"
-        try:
-            entry = measured(run.resolve(), options.data_dir, options.parts, options.seconds)
-        except ValueError as error:
-            parser.error(str(error))
-        if path.exists():
-            before = json.loads(path.read_text("utf-8"))
-            if before["command"] == entry["command"]:
-                entry |= {part: before[part] for part in PARTS if part in before} | {
-                    part: entry[part] for part in options.parts
-                }
-        write_json(path, entry)
+        for part in options.parts:  # so that a part is kept if a later one is interrupted
+            try:
+                entry = measured(run.resolve(), options.data_dir, [part], options.seconds)
+            except ValueError as error:
+                parser.error(str(error))
+            if path.exists():
+                before = json.loads(path.read_text("utf-8"))
+                if before["command"] == entry["command"]:
+                    entry = {name: before[name] for name in PARTS if name in before} | entry
+            write_json(path, entry)
         print(path)
 
 

@@ -93,6 +93,22 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     assert [line[0] for line in cells(budget_tables.layers([], "run", "1"))][-1] == "whole"
 
 
+def test_parts_that_are_not_measured_again_are_kept(monkeypatch, tmp_path):
+    commands = iter(["train", "train", "train --seed 1"])
+
+    def measured(run, data_dir, parts, seconds):
+        return {"command": next(commands), **dict.fromkeys(parts, seconds)}
+
+    monkeypatch.setattr(budgets, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(budgets, "measured", measured)
+    budgets.main([str(tmp_path / "run"), "--parts", "int8", "--seconds", "1"])
+    budgets.main([str(tmp_path / "run"), "--parts", "network", "--seconds", "2"])
+    record = tmp_path / "run.json"
+    assert json.loads(record.read_text()) == {"command": "train", "int8": 1, "network": 2}
+    budgets.main([str(tmp_path / "run"), "--parts", "network"])
+    assert json.loads(record.read_text()) == {"command": "train --seed 1", "network": 2}
+
+
 def test_the_command_names_the_settings_that_differ():
     recipe = RECIPES["lenet5-small"].replace(cost="latency", holdout=5_000)
     words = "pyro-sbp train --arch lenet5 --dataset mnist --recipe lenet5-small "
