@@ -40,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,21 @@ def command(request: Request) -> str:
     before = named.to_dict()
     for name, value in request.recipe.to_dict().items():
         if value != before[name]:
-            setting = f"{name}={json.dumps(value)}"
-            words.append(f"--set {setting!r}" if '"' in setting else f"--set {setting}")
+            setting = f"{name}={_toml(value)}"
+            quoted = '"' in setting or " " in setting
+            words.append(f"--set {setting!r}" if quoted else f"--set {setting}")
     if request.precision != "32-true":
         words.append(f"--precision {request.precision}")
     if request.channels_last:
         words.append("--channels-last")
     return " ".join([*words, f"--seed {request.seed}"])
+
+
+def _toml(value: Any) -> str:
+    """A setting as `--set` reads it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {json.dumps(x)}" for name, x in value.items()) + "}"
+    return json.dumps(value)
 
 
 def bench(saved: Path, *options: str, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[Any]:

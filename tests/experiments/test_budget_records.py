@@ -114,6 +114,9 @@ def test_the_command_names_the_settings_that_differ():
     words = "pyro-sbp train --arch lenet5 --dataset mnist --recipe lenet5-small "
     found = budgets.command(Request("lenet5", "mnist", recipe, seed=3))
     assert found == words + "--set holdout=5000 --set 'cost=\"latency\"' --seed 3"
+    scaled = RECIPES["lenet5-small"].replace(kl_scale={"conv1": 12.0, "fc1": 0.5})
+    found = budgets.command(Request("lenet5", "mnist", scaled))
+    assert found == words + "--set 'kl_scale={conv1 = 12.0, fc1 = 0.5}' --seed 0"
     with pytest.raises(ValueError, match="the recipe 'mine' is not that of"):
         budgets.command(Request("lenet5", "mnist", recipe.replace(name="mine")))
 
