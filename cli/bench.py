@@ -12,6 +12,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_network, read_network, result_in_words
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
+from pyro_sbp.machine import cpu_governor
 from pyro_sbp.text_tables import markdown_table, table
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.runs import NOISY, read_request
@@ -83,7 +84,7 @@ def bench(
 
     import torch
 
-    from pyro_sbp.cli.quantized import calibration_batches, comparison, run_data
+    from pyro_sbp.cli.quantized import calibration_batches, compare, comparison, run_data
     from pyro_sbp.deployment.benchmarking import benchmark, floor_network
     from pyro_sbp.deployment.memory import file_size, peak_memory
     from pyro_sbp.deployment.quantization import quantize
@@ -136,22 +137,27 @@ def bench(
     }
     sizes = {f"{name}_file_bytes": file_size(net) for name, net in nets.items()}
     sizes |= {f"{name}_peak_bytes": peak_memory(net, one) for name, net in nets.items()}
-    rows = [asdict(latency) | counts | sizes for latency in result.latencies]
+    quantized = None if data is None else compare(pruned, quantize(pruned, calibration), data)
+    more = {"governor": cpu_governor()} | counts | sizes
+    more |= {} if quantized is None else asdict(quantized)
+    rows = [asdict(latency) | more for latency in result.latencies]
     write_json((run if saved == run / "pruned" else saved) / "bench.json", rows)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     layout = markdown_table if markdown else table
     click.echo(result.latency_table(layout))
-    if data is not None:
+    if quantized is not None:
         dense_error = None if summary is None else summary.error.dense
-        program = quantize(pruned, calibration)
-        rows_of = comparison(dense, pruned, program, data, dense_error, result.latencies)
+        rows_of = comparison(quantized, dense_error, sizes, result.latencies)
         click.echo(f"\n{layout(*rows_of)}\n")
     if any(latency.spread > NOISY for latency in result.latencies):
         click.echo(f"a spread is over {NOISY:.0%}: the machine was busy; measure again")
     click.echo(
-        "ms per call, median; spread: half the interquartile range; floor: one unit in every gate\n"
+        "ms per call, median of blocks of calls in turn; speed-up: median ratio in groups of "
+        "blocks, with its confidence interval; spread: half the interquartile range; floor: one "
+        "unit in every gate\n"
+        f"CPU governor: {more['governor'] or 'not readable'}\n"
         f"MACs {result.dense_macs:,} -> {result.pruned_macs:,} ({result.macs_ratio:.2f}x), "
         f"parameters {result.dense_parameters:,} -> {result.pruned_parameters:,}\n"
         f"file {sizes['dense_file_bytes'] / 1e3:,.1f} -> {sizes['pruned_file_bytes'] / 1e3:,.1f} "

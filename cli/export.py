@@ -1,4 +1,4 @@
-"""pyro-sbp export: write the pruned network of a run to ONNX or pt2."""
+"""pyro-sbp export: write the pruned network of a run to ONNX, pt2 or ExecuTorch."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ __all__ = ["export"]
 @click.option(
     "--format",
     required=True,
-    type=click.Choice(["onnx", "pt2"]),
-    help="File format: ONNX, or the format of torch.export (pt2).",
+    type=click.Choice(["onnx", "pt2", "executorch"]),
+    help="File format: ONNX, the format of torch.export (pt2), or that of ExecuTorch (pte), for "
+    "phones and embedded devices.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write.  [default: RUN/pruned.FORMAT]",
+    help="File to write.  [default: RUN/pruned.onnx, .pt2 or .pte]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(run: Path | None, format: str, output: Path | None, as_json: bool) -> None:
-    """Export the pruned network to ONNX or pt2.
+    """Export the pruned network to ONNX, pt2 or ExecuTorch.
 
     RUN is a run directory, or a network that prune wrote into one (RUN/pruned-…); by default the
-    newest run. The exported program accepts any batch size. Its outputs are compared with those of
-    the network before the file appears.
+    newest run. The exported program accepts any batch size; that of ExecuTorch accepts at most 16.
+    Its outputs are compared with those of the network before the file appears.
     """
     run, saved = find_network(run)
-    output = output or run / f"{saved.name}.{format}"
     architecture = find_architecture(read_request(run).arch)
     _, shape = read_network(saved)
 
     from pyro_sbp.deployment import exporting
     from pyro_sbp.deployment.saving import load
 
+    output = output or run / f"{saved.name}.{exporting.SUFFIXES[format]}"
     try:
         net = load(saved, architecture.resolve())
     except ValueError as error:

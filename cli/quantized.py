@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData
     from pyro_sbp.deployment.benchmarking import Latency
 
-__all__ = ["calibration_batches", "comparison", "run_data"]
+__all__ = ["Quantized", "calibration_batches", "compare", "comparison", "run_data"]
 
 #: The number of training images by which the ranges of activations are measured, and the batch
 #: size in which images are passed to the networks.
@@ -51,37 +52,39 @@ def calibration_batches(data: ImageData, seed: int) -> list[Tensor]:
     return [x.float() for x, _ in data.train.batches(chosen.split(BATCH))]
 
 
-def comparison(
-    dense: nn.Module,
-    pruned: nn.Module,
-    program: bytes,
-    data: ImageData,
-    dense_error: float | None,
-    latencies: Sequence[Latency],
-) -> tuple[list[str], list[list[str]]]:
-    """A table of the dense network, the pruned one, and the pruned one in int8.
+@dataclass(frozen=True)
+class Quantized:
+    """A pruned network in int8, compared with float32 on the test images.
+
+    Attributes:
+        pruned_error: the error of the pruned network in float32, in percent.
+        int8_error: the error of the pruned network in int8, in percent.
+        same_class: the percentage of images of which both predict the same class.
+        int8_file_bytes: the size of the program in int8.
+    """
+
+    pruned_error: float
+    int8_error: float
+    same_class: float
+    int8_file_bytes: int
+
+
+def compare(pruned: nn.Module, program: bytes, data: ImageData) -> Quantized:
+    """Compare a pruned network in int8 and in float32 on the test images.
 
     Args:
-        dense, pruned: the networks.
-        program: the pruned network in int8, from `quantize`.
-        data: the data; the errors are those on the test images.
-        dense_error: the test error of the dense network in percent, if the run has measured it.
-        latencies: of `benchmark`, in eager PyTorch and in int8.
-
-    Returns:
-        The head and the rows.
+        pruned: the network.
+        program: the network in int8, from `quantize`.
+        data: the data.
     """
-    from pyro_sbp.deployment.memory import file_size, peak_memory
+    import torch
+
     from pyro_sbp.deployment.quantization import outputs_of
 
     def images() -> Iterator[tuple[Tensor, Tensor]]:
-        import torch
-
         places = torch.arange(len(data.test), device="cpu").split(BATCH)
         for x, y in data.test.batches(places):
             yield x.float(), y
-
-    import torch
 
     with torch.inference_mode():
         classes = torch.cat([pruned(x).argmax(1) for x, _ in images()])
@@ -89,26 +92,45 @@ def comparison(
         quantized = torch.cat([output.argmax(1) for (output,) in in_int8])
     labels = torch.cat([y for _, y in images()])
 
-    def error(found: Tensor) -> float:
-        return 100 * float((found != labels).double().mean())
+    def percentage(found: Tensor) -> float:
+        return 100 * float(found.double().mean())
 
-    errors = {"dense": dense_error, "pruned": error(classes), "int8": error(quantized)}
-    example = next(images())[0]
-    sizes = [file_size(dense), file_size(pruned), len(program)]
-    peaks: list[int | None] = [peak_memory(net, example[:1].clone()) for net in (dense, pruned)] + [
-        None
-    ]
-    agreement = 100 * float((classes == quantized).double().mean())
+    return Quantized(
+        pruned_error=percentage(classes != labels),
+        int8_error=percentage(quantized != labels),
+        same_class=percentage(classes == quantized),
+        int8_file_bytes=len(program),
+    )
+
+
+def comparison(
+    found: Quantized,
+    dense_error: float | None,
+    sizes: Mapping[str, int],
+    latencies: Sequence[Latency],
+) -> tuple[list[str], list[list[str]]]:
+    """A table of the dense network, the pruned one, and the pruned one in int8.
+
+    Args:
+        found: from `compare`.
+        dense_error: the test error of the dense network in percent, if the run has measured it.
+        sizes: bytes of the files and of the peak memory of the dense and the pruned network.
+        latencies: of `benchmark`, in eager PyTorch and in int8.
+
+    Returns:
+        The head and the rows.
+    """
+
+    def kilobytes(network: str) -> list[str]:
+        return [f"{sizes[f'{network}_{of}_bytes'] / 1e3:,.1f}" for of in ("file", "peak")]
+
     head = ["network", "error, %", "same class, %", "file, kB", "peak memory, kB"]
+    dense = "-" if dense_error is None else f"{dense_error:.2f}"
+    quantized = [f"{found.int8_error:.2f}", f"{found.same_class:.1f}"]
     rows = [
-        [
-            name,
-            "-" if value is None else f"{value:.2f}",
-            {"dense": "-", "pruned": "100.0"}.get(name, f"{agreement:.1f}"),
-            f"{size / 1e3:,.1f}",
-            "-" if peak is None else f"{peak / 1e3:,.1f}",
-        ]
-        for (name, value), size, peak in zip(errors.items(), sizes, peaks, strict=True)
+        ["dense", dense, "-", *kilobytes("dense")],
+        ["pruned", f"{found.pruned_error:.2f}", "100.0", *kilobytes("pruned")],
+        ["pruned, int8", *quantized, f"{found.int8_file_bytes / 1e3:,.1f}", "-"],
     ]
     for latency in latencies:
         if latency.runtime != "eager" or not latency.device.startswith("cpu"):
@@ -122,5 +144,4 @@ def comparison(
         times = (latency.dense_ms, latency.pruned_ms, other.pruned_ms)
         for row, milliseconds in zip(rows, times, strict=True):
             row.append(f"{milliseconds:.3f}")
-    rows[2][0] = "pruned, int8"
     return head, rows

@@ -18,7 +18,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pyro_sbp.errors import RequestError, did_you_mean
-from pyro_sbp.experiments import criteria, frontier, method_tables, minilm_tables, network_tables
+from pyro_sbp.experiments import (
+    budget_tables,
+    criteria,
+    frontier,
+    method_tables,
+    minilm_tables,
+    network_tables,
+)
 from pyro_sbp.experiments.rows import Record, read_records
 from pyro_sbp.experiments.survey import tables as survey_tables
 from pyro_sbp.training.files import write_text
@@ -45,6 +52,13 @@ TABLES: dict[str, Callable[..., str]] = {
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
     "criteria": criteria.table,
+    "budget-speedups": budget_tables.speedups,
+    "budget-errors": budget_tables.error_budgets,
+    "budget-costs": budget_tables.costs,
+    "budget-layers": budget_tables.layers,
+    "budget-variants": budget_tables.variants,
+    "budget-int8": budget_tables.int8,
+    "budget-commands": budget_tables.commands,
     "minilm": minilm_tables.results,
     "minilm-units": minilm_tables.units,
     "minilm-speed": minilm_tables.speed,

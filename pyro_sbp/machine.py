@@ -6,12 +6,14 @@ import platform
 import re
 from pathlib import Path
 
-__all__ = ["control_groups", "memory_info", "processor_name", "read_text"]
+__all__ = ["control_groups", "cpu_governor", "memory_info", "processor_name", "read_text"]
 
 #: The directory in which Linux describes processes, the memory and the processor.
 PROC = Path("/proc")
 #: The directory in which Linux describes control groups, which limit containers.
 CGROUPS = Path("/sys/fs/cgroup")
+#: The directory in which Linux describes the cores of the processor.
+CORES = Path("/sys/devices/system/cpu")
 
 
 def read_text(path: Path) -> str:
@@ -52,3 +54,16 @@ def processor_name() -> str:
     """The model name of the processor."""
     line = re.search(r"^model name\s*:\s*(.+?)\s*$", read_text(PROC / "cpuinfo"), flags=re.M)
     return line[1] if line else platform.processor() or platform.machine()
+
+
+def cpu_governor() -> str | None:
+    """The policy by which Linux sets the clock frequency of the cores, such as "performance".
+
+    Returns:
+        The name; several names, separated by commas, if cores have different ones; None if it
+        cannot be read, as in most virtual machines.
+    """
+    files = sorted(CORES.glob("cpu[0-9]*/cpufreq/scaling_governor"))
+    names = dict.fromkeys(read_text(path).strip() for path in files)
+    names.pop("", None)
+    return ", ".join(names) or None

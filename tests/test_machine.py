@@ -21,3 +21,15 @@ def test_the_memory_and_the_processor_are_those_of_proc(tmp_path, monkeypatch):
     assert machine.memory_info() == {"MemTotal": 16 * 1024, "MemAvailable": 2 * 1024}
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC 7763\n")
     assert machine.processor_name() == "AMD EPYC 7763"
+
+
+def test_the_governor_is_that_of_the_cores_and_may_not_be_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CORES", tmp_path)
+    assert machine.cpu_governor() is None
+    for core in (0, 1, 10):
+        (tmp_path / f"cpu{core}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{core}" / "cpufreq" / "scaling_governor").write_text("schedutil\n")
+    (tmp_path / "cpufreq").mkdir()  # the directory of the policies
+    assert machine.cpu_governor() == "schedutil"
+    (tmp_path / "cpu10" / "cpufreq" / "scaling_governor").write_text("performance\n")
+    assert machine.cpu_governor() == "schedutil, performance"

@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
-    "docs", "experiments", "export", "hub", "lightning", "mlflow", "report", "tensorboard",
-    "transformers", "wandb",
+    "docs", "executorch", "experiments", "export", "hub", "lightning", "mlflow", "report",
+    "tensorboard", "transformers", "wandb",
 )  # fmt: skip
 #: What an experiment compares with, or a user names, if it is installed; in no extra.
 ASKED_FOR = {"jax", "numpyro", "segmentation-models-pytorch", "timm"}
@@ -201,7 +201,7 @@ def test_the_wheel_imports_what_it_declares():
 def test_dev_has_every_extra_but_the_largest():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"].keys() == {*EXTRAS, "dev"}
-    extras = sorted({*EXTRAS} - {"lightning", "mlflow", "transformers"})
+    extras = sorted({*EXTRAS} - {"executorch", "lightning", "mlflow", "transformers"})
     assert f"pyro-sbp[{','.join(extras)}]" in project["optional-dependencies"]["dev"]
 
 

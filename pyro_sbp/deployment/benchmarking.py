@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyro_sbp.deployment.batches import batch_size, on_device, with_batch_size
+from pyro_sbp.deployment.blocks import BLOCK, ratios, times_in_turn
 from pyro_sbp.deployment.crosscheck import CrossCheck, cross_check
+from pyro_sbp.deployment.intervals import CONFIDENCE, median_interval
 from pyro_sbp.deployment.runtimes import ON_CPU, Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
@@ -35,6 +38,9 @@ __all__ = [
 ]
 
 
+#: The duration of a block of calls on a GPU in seconds. It is long compared to synchronizing.
+GPU_BLOCK = 5e-3
+
 #: A function from the head and the rows of a table to its text.
 Layout = Callable[[Sequence[str], Sequence[Sequence[Any]]], str]
 
@@ -45,10 +51,18 @@ class Latency:
     per call.
 
     Attributes:
+        speedup: the median of the ratios of the two networks in groups of blocks (`ratios`). Other
+            load affects both networks in a group, so it can differ slightly from the ratio of
+            `dense_ms` and `pruned_ms`.
         spread: half the interquartile range divided by the median; the larger of the two networks.
         floor_ms: the latency of the network with one unit per gate, which is a lower bound for all
             pruned networks. None if it was not measured.
         runtime: the runtime of the calls, one of `runtimes.RUNTIMES`.
+        speedup_low, speedup_high: the confidence interval of `speedup`, from `median_interval`. It
+            covers the variation within the measurement, not that between processes or machines.
+            None in results of earlier versions.
+        confidence: the smallest probability with which the interval contains the true median.
+        blocks: the number of blocks of each network.
     """
 
     device: str
@@ -60,6 +74,17 @@ class Latency:
     spread: float
     floor_ms: float | None = None
     runtime: str = "eager"
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    confidence: float = CONFIDENCE
+    blocks: int | None = None
+
+    @property
+    def interval(self) -> str:
+        """The confidence interval of the speed-up in words, or "-" if it is not known."""
+        if self.speedup_low is None or self.speedup_high is None:
+            return "-"
+        return f"{self.speedup_low:.2f} to {self.speedup_high:.2f}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,8 @@ class Comparison:
 
     def latency_table(self, layout: Layout = table) -> str:
         """The latencies as a table, in milliseconds per call. The table has a column for the
-        runtime if another runtime than eager was measured, and for the floor if it was measured.
+        runtime if another runtime than eager was measured, and for the confidence interval and the
+        floor if they are known.
 
         Args:
             layout: a function from the head and the rows to the text of the table, such as
@@ -111,7 +137,9 @@ class Comparison:
         """
         runtimes = {latency.runtime for latency in self.latencies} != {"eager"}
         floors = any(latency.floor_ms is not None for latency in self.latencies)
+        intervals = any(latency.speedup_low is not None for latency in self.latencies)
         head = ["device", *["runtime"] * runtimes, "threads", "batch", "dense ms", "pruned ms"]
+        head += ["speed-up", *[f"{CONFIDENCE:.0%} interval"] * intervals, "spread"]
         rows = [
             (
                 latency.device,
@@ -121,12 +149,13 @@ class Comparison:
                 f"{latency.dense_ms:.3f}",
                 f"{latency.pruned_ms:.3f}",
                 f"{latency.speedup:.2f}x",
+                *[latency.interval] * intervals,
                 f"{latency.spread:.0%}",
                 *["-" if latency.floor_ms is None else f"{latency.floor_ms:.3f}"] * floors,
             )
             for latency in self.latencies
         ]
-        return layout([*head, "speed-up", "spread", *["floor"] * floors], rows)
+        return layout([*head, *["floor"] * floors], rows)
 
     def __str__(self) -> str:
         return f"{self.size_table()}\n\n{self.latency_table()}"
@@ -261,58 +290,53 @@ def _latency(
     seconds: float,
     runtime: str,
 ) -> Latency:
-    # The import logs a warning on machines that have CUDA's compiler but no GPU.
+    # torch.compile logs a warning on machines that have CUDA's compiler but no GPU.
     logging.getLogger("torch.utils.cpp_extension").addFilter(_without_cuda_home)
-    from torch.utils.benchmark import Timer
-    from torch.utils.benchmark import timer as synchronizing
 
-    # On the CPU this timer would look for a GPU at every reading, which may take longer than the
-    # network.
+    def synchronizing() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     clock = synchronizing if device.type == "cuda" else time.perf_counter
-    rounds = 5
-    times: dict[str, list[float]] = {name: [] for name in starts}
-    with torch.inference_mode():
-        timers = {
-            name: Timer("call()", timer=clock, globals={"call": call}, num_threads=threads)
-            for name, call in _started(starts, x, threads, runtime).items()
-        }
-        for timer in timers.values():
-            timer.timeit(3)
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                times[name] += timer.blocked_autorange(min_run_time=seconds / rounds).times
-    median, spread = {}, {}
-    for name, values in times.items():
-        low, middle, high = torch.tensor(values, dtype=torch.float64, device="cpu").quantile(
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            calls = _started(starts, x, threads, runtime)
+            block = GPU_BLOCK if device.type == "cuda" else BLOCK
+            times = times_in_turn(calls, seconds, clock, block)
+    finally:
+        torch.set_num_threads(before)
+    spread = {}
+    for name in ("dense", "pruned"):
+        low, middle, high = torch.tensor(times[name], dtype=torch.float64, device="cpu").quantile(
             torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
         )
-        median[name] = 1e3 * float(middle)
         spread[name] = float((high - low) / (2 * middle))
+    speedups = ratios(times["dense"], times["pruned"])
+    speedup_low, speedup_high = median_interval(speedups)
     return Latency(
         device=f"{device.type}: {device_name(device)}",
         threads=threads,
         batch_size=batch_size(x),
-        dense_ms=median["dense"],
-        pruned_ms=median["pruned"],
-        speedup=median["dense"] / median["pruned"],
-        spread=max(spread["dense"], spread["pruned"]),
-        floor_ms=median.get("floor"),
+        dense_ms=1e3 * median(times["dense"]),
+        pruned_ms=1e3 * median(times["pruned"]),
+        speedup=median(speedups),
+        spread=max(spread.values()),
+        floor_ms=1e3 * median(times["floor"]) if "floor" in times else None,
         runtime=runtime,
+        speedup_low=speedup_low,
+        speedup_high=speedup_high,
+        blocks=len(times["dense"]),
     )
 
 
 def _started(
     starts: Mapping[str, Start], x: Any, threads: int, runtime: str
 ) -> dict[str, Callable[[], Any]]:
-    """By name, the call of each network on an input. Calls are prepared with the number of threads
-    of the measurement."""
+    """By name, the call of each network on an input."""
     if runtime == "compile":
         # torch.compile keeps at most eight programs for one `forward`, and would fail for the
         # ninth.
         torch.compiler.reset()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return {name: start(x, threads) for name, start in starts.items()}
-    finally:
-        torch.set_num_threads(before)
+    return {name: start(x, threads) for name, start in starts.items()}

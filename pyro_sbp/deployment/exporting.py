@@ -1,4 +1,4 @@
-"""Export pruned networks as programs that need no pyro-sbp: ONNX, or the pt2 of torch.export."""
+"""Export pruned networks as programs that need no pyro-sbp: ONNX, pt2, or ExecuTorch's pte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ from pyro_sbp.gates.noise import check_no_noise
 
 __all__ = [
     "FORMATS",
+    "SUFFIXES",
     "ExportError",
+    "check_executorch",
     "check_onnx",
     "export",
     "largest_difference",
@@ -40,12 +42,16 @@ __all__ = [
     "run_onnx",
 ]
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "executorch")
+#: The suffixes of the files by format.
+SUFFIXES = {"onnx": "onnx", "pt2": "pt2", "executorch": "pte"}
 #: The largest allowed difference between the outputs of the program and of the network, relative to
 #: the largest output.
 TOLERANCE = 1e-5
 #: The batch sizes with which a program is tested. It is traced with the first one.
 BATCHES = (2, 1, 5)
+#: The largest batch size of an ExecuTorch program. ExecuTorch reserves memory for it.
+LARGEST_BATCH = 16
 
 
 class ExportError(RuntimeError):
@@ -73,11 +79,12 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
             `find_gates`: a tensor (for example of tokens), a tuple of positional arguments, a
             mapping of named arguments, or a dataclass. Tensors that have a row for each example get
             a dynamic first dimension.
-        format: "onnx" or "pt2". An ONNX program has one input for each tensor, with the name of its
-            argument ("input" if there is only one tensor), and the outputs ``output``, or
-            ``output_0`` and so on. A pt2 program takes the same arguments as the network. If
-            tensors are inside lists or dataclasses, it takes all tensors as separate positional
-            arguments.
+        format: "onnx", "pt2" or "executorch". An ONNX program has one input for each tensor, with
+            the name of its argument ("input" if there is only one tensor), and the outputs
+            ``output``, or ``output_0`` and so on. A pt2 program takes the same arguments as the
+            network. If tensors are inside lists or dataclasses, it takes all tensors as separate
+            positional arguments. An ExecuTorch program takes all tensors as positional arguments,
+            with at most `LARGEST_BATCH` examples. XNNPACK runs most of its layers.
 
     Returns:
         The largest difference between the outputs of the program and of the network, relative to
@@ -90,7 +97,7 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
         ExportError: the network cannot be exported, or the difference is more than 1e-5.
     """
     if format not in FORMATS:
-        raise RequestError(f"unknown format {format!r}; expected {' or '.join(FORMATS)}")
+        raise RequestError(f"unknown format {format!r}; expected {', '.join(FORMATS)}")
     check_no_noise(net, "exported")
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -121,7 +128,8 @@ def export(net: nn.Module, path: str | os.PathLike[str], input_shape: Any, forma
     partial = path.with_name(f"{path.name}.part.{format}")
     try:
         with _quiet():
-            run = {"onnx": _onnx, "pt2": _pt2}[format](net, inputs[0], partial)
+            write = {"onnx": _onnx, "pt2": _pt2, "executorch": _executorch}[format]
+            run = write(net, inputs[0], partial)
             try:
                 difference = max(_difference(net, run, x) for x in inputs)
             except Exception as error:  # a runtime may raise anything
@@ -250,6 +258,45 @@ def run_onnx(session: Any, net: nn.Module, x: Any) -> list[Tensor]:
     given = named_tensors(net, x).items()
     values = {name: tensor.cpu().numpy() for name, tensor in given if name in taken}
     return [torch.from_numpy(value) for value in session.run(None, values)]
+
+
+def check_executorch() -> None:
+    """Check that ExecuTorch programs can be written and run.
+
+    Raises:
+        RequestError: ExecuTorch is not installed.
+    """
+    if find_spec("executorch") is None:
+        raise RequestError(
+            "the format executorch needs another package: pip install 'pyro-sbp[executorch]'"
+        )
+
+
+def _executorch(net: nn.Module, x: Any, path: Path) -> Callable[[Any], Any]:
+    check_executorch()
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    size, given = batch_size(x), named_tensors(net, x)
+    called = net if isinstance(x, Tensor) else CalledFlat(net, x)
+    batch = torch.export.Dim("batch", max=LARGEST_BATCH)
+    shapes = tuple({0: batch} if has_batch(tensor, size) else {} for tensor in given.values())
+    dynamic = shapes if called is net else (shapes,)
+    try:
+        program = torch.export.export(called, tuple(given.values()), dynamic_shapes=dynamic)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        content = lowered.to_executorch().buffer
+    except Exception as error:  # the code of a network may raise anything
+        raise ExportError(f"ExecuTorch cannot run the network: {first_line(error)}") from error
+    path.write_bytes(content)
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(x: Any) -> list[Tensor]:
+        # The outputs are in memory that the next call overwrites.
+        return [output.clone() for output in method.execute(list(named_tensors(net, x).values()))]
+
+    return run
 
 
 def output_names(count: int) -> list[str]:

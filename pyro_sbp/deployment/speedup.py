@@ -9,13 +9,17 @@ from pyro_sbp.pruning.budgets import Budget, Candidates
 
 __all__ = ["Speedup"]
 
+#: How many times longer the network that was found is measured than the candidates.
+LONGER = 4
+
 
 class Speedup(Budget):
     """A network that is at least `target` times faster than the dense one on this machine.
 
     The budget selects the largest such network. Every candidate is measured in turn with the dense
     network, in blocks of calls. Because latencies vary, the selected network is measured again for
-    a longer time. If it is too slow, the next smaller candidate is measured, and so on.
+    a longer time. The budget is met if the whole confidence interval of its speed-up is at least
+    the target. Otherwise the next smaller candidate is measured, and so on.
 
     Args:
         target: the latency of the dense network divided by that of the smaller network.
@@ -71,14 +75,28 @@ class Speedup(Budget):
             f"{self.batch_size}, {self.device}, threads: {self.threads})"
         )
 
+    def report(self, level: float) -> str:
+        """The speed-up and its confidence interval in words."""
+        latency = self.latencies[level]
+        return (
+            f"{self.describe(self.measured[level])}; {latency.confidence:.0%} confidence interval "
+            f"{latency.interval}"
+        )
+
     def confirm(self, candidates: Candidates, index: int) -> int:
-        """The index of the first level from `index` on that meets the target in a long
-        measurement; the last level if none does."""
+        """The index of the first level from `index` on of which a longer measurement has a
+        confidence interval that lies above the target.
+
+        Raises:
+            ValueError: there is no such level.
+        """
         last = len(candidates.levels) - 1
-        while index < last:
+        while True:
             level = float(candidates.levels[index])
-            self.measured[level] = self._speedup(candidates, level, 4 * self.seconds)
-            if self.is_met(self.measured[level]):
-                break
-            index += max(1, (last - index) // 32)
-        return index
+            self.measured[level] = self._speedup(candidates, level, LONGER * self.seconds)
+            low = self.latencies[level].speedup_low
+            if low is not None and self.is_met(low):
+                return index
+            if index == last:
+                raise self.refusal(candidates, level)
+            index = min(last, index + max(1, (last - index) // 32))

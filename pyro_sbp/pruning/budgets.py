@@ -109,8 +109,28 @@ class Budget(ABC):
     def confirm(self, candidates: Candidates, index: int) -> int:
         """The index of the level to use after bisection has found `index`. Budgets whose
         measurements vary override it.
+
+        Raises:
+            ValueError: no level from `index` on is confirmed.
         """
         return index
+
+    def report(self, level: float) -> str:
+        """What was measured of the network of a level, in words."""
+        return self.describe(self.measured[level])
+
+    def refusal(self, candidates: Candidates, level: float) -> ValueError:
+        """The error of a target that no network meets.
+
+        Args:
+            candidates: the networks.
+            level: the threshold of the network that is closest to the target.
+        """
+        end = "largest" if self.at_least else "smallest"
+        return ValueError(
+            f"{self.name} {self.target:g} cannot be met: with a threshold at the {end} "
+            f"{candidates.criterion.title}, {level:.4g}, {self.report(level)}"
+        )
 
 
 class MacsRatio(Budget):
@@ -216,12 +236,7 @@ def find_level(candidates: Candidates, budget: Budget) -> float:
     # From the best network to the one that meets the budget most easily.
     low, high = 0, len(levels) - 1
     if not met(high):
-        level = float(levels[high])
-        end = "largest" if budget.at_least else "smallest"
-        raise ValueError(
-            f"{budget.name} {budget.target:g} cannot be met: with a threshold at the {end} "
-            f"{candidates.criterion.title}, {level:.4g}, {budget.describe(budget.measured[level])}"
-        )
+        raise budget.refusal(candidates, float(levels[high]))
     while low < high:
         middle = (low + high) // 2
         if met(middle):

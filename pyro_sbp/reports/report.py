@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -452,6 +452,8 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         ]
     # The column is omitted if all rows have the same runtime.
     several = any(row["runtime"] != "eager" for row in run.bench)
+    # Earlier versions measured no confidence interval.
+    intervals = any(row.get("speedup_low") is not None for row in run.bench)
     rows = [
         (
             row["device"],
@@ -461,12 +463,14 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
             f"{row['dense_ms']:.3f}",
             f"{row['pruned_ms']:.3f}",
             f"{row['speedup']:.2f}x",
+            *([_interval(row)] if intervals else []),
             f"{row['spread']:.0%}",
         )
         for row in run.bench
     ]
     runtime = ["runtime"] if several else []
-    head = ("device", *runtime, "threads", "batch", "dense, ms", "pruned, ms", "speed-up", "spread")
+    head = ["device", *runtime, "threads", "batch", "dense, ms", "pruned, ms", "speed-up"]
+    head += [*(["95 % interval"] if intervals else []), "spread"]
     noisy = []
     if any(row["spread"] > NOISY for row in run.bench):
         words = f"A spread is over {NOISY:.0%}: the machine was busy. Measure again."
@@ -485,6 +489,12 @@ def _latency(found: Findings, pictures: _Pictures) -> list[str]:
         ),
     ]
     return [*noisy, pages.side(parts)]
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    """The confidence interval of a speed-up."""
+    low, high = row.get("speedup_low"), row.get("speedup_high")
+    return "-" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def _asked(found: Findings, pictures: _Pictures) -> list[str]:

@@ -117,8 +117,7 @@ def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
 
 def _measured(budget: Budget) -> str:
     """One line that says what was measured to meet a budget."""
-    found = budget.describe(budget.measured[budget.level])
-    return f"{len(budget.measured)} networks compared: {found}"
+    return f"{len(budget.measured)} networks compared: {budget.report(budget.level)}"
 
 
 @workers_watched()

@@ -72,6 +72,8 @@ class BenchRow(TypedDict):
     spread: float
     floor_ms: NotRequired[_Positive | None]
     runtime: NotRequired[str]
+    speedup_low: NotRequired[_Positive | None]
+    speedup_high: NotRequired[_Positive | None]
 
 
 @with_config(_CONFIG)

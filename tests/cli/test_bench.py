@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import run
 
+from pyro_sbp import machine
 from pyro_sbp.deployment import benchmarking
 from pyro_sbp.gates.attention import Attention
 
@@ -80,7 +81,8 @@ def test_the_count_of_ptflops_stands_beside_ours(finished):
     rows = json.loads(run(*args, "--json").stdout)
     assert isinstance(rows, list) and set(rows[0]) == {
         "device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread",
-        "floor_ms", "runtime", "dense_macs", "pruned_macs", "dense_macs_ptflops",
+        "floor_ms", "runtime", "speedup_low", "speedup_high", "confidence", "blocks", "governor",
+        "dense_macs", "pruned_macs", "dense_macs_ptflops",
         "pruned_macs_ptflops", "dense_file_bytes", "pruned_file_bytes", "dense_peak_bytes",
         "pruned_peak_bytes",
     }  # fmt: skip
@@ -123,3 +125,26 @@ def test_int8_is_shown_with_its_error(tmp_path):
     assert float(pruned[1]) == pytest.approx(last, abs=0.3)  # one image of the test set
     assert float(quantized[3]) > 90  # % of the images have the same class
     assert float(quantized[4].replace(",", "")) < float(pruned[3].replace(",", ""))
+    rows = json.loads((directory / "bench.json").read_text())
+    for row in rows:
+        assert f"{row['int8_error']:.2f}" == quantized[2]
+        assert f"{row['pruned_error']:.2f}" == pruned[1]
+        assert row["int8_file_bytes"] < row["pruned_file_bytes"]
+
+
+def test_the_interval_and_the_governor_are_in_text_json_and_markdown(
+    finished, monkeypatch, tmp_path
+):
+    args = ("bench", finished, "--seconds", "0.05", "--threads", "1", "--batch-size", "1")
+    monkeypatch.setattr(machine, "CORES", tmp_path)
+    for flags in ((), ("--markdown",)):
+        result = run(*args, *flags)
+        assert "95% interval" in result.stdout.splitlines()[0]
+        assert "\nCPU governor: not readable\n" in result.stdout
+    (row,) = json.loads(run(*args, "--json").stdout)
+    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert row["confidence"] == 0.95 and row["blocks"] >= 6 and row["governor"] is None
+    for core, name in (("cpu0", "powersave"), ("cpu1", "performance")):
+        (tmp_path / core / "cpufreq").mkdir(parents=True)
+        (tmp_path / core / "cpufreq" / "scaling_governor").write_text(f"{name}\n")
+    assert "\nCPU governor: powersave, performance\n" in run(*args).stdout

@@ -118,7 +118,7 @@ def test_bench_measures_and_names_the_machine(finished):
         assert set(row) >= {
             "device", "threads", "batch_size", "dense_ms", "pruned_ms", "speedup", "spread",
         }  # fmt: skip
-        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["pruned_ms"])
+        assert 0 < row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
         assert row["floor_ms"] > 0
 
 

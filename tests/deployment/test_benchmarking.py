@@ -9,7 +9,7 @@ import torch
 from torch._inductor import cpp_builder
 
 from pyro_sbp import networks
-from pyro_sbp.deployment import exporting
+from pyro_sbp.deployment import benchmarking, exporting
 from pyro_sbp.deployment.benchmarking import benchmark, floor_network, one_unit_network
 from pyro_sbp.deployment.exporting import ExportError
 from pyro_sbp.deployment.runtimes import prepare
@@ -46,8 +46,24 @@ def test_benchmark_reports_every_setting():
     assert found["pruned_check"]["macs"] == found["pruned_macs"] == 1 + 1 + 10
     json.dumps(found)
     for row in result.latencies:
-        assert row.speedup == row.dense_ms / row.pruned_ms > 0
+        assert 0 < row.speedup_low <= row.speedup <= row.speedup_high
+        assert row.blocks >= 6 and row.confidence == 0.95
         assert row.device.startswith("cpu: ") and row.spread >= 0
+
+
+def test_speedup_and_interval_are_those_of_the_ratios_of_blocks(monkeypatch):
+    net, x = networks.LeNet300_100(), torch.rand(1, 1, 28, 28)
+    # The load doubles in every round. The ratios, in ascending order, are 2, 2.5, 3, 3.5, 4, 4.5,
+    # 5, 5.5 and 6. Of nine values, the second and the eighth enclose the median with 96.1 %.
+    ratios = [4.0, 2.0, 6.0, 3.5, 2.5, 5.5, 3.0, 5.0, 4.5]
+    pruned = [1e-3 * 2**place for place in range(9)]
+    dense = [ratio * time for ratio, time in zip(ratios, pruned, strict=True)]
+    times = {"dense": dense, "pruned": pruned}
+    monkeypatch.setattr(benchmarking, "times_in_turn", lambda *_: times)
+    (row,) = benchmark(net, net, x, batch_sizes=(1,), devices=("cpu",)).latencies
+    assert (row.speedup, row.speedup_low, row.speedup_high) == pytest.approx((4.0, 2.5, 5.5))
+    assert (row.pruned_ms, row.dense_ms) == pytest.approx((16.0, 40.0))
+    assert row.blocks == 9 and row.interval == "2.50 to 5.50"
 
 
 @pytest.fixture

@@ -30,6 +30,14 @@ def test_runtimes_and_the_floor_have_columns_where_they_were_measured():
     assert "compile" in second and second.endswith("0.250")
 
 
+def test_intervals_have_a_column_where_they_are_known():
+    rows = (latency(speedup_low=3.9, speedup_high=4.125), latency(runtime="compile"))
+    head, _, first, second = Comparison(2, 1, 2, 1, rows).latency_table().splitlines()
+    assert "speed-up  95% interval  spread" in head
+    assert first.split()[-5:] == ["4.00x", "3.90", "to", "4.12", "2%"]
+    assert second.split()[-3:] == ["4.00x", "-", "2%"]
+
+
 def test_a_notebook_shows_the_tables():
     class Printer:
         def text(self, words):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyro_sbp import networks
+from pyro_sbp.deployment import exporting
 from pyro_sbp.deployment.exporting import FORMATS, ExportError, export
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.probing import find_gates
@@ -38,6 +39,7 @@ def resnet18():
     return resnet18(num_classes=10)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("make", "shape", "features"),
@@ -50,6 +52,8 @@ def resnet18():
     ids=["lenet5", "vgg-like", "resnet18", "mobilenet_v2"],
 )
 def test_the_program_agrees_with_the_network(make, shape, features, format, tmp_path):
+    if format == "executorch":
+        pytest.importorskip("executorch.runtime")
     net = pruned(make, *shape, features=features)
     path = tmp_path / f"net.{format}"
     assert export(net, path, shape, format) <= 1e-5
@@ -72,7 +76,7 @@ def test_a_pt2_file_needs_torch_only(tmp_path):
 
 def test_wrong_requests_write_nothing(tmp_path):
     net = nn.Linear(3, 2)
-    with pytest.raises(RequestError, match="unknown format 'tflite'; expected onnx or pt2"):
+    with pytest.raises(RequestError, match="unknown format 'tflite'; expected onnx, pt2, "):
         export(net, tmp_path / "a", (3,), "tflite")
     for target in (tmp_path / "no" / "where.pt2", tmp_path):
         with pytest.raises(RequestError, match="cannot write"):
@@ -122,6 +126,8 @@ def test_inputs_have_the_type_of_the_weights(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_older_program_stays_if_the_disk_is_full(format, tmp_path, monkeypatch):
+    if format == "executorch":
+        pytest.importorskip("executorch.runtime")
     net, path = nn.Linear(3, 2), tmp_path / f"net.{format}"
     export(net, path, (3,), format)
     before = path.read_bytes()
@@ -144,3 +150,37 @@ def test_a_program_of_several_files_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="too large for an ONNX file, whose limit is 2 GB"):
         export(nn.Linear(300, 200), tmp_path / "net.onnx", (300,), "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_executorch_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"pip install 'pyro-sbp\[executorch\]'"):
+        export(nn.Linear(3, 2), tmp_path / "net.pte", (3,), "executorch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_executorch_program_runs_without_torch_export(tmp_path):
+    """The runtime alone reads the file, takes its tensors by position, and has a batch limit."""
+    runtime = pytest.importorskip("executorch.runtime")
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, scale):
+            return self.linear(x) * scale, x.sum(1)
+
+    net, path = Two(), tmp_path / "net.pte"
+    x, scale = torch.randn(4, 3), torch.rand(4, 1)
+    export(net, path, {"x": x, "scale": scale}, "executorch")
+    method = runtime.Runtime.get().load_program(path).load_method("forward")
+    with torch.no_grad():
+        expected = net(x, scale)
+    for found, value in zip(method.execute([x, scale]), expected, strict=True):
+        torch.testing.assert_close(found, value)
+    largest = torch.rand(exporting.LARGEST_BATCH, 3), torch.rand(exporting.LARGEST_BATCH, 1)
+    torch.testing.assert_close(method.execute(list(largest))[1], largest[0].sum(1))
+    with pytest.raises(RuntimeError):
+        method.execute([torch.rand(exporting.LARGEST_BATCH + 1, 3), torch.rand(17, 1)])
