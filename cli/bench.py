@@ -12,10 +12,10 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import find_network, read_network, result_in_words
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.errors import RequestError
-from pyro_sbp.machine import cpu_governor
+from pyro_sbp.machine import NOISY, cpu_governor
 from pyro_sbp.text_tables import markdown_table, table
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.runs import NOISY, read_request
+from pyro_sbp.training.runs import read_request
 from pyro_sbp.training.summary import Summary
 
 __all__ = ["bench"]

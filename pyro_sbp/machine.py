@@ -6,8 +6,10 @@ import platform
 import re
 from pathlib import Path
 
-__all__ = ["control_groups", "cpu_governor", "memory_info", "processor_name", "read_text"]
+__all__ = ["NOISY", "control_groups", "cpu_governor", "memory_info", "processor_name", "read_text"]
 
+#: A latency whose spread is larger is unreliable, because the machine was busy.
+NOISY = 0.3
 #: The directory in which Linux describes processes, the memory and the processor.
 PROC = Path("/proc")
 #: The directory in which Linux describes control groups, which limit containers.

@@ -24,7 +24,7 @@ from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
-from pyro_sbp.machine import processor_name
+from pyro_sbp.machine import NOISY, processor_name
 from pyro_sbp.pruning.macs import count_parameters
 from pyro_sbp.text_tables import table
 
@@ -158,7 +158,10 @@ class Comparison:
         return layout([*head, *["floor"] * floors], rows)
 
     def __str__(self) -> str:
-        return f"{self.size_table()}\n\n{self.latency_table()}"
+        tables = f"{self.size_table()}\n\n{self.latency_table()}"
+        if any(latency.spread > NOISY for latency in self.latencies):
+            tables += f"\na spread is over {NOISY:.0%}: the machine was busy; measure again"
+        return tables
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Print the tables in IPython and notebooks."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.machine import NOISY
 from pyro_sbp.reports import pages, plots
 from pyro_sbp.reports.findings import Findings, find
 from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
-from pyro_sbp.training.runs import NOISY, Run
+from pyro_sbp.training.runs import Run
 from pyro_sbp.training.summary import Summary, with_share
 
 if TYPE_CHECKING:

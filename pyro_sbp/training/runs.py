@@ -17,7 +17,6 @@ from pyro_sbp.training import old_recipes
 from pyro_sbp.training.summary import Summary
 
 __all__ = [
-    "NOISY",
     "BenchRow",
     "GateNumbers",
     "Line",
@@ -27,9 +26,6 @@ __all__ = [
     "read_saved_network",
     "read_threads",
 ]
-
-#: Rows of `bench.json` with a larger spread are unreliable.
-NOISY = 0.3
 
 # Keys of later versions are not removed.
 _CONFIG = ConfigDict(extra="allow", strict=True)

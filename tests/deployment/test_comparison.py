@@ -46,3 +46,9 @@ def test_a_notebook_shows_the_tables():
     result, printer = Comparison(2, 1, 2, 1, (latency(),)), Printer()
     result._repr_pretty_(printer, False)
     assert printer.words == str(result)
+
+
+def test_a_busy_machine_is_named():
+    assert "busy" not in str(Comparison(2, 1, 2, 1, (latency(spread=0.3),)))
+    last = str(Comparison(2, 1, 2, 1, (latency(), latency(spread=0.31)))).splitlines()[-1]
+    assert last == "a spread is over 30%: the machine was busy; measure again"
