@@ -401,7 +401,7 @@ class GatedRecipe(Recipe):
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         None,
-        "Scale of the prior of log theta, whose mode is at the lower bound of theta (1.2 to 20). "
+        "Scale of the prior of log theta, from 1.2 to 20. The mode of the prior is the lower bound. "
         "A smaller scale removes more units. Without a value the prior is the log-uniform prior "
         "of SBP.",
     )
@@ -411,7 +411,7 @@ class GatedRecipe(Recipe):
     criterion: CriterionName = _setting(
         "snr",
         "The score that decides which units are kept: their signal-to-noise ratio (`snr`), or "
-        "their log evidence by Bayesian model reduction (`bmrs-n`, `bmrs-u`).",
+        "their log Bayes factor by Bayesian model reduction (`bmrs-n`, `bmrs-u`).",
     )
 
     @model_validator(mode="before")
@@ -566,7 +566,7 @@ class RBPRecipe(GatedRecipe):
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         4.0,
-        "Scale of the prior of log theta, whose mode is at the lower bound of theta (1.2 to 20). "
+        "Scale of the prior of log theta, from 1.2 to 20. The mode of the prior is the lower bound. "
         "A smaller scale removes more units. `none` is the log-uniform prior of SBP.",
     )
     order: Order = _setting(
