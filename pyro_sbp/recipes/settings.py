@@ -401,7 +401,7 @@ class GatedRecipe(Recipe):
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         None,
-        "Scale of the prior of log theta, from 1.2 to 20. The mode of the prior is the lower bound. "
+        "Scale of the prior of log theta, from 1.2 to 20. Its mode is the lower bound of theta. "
         "A smaller scale removes more units. Without a value the prior is the log-uniform prior "
         "of SBP.",
     )
@@ -566,7 +566,7 @@ class RBPRecipe(GatedRecipe):
     )
     prior_scale: Annotated[float, Field(gt=0, le=1e6)] | None = _setting(
         4.0,
-        "Scale of the prior of log theta, from 1.2 to 20. The mode of the prior is the lower bound. "
+        "Scale of the prior of log theta, from 1.2 to 20. Its mode is the lower bound of theta. "
         "A smaller scale removes more units. `none` is the log-uniform prior of SBP.",
     )
     order: Order = _setting(
