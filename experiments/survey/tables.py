@@ -159,7 +159,7 @@ def summary(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
             )
         )
     head = ("collection", "networks", "not finished", "MACs left, median", "largest difference")
-    return markdown((*head, "CPU seconds, median", "most"), rows)
+    return markdown((*head, "CPU seconds of find_gates, median", "most"), rows)
 
 
 def against(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
