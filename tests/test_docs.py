@@ -305,6 +305,7 @@ def test_prune_your_own_network_with_pyro():
     assert space["features"].shape == (800,) and 0 < int(space["features"].sum()) < 800
 
 
+@pytest.mark.slow
 def test_the_distributions_in_your_own_model():
     space = page("distributions.md")
     assert (space["guide"].snr()["theta"] >= 1).tolist() == [True, False, True, False, False]

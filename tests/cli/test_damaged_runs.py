@@ -103,7 +103,9 @@ def outcome(words, directory):
     return result.exit_code, said
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize(
+    "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))]
+)
 def test_a_random_damage_is_refused_in_one_line_or_harmless(finished, tmp_path, seed):
     draw = random.Random(seed)
     directory = tmp_path / "run"

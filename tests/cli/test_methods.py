@@ -191,7 +191,9 @@ def test_what_it_made_is_exported(finished, file_format):
 HIGH, WIDE = 50.0, "init_log_scale = 0.0"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m == "sbp" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_a_threshold_that_nothing_reaches_keeps_the_best_of_every_gate(method, tmp_path):
     """Training, pruning again and the sweep of the report end at the same network."""
     recipe = "dense_epochs = 0\nepochs = 3\nbatch_size = 64\nfinetune_epochs = 0\ncrop = 1\n"

@@ -45,8 +45,8 @@ def resnet18():
     ("make", "shape", "features"),
     [
         (networks.LeNet5, (1, 28, 28), ["fc1"]),
-        (networks.VGGLike, (3, 32, 32), ()),
-        (resnet18, (3, 32, 32), ()),
+        pytest.param(networks.VGGLike, (3, 32, 32), (), marks=pytest.mark.slow),
+        pytest.param(resnet18, (3, 32, 32), (), marks=pytest.mark.slow),
         (mobilenet_v2, (3, 32, 32), ()),
     ],
     ids=["lenet5", "vgg-like", "resnet18", "mobilenet_v2"],
