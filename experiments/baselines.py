@@ -61,6 +61,7 @@ from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.experiments.torch_pruning import IMPORTANCES, prune_to, widths
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.methods import Phase
+from pyro_sbp.methods.phased import PhasedTraining
 from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.named import RECIPES, default_recipe
@@ -81,7 +82,7 @@ STEPS = 10
 GRADIENT_BATCHES = 10
 
 
-class _TorchPruning:
+class _TorchPruning(PhasedTraining):
     """The method for the training loop: dense training, pruning in steps, fine-tuning.
 
     Attributes:
@@ -204,7 +205,7 @@ def baseline(
     net = net.to(fabric.device)
     if request.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    method: Any = _TorchPruning(net, data, request, ratio, importance, steps, learning_rate)
+    method = _TorchPruning(net, data, request, ratio, importance, steps, learning_rate)
     with tempfile.TemporaryDirectory() as directory:  # no run resumes from these checkpoints
         loop = Loop(request, method, data, Path(directory), fabric, watch)
         loop.go()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from pyro_sbp.gates.probing import find_gates
+from pyro_sbp.gates.probing import Gates, find_gates
 from pyro_sbp.gates.units import Units
 from pyro_sbp.methods.phase import Phase, Predict
+from pyro_sbp.methods.phased import PhasedTraining
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.exactness import Equivalence
@@ -24,7 +25,7 @@ __all__ = ["Method"]
 R = TypeVar("R", bound=Recipe)
 
 
-class Method(ABC, Generic[R]):
+class Method(PhasedTraining, Generic[R]):
     """A pruning method: the phases of training, and the smaller network.
 
     Args:
@@ -50,6 +51,7 @@ class Method(ABC, Generic[R]):
     mean: Predict
     small: nn.Module
     units: dict[str, Units]
+    gates: Gates
     held: tuple[str, ...] = ()
     equivalence: Equivalence
     target: TargetReached | None = None
@@ -123,21 +125,6 @@ class Method(ABC, Generic[R]):
         Raises:
             ValueError: the criterion is not for this method, or `choose_units` raises it for these
                 settings.
-        """
-
-    def state(self) -> dict[str, Any] | None:
-        """The state that training changes besides the modules of the phases, as plain values; None
-        if there is none."""
-        return None
-
-    def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Load what `state` returned, before the phases begin."""
-
-    @abstractmethod
-    def posteriors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The location and the scale of the posterior of every site that has had noise, for all its
-        elements: of log theta of the units, or of the weights. The tensors may share memory with
-        the trained parameters.
         """
 
     @staticmethod

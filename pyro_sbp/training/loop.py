@@ -21,9 +21,10 @@ from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import LabelledImages
 from pyro_sbp.deployment.unit_latency import UnitLatency
 from pyro_sbp.errors import RequestError
-from pyro_sbp.methods import Method, Phase
+from pyro_sbp.methods import Phase
 from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.phase import Predict, Standing
+from pyro_sbp.methods.phased import PhasedTraining
 from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
@@ -117,7 +118,7 @@ class Loop:
     def __init__(
         self,
         request: Request,
-        method: Method,
+        method: PhasedTraining,
         data: ImageData,
         directory: Path,
         fabric: Fabric,

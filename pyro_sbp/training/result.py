@@ -100,14 +100,14 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
             method.equivalence.max_rel_diff_float64, method.equivalence.max_abs_diff
         ),
         standardize=None if standardization is None else standardization.to_dict(),
-        teachers=_teachers(loop),
+        teachers=_teachers(loop, method),
         target=None if method.target is None else Target(**dataclasses.asdict(method.target)),
     )
 
 
-def _teachers(loop: Loop) -> tuple[str, ...]:
+def _teachers(loop: Loop, method: Method) -> tuple[str, ...]:
     """The architectures of the dense networks that taught the returned network."""
-    teacher = loop.method.teacher
+    teacher = method.teacher
     if isinstance(teacher, Teachers) and "finetuned" in loop.errors["test"]:
         return teacher.names
     return ()

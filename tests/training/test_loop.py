@@ -8,6 +8,7 @@ from torch import nn
 
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import Split
+from pyro_sbp.methods.phased import PhasedTraining
 from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.recipes import Request, SBPRecipe
@@ -17,7 +18,7 @@ from pyro_sbp.training.loop import Loop
 RECIPE = SBPRecipe(dense_epochs=1, batch_size=4)
 
 
-class OnePhase:
+class OnePhase(PhasedTraining):
     """A method of one phase, whose loss can be chosen."""
 
     gates = ()
