@@ -12,7 +12,11 @@ import torch
 
 from pyro_sbp.experiments.distributed import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Short training removes no unit.
+    pytest.mark.filterwarnings("ignore:no unit was removed:UserWarning"),
+]
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 SCRIPT = ("-m", "pyro_sbp.experiments.distributed")
