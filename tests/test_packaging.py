@@ -131,7 +131,7 @@ def test_the_wheel_prunes_with_its_run_time_dependencies_alone(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "lenet5-digits-sbp"
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["macs"]["ratio"] > 10
+    assert summary["macs"]["ratio"] > 8
     assert summary["error"]["finetuned"] < summary["error"]["dense"] + 1
     made_by = json.loads((run / "recipe.json").read_text())["versions"]["pyro-sbp"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
