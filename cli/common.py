@@ -94,8 +94,8 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
     if path is not None and (path / "network.json").is_file():
         if not (path.absolute().parent / "recipe.json").is_file():
             raise RequestError(
-                f"{path} is a saved network outside of a run directory; in Python, pyro_sbp.load "
-                "reads it, and torch.onnx.export and pyro_sbp.benchmark take it"
+                f"{path} is a saved network outside of a run directory; load it in Python with "
+                "pyro_sbp.load, and use pyro_sbp.benchmark or torch.onnx.export"
             )
         return find_run(path.parent), path
     run = find_run(path)
@@ -195,7 +195,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
 def error_advice(summary: Summary) -> str:
     """Advice if pruning raised the test error by much, and the network was not fine-tuned.
 
-    A budget far over what the noise has found removes units that the network needs.
+    This happens if a budget removes units whose posteriors say that the network needs them.
     """
     errors = summary.error
     if errors.mean is None or errors.pruned is None or errors.finetuned is not None:
@@ -204,8 +204,8 @@ def error_advice(summary: Summary) -> str:
     if points < MUCH_ERROR:
         return ""
     return (
-        f"Pruning raised the test error by {points:.1f} points. Use --finetune-epochs, a smaller "
-        "budget, or train the noise for more epochs."
+        f"Pruning raised the test error by {points:.1f} points. Use --finetune-epochs, give a "
+        "smaller ratio, or train the noise for more epochs."
     )
 
 

@@ -40,7 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,10 @@ from pyro_sbp.datasets.loading import ImageData, load_dataset
 from pyro_sbp.deployment.saving import load
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.record import RESULTS, without_path
+from pyro_sbp.experiments.record import RESULTS, command, without_path
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.machine import cpu_governor
 from pyro_sbp.pruning.macs import costs_by_layer
-from pyro_sbp.recipes.named import RECIPES
-from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.again import prune_again
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions
@@ -66,42 +64,11 @@ from pyro_sbp.training.latency_file import read_unit_latency
 from pyro_sbp.training.runs import read_request
 from pyro_sbp.training.summary import Summary
 
-__all__ = ["DIRECTORY", "PARTS", "bench", "command", "measured", "time_by_layer"]
+__all__ = ["DIRECTORY", "PARTS", "bench", "measured", "time_by_layer"]
 
 DIRECTORY = RESULTS / "budgets"
 #: The budgets of the table: speed-ups, batch sizes, and the increase of the error in points.
 SPEEDUPS, BATCH_SIZES, INCREASE = (2.0, 4.0), (1, 128), 0.1
-
-
-def command(request: Request) -> str:
-    """The command that repeats a request, with the settings that differ from its named recipe.
-
-    Raises:
-        ValueError: there is no recipe of this name.
-    """
-    named = RECIPES.get(request.recipe.name)
-    if named is None or named.method != request.method:
-        raise ValueError(f"the recipe {request.recipe.name!r} is not that of pyro_sbp.recipes")
-    words = [f"pyro-sbp train --arch {request.arch} --dataset {without_path(request.dataset)}"]
-    words.append(f"--recipe {named.name}")
-    before = named.to_dict()
-    for name, value in request.recipe.to_dict().items():
-        if value != before[name]:
-            setting = f"{name}={_toml(value)}"
-            quoted = '"' in setting or " " in setting
-            words.append(f"--set {setting!r}" if quoted else f"--set {setting}")
-    if request.precision != "32-true":
-        words.append(f"--precision {request.precision}")
-    if request.channels_last:
-        words.append("--channels-last")
-    return " ".join([*words, f"--seed {request.seed}"])
-
-
-def _toml(value: Any) -> str:
-    """A setting as `--set` reads it."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name} = {json.dumps(x)}" for name, x in value.items()) + "}"
-    return json.dumps(value)
 
 
 def bench(saved: Path, *options: str, batch_sizes: Sequence[int] = BATCH_SIZES) -> list[Any]:
@@ -325,7 +292,7 @@ def measured(
         "seed": request.seed,
         "cost": getattr(request.recipe, "cost", None),
         "cost_batch_size": getattr(request.recipe, "cost_batch_size", None),
-        "command": command(request),
+        "command": command(request, changed=True),
         "error": vars(summary.error),
         "macs_ratio": summary.macs.ratio,
         "units": {unit.gate: unit.kept for unit in summary.units},

@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,22 @@ def made_by(weights: Path) -> Request:
         ) from error
 
 
-def command(request: Request) -> str:
+def command(request: Request, changed: bool = False) -> str:
     """The command that repeats a request.
 
+    Args:
+        request: the request.
+        changed: whether settings may differ from those of the named recipe. They become options
+            `--set`.
+
     Raises:
-        ValueError: its recipe is not a named recipe.
+        ValueError: the recipe is not a named recipe, or has other settings without `changed`.
     """
     named = RECIPES.get(request.recipe.name)
     if named is not None and request.weights is not None:
-        named = named.replace(
-            dense_epochs=0
-        )  # the dense phase is omitted, because there are weights
-    if request.recipe != named:
+        # The dense phase is omitted, because there are weights.
+        named = named.replace(dense_epochs=0)
+    if named is None or named.method != request.method or (request.recipe != named and not changed):
         raise ValueError(f"the recipe {request.recipe.name!r} is not that of pyro_sbp.recipes")
     words = [
         "pyro-sbp train",
@@ -132,6 +137,12 @@ def command(request: Request) -> str:
     if request.method != "sbp":
         words.append(f"--method {request.method}")
     words.append(f"--recipe {named.name}")
+    before = named.to_dict()
+    for name, value in request.recipe.to_dict().items():
+        if value != before[name]:
+            setting = f"{name}={_toml(value)}"
+            quoted = '"' in setting or " " in setting
+            words.append(f"--set {setting!r}" if quoted else f"--set {setting}")
     if request.weights is not None:
         words.append(f"--weights {short_path(request.weights)}")
     words += [f"--teacher {Path(run).name}" for run in request.teachers]
@@ -144,6 +155,13 @@ def command(request: Request) -> str:
     if request.channels_last:
         words.append("--channels-last")
     return " ".join([*words, f"--seed {request.seed}"])
+
+
+def _toml(value: Any) -> str:
+    """A setting as `--set` reads it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {json.dumps(x)}" for name, x in value.items()) + "}"
+    return json.dumps(value)
 
 
 def thresholds(run: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Every test starts with the number of threads that pytest was started with."""
 
+import pyro
 import pytest
 import torch
 
@@ -12,3 +13,13 @@ def threads_as_before():
     # several times.
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def seeded():
+    """Pyro with seed 0, an empty parameter store and validation."""
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled(True):
+        yield
+    pyro.clear_param_store()

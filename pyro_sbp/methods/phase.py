@@ -95,6 +95,7 @@ class Phase(ABC):
     def loss(self, x: Tensor, y: Tensor) -> Parts:
         """The loss of a minibatch of images and labels, in parts, per example."""
 
+    # Most phases have nothing to prepare, so the method is not abstract.
     def begin_step(self, epoch: int, step: int, steps: int) -> None:  # noqa: B027
         """Prepare the loss of the next step, such as the weights of its KL divergence.
 

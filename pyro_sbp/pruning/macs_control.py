@@ -20,6 +20,8 @@ SHARPNESS = 6.0
 #: The ramp of the target begins when the expected MACs have fallen by this factor, or after this
 #: share of training. It ends after the other share, before learning rates have decayed.
 BEGINS, WAITS, RAMP_ENDS = 1.02, 0.2, 0.7
+#: The smallest length of the ramp, as a share of training.
+SHORTEST = 0.1
 #: The gains of the controller, in log strength for each unit of the log of the ratio; integrals and
 #: derivatives are over the share of training. The derivative is that of the expected MACs, smoothed
 #: over the last share of training below. It slows the weights early, because most units that were
@@ -52,8 +54,8 @@ class KLControl:
     reference begins when units begin to be removed, and reaches the target after 70 % of training.
     A strength v < 1 multiplies all weights. A strength v >= 1 multiplies all weights by sqrt(v),
     and replaces `macs_weight` m by sqrt(v) (1 + m) - 1, so that expensive units are removed first,
-    but not only these. The expected MACs are those of units that remain
-    with the probabilities of `soft_keep`.
+    but not only these. The expected MACs are those of units that remain with the probabilities of
+    `soft_keep`.
 
     Args:
         kl_scale: the weights without costs, by gate.
@@ -132,7 +134,7 @@ class KLControl:
             self._start = position, log_ratio
         assert self._target is not None
         start, first = self._start
-        share = min(1.0, (position - start) / (max(RAMP_ENDS, start + 0.1) - start))
+        share = min(1.0, (position - start) / (max(RAMP_ENDS, start + SHORTEST) - start))
         reference = first + share * (math.log(self._target) - first)
         error = reference - log_ratio
         self._integral += INTEGRAL * error * passed

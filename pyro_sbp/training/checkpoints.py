@@ -78,7 +78,7 @@ class Checkpoint:
             checkpoints of earlier versions.
         calibration: NLL and ECE, by split and by the name of the network; None in checkpoints of
             earlier versions.
-        method: the state of the method, from `Method.state`, if it has any.
+        method: the state of the method, from `PhasedTraining.state`, if it has any.
     """
 
     request: Request

@@ -12,6 +12,7 @@ from pyro_sbp.deployment import speedup
 from pyro_sbp.deployment.benchmarking import Comparison, Latency
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import budget_tables, budgets
+from pyro_sbp.experiments.record import command
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
@@ -112,13 +113,13 @@ def test_parts_that_are_not_measured_again_are_kept(monkeypatch, tmp_path):
 def test_the_command_names_the_settings_that_differ():
     recipe = RECIPES["lenet5-small"].replace(cost="latency", holdout=5_000)
     words = "pyro-sbp train --arch lenet5 --dataset mnist --recipe lenet5-small "
-    found = budgets.command(Request("lenet5", "mnist", recipe, seed=3))
+    found = command(Request("lenet5", "mnist", recipe, seed=3), changed=True)
     assert found == words + "--set holdout=5000 --set 'cost=\"latency\"' --seed 3"
     scaled = RECIPES["lenet5-small"].replace(kl_scale={"conv1": 12.0, "fc1": 0.5})
-    found = budgets.command(Request("lenet5", "mnist", scaled))
+    found = command(Request("lenet5", "mnist", scaled), changed=True)
     assert found == words + "--set 'kl_scale={conv1 = 12.0, fc1 = 0.5}' --seed 0"
     with pytest.raises(ValueError, match="the recipe 'mine' is not that of"):
-        budgets.command(Request("lenet5", "mnist", recipe.replace(name="mine")))
+        command(Request("lenet5", "mnist", recipe.replace(name="mine")), changed=True)
 
 
 def test_the_time_of_a_layer_is_that_of_its_call():

@@ -19,13 +19,7 @@ from pyro_sbp.models.elbo import ClosedFormELBO
 DATA = torch.tensor([0.5, -0.3, 1.2, 0.8, 2.0])
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
-    with pyro.validation_enabled(True):
-        yield
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def local_model():

@@ -12,14 +12,7 @@ import pyro_sbp as sbp
 from pyro_sbp.models.elbo import ClosedFormELBO
 from pyro_sbp.models.untraced import untraced_terms
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
-    with pyro.validation_enabled(True):
-        yield
-    pyro.clear_param_store()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def gated(model_class=sbp.GatedModel, **settings):
