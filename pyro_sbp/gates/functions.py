@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["changes_in_place", "has_nan", "is_inexact", "operation_name", "tensors_in"]
+__all__ = [
+    "PROPERTIES",
+    "changes_in_place",
+    "has_nan",
+    "is_inexact",
+    "operation_name",
+    "tensors_in",
+    "unobserved",
+]
+
+_GETTERS = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_cuda")
+_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "__len__")
+_PREDICATES = ("is_floating_point", "is_complex")
+#: Functions that return a property of a tensor that does not depend on the values of its elements.
+PROPERTIES = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in _GETTERS),
+        *(getattr(Tensor, name) for name in (*_METHODS, *_PREDICATES)),
+        *(getattr(torch, name) for name in _PREDICATES),
+    }
+)
+
+
+def unobserved() -> AbstractContextManager[Any]:
+    """A context in which no mode sees the functions that are called, for the work of a mode."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return context
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -68,9 +68,13 @@ class Guards:
     The first pass has no NaN of the probe. It records the results of functions that test for NaN.
     In later passes these functions return the recorded results, so that they see only NaN of the
     network itself.
+
+    Args:
+        run: calls a function, given its positional and its named arguments.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Callable[[Any, Any, Mapping[str, Any]], Any]) -> None:
+        self.run = run
         self.found: dict[tuple[Any, int], Tensor] = {}
         self.usual = 0
         self.start(True)
@@ -89,31 +93,31 @@ class Guards:
         elif self.count > _LONGER * self.usual + 10_000:
             raise Endless
         if func in _TESTS:
-            return self._test(func, func(*args, **kwargs))
+            return self._test(func, self.run(func, args, kwargs))
         if func in _COMPARISONS and len(args) == 2 and args[0] is args[1]:
-            return self._test(func, func(*args, **kwargs))
+            return self._test(func, self.run(func, args, kwargs))
         if func in _REPLACING:
             return self._replace(func, args, kwargs)
         if func in _SKIPPING:
             own = self._test(func, args[0].isnan())
             instead = func if bool(own.any()) else _SKIPPING[func]
-            return instead(*args, **kwargs)
+            return self.run(instead, args, kwargs)
         if self.first:
-            return func(*args, **kwargs)
+            return self.run(func, args, kwargs)
         place = _PLACES.get(func)
         operation = operation_name(func)
         if operation:
             place = _PLACES_OF_OPERATIONS.get(operation)
         if place is not None:
-            return _with_clean_places(func, args, kwargs, place)
+            return self._with_clean_places(func, args, kwargs, place)
         if operation and not operation.startswith(_OF_TORCH):
-            return _on_clean(func, args, kwargs)
+            return self._on_clean(func, args, kwargs)
         try:
-            return func(*args, **kwargs)
+            return self.run(func, args, kwargs)
         except Exception:  # functions of linear algebra, for example, raise an error on NaN
             if not _any_nan(args, kwargs):
                 raise
-            out = _on_clean(func, args, kwargs)
+            out = self._on_clean(func, args, kwargs)
             if not _any_nan(out):  # integers, which cannot be NaN
                 raise
             return out
@@ -131,9 +135,40 @@ class Guards:
     def _replace(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
         nan = args[0].isnan()
         own = self._test(func, nan)
-        out: Tensor = func(*args, **kwargs)
+        out: Tensor = self.run(func, args, kwargs)
         foreign = nan & ~own
         return out.masked_fill_(foreign, torch.nan) if bool(foreign.any()) else out
+
+    def _on_clean(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Call a function on finite numbers. If an argument had NaN, all results are NaN."""
+        if not _any_nan(args, kwargs):
+            return self.run(func, args, kwargs)
+        out = self.run(func, _map(_cleaned, args), _map(_cleaned, kwargs))
+
+        def nan(x: Tensor) -> Tensor:
+            return torch.full_like(x, torch.nan) if is_inexact(x) else x
+
+        if isinstance(out, tuple) and type(out) is not tuple:  # such as torch.return_types
+            return type(out)([_map(nan, part) for part in out])
+        return _map(nan, out)
+
+    def _with_clean_places(
+        self, func: Any, args: Any, kwargs: Mapping[str, Any], place: tuple[int, str]
+    ) -> Any:
+        """Call a function on finite positions. The result is NaN in examples with NaN positions."""
+        position, name = place
+        args, kwargs = list(args), dict(kwargs)
+        places: Tensor = args[position] if position < len(args) else kwargs[name]
+        wrong = places.isnan().flatten(1).any(1)
+        if not bool(wrong.any()):
+            return self.run(func, args, kwargs)
+        if position < len(args):
+            args[position] = _cleaned(places)
+        else:
+            kwargs[name] = _cleaned(places)
+        out: Tensor = self.run(func, args, kwargs)
+        out[wrong] = torch.nan
+        return out
 
 
 def _any_nan(*values: Any) -> bool:
@@ -156,36 +191,3 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def _cleaned(x: Tensor) -> Tensor:
     """Replace NaN by finite numbers."""
     return torch.where(x.isnan(), torch.rand_like(x.real), x) if has_nan(x) else x
-
-
-def _on_clean(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Call a function on finite numbers. If an argument had NaN, all results are NaN."""
-    if not _any_nan(args, kwargs):
-        return func(*args, **kwargs)
-    out = func(*_map(_cleaned, args), **_map(_cleaned, kwargs))
-
-    def nan(x: Tensor) -> Tensor:
-        return torch.full_like(x, torch.nan) if is_inexact(x) else x
-
-    if isinstance(out, tuple) and type(out) is not tuple:  # such as torch.return_types
-        return type(out)([_map(nan, part) for part in out])
-    return _map(nan, out)
-
-
-def _with_clean_places(
-    func: Any, args: Any, kwargs: Mapping[str, Any], place: tuple[int, str]
-) -> Any:
-    """Call a function on finite positions. The result is NaN in examples with NaN positions."""
-    position, name = place
-    args, kwargs = list(args), dict(kwargs)
-    places: Tensor = args[position] if position < len(args) else kwargs[name]
-    wrong = places.isnan().flatten(1).any(1)
-    if not bool(wrong.any()):
-        return func(*args, **kwargs)
-    if position < len(args):
-        args[position] = _cleaned(places)
-    else:
-        kwargs[name] = _cleaned(places)
-    out: Tensor = func(*args, **kwargs)
-    out[wrong] = torch.nan
-    return out

@@ -112,6 +112,10 @@ class LooseTensors:
     def watch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Record a call of a function."""
         inputs = list(tensors_in((*args, *kwargs.values())))
+        if not any(id(tensor) in self._sources for tensor in inputs) and any(
+            map(is_inexact, inputs)
+        ):
+            return  # the most frequent case: only data
         # Elements that integers select from a tensor are computed from that tensor alone.
         found = [
             self.sources(tensor) if is_inexact(tensor) else frozenset[Place]() for tensor in inputs

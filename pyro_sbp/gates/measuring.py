@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import bits_of, codes, numbers_of, partitions_that_fit
 from pyro_sbp.gates.folding import call
-from pyro_sbp.gates.functions import has_nan, tensors_in
+from pyro_sbp.gates.functions import PROPERTIES, has_nan, tensors_in, unobserved
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix
 from pyro_sbp.gates.loose import (
@@ -80,8 +80,8 @@ class Probe(TorchFunctionMode):
         self.used: set[int] = set()
         self.clean: dict[str, list[Any]] = {}
         self.answers: dict[str, list[Any]] = {}  # the tensors that the network received
-        self.guards = Guards()
         self.replay = Replay()
+        self.guards = Guards(self.replay)
         self.state = State(net)
         self.total: Counter[str] = Counter()
         self.trace: set[int] | None = None
@@ -126,16 +126,41 @@ class Probe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = self.inject is None
-        if first:
-            self.used.update(map(id, tensors_in((*args, *kwargs.values()))))
-        use = self.uses.of(func, args, kwargs, record=first)
+        if func in PROPERTIES:
+            if first:
+                self.used.update(map(id, tensors_in(args)))
+            with unobserved():
+                return func(*args, **kwargs)
+        with unobserved():
+            if first:
+                self.used.update(map(id, tensors_in((*args, *kwargs.values()))))
+            use = self.uses.of(func, args, kwargs, record=first)
+            if use is not None:
+                index = self._look(use)
         if use is None:
             out = self.guards(func, args, kwargs)
-            self.loose.watch(func, args, kwargs, out)
-            self.number += 1
-            if self.trace is not None and isinstance(out, Tensor) and bool(out.isnan().any()):
-                self.trace.add(self.number)
+            with unobserved():
+                self.loose.watch(func, args, kwargs, out)
+                self.number += 1
+                if self.trace is not None and isinstance(out, Tensor) and has_nan(out):
+                    self.trace.add(self.number)
             return out
+        if first or not use.writes:
+            out = self.replay(func, args, kwargs)
+            if first and use.writes:
+                with unobserved():
+                    self.clean.setdefault(use.name, []).append(map_tensors(torch.clone, out))
+                self.answers.setdefault(use.name, []).append(out)
+            return out
+        with unobserved():
+            return self._answer(use, index)
+
+    def _look(self, use: Use) -> int:
+        """Record which columns of a layer see NaN. Return the number of its earlier calls.
+
+        Raises:
+            _Through: it was the last call that the pass awaits.
+        """
         index = self.calls[use.name]
         self.calls[use.name] += 1
         for name, x, dim in use.sees:
@@ -147,20 +172,13 @@ class Probe(TorchFunctionMode):
                     self.spread.add(name)
                 elif bool(self.seen[name].any()):
                     self.partial.add(name)
-        if first:
+        if self.inject is None:
             self.total[use.name] += 1
-            out = func(*args, **kwargs)
-            if use.writes:
-                self.clean.setdefault(use.name, []).append(map_tensors(torch.clone, out))
-                self.answers.setdefault(use.name, []).append(out)
-            return out
-        if self.awaited is not None and self.calls[use.name] == self.total[use.name]:
+        elif self.awaited is not None and self.calls[use.name] == self.total[use.name]:
             self.awaited -= {use.name, hidden_of(use.name)}
             if not self.awaited:
                 raise _Through
-        if not use.writes:
-            return func(*args, **kwargs)
-        return self._answer(use, index)
+        return index
 
     def _see(self, name: str, hit: Tensor) -> None:
         self.seen[name] = self.seen[name] | hit if name in self.seen else hit
@@ -200,9 +218,10 @@ class Probe(TorchFunctionMode):
     def watching(self) -> Iterator[None]:
         """A context in which a call of the network on the input of the probe is a pass."""
         try:
-            with torch.no_grad(), repeatable(torch.float32), self.replay, self:
+            with torch.no_grad(), repeatable(torch.float32), self:
                 yield
         finally:
+            self.replay.finish()
             self.state.restore()
 
     def settle(self) -> None:
@@ -480,8 +499,9 @@ def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:
         _compare_rows(probe, trying)
         decodings = []
         for guesses in trying:
-            if guesses.partitions:
-                guesses.decoding.reach.classes = guesses.partitions.pop(0)
+            if len(guesses.partitions):
+                guesses.decoding.reach.classes = guesses.partitions[0]
+                guesses.partitions = guesses.partitions[1:]
                 decodings.append(_Decoding(guesses.decoding.reach, partial=True))
         _decode_bits(probe, decodings)
         for decoding in decodings:
@@ -608,7 +628,9 @@ class _Guesses:
 
     def __init__(self, decoding: _Decoding) -> None:
         self.decoding = decoding
-        self.partitions = list(partitions_that_fit(*decoding.bits(), len(decoding.reach.classes)))
+        rows = len(decoding.reach.classes)
+        found = list(partitions_that_fit(*decoding.bits(), rows))
+        self.partitions = torch.stack(found) if found else torch.empty(0, rows, device="cpu")
         self.compared = torch.zeros(len(decoding.reach.classes), dtype=torch.bool, device="cpu")
         self.misses = 0
         self.tested = False  # whether the rows outside of the first class were compared with it
@@ -620,9 +642,9 @@ class _Guesses:
         partitions. When single rows exclude no partition any more, the rows are all those that the
         first partition puts into other classes.
         """
-        if not self.partitions or self.tested:
+        if not len(self.partitions) or self.tested:
             return None
-        same = torch.stack([classes == classes[0] for classes in self.partitions])
+        same = self.partitions == self.partitions[:, :1]
         votes = torch.where(same[0] | self.compared, 0, same.sum(0))
         if self.misses < _MISSES and int(votes.max()):
             return torch.arange(len(votes), device="cpu") == votes.argmax()
@@ -636,9 +658,8 @@ class _Guesses:
         self.compared |= rows & single
         if meet:
             # One of the rows is in the class of the first row.
-            self.partitions = [
-                classes for classes in self.partitions if bool((classes[rows] == classes[0]).any())
-            ]
+            here = self.partitions[:, rows] == self.partitions[:, :1]
+            self.partitions = self.partitions[here.any(1)]
             self.misses = 0
         elif single:
             self.misses += 1

@@ -12,6 +12,7 @@ from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize
 from pyro_sbp.gates.folding import Gate, Span, call
+from pyro_sbp.gates.garbage import collecting_new_objects
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.layers import num_columns
@@ -98,6 +99,7 @@ def _feature_gate(net: nn.Module, layer: str) -> Gate:
     return Gate(f"{layer}_input", size, readers=(Span(layer, torch.arange(size, device="cpu")),))
 
 
+@collecting_new_objects()
 def find_gates(
     net: nn.Module,
     example_input: Any,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call
+from pyro_sbp.gates.folding import Gate, GatedNetwork, call, factors
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.locating import Trail, suspects
 from pyro_sbp.gates.nested import convert
@@ -56,6 +57,34 @@ def _first(gate: Gate) -> tuple[bool, str]:
     return bool(gate.writers), (gate.writers or gate.readers)[0].layer
 
 
+def _theta(gates: Sequence[Gate], gone: _Pattern) -> dict[str, Tensor]:
+    """Random theta, which is zero for a pattern of the units of each gate."""
+    generator = torch.Generator().manual_seed(0)
+    theta = {}
+    for gate in gates:
+        values = 0.5 + torch.rand(gate.size, generator=generator, dtype=torch.float64, device="cpu")
+        values[gone(gate.size, generator)] = 0
+        theta[gate.name] = values
+    return theta
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The output of the masked network, and its discrete choices."""
+
+    gates: list[Gate]
+    output: Any
+    decisions: Decisions
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The pattern of units for which a proof fails, and the reason."""
+
+    gone: _Pattern
+    reason: str
+
+
 class Proof:
     """Shrink a network by random theta, and compare it with the masked network in float64.
 
@@ -71,57 +100,87 @@ class Proof:
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net = net
         self.x = convert(x, torch.float64)
-        # With gradients: DistributedDataParallel cannot be copied without them.
-        self._exact = copy_for_measurement(net, torch.float64, training_paths, frozen=False)
+        self._exact = copy_for_measurement(net, torch.float64, training_paths)
         enliven(self._exact, torch.Generator().manual_seed(0))
         self._state = State(self._exact)
-        self._where: str | None = None  # the module in which the last cut failed
+        self._references: dict[_Pattern, _Reference] = {}  # the last one of each pattern
         self._learned: dict[Kind, Variant] = {}  # the variant that works for gates of a kind
         self._failed: Counter[Kind] = Counter()
 
-    def problem(
-        self, gates: Sequence[Gate], patterns: Sequence[_Pattern] = _PATTERNS
-    ) -> str | None:
-        """The reason why the shrunk network differs from the masked one, or None if it is equal."""
+    def _failure(self, gates: Sequence[Gate], patterns: Sequence[_Pattern]) -> _Failure | None:
+        """How the shrunk network differs from the masked one, or None if it is equal."""
         problems = (self._try(gates, gone) for gone in patterns)
         return next((problem for problem in problems if problem is not None), None)
 
-    def _try(self, gates: Sequence[Gate], gone: _Pattern) -> str | None:
-        generator = torch.Generator().manual_seed(0)
-        theta = {}
-        for gate in gates:
-            values = 0.5 + torch.rand(
-                gate.size, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            values[gone(gate.size, generator)] = 0
-            theta[gate.name] = values
-        each = {name: value[None] for name, value in theta.items()}
-        decisions = Decisions()
-        trails = Trail(), Trail()
+    def _try(self, gates: Sequence[Gate], gone: _Pattern) -> _Failure | None:
+        theta = _theta(gates, gone)
         try:
-            with torch.no_grad():
-                with self._measured(trails[0], self._exact), decisions.recorded():
-                    masked = GatedNetwork(self._exact, gates)(fresh(self.x), each)
-                net = copy_network(self._exact).requires_grad_(False)
-                shrink_in_place(net, gates, theta)
-                with self._measured(trails[1], net), decisions.repeated():
-                    small = call(net, fresh(self.x))
-            difference = relative_difference(masked, small)
+            reference = self._reference(gates, gone, theta)
+            with self._cut(gates, theta), reference.decisions.repeated():
+                small = call(self._exact, fresh(self.x))
+            difference = relative_difference(reference.output, small)
         except Exception as error:  # a network's own code may raise anything
-            self._where = trails[0].first_difference(trails[1])
-            return f"cutting it fails: {first_line(error)}"
+            return _Failure(gone, f"cutting it fails: {first_line(error)}")
         if not difference <= EXACT:
-            self._where = trails[0].first_difference(trails[1])
-            return f"cutting it changes the output by {difference:.1e}"
+            return _Failure(gone, f"cutting it changes the output by {difference:.1e}")
         return None
 
+    def _reference(
+        self, gates: Sequence[Gate], gone: _Pattern, theta: Mapping[str, Tensor]
+    ) -> _Reference:
+        """The output of the masked network, which does not depend on how the network is cut."""
+        masked = [Gate(gate.name, gate.size, gate.readers) for gate in gates]
+        known = self._references.get(gone)
+        if known is None or known.gates != masked:
+            decisions = Decisions()
+            output = self._masked(gates, theta, decisions)
+            known = self._references[gone] = _Reference(masked, output, decisions)
+        return known
+
+    def _masked(
+        self, gates: Sequence[Gate], theta: Mapping[str, Tensor], decisions: Decisions
+    ) -> Any:
+        each = {name: value[None] for name, value in theta.items()}
+        with self._measured(), decisions.recorded():
+            return GatedNetwork(self._exact, gates)(fresh(self.x), each)
+
     @contextmanager
-    def _measured(self, trail: Trail, net: nn.Module) -> Iterator[None]:
+    def _cut(self, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> Iterator[None]:
+        """A context in which the copy of the network is smaller, and may be called."""
+        weights = [weight for _, weight, _ in factors(self._exact, gates, theta)]
+        with self._measured():  # it restores the layers, but not the values of their parameters
+            values = [weight.clone() for weight in weights]
+            try:
+                shrink_in_place(self._exact, gates, theta)
+                yield
+            finally:
+                for weight, value in zip(weights, values, strict=True):
+                    weight.copy_(value)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
         try:
-            with trail.followed(net), repeatable(torch.float64):
+            with torch.no_grad(), repeatable(torch.float64):
                 yield
         finally:
             self._state.restore()
+
+    def _where(self, gates: Sequence[Gate], gone: _Pattern) -> str | None:
+        """The first module that fails, or whose output differs, when gates are cut."""
+        theta = _theta(gates, gone)
+        trails = Trail(), Trail()
+        decisions = Decisions()
+        with suppress(Exception), trails[0].followed(self._exact):
+            self._masked(gates, theta, decisions)
+        # The cut comes first, because it replaces modules.
+        with (
+            suppress(Exception),
+            self._cut(gates, theta),
+            trails[1].followed(self._exact),
+            decisions.repeated(),
+        ):
+            call(self._exact, fresh(self.x))
+        return trails[0].first_difference(trails[1])
 
     def keep(
         self, candidates: Sequence[Candidate], proven: list[Gate], not_prunable: dict[str, str]
@@ -141,7 +200,7 @@ class Proof:
         failed: dict[str, str] = {}
         # A single pattern of units detects most problems.
         self._keep(candidates, found, failed, _PATTERNS[:1])
-        if found and self.problem(found, _PATTERNS[1:]) is not None:
+        if found and self._failure(found, _PATTERNS[1:]) is not None:
             found, failed = [], {}
             self._learned.clear()
             self._failed.clear()
@@ -159,33 +218,19 @@ class Proof:
         patterns: Sequence[_Pattern],
     ) -> None:
         gates = [self._as_learned(candidate) for candidate in candidates]
-        problem = self.problem([*proven, *gates], patterns)
-        if problem is None:
+        failure = self._failure([*proven, *gates], patterns)
+        if failure is None:
             proven += gates
         elif len(gates) == 1:
             other = self._variant(candidates[0], gates[0], proven)
             if other is None:
-                not_prunable[gates[0].name] = problem
+                not_prunable[gates[0].name] = failure.reason
             else:
                 proven.append(other)
         else:
-            for part in self._parts(candidates, gates):
+            where = self._where([*proven, *gates], failure.gone)
+            for part in _parts(candidates, gates, where):
                 self._keep(part, proven, not_prunable, patterns)
-
-    def _parts(
-        self, candidates: Sequence[Candidate], gates: Sequence[Gate]
-    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-        """Divide candidates into those that can probably be cut together, and the others.
-
-        The others are those of the module in which the cut failed, or half of the candidates.
-        """
-        wrong = set(suspects(gates, self._where)) if self._where is not None else set()
-        if 0 < len(wrong) < len(gates):
-            right = [c for c, gate in zip(candidates, gates, strict=True) if gate.name not in wrong]
-            rest = [c for c, gate in zip(candidates, gates, strict=True) if gate.name in wrong]
-            return right, rest
-        half = len(gates) // 2
-        return candidates[:half], candidates[half:]
 
     def _as_learned(self, candidate: Candidate) -> Gate:
         variant = self._learned.get(kind_of(self.net, candidate.gate))
@@ -199,10 +244,14 @@ class Proof:
             return None
         for variant in variants(self.net, candidate):
             gate = apply_variant(self.net, candidate, variant)
-            if gate is None or gate == tried or self.problem([*proven, gate]) is not None:
+            if (
+                gate is None
+                or gate == tried
+                or self._failure([*proven, gate], _PATTERNS) is not None
+            ):
                 continue
             whole = with_likely_sizes(self.net, gate)
-            if whole != gate and self.problem([*proven, whole]) is None:
+            if whole != gate and self._failure([*proven, whole], _PATTERNS) is None:
                 gate = whole
             self._learned[kind] = Variant.of(self.net, variant.parts, gate.sizes)
             return gate
@@ -210,8 +259,27 @@ class Proof:
         return None
 
 
+def _parts(
+    candidates: Sequence[Candidate], gates: Sequence[Gate], where: str | None
+) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+    """Divide candidates into those of the module in which the cut failed, and the others.
+
+    The former come first, because a variant that works for them is used for all gates of their
+    kind. If nothing is known about the module, the parts are the two halves.
+    """
+    wrong = set(suspects(gates, where)) if where is not None else set()
+    if 0 < len(wrong) < len(gates):
+        pairs = list(zip(candidates, gates, strict=True))
+        return (
+            [candidate for candidate, gate in pairs if gate.name in wrong],
+            [candidate for candidate, gate in pairs if gate.name not in wrong],
+        )
+    half = len(gates) // 2
+    return candidates[:half], candidates[half:]
+
+
 def copy_for_measurement(
-    net: nn.Module, dtype: torch.dtype, training_paths: bool = False, frozen: bool = True
+    net: nn.Module, dtype: torch.dtype, training_paths: bool = False
 ) -> nn.Module:
     """Copy a network for measurements, on the CPU and in evaluation mode.
 
@@ -220,11 +288,8 @@ def copy_for_measurement(
         dtype: the dtype of the copy.
         training_paths: whether modules that contain other modules are in training mode. Some
             networks call auxiliary heads only in training mode.
-        frozen: whether the parameters of the copy require no gradients.
     """
-    net = to_precision(copy_network(net).to("cpu"), dtype).eval()
-    if frozen:
-        net.requires_grad_(False)
+    net = to_precision(copy_network(net).to("cpu"), dtype).eval().requires_grad_(False)
     for module in net.modules():
         module.training = training_paths and any(True for _ in module.children())
     return net

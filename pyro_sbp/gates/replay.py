@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
-from types import TracebackType
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.functions import changes_in_place
+from pyro_sbp.gates.functions import changes_in_place, unobserved
 
 __all__ = ["Replay"]
 
 #: The largest number of bytes of results that are kept.
 LIMIT = 2**30
-_PLAIN = (
-    *(int, float, bool, complex, str, bytes, type(None), type(Ellipsis), torch.dtype),
-    *(torch.device, torch.layout, torch.memory_format),
+_PLAIN = frozenset(
+    {
+        *(int, float, bool, complex, str, bytes, type(None), type(Ellipsis), torch.dtype),
+        *(torch.device, torch.layout, torch.memory_format),
+    }
 )
 
 
@@ -28,17 +28,17 @@ class _Unknown(Exception):
     """An argument that cannot be compared."""
 
 
-class Replay(TorchFunctionMode):
-    """Return the results of the first pass for functions that are called with the same objects.
+class Replay:
+    """Call functions, or return the results of the first pass for the same arguments.
 
-    The first pass stores the results of all functions. A later pass starts with the same input, and
+    Tensors are the same if they are the same objects. The first pass stores the results of all
+    functions. A later pass starts with the same input, and
     layers return the same tensors. So results that NaN does not reach are not computed again. If a
-    function changes a stored result in place, it is restored after the pass. Tensors that were set
-    to NaN before a pass are the same objects as in the first pass. They must be passed to `start`.
+    function changes a stored result in place, `finish` restores it. Tensors that were set to NaN
+    before a pass are the same objects as in the first pass. They must be passed to `start`.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.known: dict[Any, list[Any]] = {}
         self._alive: list[Any] = []  # keep them alive, so that ids and addresses are not reused
         self._addresses: set[int] = set()
@@ -57,29 +57,26 @@ class Replay(TorchFunctionMode):
         self._changed = set(map(_address, changed))
         self._before: list[tuple[Tensor, Tensor]] = []
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def finish(self) -> None:
+        """Restore the results that a pass has changed in place."""
         with torch.no_grad():
             for tensor, value in reversed(self._before):
                 tensor.copy_(value)
         self._before = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Call a function in a pass."""
         tensors: list[Tensor] = []
-        try:
-            key = func, _key(args, tensors), _key(kwargs, tensors)
-        except _Unknown:
-            key = None
+        with unobserved():
+            try:
+                key = func, _key(args, tensors), _key(kwargs, tensors)
+            except _Unknown:
+                key = None
         if self._recording:
             out = func(*args, **kwargs)
             if key is not None and self._size < LIMIT:
-                self._keep(key, tensors, out)
+                with unobserved():
+                    self._keep(key, tensors, out)
             return out
         results = self.known.get(key) if key is not None else None
         clean = not self._changed or self._changed.isdisjoint(map(_address, tensors))
@@ -105,16 +102,20 @@ class Replay(TorchFunctionMode):
     def _compute(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Call a function, and record which results of the first pass it changes."""
         mine = [tensor for tensor in tensors if _address(tensor) in self._addresses]
-        versions = [tensor._version for tensor in mine]
-        copies = [tensor.clone() for tensor in mine] if _in_place(func, args, kwargs) else None
+        if not mine:
+            return func(*args, **kwargs)
+        with unobserved():
+            versions = [tensor._version for tensor in mine]
+            copies = [tensor.clone() for tensor in mine] if _in_place(func, args, kwargs) else None
         out = func(*args, **kwargs)
-        for place, (tensor, version) in enumerate(zip(mine, versions, strict=True)):
-            if tensor._version != version:
-                self._changed.add(_address(tensor))
-                if copies is not None:
-                    self._before.append((tensor, copies[place]))
-                else:  # its original value is lost
-                    self.known = {}
+        with unobserved():
+            for place, (tensor, version) in enumerate(zip(mine, versions, strict=True)):
+                if tensor._version != version:
+                    self._changed.add(_address(tensor))
+                    if copies is not None:
+                        self._before.append((tensor, copies[place]))
+                    else:  # its original value is lost
+                        self.known = {}
         return out
 
 
@@ -125,13 +126,13 @@ def _address(tensor: Tensor) -> int:
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
     """A key for arguments: tensors are compared by identity, other objects by value."""
+    if type(value) in _PLAIN:
+        return type(value), value
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise _Unknown
         tensors.append(value)
         return Tensor, id(value)
-    if isinstance(value, _PLAIN):
-        return type(value), value
     if isinstance(value, list | tuple):
         return type(value), tuple([_key(part, tensors) for part in value])
     if isinstance(value, dict):

@@ -8,6 +8,7 @@ and restored.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ _OF_MODULES = (
     *("_buffers", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_hooks_always_called", "_forward_hooks_with_kwargs"),
 )
+#: Types of objects that contain no other objects.
+_ATOMS = (Tensor, str, bytes, int, float, type(None))
+_WITHOUT_ATTRIBUTES = (type, FunctionType, MethodType, functools.partial, Tensor)
 #: The attributes that torch sets in every module, and that networks do not use.
 _NOT_OWN = frozenset(vars(nn.Module()))
 
@@ -64,7 +68,7 @@ def _has_attributes(thing: Any) -> bool:
     """Whether the attributes of an object may be state of a network."""
     if isinstance(thing, nn.Module):
         return True
-    plain = isinstance(thing, type | FunctionType | MethodType | functools.partial | Tensor)
+    plain = isinstance(thing, _WITHOUT_ATTRIBUTES)
     return not plain and hasattr(thing, "__dict__") and not _of_library(type(thing))
 
 
@@ -106,11 +110,11 @@ def _of_classes(module: nn.Module) -> Iterator[Any]:
 
 def _inside(thing: Any, functions: bool) -> Iterator[Any]:
     """The objects that an object contains."""
-    if isinstance(thing, Tensor | str | bytes | int | float | type(None)):
+    if isinstance(thing, _ATOMS):
         return
     if isinstance(thing, dict):
         yield from dict.values(thing)  # subclasses may compute something at an access
-    elif isinstance(thing, list | tuple | set | frozenset | deque):
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
         yield from thing
     elif isinstance(thing, MethodType):
         yield thing.__self__
@@ -173,7 +177,7 @@ class State:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._containers: list[tuple[Any, Any, list[int]]] = []
+        self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._cells: list[tuple[Any, Any]] = []
         self._globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -193,9 +197,9 @@ class State:
         elif isinstance(thing, _Attributes):
             self._record(thing.content)
         elif isinstance(thing, dict):
-            self._containers.append((thing, dict(dict.items(thing)), _ids(thing)))
+            self._containers.append((thing, dict(dict.items(thing))))
         elif isinstance(thing, list | set | deque):
-            self._containers.append((thing, list(thing), _ids(thing)))
+            self._containers.append((thing, list(thing)))
         elif isinstance(thing, FunctionType) and _of_user(thing):
             for cell in thing.__closure__ or ():
                 if _full(cell):
@@ -205,8 +209,8 @@ class State:
 
     def restore(self) -> None:
         """Restore the recorded state."""
-        for container, content, ids in self._containers:
-            if _ids(container) != ids:
+        for container, content in self._containers:
+            if (container or content) and not _has_content(container, content):
                 container.clear()
                 if isinstance(container, dict | set):
                     container.update(content)
@@ -228,10 +232,14 @@ class State:
                     tensor.detach().copy_(value)
 
 
-def _ids(container: Any) -> list[int]:
-    """The ids of the elements of a dictionary, a list, a set or a queue."""
-    # A lazy dictionary, such as that of an installed package, must not load its values.
-    return [*map(id, dict.values(container) if isinstance(container, dict) else container)]
+def _has_content(container: Any, content: Any) -> bool:
+    """Whether a dictionary, a list, a set or a queue has the same objects as a record of it."""
+    if len(container) != len(content):
+        return False
+    if isinstance(container, dict):
+        # A lazy dictionary, such as that of an installed package, must not load its values.
+        return all(map(operator.is_, dict.values(container), content.values()))
+    return all(map(operator.is_, container, content))
 
 
 @contextmanager
