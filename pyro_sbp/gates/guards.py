@@ -7,6 +7,7 @@ NaN.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,6 +93,8 @@ class Guards:
             self.usual = self.count
         elif self.count > _LONGER * self.usual + 10_000:
             raise Endless
+        if not _is_special(func):
+            return self._ordinary(func, args, kwargs)
         if func in _TESTS:
             return self._test(func, self.run(func, args, kwargs))
         if func in _COMPARISONS and len(args) == 2 and args[0] is args[1]:
@@ -112,6 +115,12 @@ class Guards:
             return self._with_clean_places(func, args, kwargs, place)
         if operation and not operation.startswith(_OF_TORCH):
             return self._on_clean(func, args, kwargs)
+        return self._ordinary(func, args, kwargs)
+
+    def _ordinary(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Call a function that propagates NaN, or raises an error on NaN."""
+        if self.first:
+            return self.run(func, args, kwargs)
         try:
             return self.run(func, args, kwargs)
         except Exception:  # functions of linear algebra, for example, raise an error on NaN
@@ -169,6 +178,13 @@ class Guards:
         out: Tensor = self.run(func, args, kwargs)
         out[wrong] = torch.nan
         return out
+
+
+@functools.cache
+def _is_special(func: Any) -> bool:
+    """Whether a function may need more than a call."""
+    known = (*_TESTS, *_COMPARISONS, *_REPLACING, *_SKIPPING, *_PLACES)
+    return func in known or operation_name(func) != ""
 
 
 def _any_nan(*values: Any) -> bool:

@@ -48,8 +48,6 @@ __all__ = ["Probe", "Reach", "follow", "matrices", "measure"]
 #: The largest number of partitions of the rows of a writer that are measured.
 _PARTITIONS = 4
 _UNREAD = "no layer reads it"
-#: After this many consecutive rows that exclude no partition, the first partition is tested.
-_MISSES = 2
 
 
 class _Astray(Exception):
@@ -499,9 +497,9 @@ def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:
         _compare_rows(probe, trying)
         decodings = []
         for guesses in trying:
-            if len(guesses.partitions):
-                guesses.decoding.reach.classes = guesses.partitions[0]
-                guesses.partitions = guesses.partitions[1:]
+            classes = guesses.take()
+            if classes is not None:
+                guesses.decoding.reach.classes = classes
                 decodings.append(_Decoding(guesses.decoding.reach, partial=True))
         _decode_bits(probe, decodings)
         for decoding in decodings:
@@ -631,46 +629,44 @@ class _Guesses:
         rows = len(decoding.reach.classes)
         found = list(partitions_that_fit(*decoding.bits(), rows))
         self.partitions = torch.stack(found) if found else torch.empty(0, rows, device="cpu")
-        self.compared = torch.zeros(len(decoding.reach.classes), dtype=torch.bool, device="cpu")
-        self.misses = 0
-        self.tested = False  # whether the rows outside of the first class were compared with it
+        #: The partitions in which no row of another class reaches a column of the first row.
+        self.likely = torch.zeros(len(found), dtype=torch.bool, device="cpu")
 
     def rows(self) -> Tensor | None:
-        """The rows to compare with the first one, bool; None if the first partition seems right.
+        """The rows to compare with the first one, bool; None if the first partition is likely.
 
-        A single row is in another class in the first partition, and in the same class in most other
-        partitions. When single rows exclude no partition any more, the rows are all those that the
-        first partition puts into other classes.
+        These are the rows of other classes in the middle one of the partitions before the first
+        likely one. A pass excludes it, and all partitions with smaller classes, or makes it likely.
         """
-        if not len(self.partitions) or self.tested:
+        likely = torch.nonzero(self.likely).flatten()
+        before = int(likely[0]) if len(likely) else len(self.partitions)
+        if before == 0:
             return None
-        same = self.partitions == self.partitions[:, :1]
-        votes = torch.where(same[0] | self.compared, 0, same.sum(0))
-        if self.misses < _MISSES and int(votes.max()):
-            return torch.arange(len(votes), device="cpu") == votes.argmax()
-        return ~same[0]
+        middle = self.partitions[(before - 1) // 2]
+        return middle != middle[0]
 
     def learn(self, rows: Tensor, hits: Mapping[str, Tensor]) -> None:
         """Exclude partitions that contradict the columns that rows reach."""
         first = self.decoding.first
-        meet = any(bool((hits[name] & first[name]).any()) for name in first if name in hits)
-        single = int(rows.sum()) == 1
-        self.compared |= rows & single
-        if meet:
+        others = self.partitions != self.partitions[:, :1]
+        if any(bool((hits[name] & first[name]).any()) for name in first if name in hits):
             # One of the rows is in the class of the first row.
-            here = self.partitions[:, rows] == self.partitions[:, :1]
-            self.partitions = self.partitions[here.any(1)]
-            self.misses = 0
-        elif single:
-            self.misses += 1
+            possible = ~others[:, rows].all(1)
+            self.partitions, self.likely = self.partitions[possible], self.likely[possible]
         else:
-            self.tested = True
+            self.likely |= ~(others & ~rows).any(1)
+
+    def take(self) -> Tensor | None:
+        """Remove the first partition, and return it."""
+        if not len(self.partitions):
+            return None
+        first = self.partitions[0]
+        self.partitions, self.likely = self.partitions[1:], self.likely[1:]
+        return first
 
 
 def _compare_rows(probe: Probe, trying: Sequence[_Guesses]) -> None:
-    """Exclude partitions by passes with some rows, until the first partition seems right."""
-    for guesses in trying:
-        guesses.misses, guesses.tested = 0, False
+    """Exclude partitions by passes with some rows, until the first partition is likely."""
     while rows := [(g, chosen) for g in trying if (chosen := g.rows()) is not None]:
         hits = _reached(probe, [(guesses.decoding.reach, chosen) for guesses, chosen in rows])
         for guesses, chosen in rows:

@@ -32,10 +32,10 @@ class Replay:
     """Call functions, or return the results of the first pass for the same arguments.
 
     Tensors are the same if they are the same objects. The first pass stores the results of all
-    functions. A later pass starts with the same input, and
-    layers return the same tensors. So results that NaN does not reach are not computed again. If a
-    function changes a stored result in place, `finish` restores it. Tensors that were set to NaN
-    before a pass are the same objects as in the first pass. They must be passed to `start`.
+    functions. A later pass starts with the same input, and layers return the same tensors. So
+    results that NaN does not reach are not computed again. If a function changes a stored result in
+    place, `finish` restores it. Tensors that were set to NaN before a pass are the same objects as
+    in the first pass. They must be passed to `start`.
     """
 
     def __init__(self) -> None:
