@@ -19,7 +19,8 @@ from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment.configurations import CONFIG, takes_config
 from pyro_sbp.deployment.constructors import trusted
 from pyro_sbp.deployment.description import INDEX, Description
-from pyro_sbp.deployment.saving import FILES, load, save
+from pyro_sbp.deployment.loading import load
+from pyro_sbp.deployment.saving import FILES, network_files
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.units import units_as_dicts
 from pyro_sbp.integrations.model_card import model_card
@@ -85,8 +86,15 @@ def save_pretrained(
     taken = sorted(there & {*FILES, CARD})
     if taken and not overwrite:
         raise FileExistsError(f"{path} has {taken[0]}: give another folder, or overwrite=True")
-    beside = there - {*FILES}
-    save(net, path, constructor, kwargs, units, input_shape, True, standardization, beside=beside)
+    files = network_files(
+        net,
+        constructor,
+        kwargs,
+        units=units,
+        input_shape=input_shape,
+        standardization=standardization,
+    )
+    files.write(path)
     description = Description.read(path / INDEX)
     units = units_as_dicts(net) if units is None else units
     num_parameters = sum(parameter.numel() for parameter in net.parameters())
