@@ -13,8 +13,8 @@ from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment import loading
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.methods.gated import Turn
 from pyro_sbp.methods.rbp import RBP, in_order
+from pyro_sbp.methods.stage import Turn
 from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
