@@ -95,16 +95,31 @@ def save_pretrained(
         standardization=standardization,
     )
     files.write(path)
-    description = Description.read(path / INDEX)
-    units = units_as_dicts(net) if units is None else units
     num_parameters = sum(parameter.numel() for parameter in net.parameters())
-    library, code = "pyro-sbp", _code(description, repo_id or str(folder))
-    if takes_config(type(net)):
-        if not description.layers:  # its configuration has the new numbers of units
-            library = "transformers"
-    else:
+    _write_configs(path, net, files.description, num_parameters)
+    # Without resized layers, the configuration of transformers has the new numbers of units.
+    of_transformers = takes_config(type(net)) and not files.description.layers
+    card = model_card(
+        (repo_id or path.resolve().name).rpartition("/")[2],
+        library="transformers" if of_transformers else "pyro-sbp",
+        load=_code(files.description, repo_id or str(folder)),
+        num_parameters=num_parameters,
+        results=results,
+        units=units_as_dicts(net) if units is None else units,
+        command=command,
+        base_model=base_model,
+        license=license,
+    )
+    _write(path / CARD, card)
+
+
+def _write_configs(
+    path: Path, net: nn.Module, description: Description, num_parameters: int
+) -> None:
+    """Write the files of configuration that `pyro_sbp.save` does not write."""
+    if not takes_config(type(net)):
         config = {
-            "library_name": library,
+            "library_name": "pyro-sbp",
             "constructor": description.constructor,
             "kwargs": description.kwargs,
             "input_shape": description.input_shape,
@@ -114,12 +129,6 @@ def save_pretrained(
     generation: Any = getattr(net, "generation_config", None)
     if generation is not None:
         _write(path / GENERATION, generation.to_json_string())
-    card = model_card(
-        (repo_id or path.resolve().name).rpartition("/")[2], library=library, load=code,
-        num_parameters=num_parameters, results=results, units=units, command=command,
-        base_model=base_model, license=license,
-    )  # fmt: skip
-    _write(path / CARD, card)
 
 
 def from_pretrained(
