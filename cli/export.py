@@ -42,7 +42,7 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     _, shape = read_network(saved)
 
     from pyro_sbp.deployment import exporting
-    from pyro_sbp.deployment.saving import load
+    from pyro_sbp.deployment.loading import load
 
     output = output or run / f"{saved.name}.{exporting.SUFFIXES[format]}"
     try:

@@ -16,6 +16,7 @@ from pyro_sbp.cli.common import (
     error_advice,
     find_run,
 )
+from pyro_sbp.cli.prune_request import Options
 from pyro_sbp.cli.threads import threads_to_use
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.errors import RequestError
@@ -95,22 +96,7 @@ class Multiple(click.ParamType):
     "[default: that of the recipe]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def prune(
-    run: Path | None,
-    criterion: str | None,
-    threshold: float | None,
-    macs_ratio: float | None,
-    parameters_ratio: float | None,
-    speedup: float | None,
-    batch_size: int | None,
-    runtime: str | None,
-    max_error_increase: float | None,
-    round_to: int | str,
-    min_units: int,
-    finetune_epochs: int,
-    distill: float | None,
-    as_json: bool,
-) -> None:
+def prune(run: Path | None, as_json: bool, **options: Any) -> None:
     """Prune a finished run again with other settings.
 
     RUN is a run directory; by default the newest run. The network is written to RUN/pruned-…. At
@@ -118,95 +104,27 @@ def prune(
     says how much is removed.
     """
     run = find_run(run)
-    budgets = {
-        "threshold": threshold,
-        "macs-ratio": macs_ratio,
-        "parameters-ratio": parameters_ratio,
-        "speedup": speedup,
-        "max-error-increase": max_error_increase,
-    }
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) > 1:
-        raise RequestError(f"give one of {', '.join(f'--{name}' for name in given)}, not several")
-    if speedup is None and (batch_size is not None or runtime is not None):
-        option = "--batch-size" if batch_size is not None else "--runtime"
-        raise RequestError(f"{option} applies to --speedup only")
-    if distill is not None and not finetune_epochs:
-        raise RequestError("--distill applies to --finetune-epochs only")
-    if not given and (criterion, round_to, min_units, finetune_epochs) == (None, 1, 1, 0):
-        options = ", ".join(f"--{name}" for name in budgets)
-        raise RequestError(
-            f"give {options}, --criterion, --round-to, --min-units or --finetune-epochs"
-        )
+    asked = Options(**options)
     request = read_request(run)
-    rule = request.recipe.rule(criterion)
-    settings: dict[str, Any] = {"criterion": criterion, "round_to": round_to}
-    settings |= {"min_units": min_units, "finetune_epochs": finetune_epochs, "distill": distill}
-    name = "pruned" if criterion is None else f"pruned-{criterion}"
-    for option, value in given.items():
-        name = f"{name}-{option.removesuffix('-ratio')}-{value:g}"
-    if given and threshold is None:
+    rule = request.recipe.rule(asked.criterion)
+    if not asked.by_threshold:
         rule.criterion.check_budget()
-    if speedup is not None:
-        name += f"-batch-{batch_size or 1}-{runtime or 'eager'}"
-    name += f"-round-{round_to}" if round_to != 1 else ""
-    name += f"-min-{min_units}" if min_units != 1 else ""
-    name += f"-finetuned-{finetune_epochs}" if finetune_epochs else ""
-    name += f"-distill-{distill:g}" if distill is not None else ""
-    target = run / name
+    target = run / asked.directory_name()
     if target.exists():
         raise RequestError(f"{target} already exists; delete it to prune again with these settings")
-    architecture = find_architecture(request.arch)
-    data_dir = Path(request.data_dir)
-    check_dataset(request.dataset, data_dir)
+    find_architecture(request.arch)  # raises for one that is unknown
+    check_dataset(request.dataset, Path(request.data_dir))
     check_device(request.device)
     threads = threads_to_use()
 
-    import torch
+    from pyro_sbp.cli.prune_run import prune_run  # imports torch
 
-    from pyro_sbp.datasets.loading import load_dataset
-    from pyro_sbp.deployment.runtimes import check_runtimes
-    from pyro_sbp.deployment.speedup import Speedup
-    from pyro_sbp.pruning.budgets import ratio_budget
-    from pyro_sbp.training import again
-    from pyro_sbp.training.latency_file import read_unit_latency
-
-    torch.set_num_threads(threads)
-    if round_to == "auto":
-        settings["round_to"] = read_unit_latency(run).round_to()
-        click.echo(f"units are rounded to multiples of {settings['round_to']}", err=True)
-    size = request.image_size or architecture.image_size
-    data = load_dataset(request.dataset, data_dir, size, device=request.device)
-    try:
-        budget = ratio_budget(macs_ratio, parameters_ratio)
-        if speedup is not None:
-            check_runtimes([runtime or "eager"])
-            budget = Speedup(
-                speedup,
-                batch_size=batch_size or 1,
-                runtime=runtime or "eager",
-                threads=threads,
-                device=request.device,
-            )
-    except ValueError as error:
-        raise RequestError(str(error)) from error
-    summary = again.prune_again(
-        request,
-        data,
-        run,
-        target,
-        budget=budget,
-        threshold=threshold,
-        max_error_increase=max_error_increase,
-        tell=lambda line: click.echo(line, err=True),
-        **settings,
-    )
+    summary = prune_run(request, run, target, asked, threads)
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=2))
-    else:
-        by_threshold = not given or threshold is not None
-        weak = "under the threshold" if by_threshold else "too weak for the budget"
-        click.echo(closing_table(summary, weak=weak))
-        if advice := error_advice(summary):
-            click.echo(advice)
-        click.echo(f"network: {target}")
+        return
+    weak = "under the threshold" if asked.by_threshold else "too weak for the budget"
+    click.echo(closing_table(summary, weak=weak))
+    if advice := error_advice(summary):
+        click.echo(advice)
+    click.echo(f"network: {target}")

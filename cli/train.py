@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import click
 
@@ -18,22 +16,18 @@ from pyro_sbp.cli.common import (
     little_removed,
     result_in_words,
 )
-from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.threads import threads_to_use
+from pyro_sbp.cli.train_directory import check_free, default_directory
+from pyro_sbp.cli.train_request import Options, new_request
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
-from pyro_sbp.errors import OtherProcessError, RequestError, first_line, unknown
+from pyro_sbp.errors import RequestError, unknown
 from pyro_sbp.recipes.criteria import CRITERIA
-from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
-from pyro_sbp.recipes.request import PRECISIONS, PixelStatistics, Precision, Request
-from pyro_sbp.recipes.settings import METHODS, TEMPERATURE, Recipe, read_recipe
-from pyro_sbp.training.files import LOCK
-from pyro_sbp.training.processes import is_first, num_processes
+from pyro_sbp.recipes.named import RECIPES
+from pyro_sbp.recipes.request import PRECISIONS, Request
+from pyro_sbp.recipes.settings import METHODS, Recipe
+from pyro_sbp.training.processes import is_first
 from pyro_sbp.training.runs import read_request, read_threads
-
-if TYPE_CHECKING:
-    from pyro_sbp.datasets.loading import ImageData
-    from pyro_sbp.training.loop import Progress
+from pyro_sbp.training.summary import Summary
 
 __all__ = ["train"]
 
@@ -180,225 +174,53 @@ def train(
     The outputs of its units are multiplied by noise, and units that carry no signal are removed.
     """
     if resume is None:
-        request = _request(**options)
-        directory = options["output_dir"] or _directory(request)
+        given = Options(**options)
+        request = new_request(given)
+        directory = given.output_dir or default_directory(request)
         if is_first():
-            _check_free(directory)
+            check_free(directory)
     else:
-        if (resume / "summary.json").exists():
-            raise RequestError(
-                f"{resume} is a finished run: nothing is left to do, and epochs cannot be added; "
-                "train again with more --epochs and another --output-dir"
-            )
-        given = [
-            f"--{_FLAGS.get(name, name.replace('_', '-'))}"
-            for name, value in options.items()
-            if value not in (None, ())
-        ]
-        if given:
-            raise RequestError(f"--resume takes all settings from the run; leave out {given[0]}")
+        _check_resumed(resume, options)
         request, directory = read_request(resume), resume
     for name in loggers:
         if name not in LOGGERS:
             raise RequestError(unknown("logger", name, LOGGERS))
-    architecture = find_architecture(request.arch)
-    data_dir = Path(request.data_dir)
-    check_dataset(request.dataset, data_dir, workers)
+    find_architecture(request.arch)  # raises for one that is unknown
+    check_dataset(request.dataset, Path(request.data_dir), workers)
     check_device(request.device)
     recorded = None if resume is None else read_threads(resume)
     threads = threads_to_use(threads, request.devices, recorded)
 
-    import torch
+    from pyro_sbp.cli.train_run import run  # imports torch
 
-    from pyro_sbp.datasets.loading import load_dataset
-    from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
-    from pyro_sbp.training import train as training
-    from pyro_sbp.training.devices import launch, leave, on_first
-    from pyro_sbp.training.loggers import check_logger, make_logger
-    from pyro_sbp.training.loop import Interrupted
-
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
-    names = [n for n in LOGGERS if n in loggers or (directory / "logs" / n).is_dir()]
-    for name in names:
-        check_logger(name)
-    fabric = launch(request.device, request.devices, request.precision, threads)
-
-    # From here on, a signal stops the run only after a checkpoint, because all processes must stop
-    # together.
-    with StopWhenDone() as stop:
-
-        def load() -> ImageData:
-            size, device = request.image_size or architecture.image_size, fabric.device
-            return load_dataset(request.dataset, data_dir, size, workers, device)
-
-        quiet = as_json or not is_first()
-        data = on_first(fabric, load) or load()  # it may have to be downloaded, once
-        if isinstance(data.train, StreamedSplit) and not quiet:
-            readers = f"{data.train.workers} worker{'s' * (data.train.workers > 1)}"
-            click.echo(f"images stay on disk, read by {readers}", err=True)
-        with _Bar(quiet, _title(request, resumed=resume is not None)) as bar:
-            try:
-                logger = [make_logger(n, directory) for n in names] if is_first() else []
-                summary = training.train(request, data, directory, bar.update, stop, fabric, logger)
-            except Stopped as error:
-                raise Stopped(error.number, _hint_at_once(directory)) from error
-            except Interrupted as error:
-                hint = f"stopped; resume with `pyro-sbp train --resume {directory}`"
-                raise Stopped(stop.number or 0, hint) from error
-            except (OSError, WorkerDied, OtherProcessError) as error:
-                hint = f"; resume with `pyro-sbp train --resume {directory}`"
-                kind = OSError if isinstance(error, OSError) else type(error)
-                raise kind(first_line(error) + hint * _unfinished(directory)) from error
-    leave()
+    summary, images = run(
+        request,
+        directory,
+        title=_title(request, resumed=resume is not None),
+        threads=threads,
+        workers=workers,
+        loggers=[n for n in LOGGERS if n in loggers or (directory / "logs" / n).is_dir()],
+        quiet=as_json or not is_first(),
+    )
     if not is_first():
         return
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=2))
     else:
-        examples, recipe = len(data.train) - request.recipe.holdout, request.recipe
-        epochs = recipe.epochs_per_gate(len(summary.units))
-        steps = epochs * -(-examples // recipe.batch_size)
-        click.echo(closing_table(summary, little_removed(steps)))
-        click.echo(
-            f"\n{result_in_words(summary)}\n"
-            f"run directory: {directory}, network: {directory / 'pruned'}\n"
-            f"next: `pyro-sbp bench {directory}` measures the latency, "
-            f"`pyro-sbp report {directory}` writes a page with plots"
-        )
+        click.echo(_result(summary, request.recipe, images, directory))
 
 
-def _request(
-    arch: str | None,
-    dataset: str | None,
-    method: str | None,
-    recipe: str | None,
-    seed: int | None,
-    device: str | None,
-    data_dir: Path | None,
-    output_dir: Path | None,
-    weights: Path | None,
-    devices: int | None,
-    precision: str | None,
-    channels_last: bool | None,
-    image_size: int | None,
-    epochs: int | None,
-    settings: Sequence[str],
-    teachers: Sequence[Path],
-    **changes: Any,
-) -> Request:
-    if arch is None:
-        names = ", ".join(ARCHITECTURES)
+def _check_resumed(run: Path, options: Mapping[str, Any]) -> None:
+    """Raise RequestError if a run has finished, or if options are given that the run has."""
+    if (run / "summary.json").exists():
         raise RequestError(
-            f"--arch is missing; expected {names}, package.module:callable or timm:NAME"
+            f"{run} is a finished run: nothing is left to do, and epochs cannot be added; "
+            "train again with more --epochs and another --output-dir"
         )
-    architecture = find_architecture(arch)
-    dataset = dataset or architecture.dataset
-    if dataset is None:
-        raise RequestError(f"--dataset is missing, and {arch} has no default data set")
-    if method is not None and method not in METHODS:
-        raise RequestError(unknown("method", method, METHODS))
-    chosen = _recipe(recipe, arch, dataset, method)
-    if method not in (None, chosen.method):
-        raise RequestError(
-            f"the recipe {chosen.name!r} is for {chosen.method}, and --method is {method}; "
-            "leave out --method, or choose another recipe"
-        )
-    given = {name: value for name, value in changes.items() if value is not None}
-    flags = {**given, "epochs": epochs}
-    assigned = [assigned_setting(assignment) for assignment in settings]
-    for setting, assignment in zip(assigned, settings, strict=True):
-        if "=" in assignment and flags.get(setting) is not None:
-            flag = setting.replace("_", "-")
-            raise RequestError(f"--{flag} and --set {assignment} contradict each other; give one")
-    if epochs is not None:
-        chosen = chosen.with_epochs(epochs)
-    chosen = with_overrides(chosen.replace(**given), settings)
-    if weights is not None:
-        if not weights.is_file():
-            raise RequestError(f"--weights: there is no file {weights}")
-        if "dense_epochs" not in assigned:
-            chosen = chosen.replace(dense_epochs=0)
-    if teachers:
-        if not chosen.finetune_epochs:
-            raise RequestError(
-                "--teacher sets the labels of fine-tuning, but finetune_epochs is 0; expected more"
-            )
-        if not chosen.distill and "distill" not in assigned:
-            chosen = chosen.replace(distill=TEMPERATURE)
-    config = architecture.data_config()
-    standardize_by: PixelStatistics | None = None
-    if config is not None:
-        image_size = image_size or config.image_size
-        if "standardize" not in assigned:
-            standardize_by = {"mean": list(config.mean), "std": list(config.std)}
-    device = check_device(device or "auto")
-    seed = 0 if seed is None else seed
-    if not 0 <= seed < 2**63:
-        raise RequestError(f"seed is {seed}; expected an integer from 0 to 2^63 - 1")
-    devices = devices or num_processes() or 1
-    if devices > 1 and chosen.batch_size < 2 * devices:
-        raise RequestError(
-            f"batch size is {chosen.batch_size}; expected at least two examples for each of "
-            f"{devices} devices"
-        )
-    return Request(
-        arch,
-        dataset,
-        chosen,
-        seed,
-        device,
-        str(data_dir or "data"),
-        weights=None if weights is None else str(weights),
-        devices=devices,
-        precision=cast(Precision, _precision(precision or "32-true", device)),
-        channels_last=bool(channels_last),
-        image_size=image_size,
-        standardize_by=standardize_by,
-        teachers=tuple(map(str, teachers)),
-    )
-
-
-def _precision(name: str, device: str) -> str:
-    """The precision of a name, which may be "auto"."""
-    if name != "auto":
-        if name not in PRECISIONS:
-            raise RequestError(unknown("precision", name, (*PRECISIONS, "auto")))
-        return name
-    from pyro_sbp.training.devices import fastest_precision  # imports torch
-
-    return fastest_precision(device)
-
-
-def _recipe(name: str | None, arch: str, dataset: str, method: str | None) -> Recipe:
-    if name is None:
-        return default_recipe(arch, dataset, method or "sbp")
-    if name in RECIPES:
-        return RECIPES[name]
-    if name.endswith(".toml"):
-        return read_recipe(Path(name), method)
-    hint = f"; did you mean '{name}.toml'?" if Path(f"{name}.toml").is_file() else ""
-    raise RequestError(unknown("recipe", name, RECIPES, " or a .toml file", hint))
-
-
-def _directory(request: Request) -> Path:
-    words = (request.arch, request.dataset, request.method)
-    return Path("runs") / "-".join(word.replace("/", "_").replace(":", "_") for word in words)
-
-
-def _check_free(directory: Path) -> None:
-    if directory.is_file():
-        raise RequestError(f"{directory} is a file; give another --output-dir")
-    if directory.exists() and any(path.name != LOCK for path in directory.iterdir()):
-        hint = f"resume it with --resume {directory}, or " if _unfinished(directory) else ""
-        if (directory / "summary.json").exists():
-            hint = f"it contains a finished run (pyro-sbp inspect {directory} shows it); "
-        raise RequestError(f"{directory} is not empty: {hint}give another --output-dir")
-    parent = directory
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RequestError(f"cannot write {directory}: {parent} is not a writable directory")
+    for name, value in options.items():
+        if value not in (None, ()):
+            flag = _FLAGS.get(name, name.replace("_", "-"))
+            raise RequestError(f"--resume takes all settings from the run; leave out --{flag}")
 
 
 def _title(request: Request, resumed: bool) -> str:
@@ -410,64 +232,21 @@ def _title(request: Request, resumed: bool) -> str:
     )
 
 
-def _hint_at_once(directory: Path) -> str:
-    """The message after a second signal."""
-    if not _unfinished(directory):
-        return "stopped at once"
-    resume = f"pyro-sbp train --resume {directory}"
-    if not (directory / "checkpoint.pt").exists():
-        return f"stopped at once, before the first checkpoint; start again with `{resume}`"
-    return f"stopped at once, without the steps since the last checkpoint; resume with `{resume}`"
+def _result(summary: Summary, recipe: Recipe, images: int, directory: Path) -> str:
+    """What is printed at the end: the tables, the result in words, and the next commands.
 
-
-def _unfinished(directory: Path) -> bool:
-    return (directory / "recipe.json").exists() and not (directory / "summary.json").exists()
-
-
-class _Bar:
-    """Prints a title when the training begins, then a progress bar on a terminal, or else one line
-    per epoch."""
-
-    def __init__(self, quiet: bool, title: str) -> None:
-        self.quiet, self.title = quiet, title
-        self.bar: Any = None
-        self.key: tuple[str, int] | None = None
-
-    def __enter__(self) -> _Bar:
-        self.live = not self.quiet and sys.stderr.isatty()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def update(self, progress: Progress) -> None:
-        if self.quiet:
-            return
-        if self.title:
-            click.echo(self.title, err=True)
-            self.title = ""
-        text = f"loss {progress.loss:.4f} (nll {progress.nll:.4f}"
-        text += f" + weighted kl {progress.weighted_kl:.4f})"
-        standing = progress.standing
-        if progress.error is not None and standing is not None:
-            left = "-".join(str(count) for count in standing.units.values())
-            text += f"  error {progress.error:.2f} %  units {left}"
-            if standing.macs is not None:
-                text += f"  expected MACs {standing.macs:,.0f}"
-            if standing.held:
-                text += f"  (all under the threshold: {', '.join(standing.held)})"
-        title = f"{progress.phase} {progress.epoch}/{progress.epochs}"
-        if not self.live:
-            if progress.error is not None:
-                click.echo(f"{title:>16}  {text}", err=True)
-            return
-        from tqdm import tqdm
-
-        if self.key != (progress.phase, progress.epoch):
-            if self.bar is not None:
-                self.bar.close()
-            self.bar = tqdm(total=progress.steps, desc=f"{title:>16}", ncols=0, unit="step")
-            self.key = (progress.phase, progress.epoch)
-        self.bar.n = progress.step
-        self.bar.set_postfix_str(text)
+    Args:
+        summary: the result.
+        recipe: the recipe of the run.
+        images: the number of training images.
+        directory: the run directory.
+    """
+    steps_per_epoch = -(-(images - recipe.holdout) // recipe.batch_size)
+    steps = recipe.epochs_per_gate(len(summary.units)) * steps_per_epoch
+    return (
+        f"{closing_table(summary, little_removed(steps))}\n"
+        f"\n{result_in_words(summary)}\n"
+        f"run directory: {directory}, network: {directory / 'pruned'}\n"
+        f"next: `pyro-sbp bench {directory}` measures the latency, "
+        f"`pyro-sbp report {directory}` writes a page with plots"
+    )

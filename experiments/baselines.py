@@ -69,7 +69,8 @@ from pyro_sbp.recipes.request import PRECISIONS, Request
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import build_network, machine, prepare_data, versions, with_weights
-from pyro_sbp.training.loop import Loop, Progress
+from pyro_sbp.training.loop import Loop
+from pyro_sbp.training.progress import Progress
 
 __all__ = ["STEPS", "baseline"]
 
@@ -209,6 +210,7 @@ def baseline(
     with tempfile.TemporaryDirectory() as directory:  # no run resumes from these checkpoints
         loop = Loop(request, method, data, Path(directory), fabric, watch)
         loop.go()
+    measured = loop.evaluation
     small, names = method.small, ("dense", "pruned", "finetuned")
     macs, parameters = count_macs(small, method.example[:1]), count_parameters(small)
     kept, recipe = widths(small), request.recipe
@@ -225,13 +227,13 @@ def baseline(
         "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
         "device": request.device,
         "train_seconds": round(loop.seconds, 1),
-        "error": {name: loop.errors["test"][name] for name in names},
+        "error": {name: measured.errors["test"][name] for name in names},
         **(
-            {"validation_error": {name: loop.errors["validation"][name] for name in names}}
+            {"validation_error": {name: measured.errors["validation"][name] for name in names}}
             if data.validation is not None
             else {}
         ),
-        "calibration": {split: found for split, found in loop.calibration.items() if found},
+        "calibration": {split: found for split, found in measured.calibration.items() if found},
         "units": [
             {"gate": name, "kept": kept[name], "total": total}
             for name, total in method.total.items()

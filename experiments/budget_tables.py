@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.budgets import DIRECTORY
-from pyro_sbp.experiments.rows import Record, markdown, title, unreadable
+from pyro_sbp.experiments.rows import markdown, title, unreadable
 
 __all__ = ["commands", "costs", "error_budgets", "int8", "layers", "speedups", "variants"]
 
@@ -58,9 +58,8 @@ def _first(entry: Mapping[str, Any], rows: Rows) -> Rows:
     return [(_name(entry) if not index else "", *row) for index, row in enumerate(rows)]
 
 
-def speedups(records: Sequence[Record]) -> str:
+def speedups() -> str:
     """What was asked of `--speedup`, what the search measured, and what a new process measured."""
-    del records  # of runs; those of budgets are in a separate directory
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         found: Rows = []
@@ -82,9 +81,8 @@ def speedups(records: Sequence[Record]) -> str:
     return markdown((*head, "MACs", "units", "test error, %"), _cells("budgets", rows))
 
 
-def error_budgets(records: Sequence[Record]) -> str:
+def error_budgets() -> str:
     """What `--max-error-increase` returned: its errors, its size and its speed-up."""
-    del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         found: Rows = []
@@ -106,10 +104,9 @@ def error_budgets(records: Sequence[Record]) -> str:
     return markdown((*head, "speed-up, batch 1", "batch 128"), cells)
 
 
-def costs(records: Sequence[Record]) -> str:
+def costs() -> str:
     """Runs with MACs and with latency as the cost of a unit: errors, MACs ratio, speed-ups, and the
     speed-up of the network with one unit per gate, which is the largest that is possible."""
-    del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         error = entry["error"]
@@ -131,13 +128,12 @@ def costs(records: Sequence[Record]) -> str:
     return markdown((*head, "of the MACs ratio", "one unit per gate"), _cells("network", rows))
 
 
-def layers(records: Sequence[Record], run: str, batch: str = "128") -> str:
+def layers(run: str, batch: str = "128") -> str:
     """The MACs and the time of every layer of a run, dense and pruned, at a batch size.
 
     Raises:
         RequestError: there is no record of this run.
     """
-    del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         if entry["run"] != run:
@@ -162,9 +158,8 @@ def layers(records: Sequence[Record], run: str, batch: str = "128") -> str:
     return markdown(head, _cells("network", rows))
 
 
-def variants(records: Sequence[Record]) -> str:
+def variants() -> str:
     """The latencies of pruned networks in other forms: rounded, channels last, compiled."""
-    del records
     names = {"channels-last": "channels last", "compiled": "`torch.compile`"}
 
     def rows(entry: Mapping[str, Any]) -> Rows:
@@ -190,9 +185,8 @@ def variants(records: Sequence[Record]) -> str:
     return markdown(head, _cells("variants", rows))
 
 
-def int8(records: Sequence[Record]) -> str:
+def int8() -> str:
     """Dense, pruned and pruned int8 networks: error, file, and milliseconds per call."""
-    del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         by_runtime: dict[str, dict[int, Any]] = {}
@@ -218,9 +212,8 @@ def int8(records: Sequence[Record]) -> str:
     return markdown(head, _cells("int8", rows))
 
 
-def commands(records: Sequence[Record]) -> str:
+def commands() -> str:
     """The commands, versions and machines of the records of budgets, as a list."""
-    del records
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())

@@ -49,7 +49,7 @@ from torch import nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.datasets.loading import ImageData, load_dataset
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS, command, without_path

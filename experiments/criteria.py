@@ -69,15 +69,15 @@ def compared(
         for criterion, threshold in rules:
             job.method.prune(criterion=criterion.name, threshold=threshold)
             loop.recalibrate()
-            loop.measure("pruned", job.method.small)
-            errors = loop.errors["test"]
+            loop.evaluation.measure("pruned", job.method.small)
+            errors = loop.evaluation.errors["test"]
             errors["finetuned"] = None
             kept = {name: int(units.kept.sum()) for name, units in job.method.units.items()}
             if fine_tuning and request.recipe.finetune_epochs:
                 torch.manual_seed(request.seed)
                 loop.order.manual_seed(request.seed)
                 loop.train(job.method.finetuning())
-                loop.measure("finetuned", job.method.small)
+                loop.evaluation.measure("finetuned", job.method.small)
             small = job.method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs = count_macs(small, job.example[:1].float())
             rows.append(

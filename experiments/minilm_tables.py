@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.rows import Record, markdown, unreadable
+from pyro_sbp.experiments.rows import markdown, unreadable
 from pyro_sbp.reports.plots.style import REMOVED, drawing, svg
 from pyro_sbp.training.files import write_whole
 
@@ -59,9 +59,8 @@ def _networks(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, 
     }
 
 
-def results(records: Sequence[Record]) -> str:
+def results() -> str:
     """The size and the accuracy of every network, as medians over the seeds, and the commands."""
-    del records  # of runs of the command line
     entries = read()
     rows = []
     for name, found in _networks(entries).items():
@@ -98,9 +97,8 @@ def results(records: Sequence[Record]) -> str:
     return f"{markdown(head, rows)}\n\n{commands}\n\n{used}; {machines}"
 
 
-def units(records: Sequence[Record]) -> str:
+def units() -> str:
     """The kept heads and MLP units of every network of the first seed, by layer."""
-    del records
     entry = read()[0]
     rows = [
         (
@@ -115,13 +113,12 @@ def units(records: Sequence[Record]) -> str:
     return markdown(("network", "heads of 12", "MLP units of 1,536"), rows)
 
 
-def speed(records: Sequence[Record]) -> str:
+def speed() -> str:
     """The measured speed-up of the networks of a record, and the command.
 
     Raises:
         RequestError: there is no file of measurements, or it cannot be read.
     """
-    del records
     path = DIRECTORY / "speed.json"
     try:
         entry = json.loads(path.read_text("utf-8"))

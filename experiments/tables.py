@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from pyro_sbp.experiments.rows import Record, read_records
 from pyro_sbp.experiments.survey import tables as survey_tables
 from pyro_sbp.training.files import write_text
 
-__all__ = ["TABLES", "main", "rebuilt"]
+__all__ = ["OF_OTHER_RECORDS", "OF_RUNS", "main", "rebuilt"]
 
 ROOT = Path(__file__).parents[1]
 
-#: Functions that make a table from the records and the words after the name of the table.
-TABLES: dict[str, Callable[..., str]] = {
+#: Functions that make a table from the records of runs, and the words after the name of the table.
+OF_RUNS: dict[str, Callable[..., str]] = {
     "network": network_tables.network,
     "headline": network_tables.headline,
     "baselines": network_tables.baselines,
@@ -52,6 +53,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
     "criteria": criteria.table,
+}
+#: Functions that make a table from other records, which they read, and the words after its name.
+OF_OTHER_RECORDS: dict[str, Callable[..., str]] = {
     "budget-speedups": budget_tables.speedups,
     "budget-errors": budget_tables.error_budgets,
     "budget-costs": budget_tables.costs,
@@ -76,14 +80,16 @@ _END = re.compile(r"<!--\s*end\s*-->\s*")
 def _made(words: str, records: Sequence[Record]) -> str:
     """The table with a name and arguments."""
     name, *arguments = words.split() or [""]
-    if name not in TABLES:
-        close = did_you_mean(name, TABLES) or f"; expected one of {', '.join(TABLES)}"
+    names = [*OF_RUNS, *OF_OTHER_RECORDS]
+    if name not in names:
+        close = did_you_mean(name, names) or f"; expected one of {', '.join(names)}"
         raise RequestError(f"no table is called {name!r}{close}")
+    table = partial(OF_RUNS[name], records) if name in OF_RUNS else OF_OTHER_RECORDS[name]
     try:
-        inspect.signature(TABLES[name]).bind(records, *arguments)
+        inspect.signature(table).bind(*arguments)
     except TypeError as error:
         raise RequestError(f"wrong words after its name: {error}") from error
-    return TABLES[name](records, *arguments)
+    return table(*arguments)
 
 
 def rebuilt(page: str, text: str, records: Sequence[Record]) -> tuple[str, list[str]]:

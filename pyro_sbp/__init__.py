@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from pyro_sbp import distributions, networks
     from pyro_sbp.deployment.benchmarking import benchmark
     from pyro_sbp.deployment.exporting import export
-    from pyro_sbp.deployment.saving import load, save
+    from pyro_sbp.deployment.loading import load
+    from pyro_sbp.deployment.saving import save
     from pyro_sbp.deployment.speedup import Speedup
     from pyro_sbp.deployment.unit_latency import measure_unit_latency
     from pyro_sbp.gates.attention import separate_attention
@@ -76,7 +77,8 @@ _find, _names, _ = lazy_loader.attach(
     submod_attrs={
         "deployment.benchmarking": ["benchmark"],
         "deployment.exporting": ["export"],
-        "deployment.saving": ["load", "save"],
+        "deployment.loading": ["load"],
+        "deployment.saving": ["save"],
         "deployment.speedup": ["Speedup"],
         "deployment.unit_latency": ["measure_unit_latency"],
         "gates.attention": ["separate_attention"],

@@ -22,7 +22,7 @@ from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.criteria import check_prior
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.criteria import CRITERIA
-from pyro_sbp.recipes.settings import read_recipe
+from pyro_sbp.recipes.recipe_files import read_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

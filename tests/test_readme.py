@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_sbp.datasets.loading import load_dataset
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.pruning.macs import count_macs
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.rows import Record, markdown
+from pyro_sbp.experiments.rows import markdown
 from pyro_sbp.experiments.survey.collections import COLLECTIONS, collection
 from pyro_sbp.experiments.survey.records import DIRECTORY, path_of, read
 
@@ -41,18 +41,14 @@ def _reasons(rows: Sequence[_Row]) -> str:
     return ", ".join(f"{why} {share:.0%}" for why, share in shares.most_common(_REASONS))
 
 
-def families(
-    records: Sequence[Record], collected: str, *names: str, directory: Path = DIRECTORY
-) -> str:
+def families(collected: str, *names: str, directory: Path = DIRECTORY) -> str:
     """The networks of a collection by family.
 
     Args:
-        records: of runs of the command line; they are not used.
         collected: the collection.
         names: the families; all if none is given.
         directory: of the records of the survey.
     """
-    del records
     record = read(collected, directory)
     groups: dict[str, list[_Row]] = {}
     for row in _finished(record).values():
@@ -101,9 +97,8 @@ def _share(row: _Row) -> float:
     return after / before
 
 
-def blocks(records: Sequence[Record], *collections: str, directory: Path = DIRECTORY) -> str:
+def blocks(*collections: str, directory: Path = DIRECTORY) -> str:
     """What is left inside the blocks of networks that have blocks."""
-    del records
     rows = []
     for collected in collections:
         for name, row in _finished(read(collected, directory)).items():
@@ -120,11 +115,8 @@ def blocks(records: Sequence[Record], *collections: str, directory: Path = DIREC
     return markdown((*head, "in the network", "difference"), rows)
 
 
-def by_block(
-    records: Sequence[Record], collected: str, *names: str, directory: Path = DIRECTORY
-) -> str:
+def by_block(collected: str, *names: str, directory: Path = DIRECTORY) -> str:
     """The MACs left in each block of some networks."""
-    del records
     found = _finished(read(collected, directory))
     for name in names:
         if name not in found:
@@ -137,9 +129,8 @@ def by_block(
     return markdown(("network", "block", "MACs", "left"), rows)
 
 
-def summary(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
+def summary(*, directory: Path = DIRECTORY) -> str:
     """A line for each collection that has a record."""
-    del records
     rows = []
     for collected in COLLECTIONS:
         if not path_of(collected, directory).exists():
@@ -162,9 +153,8 @@ def summary(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
     return markdown((*head, "CPU seconds of find_gates, median", "most"), rows)
 
 
-def against(records: Sequence[Record], directory: Path = DIRECTORY) -> str:
+def against(*, directory: Path = DIRECTORY) -> str:
     """How many cuts of Torch-Pruning are exact, inexact, or fail, for each collection."""
-    del records
     rows = []
     for collected in COLLECTIONS:
         if not path_of(collected, directory).exists():

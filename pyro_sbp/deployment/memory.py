@@ -10,7 +10,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_sbp.deployment.saving import METADATA, unique_tensors
+from pyro_sbp.deployment.saving import METADATA
+from pyro_sbp.deployment.shared_tensors import unique_tensors
 from pyro_sbp.gates.copies import fresh
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of

@@ -19,7 +19,8 @@ from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment.configurations import CONFIG, takes_config
 from pyro_sbp.deployment.constructors import trusted
 from pyro_sbp.deployment.description import INDEX, Description
-from pyro_sbp.deployment.saving import FILES, load, save
+from pyro_sbp.deployment.loading import load
+from pyro_sbp.deployment.saving import FILES, network_files
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.units import units_as_dicts
 from pyro_sbp.integrations.model_card import model_card
@@ -85,18 +86,40 @@ def save_pretrained(
     taken = sorted(there & {*FILES, CARD})
     if taken and not overwrite:
         raise FileExistsError(f"{path} has {taken[0]}: give another folder, or overwrite=True")
-    beside = there - {*FILES}
-    save(net, path, constructor, kwargs, units, input_shape, True, standardization, beside=beside)
-    description = Description.read(path / INDEX)
-    units = units_as_dicts(net) if units is None else units
+    files = network_files(
+        net,
+        constructor,
+        kwargs,
+        units=units,
+        input_shape=input_shape,
+        standardization=standardization,
+    )
+    files.write(path)
     num_parameters = sum(parameter.numel() for parameter in net.parameters())
-    library, code = "pyro-sbp", _code(description, repo_id or str(folder))
-    if takes_config(type(net)):
-        if not description.layers:  # its configuration has the new numbers of units
-            library = "transformers"
-    else:
+    _write_configs(path, net, files.description, num_parameters)
+    # Without resized layers, the configuration of transformers has the new numbers of units.
+    of_transformers = takes_config(type(net)) and not files.description.layers
+    card = model_card(
+        (repo_id or path.resolve().name).rpartition("/")[2],
+        library="transformers" if of_transformers else "pyro-sbp",
+        load=_code(files.description, repo_id or str(folder)),
+        num_parameters=num_parameters,
+        results=results,
+        units=units_as_dicts(net) if units is None else units,
+        command=command,
+        base_model=base_model,
+        license=license,
+    )
+    _write(path / CARD, card)
+
+
+def _write_configs(
+    path: Path, net: nn.Module, description: Description, num_parameters: int
+) -> None:
+    """Write the files of configuration that `pyro_sbp.save` does not write."""
+    if not takes_config(type(net)):
         config = {
-            "library_name": library,
+            "library_name": "pyro-sbp",
             "constructor": description.constructor,
             "kwargs": description.kwargs,
             "input_shape": description.input_shape,
@@ -106,12 +129,6 @@ def save_pretrained(
     generation: Any = getattr(net, "generation_config", None)
     if generation is not None:
         _write(path / GENERATION, generation.to_json_string())
-    card = model_card(
-        (repo_id or path.resolve().name).rpartition("/")[2], library=library, load=code,
-        num_parameters=num_parameters, results=results, units=units, command=command,
-        base_model=base_model, license=license,
-    )  # fmt: skip
-    _write(path / CARD, card)
 
 
 def from_pretrained(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.probing import Gates
-from pyro_sbp.methods.gated import GatedMethod, Turn
+from pyro_sbp.methods.gated import GatedMethod
+from pyro_sbp.methods.stage import Turn
 from pyro_sbp.recipes.settings import RBPRecipe
 
 __all__ = ["RBP", "in_order"]

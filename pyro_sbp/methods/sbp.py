@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyro_sbp.methods.gated import GatedMethod, Turn, TurnPhase
+from pyro_sbp.methods.gated import GatedMethod, TurnPhase
 from pyro_sbp.methods.phase import Phase, rising_kl
+from pyro_sbp.methods.stage import Turn
 from pyro_sbp.recipes.settings import SBPRecipe
 
 __all__ = ["SBP"]

@@ -21,7 +21,7 @@ from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.sites import check_observed
 
-__all__ = ["untraced_terms"]
+__all__ = ["untraced_kl", "untraced_terms"]
 
 
 class _Sites(Messenger):
@@ -53,7 +53,9 @@ def untraced_terms(
     Raises:
         ValueError: the shapes of the likelihood or of the labels are wrong.
     """
-    if not _are_plain(model, guide) or kwargs or len(args) != 2 or args[1] is None:
+    if kwargs or len(args) != 2 or args[1] is None:
+        return None
+    if not _are_plain(model, guide) or model.has_sites_inside:
         return None
     x, y = args
     with guide._pyro_context:
@@ -76,11 +78,31 @@ def untraced_terms(
     return log_prob.sum() * (-model.num_data / size), _weighted_kl(model, q)
 
 
+def untraced_kl(model: Any, guide: Any) -> Tensor | None:
+    """The weighted KL divergence, without a draw of the guide.
+
+    It has the value and the gradient of the term `kl` of `ClosedFormELBO.parts`.
+
+    Args:
+        model, guide: the Pyro model and its guide.
+
+    Returns:
+        A scalar in nats, or None if the traces are needed: model and guide are not a `GatedModel`
+        and the `TruncatedLogNormalGuide` made for it, a method or a hook of the user changes them,
+        or an effect handler is active.
+    """
+    if not _are_plain(model, guide):
+        return None
+    with guide._pyro_context:
+        q = guide.joint_posterior()
+    return None if q is None else _weighted_kl(model, q)
+
+
 def _are_plain(model: Any, guide: Any) -> bool:
     """Whether a call of model and guide does what their classes define, and nothing else."""
     if type(model) is not GatedModel or type(guide) is not TruncatedLogNormalGuide:
         return False
-    if guide.model is not model or model.has_sites_inside or am_i_wrapped():
+    if guide.model is not model or am_i_wrapped():
         return False
     methods = ("forward", "sample_sites", "prior")
     changed = any(name in vars(m) for m in (model, guide) for name in methods)

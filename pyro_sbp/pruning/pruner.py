@@ -21,6 +21,7 @@ from pyro_sbp.models.elbo import ClosedFormELBO
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.sites import scales_of
+from pyro_sbp.models.untraced import untraced_kl
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.pruning import prune
 
@@ -146,13 +147,20 @@ class Pruner:
         """The weighted KL divergence divided by the number of training examples, to be added to a
         mean loss per example. It is a scalar in nats, with gradients for the posterior only.
         """
+        kl = untraced_kl(self.model, self.guide)
+        return (self._traced_kl() if kl is None else kl) / self.model.num_data
+
+    def _traced_kl(self) -> Tensor:
+        """The weighted KL divergence of a model or a guide that was changed, or under an effect
+        handler.
+        """
         model = self.model
 
         def sites(x: Any) -> None:
             model.sample_sites(model.prior, x)
 
         # With noise for every example, the divergence does not depend on the batch size.
-        return self._elbo.parts(sites, self.guide, self.example_input).kl / model.num_data
+        return self._elbo.parts(sites, self.guide, self.example_input).kl
 
     def attach(self) -> Pruner:
         """Put noise on the units in every call of the network. Returns the pruner.

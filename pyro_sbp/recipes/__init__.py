@@ -5,16 +5,9 @@ This package needs no torch.
 
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.recipe_files import read_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
-from pyro_sbp.recipes.settings import (
-    METHODS,
-    ORDERS,
-    RBPRecipe,
-    Recipe,
-    SBPRecipe,
-    SparseVDRecipe,
-    read_recipe,
-)
+from pyro_sbp.recipes.settings import METHODS, ORDERS, RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
 
 __all__ = [
     "CRITERIA",

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import pydantic
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from pyro_sbp.errors import RequestError, did_you_mean
 from pyro_sbp.recipes.criteria import CRITERIA, CriterionName, Rule, find_criterion
+from pyro_sbp.recipes.validation import STRICT, refusing
 
 __all__ = [
     "METHODS",
     "ORDERS",
     "RECIPE_CLASSES",
-    "STRICT",
     "TEMPERATURE",
     "GatedRecipe",
     "RBPRecipe",
     "Recipe",
     "SBPRecipe",
     "SparseVDRecipe",
-    "in_one_line",
     "method_settings",
-    "read_none",
-    "read_recipe",
-    "refusing",
 ]
-
-STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 Order = Literal["forward", "reversed", "together"]
 #: The orders in which RBP can train the gates.
@@ -52,61 +43,6 @@ TEMPERATURE = 4.0
 #: The largest signal-to-noise ratio that the posterior of a weight can reach: that of log alpha =
 #: -8.
 _MAX_WEIGHT_SNR = math.exp(4)
-
-
-#: Phrases in the messages of pydantic, and the phrases that replace them.
-_WORDS = {
-    "greater than or equal to ": "a number >= ",
-    "less than or equal to ": "a number <= ",
-    "greater than ": "a number > ",
-    "less than ": "a number < ",
-    "a valid integer": "an integer",
-    "a valid number": "a number",
-    "a valid boolean": "true or false",
-    "a valid string": "a string",
-}
-
-
-def in_one_line(error: ValidationError) -> str:
-    """The first error of a validation, as ``NAME is VALUE; expected ...``."""
-    found = error.errors(include_url=False)[0]
-    name = " ".join(str(part) for part in found["loc"])
-    if found["type"] == "missing":
-        return f"{name} is missing"
-    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"there is no setting {name!r}"
-    message = found["msg"].removeprefix("Value error, ")
-    integer = any(type(limit) is int for limit in found.get("ctx", {}).values())
-    if name == "threshold" and found["type"] == "less_than_equal":
-        message += ", the largest signal-to-noise ratio that a posterior can reach"
-    if message.startswith("Input should be "):
-        expected = message.removeprefix("Input should be ")
-        for words, ours in _WORDS.items():
-            if expected.startswith(words):
-                expected = ours + expected.removeprefix(words)
-        if integer:  # pydantic gives the limits of integers as integers
-            expected = expected.replace("a number", "an integer")
-        message = f"expected {expected}"
-    return f"{name} is {found['input']!r}; {message}" if name else message
-
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def refusing(cls: _Class) -> _Class:
-    """Make the constructor of a validated dataclass raise `RequestError` with a message of one
-    line.
-    """
-    validate: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of a class that is known
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            validate(self, *args, **kwargs)
-        except ValidationError as error:
-            raise RequestError(in_one_line(error)) from error
-
-    cls.__init__ = __init__  # type: ignore[misc]  # as above
-    return cls
 
 
 def _setting(default: Any, description: str) -> Any:
@@ -620,50 +556,3 @@ def _no_such_setting(name: str, cls: type[Recipe]) -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     close = did_you_mean(name, known) or f"; the settings are {', '.join(known)}"
     return f"there is no setting {name!r}{close}"
-
-
-def read_none(values: Mapping[str, Any], cls: type[Recipe]) -> dict[str, Any]:
-    """Settings with None in place of the string "none", for settings that may be None."""
-    fields = cls.__pydantic_fields__  # type: ignore[attr-defined]  # pydantic adds it
-    return {
-        name: None
-        if value == "none" and name in fields and type(None) in get_args(fields[name].annotation)
-        else value
-        for name, value in values.items()
-    }
-
-
-def read_recipe(path: Path, method: str | None = None) -> Recipe:
-    """Read a recipe from a TOML file.
-
-    Settings that are not in the file have their defaults.
-
-    TOML has no null. The string "none" means None for settings that may be None.
-
-    Args:
-        path: the file; it may name its `method`.
-        method: the method of the recipe. The default is the method that the file names, else "sbp".
-
-    Raises:
-        RequestError: the file cannot be read, is not TOML, is for another method, or has an invalid
-            setting.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"the recipe {path} is not TOML: {error}") from error
-    named = values.pop("method", None)
-    if named is not None and named not in RECIPE_CLASSES:
-        raise RequestError(
-            f"{path}: method is {named!r}; expected {', '.join(RECIPE_CLASSES)}"
-            + (did_you_mean(named, RECIPE_CLASSES) if isinstance(named, str) else "")
-        )
-    if named is not None and method not in (None, named):
-        raise RequestError(
-            f"the recipe {path} is for {named}, and --method is {method}; leave out --method, or "
-            "choose another recipe"
-        )
-    cls = RECIPE_CLASSES[named or method or "sbp"]
-    return cls.from_dict({"name": path.stem, **read_none(values, cls)}, str(path))

@@ -11,7 +11,7 @@ import torch
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.datasets.sources import check_dataset
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.pruning.macs import costs_by_layer

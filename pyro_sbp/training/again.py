@@ -73,10 +73,10 @@ def prune_again(
         if budget is not None:
             tell(_measured(budget))
         loop.recalibrate()
-        loop.measure("pruned", job.method.small)
-        for split in loop.errors:
-            loop.errors[split].pop("finetuned", None)
-            loop.calibration[split].pop("finetuned", None)
+        loop.evaluation.measure("pruned", job.method.small)
+        for split in loop.evaluation.errors:
+            loop.evaluation.errors[split].pop("finetuned", None)
+            loop.evaluation.calibration[split].pop("finetuned", None)
         if finetune_epochs:
             loop.directory = Path(other)  # no run resumes from these checkpoints
             recipe = job.method.recipe.replace(finetune_epochs=finetune_epochs)
@@ -86,7 +86,7 @@ def prune_again(
             torch.manual_seed(request.seed)
             loop.order.manual_seed(request.seed)
             loop.train(job.method.finetuning())
-            loop.measure("finetuned", job.method.small)
+            loop.evaluation.measure("finetuned", job.method.small)
         return write_result(job, loop, target)
 
 
@@ -98,7 +98,7 @@ def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
             "max_error_increase is measured on images that are reserved for validation, and this "
             f"run has none; train with --set holdout={holdout}, or give another budget"
         )
-    dense = loop.errors["validation"].get("dense")
+    dense = loop.evaluation.errors["validation"].get("dense")
     if dense is None:
         raise RequestError(
             "max_error_increase is relative to the error of the dense network, and this run "
@@ -107,7 +107,7 @@ def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:
 
     def error(net: nn.Module) -> float:
         loop.recalibrate(net)
-        return loop.evaluate(net, job.data.validation).error
+        return loop.evaluation.evaluate(net, job.data.validation).error
 
     try:
         return MaxErrorIncrease(target, error, dense)
@@ -168,7 +168,7 @@ def sweep(
                 raise RequestError(str(error)) from error
             loop.recalibrate()
             # in the precision of training
-            found = loop.evaluate(method.small, job.data.validation)
+            found = loop.evaluation.evaluate(method.small, job.data.validation)
             small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
             rows.append(

@@ -20,6 +20,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from pyro_sbp.errors import OtherProcessError, RequestError
 from pyro_sbp.training.processes import (
@@ -29,7 +30,18 @@ from pyro_sbp.training.processes import (
     starting_copies,
 )
 
-__all__ = ["dtype_of", "fastest_precision", "gather", "in_step", "launch", "leave", "on_first"]
+__all__ = [
+    "dtype_of",
+    "fastest_precision",
+    "gather",
+    "in_step",
+    "launch",
+    "leave",
+    "on_first",
+    "random_state",
+    "set_random_state",
+    "sum_over_processes",
+]
 
 _Precision = Literal["32-true", "64-true", "bf16-mixed"]
 #: Parts of the messages of gloo about a process that has ended.
@@ -184,3 +196,25 @@ def gather(fabric: Fabric, value: Any) -> list[Any]:
     values: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def sum_over_processes(fabric: Fabric, value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each process."""
+    total = fabric.all_reduce(value.clone(), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the random generators of this process, by device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

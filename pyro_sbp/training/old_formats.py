@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sbp.methods.gated import over_all_units
+from pyro_sbp.methods.stage import over_all_units
 from pyro_sbp.models.gated_guide import LOC_MARGIN, LOG_SCALE_RANGE
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, widest
 from pyro_sbp.models.weight_noise import unflat, within_range

@@ -56,10 +56,10 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         sparse=weights is not None,
     )
     macs, parameters = count_macs(small, job.example[:1].float()), count_parameters(small)
-    errors = {split: Errors(**found) for split, found in loop.errors.items() if found}
+    errors = {split: Errors(**found) for split, found in loop.evaluation.errors.items() if found}
     calibration = {
         split: {name: Calibration(**values) for name, values in found.items()}
-        for split, found in loop.calibration.items()
+        for split, found in loop.evaluation.calibration.items()
         if found
     }
     sparse = target / "sparse.safetensors"
@@ -108,7 +108,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
 def _teachers(loop: Loop, method: Method) -> tuple[str, ...]:
     """The architectures of the dense networks that taught the returned network."""
     teacher = method.teacher
-    if isinstance(teacher, Teachers) and "finetuned" in loop.errors["test"]:
+    if isinstance(teacher, Teachers) and "finetuned" in loop.evaluation.errors["test"]:
         return teacher.names
     return ()
 

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import in_one_line
+from pyro_sbp.recipes.validation import in_one_line
 from pyro_sbp.training import old_recipes
 from pyro_sbp.training.summary import Summary
 

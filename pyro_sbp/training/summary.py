@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pyro_sbp.errors import RequestError, damage
-from pyro_sbp.recipes.settings import in_one_line
+from pyro_sbp.recipes.validation import in_one_line
 
 __all__ = [
     "Calibration",

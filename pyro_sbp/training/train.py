@@ -20,7 +20,8 @@ from pyro_sbp.training.devices import in_step, launch, on_first
 from pyro_sbp.training.files import lock, write_json
 from pyro_sbp.training.job import Job, machine, prepare_job, versions
 from pyro_sbp.training.loggers import Log
-from pyro_sbp.training.loop import Interrupted, Loop, Progress
+from pyro_sbp.training.loop import Interrupted, Loop
+from pyro_sbp.training.progress import Progress
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 

@@ -8,7 +8,7 @@ import torch
 from helpers import run
 
 from pyro_sbp import machine
-from pyro_sbp.deployment import benchmarking
+from pyro_sbp.cli import bench_run
 from pyro_sbp.gates.attention import Attention
 
 NETWORK = """
@@ -50,13 +50,13 @@ def finished(tmp_path_factory):
 
 def test_the_floor_has_one_head_and_the_dense_network_is_the_users_own(finished, monkeypatch):
     seen = {}
-    original = benchmarking.benchmark
+    original = bench_run.benchmark
 
     def watched(dense, pruned, example, *, floor, **options):
         seen.update(dense=dense, floor=floor)
         return original(dense, pruned, example, floor=floor, **options)
 
-    monkeypatch.setattr(benchmarking, "benchmark", watched)
+    monkeypatch.setattr(bench_run, "benchmark", watched)
     args = ("bench", finished, "--seconds", "0.01", "--threads", "1", "--batch-size", "1")
     result = run(*args)
     assert result.exit_code == 0, result.output

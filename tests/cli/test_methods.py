@@ -9,7 +9,7 @@ from helpers import METHODS, run, stops_after, train_quickly
 
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
-from pyro_sbp.deployment import saving
+from pyro_sbp.deployment import loading
 from pyro_sbp.training import again
 from pyro_sbp.training.runs import read_request
 
@@ -63,7 +63,7 @@ def test_the_run_directory_tells_the_whole_story(finished):
 def test_the_handed_over_network_has_the_recorded_error_units_and_macs(finished):
     directory, _, _ = finished
     summary = json.loads((directory / "summary.json").read_text())
-    net = saving.load(directory / "pruned")
+    net = loading.load(directory / "pruned")
     x, y = load_dataset("digits", Path("nowhere"), 28).test.batch(slice(None))
     error = 100 * float((net(x).argmax(1) != y).float().mean())
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
@@ -144,7 +144,7 @@ def test_a_budget_is_met_beside_the_run(finished):
     summary = json.loads(result.stdout)
     assert summary["macs"]["ratio"] >= 6
     assert all((unit["kept"] + unit["zeroed"]) % 8 == 0 for unit in summary["units"][1:])
-    net = saving.load(finished / "pruned-macs-6-round-8")
+    net = loading.load(finished / "pruned-macs-6-round-8")
     x, y = load_dataset("digits", Path("nowhere"), 28).test.batch(slice(None))
     error = 100 * float((net(x).argmax(1) != y).float().mean())
     assert error == pytest.approx(summary["error"]["pruned"], abs=1e-4)
@@ -223,7 +223,7 @@ def test_a_threshold_that_nothing_reaches_keeps_the_best_of_every_gate(method, t
 
 
 def load_state(directory):
-    return saving.load(directory).state_dict()
+    return loading.load(directory).state_dict()
 
 
 def digits():

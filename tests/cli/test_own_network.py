@@ -9,7 +9,7 @@ import torch
 from helpers import run
 
 from pyro_sbp.datasets.loading import load_dataset
-from pyro_sbp.deployment import saving
+from pyro_sbp.deployment import loading
 
 NETWORK = """
 from torch import nn
@@ -76,7 +76,7 @@ def test_a_residual_network_gets_smaller_and_still_knows_digits(finished):
     kept = json.loads((root / "run" / "pruned" / "units.json").read_text())
     from own_resnet import ResNet
 
-    net = saving.load(root / "run" / "pruned", ResNet)
+    net = loading.load(root / "run" / "pruned", ResNet)
     assert net.stem.out_channels == len(kept["stem"]["kept"]) + len(kept["stem"]["zeroed"])
     x, y = load_dataset("digits", root).test.batch(slice(None))
     error = 100 * float((net(x).argmax(1) != y).float().mean())
@@ -88,7 +88,7 @@ def test_it_loads_to_the_same_outputs_where_pyro_cannot_be_imported(finished):
     from own_resnet import ResNet
 
     x, _ = load_dataset("digits", root).test.batch(slice(0, 4))
-    torch.save((x, saving.load(root / "run" / "pruned", ResNet)(x).detach()), root / "io.pt")
+    torch.save((x, loading.load(root / "run" / "pruned", ResNet)(x).detach()), root / "io.pt")
     program = (
         "import sys; sys.modules['pyro'] = None\n"
         "import torch, pyro_sbp\n"

@@ -19,7 +19,7 @@ from PIL import Image
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.datasets.streaming import default_workers
-from pyro_sbp.deployment import saving
+from pyro_sbp.deployment import loading
 from pyro_sbp.training.checkpoints import Checkpoint
 
 WORKERS = min(2, default_workers())
@@ -98,7 +98,7 @@ def test_the_network_tells_what_its_images_are_standardised_by(root, held):
     summary = json.loads((held / "summary.json").read_text())
     assert summary["standardize"] == told
     x, y = data.test.batch(slice(None))
-    error = 100 * float((saving.load(held / "pruned")(x).argmax(1) != y).float().mean())
+    error = 100 * float((loading.load(held / "pruned")(x).argmax(1) != y).float().mean())
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
     again = run("prune", held, "--threshold", 1, "--json")
     assert again.exit_code == 0, again.output

@@ -83,15 +83,15 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     json.dumps(entry)
     monkeypatch.setattr(budget_tables, "DIRECTORY", tmp_path)
     write_json(tmp_path / "run.json", entry)
-    first, second = cells(budget_tables.speedups([]))
+    first, second = cells(budget_tables.speedups())
     assert (
         first[:3] == ["LeNet-300-100 on digits, `run`", "2x", "1"]
         and first[4] == "2.00x (1.80 to 2.20)"
     )
     assert second[3].startswith("refused: ") and second[3].endswith("x is the largest")
-    (row,) = cells(budget_tables.error_budgets([]))
+    (row,) = cells(budget_tables.error_budgets())
     assert row[4].endswith("x") and row[6] == "2.00x"
-    assert [line[0] for line in cells(budget_tables.layers([], "run", "1"))][-1] == "whole"
+    assert [line[0] for line in cells(budget_tables.layers("run", "1"))][-1] == "whole"
 
 
 def test_parts_that_are_not_measured_again_are_kept(monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ BYTES |= {"int8_error": 0.8, "same_class": 99.5}
 
 
 def test_speedups_are_compared_with_the_ratio_of_macs_and_with_the_floor(records):
-    first, second, *others = cells(budget_tables.costs([]))
+    first, second, *others = cells(budget_tables.costs())
     assert first[:4] == ["LeNet-5 on MNIST, `a`", "0.70 to 0.75", "3-9", "10.00x"]
     assert first[4:] == ["eager", "1", "2.00x (1.80 to 2.20)", "0.20", "4.00x"]
     assert second == [*[""] * 4, "eager", "128", "8.00x (7.20 to 8.80)", "0.80", "16.00x"]
@@ -199,7 +199,7 @@ def test_speedups_are_compared_with_the_ratio_of_macs_and_with_the_floor(records
 
 
 def test_int8_stands_beside_float32(records):
-    rows = cells(budget_tables.int8([]))
+    rows = cells(budget_tables.int8())
     assert rows[0][0] == "LeNet-5 on MNIST, `b`"
     assert [row[1:] for row in rows] == [
         ["dense, eager", "0.70", "1,724.0", "0.400", "8.000"],
@@ -211,14 +211,14 @@ def test_int8_stands_beside_float32(records):
 
 
 def test_forms_of_a_network_have_a_row_each(records):
-    rows = cells(budget_tables.variants([]))
+    rows = cells(budget_tables.variants())
     rounded = "`--round-to auto` (multiples of 4)"
     assert [row[1] for row in rows] == ["eager", rounded, "`torch.compile`"]
     assert [row[3] for row in rows][::2] == ["8.000 to 1.000, 8.00x", "6.000 to 0.500, 12.00x"]
 
 
 def test_the_commands_are_below_the_tables(records):
-    assert budget_tables.commands([]).splitlines() == [
+    assert budget_tables.commands().splitlines() == [
         "- `a`: `pyro-sbp train`; torch 2; m",
         "- `b`: `pyro-sbp train`; torch 2; m",
     ]
@@ -226,7 +226,7 @@ def test_the_commands_are_below_the_tables(records):
 
 def test_a_table_without_records_is_refused(records, tmp_path):
     with pytest.raises(RequestError, match=r"no record in .* has the part 'budgets'"):
-        budget_tables.speedups([])
+        budget_tables.speedups()
     (tmp_path / "a.json").write_text("[")
     with pytest.raises(RequestError, match=r"a.json is not a record of budgets"):
-        budget_tables.costs([])
+        budget_tables.costs()

@@ -107,18 +107,18 @@ def test_the_tables_of_a_record(row, tmp_path):
     rows = {"a": row, "b": inexact, "c": other, "d": {"failed": "not finished after 3 s"}}
     for name, found in rows.items():
         records.add(record, name, found, tmp_path)
-    families = tables.families([], "torchvision", directory=tmp_path).splitlines()
+    families = tables.families("torchvision", directory=tmp_path).splitlines()
     assert families[2].startswith("| encoder | 2 | 4 to 6 |") and "other" in families[3]
     assert families[4] == "| d | 1 | | | | | not finished after 3 s |"
-    assert "| torchvision | 4 of 80 | 1 |" in tables.summary([], directory=tmp_path)
-    assert "| torchvision | 3 | 3 | 1 | 1 | 1 |" in tables.against([], directory=tmp_path)
-    assert "| a | 2 | 2 of 2 | 67% |" in tables.blocks([], "torchvision", directory=tmp_path)
-    by_block = tables.by_block([], "torchvision", "c", directory=tmp_path)
+    assert "| torchvision | 4 of 80 | 1 |" in tables.summary(directory=tmp_path)
+    assert "| torchvision | 3 | 3 | 1 | 1 | 1 |" in tables.against(directory=tmp_path)
+    assert "| a | 2 | 2 of 2 | 67% |" in tables.blocks("torchvision", directory=tmp_path)
+    by_block = tables.by_block("torchvision", "c", directory=tmp_path)
     assert f"| c | encoder.layers.1 | {row['blocks']['encoder.layers.1'][0]:,} | 67% |" in by_block
     with pytest.raises(RequestError, match="no family 'vit'"):
-        tables.families([], "torchvision", "vit", directory=tmp_path)
+        tables.families("torchvision", "vit", directory=tmp_path)
     with pytest.raises(RequestError, match="there is no record"):
-        tables.families([], "timm", directory=tmp_path)
+        tables.families("timm", directory=tmp_path)
 
 
 @pytest.mark.parametrize("name", COLLECTIONS)

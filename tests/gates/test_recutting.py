@@ -9,7 +9,7 @@ from test_awkward_networks import CASES, Net, conv, grouped, image
 from torch import nn
 
 from pyro_sbp import networks
-from pyro_sbp.deployment import saving
+from pyro_sbp.deployment import loading, saving
 from pyro_sbp.gates.folding import GatedNetwork, call
 from pyro_sbp.gates.layers import Select, is_channelwise
 from pyro_sbp.gates.nested import convert
@@ -143,7 +143,7 @@ def test_a_select_before_a_layer_that_has_one_becomes_one_of_both(tmp_path):
     assert isinstance(smaller.fc1.layer, nn.Linear) and isinstance(smaller.fc1.select, Select)
     assert [gate.name for gate in then] == ["conv1", "conv2", "fc1_input", "fc1"]
     saving.save(smaller, tmp_path / "net", constructor=networks.LeNet5)
-    loaded = saving.load(tmp_path / "net")
+    loaded = loading.load(tmp_path / "net")
     assert torch.equal(loaded(x), smaller(x))
 
 

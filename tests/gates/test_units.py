@@ -44,7 +44,11 @@ def test_a_saved_network_has_them_in_a_file(posterior, tmp_path):
     sbp.save(small, tmp_path / "small", constructor=build)
     units = json.loads((tmp_path / "small" / "units.json").read_text())
     assert units["0_input"] == {"total": 6, "kept": [0, 2, 3, 5], "zeroed": []}
-    torch.testing.assert_close(sbp.load(tmp_path / "small", constructor=build)(x), small(x))
+    loaded = sbp.load(tmp_path / "small", constructor=build)
+    torch.testing.assert_close(loaded(x), small(x))
+    assert units_of(loaded) == small.units
+    sbp.save(loaded, tmp_path / "again", constructor=build)
+    assert json.loads((tmp_path / "again" / "units.json").read_text()) == units
 
 
 def build():
@@ -83,12 +87,15 @@ class OwnUnits(nn.Module):
         return self.out(self.hidden(x).relu())
 
 
-def test_an_attribute_of_the_network_itself_stays():
+def test_an_attribute_of_the_network_itself_stays(tmp_path):
     net, x = OwnUnits(), torch.randn(4, 6)
     model = sbp.GatedModel(net, sbp.find_gates(net, x), num_data=100)
     with pytest.warns(UserWarning, match="OwnUnits already has an attribute 'units'"):
         small = sbp.prune(model, sbp.TruncatedLogNormalGuide(model), x)
     assert small.units == 8
+    units = {"hidden": {"total": 8, "kept": list(range(8)), "zeroed": []}}
+    sbp.save(small, tmp_path / "small", constructor=OwnUnits, units=units)
+    assert sbp.load(tmp_path / "small", constructor=OwnUnits).units == 8
 
 
 def test_two_are_equal_if_both_masks_are():

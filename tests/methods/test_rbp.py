@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from pyro_sbp.datasets.loading import load_dataset
-from pyro_sbp.deployment import saving
+from pyro_sbp.deployment import loading
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.probing import find_gates
-from pyro_sbp.methods.gated import Turn
 from pyro_sbp.methods.rbp import RBP, in_order
+from pyro_sbp.methods.stage import Turn
 from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
@@ -114,7 +114,7 @@ def request(**changes):
 
 
 def state_of(directory):
-    return saving.load(directory / "pruned", constructor=Residual).state_dict()
+    return loading.load(directory / "pruned", constructor=Residual).state_dict()
 
 
 def lines_of(directory):
@@ -152,7 +152,7 @@ def test_the_gates_take_turns_and_every_line_tells_all_units(finished):
 
 def test_the_units_of_the_summary_are_those_of_the_network(finished, digits):
     directory, summary = finished
-    net = saving.load(directory / "pruned", constructor=Residual)
+    net = loading.load(directory / "pruned", constructor=Residual)
     there = {unit["gate"]: unit["kept"] + unit["zeroed"] for unit in summary["units"]}
     assert (net.stem.out_channels, net.b.out_channels) == (there["stem"], there["stem"])
     assert (net.a.in_channels, net.a.out_channels) == (there["stem"], there["a"])
@@ -302,7 +302,7 @@ def test_pruning_again_goes_on_from_what_is_left(finished, digits, tmp_path):
         result = again.prune_again(
             request(), digits, directory, tmp_path / name, **settings
         ).to_dict()
-        return result, saving.load(tmp_path / name, constructor=Residual)
+        return result, loading.load(tmp_path / name, constructor=Residual)
 
     same, net = prune("same", threshold=RECIPE.threshold)
     lower, other = prune("lower", threshold=0.0)

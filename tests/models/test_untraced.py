@@ -10,7 +10,7 @@ from pyro.poutine.messenger import Messenger
 
 import pyro_sbp as sbp
 from pyro_sbp.models.elbo import ClosedFormELBO
-from pyro_sbp.models.untraced import untraced_terms
+from pyro_sbp.models.untraced import untraced_kl, untraced_terms
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -51,6 +51,25 @@ def test_draw_by_draw_as_pyros_elbo(noise_per, particles, settings):
     model, guide, x, y = gated(noise_per=noise_per, **settings)
     assert untraced_terms(model, guide, (x, y), {}) is not None
     assert_as_pyro(model, guide, x, y, particles)
+
+
+@pytest.mark.parametrize("noise_per", ["batch", "example"])
+@pytest.mark.parametrize(
+    "settings", [{"kl_scale": {"0": 2.5, "2": 0.0}}, {"prior_scale": 4.0}, {"kl_scale": 3.0}]
+)
+def test_the_divergence_alone_is_that_of_pyros_elbo_without_labels(noise_per, settings):
+    model, guide, x, _ = gated(noise_per=noise_per, **settings)
+    parameters = [*guide.parameters()]
+    traced = TraceMeanField_ELBO().differentiable_loss(
+        lambda x: model.sample_sites(model.prior, x), guide, x
+    )
+    expected = traced.detach(), torch.autograd.grad(traced, parameters)
+    state = torch.get_rng_state()
+    kl = untraced_kl(model, guide)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
+    found = kl.detach(), torch.autograd.grad(kl, parameters, materialize_grads=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert float(found[0]) > 0
 
 
 def test_without_weight_there_is_no_divergence():

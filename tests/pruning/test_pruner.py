@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from torch import nn
 
 import pyro_sbp as sbp
@@ -76,6 +77,20 @@ def test_the_divergence_is_that_of_the_guide_and_its_weights():
     weights = {"0": 3.0}
     expected = sum(weights.get(name, 1.0) * value for name, value in kl.items()) / 512
     assert float(pruner.kl_loss().detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_divergence_needs_no_draw_unless_a_handler_is_active():
+    pruner = sbp.Pruner(network(), torch.rand(4, 1, 28, 28), 512, kl_scale={"0": 3.0})
+    parameters = [*pruner.guide.parameters()]
+    state = torch.get_rng_state()
+    alone = pruner.kl_loss()
+    assert torch.equal(torch.get_rng_state(), state)
+    with poutine.scale(scale=2.0):
+        scaled = pruner.kl_loss()
+    assert not torch.equal(torch.get_rng_state(), state)  # the handler has seen the sites
+    torch.testing.assert_close(scaled, 2 * alone)
+    of_alone, of_scaled = (torch.autograd.grad(loss, parameters) for loss in (alone, scaled))
+    torch.testing.assert_close(of_scaled, tuple(2 * gradient for gradient in of_alone))
 
 
 def test_a_loop_of_ones_own_prunes_and_evaluation_shows_the_pruned_network(digits):

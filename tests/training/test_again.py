@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_network import Net, labelled_images
 
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs

@@ -65,5 +65,5 @@ def test_fewer_large_images_are_predicted_at_a_time(tmp_path, size, expected):
         return torch.zeros(len(x), 2)
 
     loop = loop_of(tmp_path, OnePhase(0.0), size, count=600)
-    assert loop.evaluate(predict).error == 50.0
+    assert loop.evaluation.evaluate(predict).error == 50.0
     assert seen == expected

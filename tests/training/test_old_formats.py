@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from pyro_sbp.cli import cli
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.recipes import RECIPES, RBPRecipe
 from pyro_sbp.reports.posterior import read_posterior
 from pyro_sbp.training.checkpoints import Checkpoint

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_network import Net, labelled_images
 
-from pyro_sbp.deployment.saving import load
+from pyro_sbp.deployment.loading import load
 from pyro_sbp.errors import RequestError
 from pyro_sbp.recipes import Request, SBPRecipe
 from pyro_sbp.training.again import prune_again

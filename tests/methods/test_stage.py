@@ -7,7 +7,7 @@ from torch.distributions import kl_divergence
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.units import Units
 from pyro_sbp.methods import SBP
-from pyro_sbp.methods.gated import Stage, over_all_units
+from pyro_sbp.methods.stage import Stage, over_all_units
 from pyro_sbp.networks import LeNet300_100
 from pyro_sbp.pruning.choosing import Choice
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
