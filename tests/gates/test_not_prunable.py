@@ -26,9 +26,9 @@ class Mixed(nn.Module):
         return self.last(x + self.attention(x, x, x)[0])
 
 
-class ScaledWeight(nn.Linear):
+class NormalisedWeight(nn.Linear):
     def forward(self, x):
-        return F.linear(x, self.weight * self.in_features**-0.5, self.bias)
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
 def test_all_parameters_are_accounted_for():
@@ -68,6 +68,6 @@ def test_other_writers_of_units_that_cannot_be_cut_are_named():
 
 
 def test_a_weight_that_is_computed_is_refused_by_its_name():
-    net = nn.Sequential(ScaledWeight(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net = nn.Sequential(NormalisedWeight(4, 8), nn.ReLU(), nn.Linear(8, 2))
     gates = find_gates(net, torch.randn(2, 4))
     assert gates.not_prunable["0"] == "computes another weight from its own in every call"
