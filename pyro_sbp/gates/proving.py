@@ -15,7 +15,7 @@ from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call
 from pyro_sbp.gates.grouping import Candidate
-from pyro_sbp.gates.locating import Trail, suspects
+from pyro_sbp.gates.locating import Trail, failing_code, suspects
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.state import State
 from pyro_sbp.gates.steady import repeatable
@@ -109,7 +109,7 @@ class Proof:
             difference = relative_difference(masked, small)
         except Exception as error:  # a network's own code may raise anything
             self._where = trails[0].first_difference(trails[1])
-            return f"cutting it fails: {first_line(error)}"
+            return f"cutting it fails: {first_line(error)}{failing_code(error)}"
         if not difference <= EXACT:
             self._where = trails[0].first_difference(trails[1])
             return f"cutting it changes the output by {difference:.1e}"
