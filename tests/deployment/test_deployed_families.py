@@ -141,7 +141,8 @@ def test_a_cut_network_is_loaded_in_a_fresh_process_and_exported(family, tmp_pat
         theta[gate.name][torch.randperm(gate.size)[: 1 + len(gate.name) % 2]] = 0
     small = sbp.shrink(net, gates, theta, x).eval()
     assert sbp.count_macs(small, x) < sbp.count_macs(net, x)
-    sbp.save(small, tmp_path / "net", constructor, kwargs)
+    name = "timm:create_model" if family == "vit" else constructor
+    sbp.save(small, tmp_path / "net", name, kwargs)
     with torch.no_grad():
         out = [tensor.clone() for tensor in tensors_of(call(small, x))]
     torch.save({"x": x, "out": out}, tmp_path / "saved.pt")
