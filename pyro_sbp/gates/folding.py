@@ -27,7 +27,7 @@ from pyro_sbp.gates.layers import (
 )
 from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.noise import check_no_noise
-from pyro_sbp.gates.products import products
+from pyro_sbp.gates.products import multiplied, products
 from pyro_sbp.gates.recurrent import (
     HIDDEN,
     Call,
@@ -68,6 +68,7 @@ class Span:
         tensor: the name of a parameter or buffer of the module, if the rows or columns are those of
             this tensor and not of the weight of the layer.
         dim: the dimension of `tensor` along which they lie.
+        power: the network multiplies the weight by the number of its columns to this power.
     """
 
     layer: str
@@ -75,6 +76,7 @@ class Span:
     groups: int = 1
     tensor: str = ""
     dim: int = 0
+    power: float = 0.0
     _on: dict[torch.device, tuple[Tensor, bool]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -290,6 +292,8 @@ class _Gating(TorchFunctionMode):
     def __init__(self, net: nn.Module, readers: Sequence[_Scaled]) -> None:
         super().__init__()
         self.layers: dict[int, tuple[_Scaled, nn.Module]] = {}
+        #: Multiples of the weights of layers, kept alive, so that their ids are not reused.
+        self.multiples: list[Tensor] = []
         self.recurrent: dict[int, dict[str, tuple[_Scaled, nn.Module]]] = {}
         #: From the id of a tensor to its reader: weights of products, and views of them. The
         #: tensors are kept alive, so that their ids are not reused.
@@ -328,7 +332,7 @@ class _Gating(TorchFunctionMode):
     def _call(self, func: Any, args: Any, given: dict[str, Any]) -> Any:
         """Call a function that does not use a layer of `layers`. It may be a product."""
         if not self.weights:
-            return func(*args, **given)
+            return self._followed(func(*args, **given), func, args)
         for product in products(func, args, given):
             found = self.weights.get(id(product.weight))
             if found is not None and id(product.x) not in self.weights:
@@ -339,6 +343,14 @@ class _Gating(TorchFunctionMode):
             found = self.weights.get(id(value))
             if found is not None and isinstance(out, Tensor) and out.numel() == value.numel():
                 self.weights[id(out)] = found[0], out
+        return self._followed(out, func, args)
+
+    def _followed(self, out: Any, func: Any, args: Any) -> Any:
+        """Record the result of a call if it is a multiple of the weight of a layer."""
+        for tensor, _ in multiplied(func, args, out):
+            if id(tensor) in self.layers:
+                self.layers[id(out)] = self.layers[id(tensor)]
+                self.multiples.append(out)
         return out
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "operands",
     "resize",
     "resize_tensor",
+    "row_dimension",
     "rows_of",
     "serves",
     "weight_of",
@@ -194,7 +195,8 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def _row_dim(module: nn.Module) -> int:
+def row_dimension(module: nn.Module) -> int:
+    """The dimension of the rows in the weight of a layer."""
     if isinstance(module, _TRANSPOSED):
         return 0 if is_channelwise(module) else 1
     return 1 if isinstance(module, nn.Embedding) or _is_conv1d(module) else 0
@@ -206,7 +208,7 @@ def num_rows(module: nn.Module) -> int:
         return len(module.source)
     if is_recurrent(module):
         return int(module.hidden_size)  # type: ignore[arg-type]  # an attribute of all of them
-    return module.get_parameter("weight").shape[_row_dim(module)]
+    return module.get_parameter("weight").shape[row_dimension(module)]
 
 
 def num_columns(module: nn.Module) -> int:
@@ -215,7 +217,7 @@ def num_columns(module: nn.Module) -> int:
         return len(module.weight)
     if is_recurrent(module):
         return int(module.input_size)  # type: ignore[arg-type]  # an attribute of all of them
-    return module.get_parameter("weight").shape[1 - _row_dim(module)] * groups_of(module)
+    return module.get_parameter("weight").shape[1 - row_dimension(module)] * groups_of(module)
 
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
@@ -237,20 +239,20 @@ def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
         scale = scale.view(groups, 1, -1).expand(-1, rows, -1).reshape(weight.shape[0], -1)
         return scale.view(*scale.shape, *(1,) * (weight.ndim - 2))
     shape = [1] * weight.ndim
-    shape[1 - _row_dim(module)] = -1
+    shape[1 - row_dimension(module)] = -1
     return scale.view(shape)
 
 
 def rows_of(module: nn.Module, rows: Tensor) -> Tensor:
     """Reshape values ``[rows]`` so that they broadcast over the weight of a layer."""
     shape = [1] * module.get_parameter("weight").ndim
-    shape[_row_dim(module)] = -1
+    shape[row_dimension(module)] = -1
     return rows.view(shape)
 
 
 def most_of_columns(module: nn.Module, values: Tensor) -> Tensor:
     """The maximum over each input column, of values with the shape of the weight of a reader."""
-    values = values.transpose(0, _row_dim(module))
+    values = values.transpose(0, row_dimension(module))
     kernel = values.shape[2:].numel()
     return values.reshape(groups_of(module), -1, values.shape[1], kernel).amax((1, 3)).flatten()
 
@@ -302,11 +304,11 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
         _resize_groups(module, rows, columns)
         return
     if rows is not None:
-        _keep(module, ("weight",), rows, _row_dim(module))
+        _keep(module, ("weight",), rows, row_dimension(module))
         _keep(module, ("bias",), rows, 0)
         _resized(module, _ROW_SIZES, len(rows))
     if columns is not None:
-        _keep(module, ("weight",), columns, 1 - _row_dim(module))
+        _keep(module, ("weight",), columns, 1 - row_dimension(module))
         _resized(module, _COLUMN_SIZES, len(columns))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +14,16 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate
 
-__all__ = ["Trail", "suspects"]
+__all__ = ["Trail", "failing_code", "suspects"]
 
 #: The largest relative difference between sums over the outputs of two equivalent modules.
 _TOLERANCE = 1e-7
+#: The directories of the code that is not that of a network.
+_NOT_OF_NETWORKS = tuple(
+    str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent) if file
+)
+#: The largest number of characters of code in a message.
+_LONGEST = 100
 
 
 class Trail:
@@ -89,3 +98,20 @@ def suspects(gates: Sequence[Gate], module: str) -> list[str]:
         if found or "." not in module:
             return found
         module = module.rpartition(".")[0]
+
+
+def failing_code(error: BaseException) -> str:
+    """The expression in the code of a network that raised an error, as the end of a message.
+
+    It is empty if the code of the network has no source.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(_NOT_OF_NETWORKS) or not frame.line:
+            continue
+        line = linecache.getline(frame.filename, frame.lineno or 0)
+        one = frame.lineno == frame.end_lineno
+        part = line.encode()[frame.colno : frame.end_colno] if one else b""
+        code = part.decode(errors="ignore") or frame.line
+        code = code if len(code) <= _LONGEST else f"{code[:_LONGEST]}..."
+        return f", in `{code}` ({Path(frame.filename).name}, line {frame.lineno})"
+    return ""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.classes import numbers_of
 from pyro_sbp.gates.functions import changes_in_place, has_nan, is_inexact, tensors_in
 from pyro_sbp.gates.layers import known_tensors
+from pyro_sbp.gates.products import dimensions, multiplied
 
 __all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try"]
 
@@ -90,12 +91,14 @@ class LooseTensors:
 
     def __post_init__(self) -> None:
         self._own: dict[int, tuple[Tensor, frozenset[Place]]] = {}
+        self._at: dict[Place, Tensor] = {}
         for name, module in self.net.named_modules():
             known = known_tensors(module)
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and id(tensor) not in self._own:
                     place = (name, leaf)
                     self._own[id(tensor)] = tensor, frozenset([place])
+                    self._at[place] = tensor
                     if leaf not in known and _has_slices(tensor):
                         self.places[place] = tensor
         self.start()
@@ -103,11 +106,43 @@ class LooseTensors:
     def start(self) -> None:
         """Start a call of the network."""
         self._sources = dict(self._own)
+        #: The tensors that are multiples of the tensor at a place, element by element, and the
+        #: dimension of that tensor for each of their dimensions.
+        self._multiples: dict[Place, list[tuple[Tensor, list[int]]]] = {}
 
     def sources(self, tensor: Tensor) -> frozenset[Place] | None:
         """The places of the tensors from which a tensor was computed, or None if it uses data."""
         found = self._sources.get(id(tensor))
         return None if found is None else found[1]
+
+    def dimensions(self, tensor: Tensor, place: Place) -> list[int] | None:
+        """The dimension of the tensor at a place for each dimension of a tensor.
+
+        As for `products.dimensions`, but the tensor may also be a view of a multiple: the tensor at
+        the place, multiplied element by element by numbers that do not depend on it or on data.
+        """
+        of = self._at[place]
+        found = dimensions(tensor, of)
+        if found is not None:
+            return found
+        for multiple, dims in self._multiples.get(place, ()):
+            found = dimensions(tensor, multiple)
+            if found is not None:
+                return [dims[dim] if dim >= 0 else -1 for dim in found]
+        return None
+
+    def rank(self, place: Place) -> tuple[bool, Place]:
+        """A key by which parameters come before buffers."""
+        return not isinstance(self._at[place], nn.Parameter), place
+
+    def _note_multiples(self, func: Any, args: Sequence[Any], out: Any) -> None:
+        for tensor, factor in multiplied(func, args, out):
+            others = self.sources(factor) if isinstance(factor, Tensor) else frozenset[Place]()
+            for place in self.sources(tensor) or ():
+                if others is not None and place not in others:
+                    dims = self.dimensions(tensor, place)
+                    if dims is not None:
+                        self._multiples.setdefault(place, []).append((out, dims))
 
     def watch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Record a call of a function."""
@@ -124,6 +159,7 @@ class LooseTensors:
         if None not in found:
             for tensor in tensors_in([out]):
                 self._sources.setdefault(id(tensor), (tensor, sources))
+            self._note_multiples(func, args, out)
             return
         if inputs and found[0] is not None and changes_in_place(func):
             self._sources.pop(id(inputs[0]), None)

@@ -170,6 +170,8 @@ class Probe(TorchFunctionMode):
                     self.spread.add(name)
                 elif bool(self.seen[name].any()):
                     self.partial.add(name)
+        if use.weight is not None:
+            self._see_weight(use, use.weight)
         if self.inject is None:
             self.total[use.name] += 1
         elif self.awaited is not None and self.calls[use.name] == self.total[use.name]:
@@ -181,19 +183,35 @@ class Probe(TorchFunctionMode):
     def _see(self, name: str, hit: Tensor) -> None:
         self.seen[name] = self.seen[name] | hit if name in self.seen else hit
 
+    def _see_weight(self, use: Use, weight: Tensor) -> None:
+        """Record the columns of NaN in a weight that is computed from several tensors."""
+        if any(has_nan(x) for _, x, _ in use.sees):
+            self.loose.meet(weight)
+        columns = _whole_slices(weight, use.weight_dims[1])
+        if use.writes and bool(columns.any()):
+            self._see(use.name, columns.repeat(self.uses.layouts[use.name].groups))
+
     def _answer(self, use: Use, index: int) -> Any:
         """The output of a layer in the first pass, with NaN in some channels."""
         assert self.inject is not None
-        if use.name not in self.inject and use.bias is None:
+        rows = torch.zeros(0, dtype=torch.bool, device="cpu")
+        if use.weight is not None:
+            rows = _whole_slices(use.weight, use.weight_dims[0])
+        if use.name not in self.inject and use.bias is None and not bool(rows.any()):
             # The same object, which `Replay` recognises.
             return self.answers[use.name][index]
         out = map_tensors(torch.clone, self.clean[use.name][index])
         if use.bias is not None:
             assert use.out_dim is not None
             out = out + 0 * use.bias.view(*use.bias.shape, *(1,) * (-use.out_dim - 1))
+        if bool(rows.any()):
+            assert use.out_dim is not None
+            out.movedim(use.out_dim, 0)[rows] = torch.nan
         if use.name in self.inject:
             if use.bias is not None:
                 self.loose.meet(use.bias)
+            if use.weight is not None:
+                self.loose.meet(use.weight)
             chosen, layer = self.inject[use.name], self.uses.module(use.name)
             for tensor in tensors_of(out):
                 dim = use.out_dim
@@ -257,6 +275,11 @@ class Probe(TorchFunctionMode):
         self.clean = {short.get(name, name): answers for name, answers in self.clean.items()}
         self.answers = {short.get(name, name): given for name, given in self.answers.items()}
         self.total = Counter({short.get(name, name): n for name, n in self.total.items()})
+
+
+def _whole_slices(weight: Tensor, dim: int) -> Tensor:
+    """The indices along a dimension at which all elements of a weight are NaN, bool."""
+    return weight.isnan().movedim(dim, 0).flatten(1).all(1)
 
 
 def _is_spread(x: Tensor, dim: int) -> bool:

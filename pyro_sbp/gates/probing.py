@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, SupportsIndex, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize
+from pyro_sbp.gates.fan_in import powers_of_fan_in
 from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.garbage import collecting_new_objects
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
@@ -180,6 +182,14 @@ def find_gates(
         followers = follow(probe, groups)
     layouts = probe.uses.layouts
     found = candidates(layouts, groups, followers)
+    if probe.uses.multiples:
+        powers = powers_of_fan_in(net, x, [one.gate for one in found], training_paths)
+        layouts |= {
+            name: replace(layout, power=powers[layout.place])
+            for name, layout in layouts.items()
+            if layout.place in powers
+        }
+        found = candidates(layouts, groups, followers) if powers else found
     not_prunable |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     probe.clean.clear()
     # A gate on input features comes just before the layer that reads them.

@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Product", "dimensions", "products"]
+__all__ = ["Product", "dimensions", "multiplied", "products"]
 
 _RIGHT = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _REFLECTED = {Tensor.__rmatmul__}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
 _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_MULTIPLYING = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__}
+_MULTIPLYING |= {Tensor.__rmul__}
+_DIVIDING = {torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide}
+_DIVIDING |= {Tensor.true_divide, Tensor.__truediv__}
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,24 @@ def _given(
             return None
         found.append((place, value))
     return found
+
+
+def multiplied(func: Any, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Any]]:
+    """The tensors that a call multiplies element by element, each with its factor.
+
+    Only tensors with the shape of the result are included. The factor of a dividend is the divisor.
+    """
+    if func in _MULTIPLYING and len(args) == 2:
+        pairs = [(args[0], args[1]), (args[1], args[0])]
+    elif func in _DIVIDING and len(args) == 2:
+        pairs = [(args[0], args[1])]
+    else:
+        return []
+    return [
+        (tensor, factor)
+        for tensor, factor in pairs
+        if isinstance(tensor, Tensor) and isinstance(out, Tensor) and tensor.shape == out.shape
+    ]
 
 
 def dimensions(view: Tensor, of: Tensor) -> list[int] | None:

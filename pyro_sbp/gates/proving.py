@@ -16,7 +16,7 @@ from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, factors
 from pyro_sbp.gates.grouping import Candidate
-from pyro_sbp.gates.locating import Trail, suspects
+from pyro_sbp.gates.locating import Trail, failing_code, suspects
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.state import State
 from pyro_sbp.gates.steady import repeatable
@@ -120,7 +120,7 @@ class Proof:
                 small = call(self._exact, fresh(self.x))
             difference = relative_difference(reference.output, small)
         except Exception as error:  # a network's own code may raise anything
-            return _Failure(gone, f"cutting it fails: {first_line(error)}")
+            return _Failure(gone, f"cutting it fails: {first_line(error)}{failing_code(error)}")
         if not difference <= EXACT:
             return _Failure(gone, f"cutting it changes the output by {difference:.1e}")
         return None

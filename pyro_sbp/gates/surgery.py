@@ -271,6 +271,8 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         layer, tensor, dim = spans[key].layer, spans[key].tensor, spans[key].dim
         module = net.get_submodule(layer)
         columns = wanted.get(key)
+        if columns is not None and spans[key].power:
+            _compensate(module, spans[key], columns)
         if tensor == HIDDEN and is_recurrent(module):
             continue  # removed with the rows
         if tensor:
@@ -294,6 +296,12 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         module.index = (arrives.cumsum(0) - 1).to(module.index.device)[module.index]
     for gate in gates:
         set_sizes(net, gate, int(remaining[gate.name].sum()))
+
+
+def _compensate(module: nn.Module, span: Span, columns: Tensor) -> None:
+    """Divide a weight by the change of the factor that depends on the number of columns."""
+    weight = getattr(module, span.tensor or "weight")
+    weight.data.mul_((len(columns) / max(int(columns.sum()), 1)) ** span.power)
 
 
 def _select_before(net: nn.Module, layer: str) -> Select | None:
@@ -327,10 +335,10 @@ def remaining_gates(
         new = torch.where(old >= 0, number[old.clamp(min=0)], -1)
         layer = layer or _present_name(small, span.layer)
         if span.tensor:
-            return Span(layer, new, tensor=span.tensor, dim=span.dim)
+            return Span(layer, new, tensor=span.tensor, dim=span.dim, power=span.power)
         # A convolution that now has one channel per group still has rows and columns.
         groups = groups_of(small.get_submodule(layer)) if span.groups > 1 else 1
-        return Span(layer, new, groups)
+        return Span(layer, new, groups, power=span.power)
 
     def carrying(spans: Iterable[Span]) -> tuple[Span, ...]:
         return tuple(span for span in spans if bool((span.units >= 0).any()))

@@ -21,11 +21,12 @@ from pyro_sbp.gates.layers import (
     multiplies,
     num_rows,
     operands,
+    row_dimension,
     serves,
     weight_of,
 )
 from pyro_sbp.gates.loose import LooseTensors, Place
-from pyro_sbp.gates.products import Product, dimensions, products
+from pyro_sbp.gates.products import Product, products
 from pyro_sbp.gates.recurrent import HIDDEN, call_of, first_weight, is_recurrent
 
 __all__ = ["Layout", "Use", "Uses", "hidden_of"]
@@ -47,6 +48,7 @@ class Layout:
         tensor: the name of the weight, or "" if it is the usual weight of the module.
         dims: the dimensions of the rows and of the columns in this weight.
         size: the number of rows.
+        power: the power of the number of columns by which the network multiplies the weight.
     """
 
     layer: str
@@ -55,6 +57,12 @@ class Layout:
     tensor: str = ""
     dims: tuple[int, int] = (0, 1)
     size: int = 0
+    power: float = 0.0
+
+    @property
+    def place(self) -> Place:
+        """The place of the weight."""
+        return self.layer, self.tensor or "weight"
 
     def rows(self, units: Tensor) -> Span:
         """The span of the rows, for the unit of each row."""
@@ -62,7 +70,8 @@ class Layout:
 
     def columns(self, units: Tensor) -> Span:
         """The span of the columns, for the unit of each column."""
-        return Span(self.layer, units, self.groups, self.tensor, self.dims[1] if self.tensor else 0)
+        dim = self.dims[1] if self.tensor else 0
+        return Span(self.layer, units, self.groups, self.tensor, dim, self.power)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class Use:
         out_dim: the dimension of the units in the output, or None for the usual one of the layer.
         bias: the bias that is added to the output, or None. For a layer it is None if the bias is
             that of the layer.
+        weight: the weight, if it is a multiple of a stored one, or None.
+        weight_dims: the dimensions of its rows and of its columns.
     """
 
     name: str
@@ -83,6 +94,8 @@ class Use:
     writes: bool
     out_dim: int | None = None
     bias: Tensor | None = None
+    weight: Tensor | None = None
+    weight_dims: tuple[int, int] = (0, 1)
 
 
 def hidden_of(name: str) -> str:
@@ -100,12 +113,14 @@ class Uses:
     Attributes:
         layouts: from the name of each layer and recorded product to its layout.
         computing: the names of layers that compute another weight from theirs in every call.
+        multiples: from the place of a weight to its last multiple that was used, and the weight.
     """
 
     def __init__(self, net: nn.Module, loose: LooseTensors) -> None:
         self.loose = loose
         self.layouts: dict[str, Layout] = {}
         self.computing: set[str] = set()
+        self.multiples: dict[Place, tuple[Tensor, Tensor]] = {}
         self._modules: dict[str, nn.Module] = {}
         self._by_tensor: dict[int, str] = {}
         self._products: dict[Place, str] = {}
@@ -157,6 +172,9 @@ class Uses:
             name = self._by_tensor.get(id(value))
             if name is not None and serves(func, self._modules[name]):
                 return self._of_layer(name, func, args, kwargs)
+        name = self._of_multiple(func, args, kwargs)
+        if name is not None:
+            return self._of_layer(name, func, args, kwargs)
         for product in products(func, args, kwargs):
             own = self._of_own_product(product)
             if own is not None:
@@ -179,38 +197,70 @@ class Uses:
         if not isinstance(layer, nn.Embedding):
             x: Tensor = argument(operands(func)[0], args, kwargs)
             sees = ((name, x, channel_dim(layer, x)),)
+        weight = argument(operands(func)[1], args, kwargs)
+        weight = weight if self._is_loose(weight) else None
         bias = argument(_BIAS, args, kwargs) if func in _WITH_BIAS else None
-        if not is_matrix(layer) or not self._is_loose(bias):
+        bias = bias if is_matrix(layer) and self._is_loose(bias) else None
+        if weight is None and bias is None:
             return Use(name, sees, is_matrix(layer))
-        return Use(
-            name, sees, True, channel_dim(layer, weight_of(layer)) - weight_of(layer).ndim, bias
-        )
+        if not is_matrix(layer):
+            return Use(name, sees, False, weight=weight)
+        out_dim = channel_dim(layer, weight_of(layer)) - weight_of(layer).ndim
+        row_dim = row_dimension(layer)
+        return Use(name, sees, True, out_dim, bias, weight, (row_dim, 1 - row_dim))
 
-    def _is_loose(self, bias: Any) -> bool:
-        """Whether a bias is computed from tensors that belong to no known layer."""
-        if not isinstance(bias, Tensor):
+    def _of_multiple(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The layer of which a call uses a multiple of the weight, such as ``weight * scale``."""
+        weight = argument(operands(func)[1], args, kwargs)
+        if not isinstance(weight, Tensor):
+            return None
+        found = [
+            layer
+            for layer, leaf in self.loose.sources(weight) or ()
+            if leaf == "weight" and serves(func, self._modules.get(layer, _NO_LAYER))
+        ]
+        if len(found) != 1 or weight.shape != weight_of(self._modules[found[0]]).shape:
+            return None
+        dims = self.loose.dimensions(weight, (found[0], "weight"))
+        straight = dims is not None and all(d in (-1, place) for place, d in enumerate(dims))
+        if not straight:
+            return None
+        self._note((found[0], "weight"), weight, weight_of(self._modules[found[0]]))
+        return found[0]
+
+    def _note(self, place: Place, used: Tensor, weight: Tensor) -> None:
+        if used.data_ptr() != weight.data_ptr():
+            self.multiples[place] = used, weight
+
+    def _is_loose(self, tensor: Any) -> bool:
+        """Whether a tensor is computed from tensors that belong to no known layer."""
+        if not isinstance(tensor, Tensor):
             return False
-        return not self.loose.places.keys().isdisjoint(self.loose.sources(bias) or ())
+        return not self.loose.places.keys().isdisjoint(self.loose.sources(tensor) or ())
 
     def _of_own_product(self, product: Product) -> Use | None:
         """The use of a dense layer that computes its output as a product with its weight."""
         sources = self.loose.sources(product.weight) or frozenset()
-        for layer, leaf in sources if len(sources) == 1 else ():
+        for layer, leaf in sorted(sources):
             module = self._modules.get(layer, _NO_LAYER)
             if leaf != "weight" or not multiplies(module) or self.loose.sources(product.x):
                 continue
-            dims = dimensions(product.weight, weight_of(module))
+            dims = self.loose.dimensions(product.weight, (layer, leaf))
             if dims is not None and tuple(dims[dim] for dim in product.dims) == (0, 1):
                 seen = (layer, product.x, product.x.ndim + product.x_dim)
-                return Use(layer, (seen,), True, product.out_dim)
+                weight = product.weight if len(sources) > 1 else None
+                self._note((layer, leaf), product.weight, weight_of(module))
+                return Use(
+                    layer, (seen,), True, product.out_dim, weight=weight, weight_dims=product.dims
+                )
         return None
 
     def _of_product(self, product: Product, record: bool) -> Use | None:
         sources = self.loose.sources(product.weight)
         if not sources or self.loose.sources(product.x) is not None:
             return None
-        for place in sources & self.loose.places.keys():
-            dims = dimensions(product.weight, self.loose.places[place])
+        for place in sorted(sources & self.loose.places.keys(), key=self.loose.rank):
+            dims = self.loose.dimensions(product.weight, place)
             if dims is None or place in self._ambiguous:
                 continue
             rows, columns = (dims[dim] for dim in product.dims)
@@ -226,7 +276,9 @@ class Uses:
                 self._ambiguous.add(place)
                 continue
             seen = (name, product.x, product.x.ndim + product.x_dim)
-            return Use(name, (seen,), True, product.out_dim, product.bias)
+            weight = product.weight if len(sources) > 1 else None
+            self._note(place, product.weight, self.loose.places[place])
+            return Use(name, (seen,), True, product.out_dim, product.bias, weight, product.dims)
         return None
 
     def _record(self, place: Place, rows: int, columns: int) -> None:

@@ -26,9 +26,9 @@ class Mixed(nn.Module):
         return self.last(x + self.attention(x, x, x)[0])
 
 
-class ScaledWeight(nn.Linear):
+class NormalisedWeight(nn.Linear):
     def forward(self, x):
-        return F.linear(x, self.weight * self.in_features**-0.5, self.bias)
+        return F.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
 
 
 def test_all_parameters_are_accounted_for():
@@ -68,6 +68,27 @@ def test_other_writers_of_units_that_cannot_be_cut_are_named():
 
 
 def test_a_weight_that_is_computed_is_refused_by_its_name():
-    net = nn.Sequential(ScaledWeight(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    net = nn.Sequential(NormalisedWeight(4, 8), nn.ReLU(), nn.Linear(8, 2))
     gates = find_gates(net, torch.randn(2, 4))
     assert gates.not_prunable["0"] == "computes another weight from its own in every call"
+
+
+def test_the_code_that_takes_a_width_from_its_input_is_named():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.qkv, self.out = 3, nn.Linear(6, 18), nn.Linear(6, 2)
+
+        def forward(self, x):
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            x = (q @ k.mT).softmax(-1) @ v
+            return self.out(x.transpose(1, 2).reshape(b, n, c))
+
+    torch.manual_seed(0)
+    gates = find_gates(Attention(), torch.randn(2, 4, 6))
+    assert gates == []
+    assert gates.not_prunable["qkv"].startswith(
+        "cutting it fails: shape '[2, 4, 6]' is invalid for input of size 32, "
+        "in `x.transpose(1, 2).reshape(b, n, c)` (test_not_prunable.py, line "
+    )

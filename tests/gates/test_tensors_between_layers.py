@@ -108,6 +108,28 @@ class BiasOfFusedLayer(BiasOfQueries):
         return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+class CosineAttention(BiasOfFusedLayer):
+    """Attention of Swin V2: a scale for each head, and positions from a network of its own."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__(width, heads)
+        self.logit_scale = nn.Parameter(torch.rand(heads, 1, 1))
+        self.positions = nn.Sequential(
+            nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, heads, bias=False)
+        )
+        places = torch.arange(length)
+        self.register_buffer("between", (places[:, None] - places)[..., None].float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        qkv = nn.functional.linear(x, self.qkv.weight, bias)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = nn.functional.normalize(qkv[:2], dim=-1)
+        scores = q @ k.mT * self.logit_scale.clamp(max=4).exp()
+        scores = scores + 16 * self.positions(self.between).permute(2, 0, 1).sigmoid()
+        return self.out((scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2))
+
+
 def conv(*sizes: int, **options: int) -> nn.Conv2d:
     return nn.Conv2d(*sizes, **options)
 
@@ -174,6 +196,14 @@ def test_a_parameter_with_some_numbers_for_each_head_follows_the_heads(attention
     net = nn.Sequential(nn.Linear(5, 12), attention(12, 3), nn.ReLU(), nn.Linear(12, 2))
     small = check(net, torch.randn(2, 4, 5), **{"0": 12, "1.qkv": 3, "1.out": 12})
     assert small[1].q_bias.shape == small[1].v_bias.shape == (8,)
+
+
+def test_scales_and_positions_of_heads_follow_the_heads():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 12), CosineAttention(12, 3, 4), nn.ReLU(), nn.Linear(12, 2))
+    sizes = {"0": 12, "1.positions.2": 3, "1.positions.0": 16, "1.out": 12}
+    small = check(net, torch.randn(2, 4, 5), **sizes)
+    assert small[1].logit_scale.shape == (2, 1, 1) and small[1].positions[2].out_features == 2
 
 
 def test_a_bias_in_the_call_of_a_layer_follows_its_channels():
