@@ -161,8 +161,9 @@ def _terms(*parameters: Tensor) -> _Terms:
     is_near = may_look(ends) and ends.numel() > 0 and _all_near(ends, limit)
     far = None if is_near else (ends[0] > limit) | (ends[1] < -limit)
     # vmap has no rule for the in-place function.
-    ends = ends.clamp(-_MOST * _SQRT_HALF, _MOST * _SQRT_HALF)
-    density = ends.square().neg_().exp_()
+    clamp = ends.clamp_ if may_look(ends) else ends.clamp
+    ends = clamp(-_MOST * _SQRT_HALF, _MOST * _SQRT_HALF)
+    density = torch.addcmul(ends.new_zeros(()), ends, ends, value=-1).exp_()
     of_near = (_with_rise(x) for x in (ends.erf(), density, ends.mul_(density)))
     near = _Near(*(x for pair in of_near for x in pair))
     of_far = None if far is None else _terms_of_far(*parameters)
@@ -175,8 +176,8 @@ def _all_near(ends: Tensor, limit: float) -> bool:
 
 
 def _with_rise(ends: Tensor) -> tuple[Tensor, Tensor]:
-    below, above = ends.unbind()
-    return below, above - below
+    below, above = ends[0], ends[1]
+    return below, above.sub_(below)
 
 
 def _terms_of_far(*parameters: Tensor) -> _Far:
@@ -199,10 +200,11 @@ def _draw(u: Tensor, t: _Terms) -> tuple[Tensor, Tensor, Tensor]:
     n = t.of_near
     z = torch.addcmul(n.mass, n.mass_rise, u).erfinv_()  # the distance from loc / (sqrt(2) scale)
     inverse_density = z.square().exp_()
-    d_loc = torch.addcmul(n.density, n.density_rise, u).mul_(inverse_density).neg_().add_(1)
-    share = torch.addcmul(n.moment, n.moment_rise, u)
+    share = torch.addcmul(n.density, n.density_rise, u)
+    d_loc = torch.addcmul(z.new_ones(()), share, inverse_density, value=-1)
     x = torch.addcmul(t.loc, t.scale, z, value=math.sqrt(2))
-    d_scale = z.sub_(share.mul_(inverse_density)).mul_(math.sqrt(2))
+    share = torch.addcmul(n.moment, n.moment_rise, u)
+    d_scale = z.addcmul_(share, inverse_density, value=-1).mul_(math.sqrt(2))
     if t.far is not None and t.of_far is not None:
         near = (x, d_loc, d_scale)
         x, d_loc, d_scale = map(torch.where, (t.far,) * 3, _draw_far(u, t.of_far), near)

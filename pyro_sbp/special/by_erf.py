@@ -26,8 +26,17 @@ from pyro_sbp.special.frame import MOST_SCALES, OUTSIDE, SQRT_HALF, WIDE, Value
 __all__ = ["Ends", "density_by_erf", "ends_by_erf", "kl_by_erf", "scaled_ends"]
 
 
+_LOG_TWO_OVER_ROOT_PI = torch.tensor(
+    math.log(2 / math.sqrt(math.pi)), dtype=torch.float64, device="cpu"
+)
+
+
 class Ends(NamedTuple):
-    """The bounds in units of ``sqrt(2) scale``, and the normaliser."""
+    """The bounds in units of ``sqrt(2) scale``, and the normaliser.
+
+    `density_by_erf` and `kl_by_erf` overwrite them, because new memory is slower than memory that
+    is in the cache.
+    """
 
     loc: Tensor
     per_unit: Tensor  # 1 / (sqrt(2) scale)
@@ -49,7 +58,9 @@ def scaled_ends(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[
     num_dims = max(loc.ndim, scale.ndim)
     shape = bounds.shape[1:]
     bounds = bounds.view(2, *(1,) * (num_dims - len(shape)), *shape)
-    return per_unit, (bounds - loc) * per_unit
+    at = bounds - loc
+    in_place = may_look(at) and may_look(per_unit) and at.shape[1:] == per_unit.shape
+    return per_unit, at.mul_(per_unit) if in_place else at * per_unit
 
 
 def ends_by_erf(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ends | None:
@@ -70,48 +81,40 @@ def ends_by_erf(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ends |
     # There is no mass beyond, and subnormal numbers are slow.
     at.clamp_(-MOST_SCALES * SQRT_HALF, MOST_SCALES * SQRT_HALF)
     below, above = at.erf()
-    return Ends(loc, per_unit, at, erf_slope(at), above - below)
-
-
-def erf_slope(u: Tensor) -> Tensor:
-    """The derivative of erf."""
-    return torch.addcmul(u.new_full((), math.log(2 / math.sqrt(math.pi))), u, u, value=-1).exp_()
+    slope = torch.addcmul(_LOG_TWO_OVER_ROOT_PI, at, at, value=-1).exp_()
+    return Ends(loc, per_unit, at, slope, above.sub_(below))
 
 
 def density_by_erf(x: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The log density at ``x`` within the bounds, and its derivatives in ``x``, loc and scale."""
     # The density is d(u) / (sqrt(2) scale E).
-    log_two_over_root_pi = math.log(2 / math.sqrt(math.pi))
     per_mass = ends.per_unit / ends.mass
-    rise, rise_of_first = _rise(ends.slope), _rise(ends.at * ends.slope)
-    u = (x - ends.loc) * ends.per_unit
+    first = ends.at.mul_(ends.slope)
+    rise_of_first, rise = first[1].sub_(first[0]), ends.slope[1].sub_(ends.slope[0])
+    u = x - ends.loc
+    u = u.mul_(ends.per_unit) if u.shape == ends.per_unit.shape else u * ends.per_unit
     v = u * ends.per_unit
     in_loc = torch.add(rise.mul_(per_mass), v, alpha=2)
-    in_scale = torch.addcmul(ends.per_unit, per_mass, rise_of_first, value=-1)
-    in_scale = torch.addcmul(in_scale, u, v, value=-2).mul_(-math.sqrt(2))
-    log_q = per_mass.log_() - torch.addcmul(u.new_full((), -log_two_over_root_pi), u, u)
+    in_scale = rise_of_first.mul_(per_mass).sub_(ends.per_unit)
+    in_scale = torch.addcmul(in_scale, u, v, value=2).mul_(math.sqrt(2))
+    log_q = per_mass.log_() - torch.addcmul(-_LOG_TWO_OVER_ROOT_PI, u, u)
     return log_q, v.mul_(-2), in_loc, in_scale
-
-
-def _rise(ends: Tensor) -> Tensor:
-    return ends[1] - ends[0]
 
 
 def kl_by_erf(low: Tensor, high: Tensor, ends: Ends) -> Value:
     """The KL divergence to the uniform distribution on the bounds, as `kl_to_uniform`."""
     # It is log((high - low) / (sqrt(2) scale) / E) + log(2 / sqrt(pi)) - E[u^2].
     powers = ends.slope.div_(ends.mass)
-    moments = []
-    for k in range(4):
-        if k:
-            powers.mul_(ends.at)
-        moments.append(_rise(powers).neg_())
+    moments = [powers[0] - powers[1]]
+    for _ in range(3):
+        powers.mul_(ends.at)
+        moments.append(powers[0] - powers[1])
     m0, m1, m2, m3 = moments
     width = constant(high) - constant(low)
     value = (ends.per_unit * (width * (2 / math.sqrt(math.pi))) / ends.mass).log_()
     value.sub_(m1, alpha=0.5).sub_(0.5)
     # The derivatives are -Cov(u^2, u) and -Var(u^2) in units of scale.
     rest = 1 - m1
-    in_loc = torch.addcmul(m2, m0, rest, value=0.5).mul_(ends.per_unit).neg_()
-    in_scale = torch.addcmul(m3.mul_(2).add_(2), m1, rest).mul_(ends.per_unit).mul_(-SQRT_HALF)
+    in_loc = m2.addcmul_(m0, rest, value=0.5).mul_(ends.per_unit).neg_()
+    in_scale = m3.add_(1).addcmul_(m1, rest, value=0.5).mul_(ends.per_unit).mul_(-math.sqrt(2))
     return Value(value, in_loc, in_scale)

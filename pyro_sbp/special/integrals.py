@@ -107,8 +107,9 @@ def _density_of(
     value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, ...]:
     """The log density, and its derivatives with respect to value, loc and scale."""
-    ends = ends_by_erf(loc, scale, low, high)
-    if ends is not None and may_look(value) and _are_within(value, low, high):
+    within = may_look(value) and may_look(low) and may_look(high) and _are_within(value, low, high)
+    ends = ends_by_erf(loc, scale, low, high) if within else None
+    if ends is not None:
         return density_by_erf(constant(value), ends)
     d = _density(constant(value), low, high, _terms(*_integrated(loc, scale, low, high)))
     return d.log_q, d.in_value, d.in_loc, d.in_scale
