@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -73,6 +74,12 @@ class _AttachForward(_Attach):
         terms = [t * d for t, d in zip(tangents[2:], derivatives, strict=False) if t is not None]
         total = torch.stack(terms).sum(0) if terms else torch.zeros_like(derivatives[0])
         return total.to(ctx.dtype)
+
+
+# torch inspects it in every call, which takes as long as ten small operations.
+_Attach.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _Attach.forward
+)
 
 
 def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
