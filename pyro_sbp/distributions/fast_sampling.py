@@ -204,7 +204,8 @@ def _draw(u: Tensor, t: _Terms) -> tuple[Tensor, Tensor, Tensor]:
     d_loc = torch.addcmul(z.new_ones(()), share, inverse_density, value=-1)
     x = torch.addcmul(t.loc, t.scale, z, value=math.sqrt(2))
     share = torch.addcmul(n.moment, n.moment_rise, u)
-    d_scale = z.addcmul_(share, inverse_density, value=-1).mul_(math.sqrt(2))
+    # vmap has no rule for the in-place function.
+    d_scale = torch.addcmul(z, share, inverse_density, value=-1).mul_(math.sqrt(2))
     if t.far is not None and t.of_far is not None:
         near = (x, d_loc, d_scale)
         x, d_loc, d_scale = map(torch.where, (t.far,) * 3, _draw_far(u, t.of_far), near)
