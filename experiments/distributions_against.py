@@ -52,7 +52,7 @@ def ours(p: Points, x: Tensor, x_one: Tensor) -> dict[str, Callable[[], Tensor]]
         "one-sided log_prob": lambda: one_sided().log_prob(x_one),
         "KL to uniform": lambda: kl_divergence(two_sided(), prior),
         # The computation of rsample() from its uniform numbers.
-        "sample": lambda: quantile(p.u[2].double(), p.loc, p.scale, low, high).float(),
+        "sample": lambda: quantile(p.u[2].double(), p.loc, p.scale, low, high, dtype=torch.float32),
     }
 
 

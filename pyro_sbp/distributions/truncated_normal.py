@@ -100,7 +100,7 @@ class TruncatedNormal(TorchDistribution):
         The parts share their computations: a sample, a KL divergence or a statistic of one part is
         computed for all parts. They share one graph, so use a single backward pass for all parts.
         """
-        whole = Whole(sizes, self._compute, self._rsample64)
+        whole = Whole(sizes, self._compute, self.rsample)
         parts = []
         split = zip(*(x.split(whole.sizes) for x in self._parameters), strict=True)
         for index, (loc, scale, low, high) in enumerate(split):
@@ -193,7 +193,9 @@ class TruncatedNormal(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
-        return self._at(value, special.log_density).to(self._dtype)
+        if self._dtype != torch.float32:
+            return self._at(value, special.log_density).to(self._dtype)
+        return self._at(value, _log_density_32)
 
     def cdf(self, value: Tensor) -> Tensor:
         """The cumulative probability at `value`, which broadcasts against the batch shape."""
@@ -219,13 +221,17 @@ class TruncatedNormal(TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterized samples of shape `sample_shape + batch_shape`, within the bounds."""
-        return self._rsample64(sample_shape).to(self._dtype)
+        shape = self._extended_shape(torch.Size(sample_shape))
+        if self._part is not None and self._part.draws(shape):
+            return self._part.draw()
+        if self._dtype != torch.float32:
+            return self._rsample64(sample_shape).to(self._dtype)
+        u = fast_sampling.uniform(shape, self._parameters[0].device)
+        return fast_sampling.quantile(u, *self._parameters, dtype=torch.float32)
 
     def _rsample64(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples in float64, before they are rounded to the dtype of the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        if self._part is not None and self._part.draws(shape):
-            return self._part.draw()
         device = self._parameters[0].device
         if self._dtype != torch.float64:
             return fast_sampling.quantile(fast_sampling.uniform(shape, device), *self._parameters)
@@ -236,3 +242,7 @@ class TruncatedNormal(TorchDistribution):
     def _validate_sample(self, value: Tensor) -> None:
         _, _, low, high = self._parameters
         require_in_support(self, value, lambda x: (x >= low) & (x <= high))
+
+
+def _log_density_32(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return special.log_density(value, loc, scale, low, high, dtype=torch.float32)

@@ -54,10 +54,24 @@ def evaluate(
     low: Tensor,
     high: Tensor,
     at_end: Callable[[Tensor, Tensor, Tensor], Tensor],
+    by_erf: Callable[..., Value | None] | None = None,
 ) -> Tensor:
-    """The value of ``function`` with its gradient. `at_end` takes the value as first argument."""
+    """The value of ``function`` with its gradient.
+
+    Args:
+        function: from the frame to the value and its derivatives. With `by_erf`, it is used only
+            if that returns None.
+        loc, scale, low, high: the parameters.
+        at_end: as for `bound_pairs`, with the value as first argument.
+        by_erf: from the parameters to the value and its derivatives.
+    """
+
+    def value_of(*parameters: Tensor) -> Value:
+        found = by_erf(*parameters) if by_erf is not None else None
+        return function(frame(*parameters)) if found is None else found
+
     with torch.no_grad():
-        v = Value(*in_blocks(lambda *p: function(frame(*p)), loc, scale, low, high))
+        v = Value(*in_blocks(value_of, loc, scale, low, high))
         ends = bound_pairs(
             loc, scale, low, high, lambda end, log_q: at_end(v.value, end, log_q).detach()
         )

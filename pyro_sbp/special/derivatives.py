@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class Saved(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     second: Second | None
+    dtype: torch.dtype
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -49,7 +51,9 @@ class _Attach(torch.autograd.Function):
     def setup_context(
         ctx: FunctionCtx, inputs: tuple[Tensor, Second | None, *tuple[Tensor, ...]], output: Tensor
     ) -> None:
-        ctx.second = inputs[1]  # type: ignore[attr-defined]  # contexts accept any attribute
+        # Contexts accept any attribute.
+        ctx.second = inputs[1]  # type: ignore[attr-defined]
+        ctx.dtype = output.dtype  # type: ignore[attr-defined]
         ctx.save_for_backward(*inputs[2:])
         ctx.save_for_forward(*inputs[2:])
 
@@ -68,7 +72,14 @@ class _AttachForward(_Attach):
     def jvp(ctx: Saved, *tangents: Tensor | None) -> Tensor:
         derivatives = _derivatives(ctx, differentiable=True)
         terms = [t * d for t, d in zip(tangents[2:], derivatives, strict=False) if t is not None]
-        return torch.stack(terms).sum(0) if terms else torch.zeros_like(derivatives[0])
+        total = torch.stack(terms).sum(0) if terms else torch.zeros_like(derivatives[0])
+        return total.to(ctx.dtype)
+
+
+# torch inspects it in every call, which takes as long as ten small operations.
+_Attach.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _Attach.forward
+)
 
 
 def _derivatives(ctx: Saved, differentiable: bool) -> Sequence[Tensor]:
@@ -117,8 +128,8 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
 
     Args:
         value: the value, computed without gradients.
-        pairs: pairs of an input and the derivative of the value with respect to it. Inputs
-            broadcast to the shape of the value.
+        pairs: pairs of an input and the derivative of the value with respect to it. Inputs and
+            derivatives broadcast to the shape of the value.
         second: from the inputs to the rows of the matrix of second derivatives, each of the shape
             of the value; None if there are no second derivatives.
 
@@ -128,10 +139,7 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
     untracked = (x if is_tracked(x) else without_copies(x) for x, _ in pairs)
     # Sum the gradients of expanded inputs in float64: float32 would lose digits by cancellation.
     shape = value.shape
-    inputs = [
-        x if has_shape(x, shape) and not _is_parameter(x) else _wide(x).expand(shape)
-        for x in untracked
-    ]
+    inputs = [_own(x) if has_shape(x, shape) else _wide(x).expand(shape) for x in untracked]
     derivatives = [d if has_shape(d, shape) else d.expand(shape) for _, d in pairs]
     if not torch.compiler.is_compiling():
         return _AttachForward.apply(value, second, *inputs, *derivatives)
@@ -143,6 +151,11 @@ def attach(value: Tensor, *pairs: tuple[Tensor, Tensor], second: Second | None =
 def _is_parameter(x: Tensor) -> bool:
     """Whether ``x`` may be changed in place before the backward pass, as a parameter may be."""
     return x.requires_grad and x.is_leaf
+
+
+def _own(x: Tensor) -> Tensor:
+    """``x``, or a copy if it is a parameter."""
+    return x.clone() if _is_parameter(x) else x
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -66,10 +66,10 @@ _BLOCK = 4096  # elements of a block: their nodes take 1 MiB of the cache
 
 # The width below which moments in closed form cancel, and the distance of loc outside, in scales,
 # from which erf cancels. Up to there the errors are below 2e-9.
-_WIDE, _OUTSIDE = 1.0, 3.0
+WIDE, OUTSIDE = 1.0, 3.0
 
 
-_MOST_SCALES = 37.0
+MOST_SCALES = 37.0
 
 
 _FEW = 1000  # elements: for fewer, sums are as fast as separating the elements
@@ -251,9 +251,9 @@ def moments(f: Frame) -> Moments:
     if f.precision == torch.float64 or not may_look(f.alpha):
         return integrate(f)
     # Extreme values are found several times faster than elements of a mask are counted.
-    if f.alpha.numel() and bool(f.alpha.max() < _OUTSIDE) and bool(f.width.min() > _WIDE):
+    if f.alpha.numel() and bool(f.alpha.max() < OUTSIDE) and bool(f.width.min() > WIDE):
         return ByErf(f)
-    inside = (f.alpha < _OUTSIDE) & (f.width > _WIDE)
+    inside = (f.alpha < OUTSIDE) & (f.width > WIDE)
     count = int(inside.count_nonzero())
     if count == inside.numel():
         return ByErf(f)
@@ -271,7 +271,7 @@ class ByErf:
 
     def __init__(self, f: Frame) -> None:
         # There is no mass beyond, and subnormal numbers are slow.
-        self._ends = torch.stack([f.alpha, f.beta]).clamp(-_MOST_SCALES, _MOST_SCALES)
+        self._ends = torch.stack([f.alpha, f.beta]).clamp(-MOST_SCALES, MOST_SCALES)
         scaled = self._ends * SQRT_HALF
         below, above = torch.erf(scaled)
         self.mass = mass = (above - below).mul_(_SQRT_HALF_PI)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from pyro_sbp.special.blocks import in_blocks
 from pyro_sbp.special.bounds import bound_pairs, evaluate
-from pyro_sbp.special.derivatives import attach, constant, may_look
+from pyro_sbp.special.by_erf import density_by_erf, ends_by_erf, kl_by_erf
+from pyro_sbp.special.derivatives import (
+    attach,
+    common_shape,
+    constant,
+    has_shape,
+    is_tracked,
+    may_look,
+)
 from pyro_sbp.special.frame import (
     HALF_LOG_2PI,
     NUM_NEAR_UNIFORM_NODES,
@@ -57,22 +65,67 @@ def log_normalizer(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
     return evaluate(function, loc, scale, low, high, lambda v, end, log_q: -torch.ones_like(end))
 
 
-def log_density(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def log_density(
+    value: Tensor,
+    loc: Tensor,
+    scale: Tensor,
+    low: Tensor,
+    high: Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """The log density at ``value`` in nats, which is minus infinity outside the bounds.
 
-    ``value`` broadcasts against the parameters. The function is twice differentiable.
+    ``value`` broadcasts against the parameters. The function is twice differentiable. The result is
+    computed in float64, and rounded to ``dtype``.
     """
     with torch.no_grad():
-        d = _Density(*in_blocks(_density_of, value, loc, scale, low, high))
-        ends = bound_pairs(loc, scale, low, high, lambda end, _: torch.where(d.outside, 0.0, 1.0))
+        # The derivative with respect to the value is often not needed.
+        in_value = is_tracked(value) or not may_look(value)
+        function = _density_of if in_value else _density_of_constant
+        inputs = value, loc, scale, low, high
+        # Gradients that are summed over values stay in float64.
+        shape = common_shape(*inputs)
+        summed = not all(has_shape(x, shape) for x in inputs[:3])
+        exact = torch.float64 if summed else dtype
+        log_q, *derivatives = in_blocks(function, *inputs, dtype=exact)
+        if not in_value:
+            derivatives.insert(0, log_q.new_zeros(()))
+        ends = bound_pairs(
+            loc,
+            scale,
+            low,
+            high,
+            lambda *_: torch.where((value < low) | (value > high), 0.0, 1.0).double(),
+        )
         # The second derivatives always take the bounds as inputs.
-        ends = ends or [(end, torch.zeros_like(end)) for end in (low, high)]
-    pairs = (value, d.in_value), (loc, d.in_loc), (scale, d.in_scale), *ends
-    return attach(d.log_q, *pairs, second=_second_of_log_density)
+        ends = ends or [(end, end.new_zeros(())) for end in (low, high)]
+    pairs = *zip((value, loc, scale), derivatives, strict=True), *ends
+    return attach(log_q, *pairs, second=_second_of_log_density).to(dtype)
 
 
-def _density_of(value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> _Density:
-    return _density(constant(value), low, high, _terms(*_integrated(loc, scale, low, high)))
+def _density_of(
+    value: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, ...]:
+    """The log density, and its derivatives with respect to value, loc and scale."""
+    within = may_look(value) and may_look(low) and may_look(high) and _are_within(value, low, high)
+    ends = ends_by_erf(loc, scale, low, high) if within else None
+    if ends is not None:
+        return density_by_erf(constant(value), ends)
+    d = _density(constant(value), low, high, _terms(*_integrated(loc, scale, low, high)))
+    return d.log_q, d.in_value, d.in_loc, d.in_scale
+
+
+def _density_of_constant(*inputs: Tensor) -> tuple[Tensor, ...]:
+    log_q, _, in_loc, in_scale = _density_of(*inputs)
+    return log_q, in_loc, in_scale
+
+
+def _are_within(value: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether all values are known to be within the bounds, from the extreme values."""
+    if not value.numel():
+        return True
+    least, most = (float(x) for x in value.detach().aminmax())
+    return least >= float(low.max()) and most <= float(high.min())
 
 
 def _second_of_log_density(
@@ -193,7 +246,11 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         log_width = (high.detach().double() - low.detach()).log()
         return 1 + value - log_width - log_q - torch.exp(-log_q - log_width)
 
-    return evaluate(function, loc, scale, low, high, at_end)
+    def by_erf(*parameters: Tensor) -> Value | None:
+        ends = ends_by_erf(*parameters)
+        return None if ends is None else kl_by_erf(*parameters[2:], ends)
+
+    return evaluate(function, loc, scale, low, high, at_end, by_erf)
 
 
 #: The value of the KL divergence below which its sums would cancel.

@@ -53,7 +53,7 @@ def test_moments_by_region_are_those_of_sums(bounds, monkeypatch):
     f = frame.frame(loc, scale, *(torch.tensor(bound) for bound in bounds))
     found = frame.moments(f)
     assert isinstance(found, frame.ByRegion)
-    by_erf = (f.alpha < frame._OUTSIDE) & (f.width > frame._WIDE)
+    by_erf = (f.alpha < frame.OUTSIDE) & (f.width > frame.WIDE)
     assert (by_erf & (f.alpha > 0)).any()
     # With loc outside, erf is close to 1, and the mass of the normal distribution cancels.
     bound = torch.where(by_erf & (f.alpha > 0), 2e-9, 1e-12)
