@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from helpers import METHODS
 from PIL import Image
+from warm_processes import COMMAND_LINE, WarmProcess
 
 import pyro_sbp as sbp
 from pyro_sbp.cli import cli
@@ -58,6 +60,28 @@ def start(command, *arguments, env=None, **options):
     return subprocess.Popen(
         [*command, *arguments], env=environment, text=True, stderr=subprocess.PIPE, **options
     )
+
+
+def start_both(port, *arguments):
+    """Two processes of one run, which have their group from the variables of torchrun."""
+    group = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    return [
+        WarmProcess(
+            COMMAND_LINE,
+            *arguments,
+            environment={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture
+def port():
+    """A port on which the first process waits for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def train_on_one(*arguments):
@@ -242,15 +266,17 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     assert logged(tmp_path / "run") == losses(tmp_path / "run")
 
 
-def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path):
+def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path, port):
     (tmp_path / "recipe.json").write_text((runs["two"] / "recipe.json").read_text())
-    with lock(tmp_path), start(PYRO_SBP, "train", "--resume", str(tmp_path)) as process:
-        errors = process.stderr.read()
-        assert process.wait(60) == 2
+    with lock(tmp_path):
+        first, second = start_both(port, "train", "--resume", tmp_path)
+        with first, second:
+            errors = first.stderr.read() + second.stderr.read()
+            assert first.wait(60) == 2 and second.wait(60) != 0
     assert errors == f"Error: another process is writing {tmp_path}\n"
 
 
-def test_what_only_another_process_finds_is_told_by_it(tmp_path):
+def test_what_only_another_process_finds_is_told_by_it(tmp_path, port):
     for part, name in itertools.product(("train", "test"), ("a", "b")):
         (tmp_path / "images" / part / name).mkdir(parents=True)
         for i in range(10):
@@ -264,11 +290,14 @@ def test_what_only_another_process_finds_is_told_by_it(tmp_path):
     (tmp_path / "recipe.toml").write_text("dense_epochs = 1\nepochs = 1\nbatch_size = 8\n")
     arguments = ["train", "--arch", "lenet5", "--dataset", f"folder:{tmp_path / 'images'}"]
     arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--workers", "1", "--devices", "2"]
-    with start(PYRO_SBP, *arguments, "--output-dir", str(tmp_path / "run")) as process:
-        errors = process.stderr.read()
-        status = process.wait(60)
-    assert f"Error: {path} cannot be read as an image" in errors and "Traceback" not in errors
-    assert "Error: another process of this run has ended; resume with" in errors and status == 1
+    first, second = start_both(port, *arguments, "--output-dir", str(tmp_path / "run"))
+    with first, second:
+        # The other process ends as soon as it has found the file, and the first one then.
+        found, ended = second.stderr.read(), first.stderr.read()
+        assert second.wait(60) == 2 and first.wait(60) == 1
+    assert f"Error: {path} cannot be read as an image" in found and "Traceback" not in found
+    assert "Error: another process of this run has ended; resume with" in ended
+    assert "Traceback" not in ended
 
 
 def test_a_batch_too_small_for_all_is_refused():
