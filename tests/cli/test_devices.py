@@ -20,6 +20,7 @@ import pyro_sbp as sbp
 from pyro_sbp.cli import cli
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.recipes import Request, SBPRecipe
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.files import lock
 
@@ -266,8 +267,9 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     assert logged(tmp_path / "run") == losses(tmp_path / "run")
 
 
-def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path, port):
-    (tmp_path / "recipe.json").write_text((runs["two"] / "recipe.json").read_text())
+def test_what_only_the_first_process_finds_ends_all_in_one_line(tmp_path, port):
+    request = Request("lenet-300-100", "digits", SBPRecipe(), devices=2, device="cpu")
+    (tmp_path / "recipe.json").write_text(json.dumps(request.to_dict()))
     with lock(tmp_path):
         first, second = start_both(port, "train", "--resume", tmp_path)
         with first, second:
