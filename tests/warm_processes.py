@@ -2,7 +2,8 @@
 
 A new interpreter needs seconds to import them. These processes are forked from one that has done so
 (the fork server of multiprocessing), so they have no state of the tests. They suit tests of what a
-process does with signals, files and other processes, not of what it imports.
+process does with signals, files and other processes, not of what it imports, and not of its exit:
+as processes of multiprocessing, they run no functions of `atexit`.
 """
 
 from __future__ import annotations

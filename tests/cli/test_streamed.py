@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,6 @@ import pytest
 import torch
 from helpers import run, stops_after
 from PIL import Image
-from warm_processes import COMMAND_LINE, WarmProcess
 
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.datasets.loading import load_dataset
@@ -166,7 +167,11 @@ def workers_of(process):
 
 def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint(root, tmp_path):
     more = ("--epochs", 1000, "--workers", WORKERS, "--output-dir", tmp_path / "run")
-    with WarmProcess(COMMAND_LINE, *arguments(root, *more), new_session=True) as process:
+    command = [sys.executable, "-c", "from pyro_sbp.cli import main; main()"]
+    command += map(str, arguments(root, *more))
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         for line in process.stderr:
             if "gated 1/1000" in line:
                 break
