@@ -37,7 +37,6 @@ class WarmProcess:
         program: Python source, as for ``python -c``.
         arguments: what `sys.argv` has after the name of the program.
         environment: the environment variables; by default those of this process.
-        new_session: whether the process leads a session and a process group of its own.
 
     Attributes:
         pid: the number of the process.
@@ -49,13 +48,12 @@ class WarmProcess:
         program: str,
         *arguments: object,
         environment: Mapping[str, str] | None = None,
-        new_session: bool = False,
     ) -> None:
         reader, writer = _CONTEXT.Pipe(duplex=False)
         environment = dict(os.environ if environment is None else environment)
         words = ["pyro-sbp", *map(str, arguments)]
         self._process = _CONTEXT.Process(
-            target=_run, args=(program, words, environment, os.getcwd(), new_session, writer)
+            target=_run, args=(program, words, environment, os.getcwd(), writer)
         )
         self._process.start()
         writer.close()
@@ -102,11 +100,8 @@ def _run(
     arguments: list[str],
     environment: dict[str, str],
     directory: str,
-    new_session: bool,
     stderr: Connection,
 ) -> None:
-    if new_session:
-        os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     os.dup2(stderr.fileno(), sys.stderr.fileno())
     stderr.close()
