@@ -5,9 +5,10 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo docs test test-all lint clean
 
+# Only the modules that are imported get compiled, when they are. Compiling all takes a minute.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -19,7 +20,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/pip install --quiet --editable '.[dev,lightning,transformers]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev,lightning,transformers]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)

@@ -168,7 +168,8 @@ def test_the_reasons_are_those_of_the_code():
 @pytest.mark.parametrize(
     "library",
     [
-        "torch",
+        # The loop in plain torch is that of the README.
+        pytest.param("torch", marks=pytest.mark.slow),
         pytest.param("lightning", marks=pytest.mark.slow),
         pytest.param("transformers", marks=pytest.mark.slow),
     ],
@@ -327,6 +328,7 @@ def test_a_pretrained_transformer():
         assert dense >= ratio * count_macs(small, example)
 
 
+@pytest.mark.slow
 def test_budgets():
     space = page("budgets.md")
     assert 10 * count_parameters(space["tenth"]) <= count_parameters(space["net"])
@@ -356,6 +358,7 @@ def test_a_notebook_is_whole_and_has_no_outputs(name):
         assert set(cell) == expected
 
 
+@pytest.mark.slow
 def test_own_model():
     space = notebook("own_model.ipynb")
     truth = space["truth"]

@@ -13,6 +13,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.machine import NOISY
 from pyro_sbp.reports import pages, plots
 from pyro_sbp.reports.findings import Findings, find
+from pyro_sbp.reports.plots.style import lay_out
 from pyro_sbp.reports.posterior import gate_table, nearest_table
 from pyro_sbp.reports.published import PUBLISHED
 from pyro_sbp.training.files import write_text, write_whole
@@ -114,6 +115,7 @@ class _Pictures:
             light, dark = draw(*args), draw(*args, dark=True)
         except RequestError as error:
             return pages.paragraph(f"No picture: {error}.", "soft")
+        lay_out(light, dark)
         png = io.BytesIO()
         light.savefig(png, dpi=DPI, format="png")
         write_whole(self.directory / f"{self.prefix}{name}.png", png.getvalue())

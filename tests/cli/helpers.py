@@ -1,6 +1,11 @@
 """What the tests of the command line have in common."""
 
+import atexit
 import contextlib
+import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -46,11 +51,22 @@ def stops_after(steps):
         yield
 
 
-def train_quickly(method, root):
-    """A run directory under `root`, the result of the command that made it, and its arguments."""
+@functools.cache
+def _trained(method):
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
     (root / "quick.toml").write_text(QUICK + METHODS[method])
     args = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--method", method]
     args += ["--recipe", root / "quick.toml", "--device", "cpu"]
     result = run(*args, "--seed", 7, "--output-dir", root / "run")
     assert result.exit_code == 0, result.output
     return root / "run", result, args
+
+
+def train_quickly(method, root):
+    """A run directory under `root`, the result of the command that made it, and its arguments.
+
+    Every call gives a copy of the same run.
+    """
+    directory, result, args = _trained(method)
+    return shutil.copytree(directory, root / "run"), result, args

@@ -158,7 +158,9 @@ def test_a_unit_without_zeroed_has_none(finished, tmp_path):
     path = directory / "summary.json"
     summary = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps(replaced(summary, ("units", 0, "zeroed"), ...)), "utf-8")
-    assert outcome(("report", "--no-sweep"), directory)[0] == 0
+    result = run("inspect", directory, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["gates"][0]["zeroed"] == 0
 
 
 @pytest.mark.parametrize("words", [("inspect",), COMMANDS[2], ("train", "--resume")])

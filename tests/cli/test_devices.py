@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import torch
 from click.testing import CliRunner
 from helpers import METHODS
 from PIL import Image
+from warm_processes import COMMAND_LINE, WarmProcess
 
 import pyro_sbp as sbp
 from pyro_sbp.cli import cli
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.gates.nested import tensors_of
+from pyro_sbp.recipes import Request, SBPRecipe
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.files import lock
 
@@ -60,6 +63,28 @@ def start(command, *arguments, env=None, **options):
     )
 
 
+def start_both(*arguments):
+    """Two processes of one run, which have their group from the variables of torchrun."""
+    port = free_port()
+    group = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    return [
+        WarmProcess(
+            COMMAND_LINE,
+            *arguments,
+            environment={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def free_port():
+    """A port on which the first process waits for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def train_on_one(*arguments):
     result = CliRunner().invoke(cli, [*arguments, "--threads", "1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -67,9 +92,9 @@ def train_on_one(*arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same request on one process, on two, and on two that torchrun starts.
+    """The same request on one process, on two, and on two with the variables of torchrun.
 
-    The environment of the two has stray variables of a process group.
+    The environment of the two that --devices starts has stray variables of a process group.
     """
     root = tmp_path_factory.mktemp("runs")
     (root / "recipe.toml").write_text(RECIPE)
@@ -90,11 +115,10 @@ def runs(tmp_path_factory):
     assert process.returncode == 0, errors
     assert "dense 1/1" in errors and "gated 1/1" in errors
     assert f"run directory: {root / 'two'}" in output
-    out = str(root / "torchrun")
-    with start(TORCHRUN, *arguments, out, "--json", stdout=subprocess.PIPE) as process:
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert json.loads(output) == json.loads((root / "torchrun" / "summary.json").read_text())
+    first, second = start_both(*arguments, root / "torchrun")
+    with first, second:
+        errors = first.stderr.read() + second.stderr.read()
+        assert first.wait(60) == second.wait(60) == 0, errors
     return {name: root / name for name in ("one", "two", "torchrun")}
 
 
@@ -218,6 +242,19 @@ def test_layout_and_precision_change_the_speed_and_little_else(arch, options, tm
 
 
 @pytest.mark.slow
+def test_torchrun_starts_the_same_run(runs, tmp_path):
+    arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits"]
+    arguments += ["--recipe", str(runs["two"].parent / "recipe.toml"), "--precision", "64-true"]
+    arguments += ["--json", "--output-dir", str(tmp_path / "run")]
+    with start(TORCHRUN, *arguments, stdout=subprocess.PIPE) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(output) == json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = [{**line, "seconds": 0} for line in metrics(runs["two"])]
+    assert [{**line, "seconds": 0} for line in metrics(tmp_path / "run")] == lines
+
+
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     recipe = str(runs["two"].parent / "recipe.toml")
     arguments = ["train", "--arch", "lenet-300-100", "--dataset", "digits", "--recipe", recipe]
@@ -242,11 +279,14 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(runs, tmp_path):
     assert logged(tmp_path / "run") == losses(tmp_path / "run")
 
 
-def test_what_only_the_first_process_finds_ends_all_in_one_line(runs, tmp_path):
-    (tmp_path / "recipe.json").write_text((runs["two"] / "recipe.json").read_text())
-    with lock(tmp_path), start(PYRO_SBP, "train", "--resume", str(tmp_path)) as process:
-        errors = process.stderr.read()
-        assert process.wait(60) == 2
+def test_what_only_the_first_process_finds_ends_all_in_one_line(tmp_path):
+    request = Request("lenet-300-100", "digits", SBPRecipe(), devices=2, device="cpu")
+    (tmp_path / "recipe.json").write_text(json.dumps(request.to_dict()))
+    with lock(tmp_path):
+        first, second = start_both("train", "--resume", tmp_path)
+        with first, second:
+            errors = first.stderr.read() + second.stderr.read()
+            assert first.wait(60) == 2 and second.wait(60) != 0
     assert errors == f"Error: another process is writing {tmp_path}\n"
 
 
@@ -264,11 +304,14 @@ def test_what_only_another_process_finds_is_told_by_it(tmp_path):
     (tmp_path / "recipe.toml").write_text("dense_epochs = 1\nepochs = 1\nbatch_size = 8\n")
     arguments = ["train", "--arch", "lenet5", "--dataset", f"folder:{tmp_path / 'images'}"]
     arguments += ["--recipe", str(tmp_path / "recipe.toml"), "--workers", "1", "--devices", "2"]
-    with start(PYRO_SBP, *arguments, "--output-dir", str(tmp_path / "run")) as process:
-        errors = process.stderr.read()
-        status = process.wait(60)
-    assert f"Error: {path} cannot be read as an image" in errors and "Traceback" not in errors
-    assert "Error: another process of this run has ended; resume with" in errors and status == 1
+    first, second = start_both(*arguments, "--output-dir", str(tmp_path / "run"))
+    with first, second:
+        # The other process ends as soon as it has found the file, and the first one then.
+        found, ended = second.stderr.read(), first.stderr.read()
+        assert second.wait(60) == 2 and first.wait(60) == 1
+    assert f"Error: {path} cannot be read as an image" in found and "Traceback" not in found
+    assert "Error: another process of this run has ended; resume with" in ended
+    assert "Traceback" not in ended
 
 
 def test_a_batch_too_small_for_all_is_refused():

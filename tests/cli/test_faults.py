@@ -10,14 +10,13 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import METHODS, stops_after
+from warm_processes import COMMAND_LINE, WarmProcess
 
 from pyro_sbp.cli import cli
 from pyro_sbp.cli.stopping import Stopped
@@ -56,7 +55,6 @@ setattr(owner, name, dying)
 sys.argv = ["pyro-sbp", *sys.argv[3:]]
 main()
 """
-NORMAL = "from pyro_sbp.cli import main; main()"
 #: A program whose steps take a minute each from the 60th on.
 SLOW = """
 import sys, time, torch
@@ -87,12 +85,6 @@ def arguments(tmp_path_factory):
 
 def run(*args):
     return CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-def start(program, *args):
-    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for(process, word):
@@ -162,7 +154,7 @@ def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(undisturbed, tmp
         kind = ("fsync", "replace", "step")[kill % 3]
         # Of 23 steps an epoch, and two files after each.
         count = chance.randint(1, 40) if kind == "step" else chance.randint(1, 5)
-        with start(SELF_KILLING, kind, count, *args) as process:
+        with WarmProcess(SELF_KILLING, kind, count, *args) as process:
             assert process.wait(120) == -signal.SIGKILL, process.stderr.read()
     result = run("train", "--resume", directory, "--threads", "1")
     assert result.exit_code == 0, result.output
@@ -205,7 +197,8 @@ def test_a_directory_is_written_by_one_run_at_a_time(stopped):
         line = one_line(run("train", "--resume", stopped), 2)
     assert line == f"Error: another process is writing {stopped}"
     assert files(stopped) == before
-    with start(NORMAL, "train", "--resume", stopped, "--threads", "1") as first:
+    args = ("train", "--resume", stopped, "--threads", "1")
+    with WarmProcess(COMMAND_LINE, *args) as first:
         wait_for(first, "gated")
         line = one_line(run("train", "--resume", stopped), 2)
         assert line == f"Error: another process is writing {stopped}"
@@ -215,7 +208,7 @@ def test_a_directory_is_written_by_one_run_at_a_time(stopped):
 
 def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint(arguments, tmp_path):
     args = [*arguments, "--epochs", "1000", "--output-dir", tmp_path / "run"]
-    with start(SLOW, *args) as process:
+    with WarmProcess(SLOW, *args) as process:
         wait_for(process, "slow")
         saved = (tmp_path / "run" / "checkpoint.pt").read_bytes()
         process.send_signal(signal.SIGINT)

@@ -145,14 +145,6 @@ def test_nothing_is_fetched_and_every_picture_has_words(finished, reported):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_run_gives_the_same_page(stopped):
-    pages = []
-    for _ in range(2):
-        assert run("report", stopped).exit_code == 0
-        pages.append((stopped / "report.html").read_bytes())
-    assert pages[0] == pages[1]
-
-
 def test_the_sweep_has_the_numbers_of_prune(finished):
     found = Run.read(finished)
     data = load_dataset("digits", Path("nowhere"), 28)
@@ -207,8 +199,12 @@ def test_the_layers_sum_to_the_network(finished):
         assert (macs, parameters) == (summary["macs"][part], summary["parameters"][part])
 
 
-def test_an_unfinished_run_tells_what_there_is(stopped):
-    assert run("report", stopped).exit_code == 0
+def test_an_unfinished_run_tells_what_there_is_in_the_same_bytes(stopped):
+    pages = []
+    for _ in range(2):
+        assert run("report", stopped).exit_code == 0
+        pages.append((stopped / "report.html").read_bytes())
+    assert pages[0] == pages[1]
     page = Page(stopped / "report.html")
     assert "This run has not finished" in page.words and "--resume" in page.words
     assert page.headings[1:] == ["Units", "Training", "Settings and machine"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,8 +79,10 @@ def test_a_run_on_a_busy_machine_says_so_in_one_line(finished, busy, tmp_path):
 @pytest.mark.parametrize(
     "args", [["bench", "--seconds", "0.01", "--json"], ["prune", "--threshold", "2"], ["report"]]
 )
-def test_other_commands_that_compute_choose_too(finished, busy, args):
+def test_other_commands_that_compute_choose_too(finished, busy, args, monkeypatch):
     torch.set_num_threads(2)
+    # A report draws for seconds, with any number of threads.
+    monkeypatch.setattr("pyro_sbp.reports.report.write_report", lambda *args: Path("page"))
     result = run(args[0], finished[0], *args[1:])
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[0] == WARNING and torch.get_num_threads() == 1

@@ -4,13 +4,12 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import run, train_quickly
+from warm_processes import COMMAND_LINE, WarmProcess
 
 from pyro_sbp.cli import cli, common
 from pyro_sbp.cli.stopping import Stopped
@@ -25,9 +24,8 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(finished, tmp_path, number):
     _, _, args = finished
-    command = [sys.executable, "-c", "from pyro_sbp.cli import main; main()", *map(str, args)]
-    command += ["--epochs", "1000", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    more = ["--epochs", "1000", "--output-dir", tmp_path / "run", "--device", "cpu"]
+    with WarmProcess(COMMAND_LINE, *args, *more) as process:
         for line in process.stderr:
             if "gated 2/1000" in line:
                 process.send_signal(number)

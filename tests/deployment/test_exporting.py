@@ -29,8 +29,8 @@ def pruned(make, *shape, features=()):
 def mobilenet_v2():
     from torchvision.models import MobileNetV2
 
-    # The first three of its seventeen blocks.
-    return MobileNetV2(num_classes=10, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
+    # One of its seventeen blocks: it expands, and has a convolution per channel.
+    return MobileNetV2(num_classes=10, inverted_residual_setting=[[6, 16, 1, 2]])
 
 
 def resnet18():

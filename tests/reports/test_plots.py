@@ -173,6 +173,20 @@ def test_pixels_of_any_ratio_are_drawn(value, dense_run, monkeypatch):
     assert bool(shown[3]) == (value >= 1) and shown.sum() == 783 + bool(value >= 1)
 
 
+def test_a_figure_in_other_colours_gets_the_layout_of_its_twin():
+    found = Ratios(first=[0.5, 2.0, 30.0], second=[0.1, 4.0])
+    light, dark, alone = (plots.snr_histograms(found, dark=dark) for dark in (False, True, True))
+    alone.get_layout_engine().execute(alone)
+    style.lay_out(light, dark)
+    assert light.get_layout_engine() is dark.get_layout_engine() is None
+    assert len(dark.axes) == 2 and len(dark.texts) == len(alone.texts) > 0
+    for ax, expected in zip(dark.axes, alone.axes, strict=True):
+        place, own = (a.get_position(original=True).extents for a in (ax, expected))
+        assert place == pytest.approx(own, abs=1e-6)
+    for text, expected in zip(dark.texts, alone.texts, strict=True):
+        assert text.get_position() == pytest.approx(expected.get_position(), abs=1e-6)
+
+
 def test_filters_of_zeros_are_drawn(tmp_path):
     gates = {"conv1": (20, (3,)), "conv2": (50, (1,))}
     weights = {"conv1.weight": torch.zeros(20, 1, 5, 5)}

@@ -1,5 +1,6 @@
 """Runs whose KL divergence is weighted by the measured latency of the units."""
 
+import functools
 import json
 
 import pytest
@@ -113,7 +114,9 @@ def test_latencies_that_do_not_depend_on_the_units_end_the_run_before_training(
         )
 
 
-def test_a_method_measures_at_the_batch_size_of_the_recipe():
+def test_a_method_measures_at_the_batch_size_of_the_recipe(monkeypatch):
+    quick = functools.partial(gated.measure_unit_latency, seconds=0.01)
+    monkeypatch.setattr(gated, "measure_unit_latency", quick)
     recipe = SBPRecipe(cost="latency", macs_weight=1.0, cost_batch_size=2, **SHORT)
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
     net = torch.nn.Sequential(net, torch.nn.Flatten())

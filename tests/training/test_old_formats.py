@@ -9,9 +9,11 @@ import torch
 from click.testing import CliRunner
 
 from pyro_sbp.cli import cli
+from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.deployment.loading import load
 from pyro_sbp.recipes import RECIPES, RBPRecipe
 from pyro_sbp.reports.posterior import read_posterior
+from pyro_sbp.training import train as training
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.old_recipes import recipe
 
@@ -70,15 +72,36 @@ def test_a_finished_run_is_pruned_again_and_measured(old_run, method):
     assert sum(p.numel() for p in small.parameters()) == summary["parameters"]["pruned"]
 
 
+def stop_after_an_epoch(monkeypatch):
+    """Let a run stop at the end of the first epoch that it trains."""
+    train = training.train
+
+    def stopped(request, data, directory, watch, _, *rest):
+        before = (directory / "metrics.jsonl").read_text()
+
+        def stop():
+            return (directory / "metrics.jsonl").read_text() != before
+
+        return train(request, data, directory, watch, stop, *rest)
+
+    monkeypatch.setattr(training, "train", stopped)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_was_stopped_under_noise_resumes(old_run, method):
+def test_a_run_that_was_stopped_under_noise_resumes(old_run, method, monkeypatch):
     run = old_run(f"stopped-{method}")
     saved = Checkpoint.read(run / "checkpoint.pt")
     assert saved.posteriors and "conv1.weight" in saved.network()
     seen = json.loads(call("inspect", run, "--json"))
     assert not seen["finished"] and (seen["waiting"] == ["fc1"]) == (method == "rbp")
     before = (run / "metrics.jsonl").read_text()
-    call("train", "--resume", run)
+    whole = method == "rbp"  # of which a turn is left after this one
+    if not whole:
+        stop_after_an_epoch(monkeypatch)
+        with pytest.raises(Stopped):
+            call("train", "--resume", run)
+    else:
+        call("train", "--resume", run)
     assert (run / "metrics.jsonl").read_text().startswith(before)
     # The run that was not stopped went on like this; on another processor nearly so.
     resumed, other = (
@@ -88,6 +111,8 @@ def test_a_run_that_was_stopped_under_noise_resumes(old_run, method):
     first = len(before.splitlines())
     for key in ("loss", "nll", "kl"):
         assert resumed[first][key] == pytest.approx(other[first][key], rel=1e-3)
+    if not whole:
+        return
     told, ended = (json.loads((d / "summary.json").read_text()) for d in (run, RUNS / method))
     assert told["error"]["finetuned"] == pytest.approx(ended["error"]["finetuned"], abs=6)
     assert told["macs"]["ratio"] == pytest.approx(ended["macs"]["ratio"], rel=0.5)

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from tiny_network import labelled_images
 
-from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.recipes import RBPRecipe, Request, SBPRecipe, SparseVDRecipe
 from pyro_sbp.training.loop import Interrupted
 from pyro_sbp.training.train import train
 
-SHORT = {"dense_epochs": 2, "finetune_epochs": 2, "batch_size": 128}
+SHORT = {"dense_epochs": 2, "finetune_epochs": 2, "batch_size": 10}
 SGD = {
     "optimizer": "sgd",
     "learning_rate": 0.05,
@@ -34,20 +34,20 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(tmp_path, name):
-    request = Request("lenet-300-100", "digits", RECIPES[name])
-    data = load_dataset("digits", image_size=28)
+    request = Request("tiny_network:Net", "digits", RECIPES[name])
+    data = labelled_images()
     whole = train(request, data, tmp_path / "whole")
 
     steps = 0
 
-    def every_fifth_step() -> bool:
+    def every_seventh_step() -> bool:
         nonlocal steps
         steps += 1
-        return steps % 5 == 0
+        return steps % 7 == 0  # an epoch has 10
 
     for _ in range(200):
         try:
-            resumed = train(request, data, tmp_path / "stopped", stop=every_fifth_step)
+            resumed = train(request, data, tmp_path / "stopped", stop=every_seventh_step)
             break
         except Interrupted:
             pass

@@ -35,12 +35,19 @@ def digits():
     return load_dataset("digits", image_size=28)
 
 
-@pytest.mark.parametrize("ratio, kl_scale", [(2.5, 5.0), (12.0, 0.3)])
-def test_a_run_reaches_the_ratio_of_macs_that_was_asked_for(ratio, kl_scale, tmp_path, digits):
+@pytest.mark.parametrize(
+    "arch, ratio, kl_scale", [("tiny_network:Digits", 2.5, 5.0), ("lenet-300-100", 12.0, 0.3)]
+)
+def test_a_run_reaches_the_ratio_of_macs_that_was_asked_for(
+    arch, ratio, kl_scale, tmp_path, digits
+):
     """With weights of the KL divergence that are far too large or too small for it."""
     recipe = SBPRecipe(target_macs_ratio=ratio, kl_scale=kl_scale, **QUICK)
+    request = Request(arch, "digits", recipe)
+    if arch == "tiny_network:Digits":
+        digits = load_dataset("digits")
     with warnings.catch_warnings(action="error"):  # the posterior is near the target
-        found = train(Request("lenet-300-100", "digits", recipe), digits, tmp_path / "run")
+        found = train(request, digits, tmp_path / "run")
     assert ratio <= found.macs.ratio <= 1.1 * ratio
     assert found.target.macs_ratio == ratio
     assert found.target.ratio_by_threshold == pytest.approx(ratio, rel=0.25)
@@ -53,7 +60,6 @@ def test_a_run_reaches_the_ratio_of_macs_that_was_asked_for(ratio, kl_scale, tmp
     assert any(stronger) if kl_scale < 1 else any(weaker)
     assert Run.read(tmp_path / "run").summary == found
     # Without other settings, the units are chosen by the same target again.
-    request = Request("lenet-300-100", "digits", recipe)
     again = prune_again(request, digits, tmp_path / "run", tmp_path / "again")
     assert again.units == found.units
     other = prune_again(request, digits, tmp_path / "run", tmp_path / "other", threshold=1.0)

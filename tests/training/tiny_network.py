@@ -1,11 +1,11 @@
-"""A network and a data set so small that a whole run of them takes a second."""
+"""Networks and a data set so small that a whole run of them takes a second."""
 
 import torch
 
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import Split
 
-__all__ = ["Net", "labelled_images"]
+__all__ = ["Digits", "Net", "labelled_images"]
 
 
 class Net(torch.nn.Sequential):
@@ -13,6 +13,15 @@ class Net(torch.nn.Sequential):
 
     def __init__(self, num_classes: int) -> None:
         layers = torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, num_classes)
+        super().__init__(torch.nn.Flatten(), *layers)
+
+
+class Digits(torch.nn.Sequential):
+    """A dense network with two gates, for the 8 x 8 images of digits."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        first, second = torch.nn.Linear(64, 100), torch.nn.Linear(100, 50)
+        layers = first, torch.nn.ReLU(), second, torch.nn.ReLU(), torch.nn.Linear(50, num_classes)
         super().__init__(torch.nn.Flatten(), *layers)
 
 
