@@ -246,9 +246,9 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         log_width = (high.detach().double() - low.detach()).log()
         return 1 + value - log_width - log_q - torch.exp(-log_q - log_width)
 
-    def by_erf(*parameters: Tensor) -> Value | None:
-        ends = ends_by_erf(*parameters)
-        return None if ends is None else kl_by_erf(*parameters[2:], ends)
+    def by_erf(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Value | None:
+        ends = ends_by_erf(loc, scale, low, high)
+        return None if ends is None else kl_by_erf(low, high, ends)
 
     return evaluate(function, loc, scale, low, high, at_end, by_erf)
 

@@ -195,8 +195,7 @@ def quantile_pairs(
     """Pairs for `attach`, for the bounds that require a gradient of the quantile x at u = 1 - v."""
     if not (is_tracked(low) or is_tracked(high)):
         return []
-    parameters = (constant(y) for y in (loc, scale, low, high))
-    log_q = log_density(x, *parameters)
+    log_q = log_density(x, constant(loc), constant(scale), constant(low), constant(high))
     pairs = bound_pairs(loc, scale, low, high, lambda *_: torch.exp(-log_q))
     # `high` has the opposite sign: quantiles increase when the upper bound increases.
     return [(y, d * v if y is low else -d * u) for y, d in pairs]
