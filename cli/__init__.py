@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from pyro_sbp.cli.stopping import Stopped, stop_at_once
+from pyro_sbp.cli.warning_lines import print_warnings_as_lines
 
 __all__ = ["cli", "main"]
 
@@ -17,6 +18,7 @@ __all__ = ["cli", "main"]
 def main() -> None:
     """Run the command line as a program."""
     stop_at_once()
+    print_warnings_as_lines()
     try:
         from pyro_sbp.cli.commands import cli
         from pyro_sbp.training.processes import forget_stray_variables

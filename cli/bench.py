@@ -42,15 +42,17 @@ __all__ = ["bench"]
     type=click.Choice(["eager", "compile", "onnxruntime", "int8"]),
     multiple=True,
     default=("eager",),
-    help="Runtime: eager PyTorch, torch.compile, ONNX Runtime (CPU only), or int8, the network in "
-    "8-bit integers in ONNX Runtime, calibrated on training images (CPU only); may be repeated.  "
+    help="Runtime: PyTorch without compilation (eager), torch.compile (compile), ONNX Runtime on "
+    "the CPU (onnxruntime), or ONNX Runtime with 8-bit integers that are calibrated on training "
+    "images (int8); may be repeated.  "
     "[default: eager]",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="Seconds to measure each network in each setting.  [default: 2]",
+    help="Seconds of measurement for each network, batch size, number of threads and runtime.  "
+    "[default: 2]",
 )
 @click.option("--channels-last", is_flag=True, help="Use the channels-last memory format.")
 @click.option("--json", "as_json", is_flag=True, help="Print the latencies and MACs as JSON.")

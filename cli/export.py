@@ -21,8 +21,8 @@ __all__ = ["export"]
     "--format",
     required=True,
     type=click.Choice(["onnx", "pt2", "executorch"]),
-    help="File format: ONNX, the format of torch.export (pt2), or that of ExecuTorch (pte), for "
-    "phones and embedded devices.",
+    help="File format: ONNX (onnx), torch.export (pt2), or ExecuTorch for phones and embedded "
+    "devices (executorch).",
 )
 @click.option(
     "--output",
@@ -34,8 +34,8 @@ def export(run: Path | None, format: str, output: Path | None, as_json: bool) ->
     """Export the pruned network to ONNX, pt2 or ExecuTorch.
 
     RUN is a run directory, or a network that prune wrote into one (RUN/pruned-…); by default the
-    newest run. The exported program accepts any batch size; that of ExecuTorch accepts at most 16.
-    Its outputs are compared with those of the network before the file appears.
+    newest run. The exported program accepts any batch size; with ExecuTorch, at most 16. Before
+    the file is written, the outputs of the program are compared with those of the network.
     """
     run, saved = find_network(run)
     architecture = find_architecture(read_request(run).arch)

@@ -23,9 +23,10 @@ __all__ = ["inspect"]
 def inspect(run: Path | None, criterion: str | None, as_json: bool) -> None:
     """Show the posterior of a run.
 
-    For each gate (with sparse-vd, for each layer) it prints quantiles of the score that decides
-    which units are kept, such as the signal-to-noise ratio (SNR), the units or weights closest to
-    the threshold, and which input features are kept. Units and weights are named by their indices.
+    For each gate it prints quantiles of the score that decides which units are kept, by default
+    the signal-to-noise ratio (SNR). It also prints the units closest to the threshold, and which
+    input features are kept. Units are named by their indices. With the method sparse-vd it prints
+    the same for the weights of each layer.
     A gate is named after the first layer that writes its units: attn.query, for example, is the
     gate of the heads of attn.
 

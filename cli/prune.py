@@ -42,8 +42,8 @@ class Multiple(click.ParamType):
 @click.option(
     "--threshold",
     type=float,
-    help="Keep units (with sparse-vd, weights) with at least this score: their signal-to-noise "
-    "ratio, or that of another --criterion.",
+    help="Keep the units whose score is at least this number (with sparse-vd, the weights). The "
+    "score is the signal-to-noise ratio, or that of another --criterion.",
 )
 @click.option("--macs-ratio", type=float, help="Reduce the MACs by at least this factor.")
 @click.option(
@@ -68,17 +68,17 @@ class Multiple(click.ParamType):
 @click.option(
     "--max-error-increase",
     type=float,
-    help="Return the smallest network whose error is at most this many percentage points over "
-    "that of the dense network, measured before fine-tuning on the images that the run reserves "
-    "for validation (the setting holdout).",
+    help="Return the smallest network whose error is at most this many percentage points higher "
+    "than that of the dense network. The error is measured before fine-tuning, on the images that "
+    "the run reserved for validation (setting holdout).",
 )
 @click.option(
     "--round-to",
     type=Multiple(),
     default=1,
-    help="Make the kept and zeroed units of each gate together a multiple of this number. 'auto' "
-    "is the largest multiple that does not make the network slower, by the latencies that a run "
-    "with the setting cost=latency has measured.",
+    help="Round the number of units of each gate (kept and zeroed) to a multiple of this number. "
+    "'auto' is the largest multiple that does not make the network slower; it needs a run with the "
+    "setting cost=latency, which measures latencies.",
 )
 @click.option(
     "--min-units", type=int, default=1, help="Keep at least this many units in each gate."
@@ -99,9 +99,9 @@ class Multiple(click.ParamType):
 def prune(run: Path | None, as_json: bool, **options: Any) -> None:
     """Prune a finished run again with other settings.
 
-    RUN is a run directory; by default the newest run. The network is written to RUN/pruned-…. At
-    most one of --threshold, --macs-ratio, --parameters-ratio, --speedup and --max-error-increase
-    says how much is removed.
+    RUN is a run directory; by default the newest run. The network is written to RUN/pruned-….
+    To set how much is removed, give one of --threshold, --macs-ratio, --parameters-ratio, --speedup
+    and --max-error-increase. Without these, the settings of the run apply.
     """
     run = find_run(run)
     asked = Options(**options)

@@ -28,8 +28,8 @@ def report(
     """Write an HTML page about one or several runs.
 
     RUN is a run directory, finished or not; by default the newest run. The page is written to
-    RUN/report.html and its pictures to RUN/report/. A page about several runs compares them, and is
-    written to the first one. Nothing is downloaded.
+    RUN/report.html and its pictures to RUN/report/. For several runs, the page compares them and is
+    written to the directory of the first run. Nothing is downloaded.
     """
     found = [Run.read(find_run(run, finished=False)) for run in runs or (None,)]
     for run in found:

@@ -40,8 +40,9 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.command()
 @click.option(
     "--arch",
-    help=f"Network: {', '.join(ARCHITECTURES)}, timm:NAME, or package.module:callable, which is "
-    "called without arguments, or with num_classes if it has it; its network returns logits.",
+    help=f"Network: {', '.join(ARCHITECTURES)}, timm:NAME, or package.module:callable for your "
+    "own network. The callable returns a module that returns logits. If it has an argument "
+    "num_classes, it gets the number of classes.",
 )
 @click.option(
     "--dataset",
@@ -58,8 +59,8 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="File of a state dict to start from, instead of training a dense network. With --set "
-    "dense_epochs=N the dense network is trained from it.",
+    help="File with a state dict. The run starts from these weights and does not train a dense "
+    "network. With --set dense_epochs=N, it first trains these weights for N epochs.",
 )
 @click.option(
     "--teacher",
@@ -67,8 +68,9 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="RUN",
-    help="Run whose dense network is the teacher of fine-tuning, at the temperature distill (4 if "
-    "the recipe has none); several runs are an ensemble.  [default: the network before its last "
+    help="Run whose dense network is the teacher in fine-tuning; may be repeated, and then the "
+    "predictions of the teachers are averaged. The temperature is the setting distill, or 4 if the "
+    "recipe has none.  [default: the network before its last "
     "cut]",
 )
 @click.option(
@@ -81,8 +83,8 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 @click.option(
     "--epochs",
     type=int,
-    help="Number of epochs with noise; kl_free_epochs, kl_rising_epochs and cut_every change in "
-    "proportion.  [default: by the recipe]",
+    help="Number of epochs with noise. The settings kl_free_epochs, kl_rising_epochs and "
+    "cut_every are scaled by the same factor.  [default: by the recipe]",
 )
 @click.option("--batch-size", type=int, help="Examples per step.  [default: by the recipe]")
 @click.option(
@@ -99,8 +101,9 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
     "--target-macs-ratio",
     type=float,
     metavar="R",
-    help="Reach R times fewer MACs: macs_weight is adjusted during training, and the units are "
-    "chosen by R.  [default: by the recipe]",
+    help="Train a network with R times fewer MACs. The weights of the KL divergence are adjusted "
+    "during training, and units are removed until the ratio R is reached.  "
+    "[default: by the recipe]",
 )
 @click.option(
     "--criterion",
@@ -169,9 +172,11 @@ def train(
     loggers: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train a network with noise, and prune it.
+    """Train a network with noise on its units, and prune it.
 
-    The outputs of its units are multiplied by noise, and units that carry no signal are removed.
+    During training, the output of every unit is multiplied by random noise. Units that carry no
+    signal are removed. A run has three phases, whose lengths the recipe sets: training without
+    noise, training with noise, and fine-tuning of the pruned network.
     """
     if resume is None:
         given = Options(**options)

@@ -15,6 +15,7 @@ version = release = version_of("pyro-sbp")
 extensions = [
     "mathml",
     "myst_nb",
+    "pictures",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
@@ -45,10 +46,13 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Docstrings put code and names of Python between single backticks.
 default_role = "code"
+# Curly quotes, but no dashes: options of commands begin with two hyphens.
+smartquotes_action = "q"
 
 html_theme = "furo"
 html_title = f"pyro-sbp {version}"
-html_static_path: list[str] = []
-# Pages show pictures in <picture>, for light and dark, which Sphinx copies verbatim as HTML.
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Pages show pictures in <picture>, for light and dark, and Sphinx does not find their files.
 html_extra_path = [path.name for path in Path(__file__).parent.glob("*.svg")]
 html_show_copyright = False

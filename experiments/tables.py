@@ -26,6 +26,7 @@ from pyro_sbp.experiments import (
     method_tables,
     minilm_tables,
     network_tables,
+    prior_figure,
 )
 from pyro_sbp.experiments.rows import Record, read_records
 from pyro_sbp.experiments.survey import tables as survey_tables
@@ -156,15 +157,17 @@ def _run(root: Path, check: bool) -> list[str]:
         stale += found
     figures = frontier.out_of_date(root, records)
     of_minilm = minilm_tables.out_of_date(root)
+    of_prior = prior_figure.out_of_date(root)
     stale += [
         f"{name}: out of date: it is missing, or was drawn from other numbers"
-        for name in (*figures, *of_minilm)
+        for name in (*figures, *of_minilm, *of_prior)
     ]
     if check:
         return stale
     if figures:
         frontier.draw(root, records, figures)
     minilm_tables.draw(root, of_minilm)
+    prior_figure.draw(root, of_prior)
     for path, text in pages.items():
         try:
             write_text(path, text)

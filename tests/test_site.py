@@ -40,6 +40,19 @@ def test_every_picture_is_there(site):
     assert found > 4
 
 
+def test_pictures_follow_the_switch_of_the_theme(site):
+    for page, name in (("index", "frontier"), ("method", "prior")):
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        for kind, file in (("light", name), ("dark", f"{name}-dark")):
+            assert re.search(rf'<img class="only-{kind}" alt="[^"]+" src="{file}.svg">', text)
+        assert "<picture" not in text
+
+
+def test_options_of_commands_keep_their_two_hyphens(site):
+    text = (site / "reference" / "command_line.html").read_text(encoding="utf-8")
+    assert "--macs-ratio" in text and "\u2013" not in text
+
+
 def test_formulas_are_mathml(site):
     text = (site / "method.html").read_text(encoding="utf-8")
     assert text.count("<math ") > 20 and "\\mathrm" not in re.sub(r"<[^>]*>", "", text)

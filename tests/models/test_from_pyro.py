@@ -1,4 +1,4 @@
-"""The rows of the page "From Pyro": each is a test of the name that it makes."""
+"""The rows of the page "For Pyro users": each is a test of the name that it makes."""
 
 import importlib.util
 import io
