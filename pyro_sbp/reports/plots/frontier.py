@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.reports.plots.style import (
@@ -121,7 +121,7 @@ def draw_frontier(panels: Mapping[str, Sequence[Point]], columns: int = 1) -> Fi
                 ax.errorbar(point.macs_ratio, point.error, ends, fmt="none", ecolor=style["color"])
         ax.set(xscale="log", xlabel="times fewer MACs", ylabel="test error, %", title=title)
         ratios = [point.macs_ratio for point in points]
-        ax.set_xlim(min(0.9, 0.9 * min(ratios)), 1.9 * max(ratios))
+        ax.set_xlim(min(0.9, 0.9 * min(ratios)), 3.2 * max(ratios))
         ax.margins(y=0.12)
         _name_points(ax, points)
         plain_ticks(ax.xaxis)
@@ -140,28 +140,80 @@ def _placed(title: str, points: Sequence[Point]) -> list[Point]:
     return placed
 
 
+#: Approximate sizes in labels and markers, as shares of the axes.
+LETTER, LINE, MARKER = 0.0145, 0.045, 0.016
+#: The steps of one line, up or down, that a label may be moved, nearest first.
+STEPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)
+
+
+class _Box(NamedTuple):
+    """A rectangle in the coordinates of the axes, from 0 to 1."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    def overlap(self, other: _Box) -> float:
+        """The area that two rectangles share."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.top, other.top) - max(self.bottom, other.bottom)
+        return max(0.0, width) * max(0.0, height)
+
+
 def _name_points(ax: Any, points: Sequence[Point]) -> None:
-    """Add labels next to points, moved up or down so that they do not overlap."""
+    """Add labels in the colours of their points, where they overlap least."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-    letter, line, marker = 0.0145, 0.045, 0.014  # approximate shares of the axes
+
+    def height_of(error: float) -> float:
+        return (error - bottom) / (top - bottom)
+
     places = [
-        (
-            math.log(point.macs_ratio / left) / math.log(right / left),
-            (point.error - bottom) / (top - bottom),
-        )
+        (math.log(point.macs_ratio / left) / math.log(right / left), height_of(point.error))
         for point in points
     ]
-    taken = [(place - marker, place + marker, height) for place, height in places]
-    named = ((at, point.name) for at, point in zip(places, points, strict=True) if point.name)
-    for (place, height), name in sorted(named):
-        place += 0.02
-        for step in (0, 1, -1, 2, -2, 3, -3, 4, -4):
-            at = height + step * line
-            free = all(
-                abs(at - other) >= line or place > end or place + letter * len(name) < begin
-                for begin, end, other in taken
-            )
-            if free:
-                break
-        taken.append((place, place + letter * len(name), at))
-        ax.text(place, at, name, transform=ax.transAxes, fontsize=7.5, va="center")
+    taken = []
+    for point, (x, y) in zip(points, places, strict=True):
+        taken.append(_Box(x - MARKER, x + MARKER, y - MARKER, y + MARKER))
+        if point.spread:
+            low, high = map(height_of, point.spread)
+            taken.append(_Box(x - MARKER / 2, x + MARKER / 2, low, high))
+    named = [(place, point) for place, point in zip(places, points, strict=True) if point.name]
+    for (x, y), point in sorted(named, key=lambda pair: pair[0]):
+        box = min(_boxes(x, y, point.name), key=lambda box: _cost(box, taken))
+        taken.append(box)
+        colour = color_cycle()[KINDS[point.kind][1]]
+        to_right, middle = box.left > x, (box.bottom + box.top) / 2
+        ax.annotate(
+            point.name,
+            xy=(x, y),
+            xytext=(box.left if to_right else box.right, middle),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=7.5,
+            color=colour,
+            va="center",
+            ha="left" if to_right else "right",
+            # A line to the point of a label that was moved.
+            arrowprops=(
+                {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+                if abs(middle - y) > LINE / 2
+                else None
+            ),
+        )
+
+
+def _boxes(x: float, y: float, name: str) -> Iterator[_Box]:
+    """The boxes that a label may have, best first."""
+    width = LETTER * len(name)
+    for step in STEPS:
+        middle = y + step * LINE
+        for start in (x + 0.02, x - 0.02 - width):
+            yield _Box(start, start + width, middle - LINE / 2, middle + LINE / 2)
+
+
+def _cost(box: _Box, taken: Sequence[_Box]) -> float:
+    """The area of a label that is over others or outside the axes."""
+    area = (box.right - box.left) * (box.top - box.bottom)
+    outside = area - box.overlap(_Box(0, 1, 0, 1))
+    return round(outside + sum(map(box.overlap, taken)), 6)
