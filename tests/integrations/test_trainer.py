@@ -130,7 +130,7 @@ def test_a_checkpoint_holds_the_posterior(tmp_path):
 
 def test_the_noise_stays_after_training_until_it_is_pruned(tmp_path):
     net = model()
-    noise = pruner(net, noise_learning_rate=0.3, kl_scale=20.0)
+    noise = pruner(net, noise_learning_rate=0.3)
     fit = trainer(net, tmp_path, noise)
     fit.train()
     with pytest.raises(ValueError, match=r"saved while the noise of a Pruner .*pruner\.prune"):
