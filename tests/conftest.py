@@ -1,8 +1,9 @@
-"""Every test starts with the number of threads that pytest was started with."""
+"""Every test starts with the threads that pytest was started with, and the digits of mpmath."""
 
 import pyro
 import pytest
 import torch
+from mpmath import mp
 
 THREADS = torch.get_num_threads()
 
@@ -13,6 +14,13 @@ def threads_as_before():
     # several times.
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def digits_as_before():
+    digits = mp.dps
+    yield
+    mp.dps = digits
 
 
 @pytest.fixture

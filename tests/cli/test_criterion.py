@@ -80,6 +80,7 @@ def test_what_recursion_has_kept_is_judged_by_its_posterior(runs):
         assert kept(runs / "rbp", f"pruned-{criterion}-threshold-40") == expected != before
 
 
+@pytest.mark.slow
 def test_inspect_and_report_show_another_criterion(runs):
     text = run("inspect", runs / "sbp", "--criterion", "bmrs-u").stdout
     assert "; by bmrs-u" in text and "-dF_U median" in text and "(-dF_U) below 0.919" in text

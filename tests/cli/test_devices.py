@@ -290,6 +290,7 @@ def test_what_only_the_first_process_finds_ends_all_in_one_line(tmp_path):
     assert errors == f"Error: another process is writing {tmp_path}\n"
 
 
+@pytest.mark.slow
 def test_what_only_another_process_finds_is_told_by_it(tmp_path):
     for part, name in itertools.product(("train", "test"), ("a", "b")):
         (tmp_path / "images" / part / name).mkdir(parents=True)

@@ -83,6 +83,7 @@ def test_a_residual_network_gets_smaller_and_still_knows_digits(finished):
     assert error == pytest.approx(summary["error"]["finetuned"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_it_loads_to_the_same_outputs_where_pyro_cannot_be_imported(finished):
     root, _, _ = finished
     from own_resnet import ResNet

@@ -96,6 +96,7 @@ def test_prune_refuses_what_it_refuses_of_sbp(finished):
         assert result.exit_code == 2 and words in result.stderr, result.output
 
 
+@pytest.mark.slow
 def test_at_threshold_0_the_report_names_no_log_alpha(tmp_path):
     recipe = "dense_epochs = 0\nepochs = 1\nfinetune_epochs = 0\ncrop = 1\nthreshold = 0.0\n"
     (tmp_path / "all.toml").write_text(recipe)
@@ -108,6 +109,7 @@ def test_at_threshold_0_the_report_names_no_log_alpha(tmp_path):
     assert "-0 or less" not in page
 
 
+@pytest.mark.slow
 def test_of_random_labels_nothing_is_left_and_the_prediction_is_constant(tmp_path):
     recipe = QUICK.replace("epochs = 4", "epochs = 12").replace("finetune_epochs = 1\n", "")
     recipe += "random_labels = true\nkl_scale = 5.0\nfinetune_epochs = 0\n"

@@ -165,6 +165,7 @@ def workers_of(process):
     raise AssertionError("no worker was seen")
 
 
+@pytest.mark.slow
 def test_ctrl_c_for_the_whole_group_leaves_a_checkpoint(root, tmp_path):
     more = ("--epochs", 1000, "--workers", WORKERS, "--output-dir", tmp_path / "run")
     command = [sys.executable, "-c", "from pyro_sbp.cli import main; main()"]

@@ -64,6 +64,7 @@ def test_a_closed_stderr_does_not_end_the_command(lines, monkeypatch):
             warnings.warn("lost", stacklevel=1)
 
 
+@pytest.mark.slow
 def test_the_program_prints_lines_and_other_programs_do_not(tmp_path):
     (tmp_path / "old_network.py").write_text(NETWORK)
     arguments = ["train", "--arch", "old_network:missing", "--dataset", "digits"]

@@ -34,7 +34,10 @@ def call(*words):
     return result.stdout
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [name if name == "sbp" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+)
 def test_a_finished_run_is_read(old_run, method):
     run = old_run(method)
     summary = json.loads((run / "summary.json").read_text())
