@@ -52,9 +52,12 @@ def test_derivatives_are_differences(loc, scale, low, high):
 
 def test_cancellation_leaves_thirty_digits():
     # The worst corner: 1.1e5 scales outside. More digits change nothing before the thirtieth.
+    mp.dps = DIGITS
+    scale = mp.exp(-10)
+
     def corner(digits, monkeypatch):
         monkeypatch.setattr("pyro_sbp.experiments.truncated_normal_truth.DIGITS", digits)
-        t = Truth(5.0, mp.exp(-10), -20.0, 0.0)
+        t = Truth(5.0, scale, -20.0, 0.0)
         return t.kl, t.kl_d_loc, t.kl_d_log_scale, t.exp_variance, t.exp_mean_d_log_scale
 
     with pytest.MonkeyPatch.context() as monkeypatch:
