@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments import figure_files
+from pyro_sbp.experiments.figure_files import describe, write_figure
 from pyro_sbp.experiments.rows import TITLES, Record, Row, of_network, title
 from pyro_sbp.reports.plots.frontier import Point, draw_frontier, published_points
-from pyro_sbp.reports.plots.style import svg
-from pyro_sbp.training.files import write_whole
 
 __all__ = ["FILES", "draw", "out_of_date", "panels"]
 
@@ -54,22 +52,13 @@ def _beats(other: Row, row: Row) -> bool:
 
 
 def _description(drawn: Mapping[str, Sequence[Point]]) -> str:
-    """The description in the metadata of the files: a hash of the points, independent of the style
-    and of Matplotlib."""
     points = {title: [astuple(point) for point in points] for title, points in drawn.items()}
-    text = json.dumps(points, sort_keys=True)
-    return f"test error against times fewer MACs; data {hashlib.sha256(text.encode()).hexdigest()}"
+    return describe("test error against times fewer MACs", points)
 
 
 def out_of_date(root: Path, records: Sequence[Record]) -> list[str]:
     """The files that are missing or were drawn from other numbers."""
-    description = _description(panels(records))
-    paths = {name: root / name for name in FILES}
-    return [
-        name
-        for name, path in paths.items()
-        if not path.is_file() or description not in path.read_text("utf-8")
-    ]
+    return figure_files.out_of_date(root, FILES, _description(panels(records)))
 
 
 def draw(root: Path, records: Sequence[Record], names: Sequence[str]) -> None:
@@ -84,7 +73,4 @@ def draw(root: Path, records: Sequence[Record], names: Sequence[str]) -> None:
         raise RequestError("experiments/results has no record to draw")
     for name in names:
         figure = draw_frontier(drawn, columns=2, dark=FILES[name])
-        try:
-            write_whole(root / name, svg(figure, _description(drawn)))
-        except OSError as error:
-            raise RequestError(str(error)) from error
+        write_figure(root / name, figure, _description(drawn))

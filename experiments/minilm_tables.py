@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments import figure_files
+from pyro_sbp.experiments.figure_files import describe, write_figure
 from pyro_sbp.experiments.rows import markdown, unreadable
-from pyro_sbp.reports.plots.style import REMOVED, drawing, svg
-from pyro_sbp.training.files import write_whole
+from pyro_sbp.reports.plots.style import REMOVED, drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,19 +165,13 @@ def _drawn(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def _description(drawn: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
-    return f"heads and MLP units of MiniLM; data {digest}"
+    return describe("heads and MLP units of MiniLM", drawn)
 
 
 def out_of_date(root: Path) -> list[str]:
     """The files of the figure that are missing or were drawn from other numbers."""
     drawn = _drawn(root)
-    paths = {name: root / name for name in FILES} if drawn else {}
-    return [
-        name
-        for name, path in paths.items()
-        if not path.is_file() or _description(drawn) not in path.read_text("utf-8")
-    ]
+    return figure_files.out_of_date(root, FILES if drawn else (), _description(drawn))
 
 
 def draw(root: Path, names: Sequence[str]) -> None:
@@ -189,10 +183,7 @@ def draw(root: Path, names: Sequence[str]) -> None:
     drawn = _drawn(root)
     for name in names:
         figure = draw_units(drawn, 12, 1_536, dark=FILES[name])
-        try:
-            write_whole(root / name, svg(figure, _description(drawn)))
-        except OSError as error:
-            raise RequestError(str(error)) from error
+        write_figure(root / name, figure, _description(drawn))
 
 
 @drawing

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyro_sbp.errors import RequestError
-from pyro_sbp.reports.plots.style import REMOVED, color_cycle, drawing, new_figure, svg
-from pyro_sbp.training.files import write_whole
+from pyro_sbp.experiments import figure_files
+from pyro_sbp.experiments.figure_files import describe, write_figure
+from pyro_sbp.reports.plots.style import REMOVED, color_cycle, drawing, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,9 +44,7 @@ def moments() -> dict[str, tuple[float, float, float]]:
 
 def _description(drawn: Mapping[str, Sequence[float]]) -> str:
     numbers = {title: [f"{value:.4g}" for value in values] for title, values in drawn.items()}
-    text = json.dumps([POSTERIORS, numbers], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"prior and posteriors of SBP; data {digest}"
+    return describe("prior and posteriors of SBP", [POSTERIORS, numbers])
 
 
 def out_of_date(root: Path) -> list[str]:
@@ -56,13 +52,7 @@ def out_of_date(root: Path) -> list[str]:
     checkout without the page that shows them."""
     if not (root / PAGE).is_file():
         return []
-    description = _description(moments())
-    paths = {name: root / name for name in FILES}
-    return [
-        name
-        for name, path in paths.items()
-        if not path.is_file() or description not in path.read_text("utf-8")
-    ]
+    return figure_files.out_of_date(root, FILES, _description(moments()))
 
 
 def draw(root: Path, names: Sequence[str]) -> None:
@@ -74,10 +64,7 @@ def draw(root: Path, names: Sequence[str]) -> None:
     drawn = moments() if names else {}
     for name in names:
         figure = draw_prior(drawn, dark=FILES[name])
-        try:
-            write_whole(root / name, svg(figure, _description(drawn)))
-        except OSError as error:
-            raise RequestError(str(error)) from error
+        write_figure(root / name, figure, _description(drawn))
 
 
 @drawing

@@ -1,4 +1,4 @@
-"""Every test starts with the threads that pytest was started with, and the digits of mpmath."""
+"""Every test starts with the number of threads and the digits of mpmath of the first test."""
 
 import pyro
 import pytest

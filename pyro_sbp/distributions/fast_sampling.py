@@ -27,13 +27,12 @@ from pyro_sbp.special.derivatives import (
     may_look,
     without_copies,
 )
-from pyro_sbp.special.frame import frame
+from pyro_sbp.special.frame import SQRT_HALF, frame
 from pyro_sbp.special.quantiles import quantile_pairs
 
 __all__ = ["exp_quantile", "quantile", "uniform"]
 
 _FAR = 2.5
-_SQRT_HALF = math.sqrt(0.5)
 # exp() below -_MOST_DROP and erfc() beyond _MOST return subnormal numbers, which are slow on CPUs.
 _MOST_DROP = 700.0
 _MOST = 37.0
@@ -157,12 +156,12 @@ class _Terms(NamedTuple):
 def _terms(*parameters: Tensor) -> _Terms:
     loc, scale, low, high = (constant(without_copies(x)) for x in parameters)
     _, ends = scaled_ends(loc, scale, low, high)
-    limit = _FAR * _SQRT_HALF
+    limit = _FAR * SQRT_HALF
     is_near = may_look(ends) and ends.numel() > 0 and _all_near(ends, limit)
     far = None if is_near else (ends[0] > limit) | (ends[1] < -limit)
     # vmap has no rule for the in-place function.
     clamp = ends.clamp_ if may_look(ends) else ends.clamp
-    ends = clamp(-_MOST * _SQRT_HALF, _MOST * _SQRT_HALF)
+    ends = clamp(-_MOST * SQRT_HALF, _MOST * SQRT_HALF)
     density = torch.addcmul(ends.new_zeros(()), ends, ends, value=-1).exp_()
     of_near = (_with_rise(x) for x in (ends.erf(), density, ends.mul_(density)))
     near = _Near(*(x for pair in of_near for x in pair))
