@@ -11,9 +11,11 @@ from torch import Tensor
 
 __all__ = [
     "PROPERTIES",
+    "address_of",
     "changes_in_place",
     "has_nan",
     "is_inexact",
+    "may_change_arguments",
     "operation_name",
     "tensors_in",
     "unobserved",
@@ -65,6 +67,19 @@ def changes_in_place(func: Any) -> bool:
     if name == "__setitem__" or name.startswith("__i"):
         return True
     return name.endswith("_") and not name.endswith("__")
+
+
+def may_change_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function may change its arguments in place, according to its name and arguments."""
+    if changes_in_place(func) or "out" in kwargs:
+        return True
+    return any(value is True for value in (*args, *kwargs.values()))  # such as `inplace`
+
+
+def address_of(tensor: Tensor) -> int:
+    """The address of the storage of a tensor, which its views share."""
+    address: int = torch._C._storage_address(tensor)  # type: ignore[attr-defined]  # no stub
+    return address
 
 
 def operation_name(func: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,16 @@ from pyro_sbp.gates.functions import changes_in_place, has_nan, is_inexact, tens
 from pyro_sbp.gates.layers import known_tensors
 from pyro_sbp.gates.products import dimensions, multiplied
 
-__all__ = ["Follower", "LooseTensors", "Place", "Slices", "decode", "slices_to_try"]
+__all__ = [
+    "Follower",
+    "LooseTensors",
+    "Meetings",
+    "Met",
+    "Place",
+    "Slices",
+    "decode",
+    "slices_to_try",
+]
 
 #: The place of a tensor: the name of its module, and its name in the module.
 Place = tuple[str, str]
@@ -73,6 +82,26 @@ class Follower:
     columns: dict[str, Tensor]
 
 
+class Meetings(Protocol):
+    """A record of tensors of a network that are combined with data."""
+
+    def meet(self, places: Iterable[Place], data: Iterable[Tensor]) -> None:
+        """Record that a function combines tensors of the network with data."""
+
+
+@dataclass
+class Met:
+    """The places of the tensors that are combined with NaN of the data."""
+
+    places: set[Place] = field(default_factory=set)
+
+    def meet(self, places: Iterable[Place], data: Iterable[Tensor]) -> None:
+        """Record that a function combines tensors of the network with data."""
+        new = set(places) - self.places
+        if new and any(map(has_nan, data)):
+            self.places |= new
+
+
 @dataclass
 class LooseTensors:
     """The tensors of a network, and tensors that are computed from them without data.
@@ -80,14 +109,12 @@ class LooseTensors:
     Attributes:
         net: the network.
         places: from the place of each tensor that belongs to no known layer to the tensor.
-        watching: whether `met` is recorded.
-        met: the places of the tensors that are combined with NaN of the data in a function.
+        meetings: records which of these tensors a function combines with data, or None.
     """
 
     net: nn.Module
-    watching: bool = False
     places: dict[Place, Tensor] = field(default_factory=dict)
-    met: set[Place] = field(default_factory=set)
+    meetings: Meetings | None = None
 
     def __post_init__(self) -> None:
         self._own: dict[int, tuple[Tensor, frozenset[Place]]] = {}
@@ -163,15 +190,16 @@ class LooseTensors:
             return
         if inputs and found[0] is not None and changes_in_place(func):
             self._sources.pop(id(inputs[0]), None)
-        if self.watching and sources & self.places.keys() - self.met:
-            data = (tensor for tensor, of in zip(inputs, found, strict=True) if of is None)
-            if any(has_nan(tensor) for tensor in data):
-                self.met |= sources & self.places.keys()
+        data = (tensor for tensor, of in zip(inputs, found, strict=True) if of is None)
+        self._meet(sources, data)
 
-    def meet(self, tensor: Tensor) -> None:
-        """Record that a tensor is added to NaN of the data."""
-        if self.watching:
-            self.met |= (self.sources(tensor) or frozenset()) & self.places.keys()
+    def meet(self, tensor: Tensor, data: Iterable[Tensor]) -> None:
+        """Record that a tensor is combined with data."""
+        self._meet(self.sources(tensor) or frozenset(), data)
+
+    def _meet(self, sources: frozenset[Place], data: Iterable[Tensor]) -> None:
+        if self.meetings is not None and sources:
+            self.meetings.meet(sources & self.places.keys(), data)
 
     def fill(self, slices: Slices, chosen: Tensor) -> None:
         """Set some slices to NaN, in place, until `restore` is called."""

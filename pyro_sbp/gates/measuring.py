@@ -6,8 +6,11 @@ flatten, concatenation, pooling or sums. The numbers of the channels are coded i
 2 log2(channels) passes distinguish all channels of a writer. If a column sees exactly one of each
 bit and its complement, a single channel reaches it, and the bits are its number. If several
 channels reach a column, classes of channels replace the channels: the heads of attention, the
-halves of a gated linear unit, the groups of a group norm. Writers that reach no common column share
-a pass.
+halves of a gated linear unit, the groups of a group norm.
+
+Writers share passes. In the pass that sets all channels to NaN, these are writers whose values
+cannot reach the same layer. In the coded passes, they are writers that reach no common column, or
+have equally many channels.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
 from pyro_sbp.gates.classes import bits_of, codes, numbers_of, partitions_that_fit
+from pyro_sbp.gates.flow import OUTPUT, Flow, apart
 from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.functions import PROPERTIES, has_nan, tensors_in, unobserved
 from pyro_sbp.gates.guards import Guards
@@ -32,6 +36,8 @@ from pyro_sbp.gates.layers import channel_dim, is_matrix
 from pyro_sbp.gates.loose import (
     Follower,
     LooseTensors,
+    Met,
+    Place,
     Slices,
     decode,
     slices_to_try,
@@ -83,6 +89,7 @@ class Probe(TorchFunctionMode):
         self.state = State(net)
         self.total: Counter[str] = Counter()
         self.trace: set[int] | None = None
+        self.flow: Flow | None = None
         #: During `settle`: the names that see NaN in whole rows, and those that see other NaN.
         self.spread: set[str] | None = None
         self.partial: set[str] | None = None
@@ -139,19 +146,27 @@ class Probe(TorchFunctionMode):
             out = self.guards(func, args, kwargs)
             with unobserved():
                 self.loose.watch(func, args, kwargs, out)
+                if self.flow is not None:
+                    self.flow.follow(func, args, kwargs, out)
                 self.number += 1
                 if self.trace is not None and isinstance(out, Tensor) and has_nan(out):
                     self.trace.add(self.number)
             return out
         if first or not use.writes:
             out = self.replay(func, args, kwargs)
+            if self.flow is not None:
+                with unobserved():
+                    self.flow.follow(func, args, kwargs, out)
             if first and use.writes:
                 with unobserved():
                     self.clean.setdefault(use.name, []).append(map_tensors(torch.clone, out))
                 self.answers.setdefault(use.name, []).append(out)
             return out
         with unobserved():
-            return self._answer(use, index)
+            out = self._answer(use, index)
+            if self.flow is not None:
+                self._write(self.flow, use, out)
+            return out
 
     def _look(self, use: Use) -> int:
         """Record which columns of a layer see NaN. Return the number of its earlier calls.
@@ -162,6 +177,8 @@ class Probe(TorchFunctionMode):
         index = self.calls[use.name]
         self.calls[use.name] += 1
         for name, x, dim in use.sees:
+            if self.flow is not None:
+                self.flow.reach(name, [x])
             # A sum is NaN if one of its terms is NaN. It needs no copy of the tensor.
             rest = [d for d in range(x.ndim) if d != dim]
             self._see(name, (x.sum(rest) if rest else x).isnan())
@@ -185,11 +202,21 @@ class Probe(TorchFunctionMode):
 
     def _see_weight(self, use: Use, weight: Tensor) -> None:
         """Record the columns of NaN in a weight that is computed from several tensors."""
-        if any(has_nan(x) for _, x, _ in use.sees):
-            self.loose.meet(weight)
+        self.loose.meet(weight, (x for _, x, _ in use.sees))
         columns = _whole_slices(weight, use.weight_dims[1])
         if use.writes and bool(columns.any()):
             self._see(use.name, columns.repeat(self.uses.layouts[use.name].groups))
+
+    def _write(self, flow: Flow, use: Use, out: Any) -> None:
+        """Record the output of a writer, and what its own injection reaches."""
+        flow.write(use.name, out)
+        outputs = list(tensors_in([out]))
+        for tensor in (use.bias, use.weight):
+            if tensor is not None:
+                self.loose.meet(tensor, outputs)
+        hidden = hidden_of(use.name)
+        if hidden in self.uses.layouts:
+            flow.reach(hidden, outputs)
 
     def _answer(self, use: Use, index: int) -> Any:
         """The output of a layer in the first pass, with NaN in some channels."""
@@ -208,10 +235,6 @@ class Probe(TorchFunctionMode):
             assert use.out_dim is not None
             out.movedim(use.out_dim, 0)[rows] = torch.nan
         if use.name in self.inject:
-            if use.bias is not None:
-                self.loose.meet(use.bias)
-            if use.weight is not None:
-                self.loose.meet(use.weight)
             chosen, layer = self.inject[use.name], self.uses.module(use.name)
             for tensor in tensors_of(out):
                 dim = use.out_dim
@@ -221,6 +244,9 @@ class Probe(TorchFunctionMode):
                 channels = tensor.movedim(dim, 0)
                 # Both directions of a recurrent layer have the same units.
                 channels[chosen.repeat(len(channels) // len(chosen))] = torch.nan
+                for computed in (use.bias, use.weight):
+                    if computed is not None:
+                        self.loose.meet(computed, [tensor])
             hidden = hidden_of(use.name)
             if hidden in self.uses.layouts:
                 self._see(hidden, chosen)
@@ -340,7 +366,10 @@ def _pass(
         return False
     except Exception as error:  # a network's own code may raise anything
         raise _Astray(f"the network fails on NaN in it: {first_line(error)}") from error
-    return any(map(has_nan, tensors_of(output)))
+    outputs = list(tensors_of(output))
+    if probe.flow is not None:
+        probe.flow.reach(OUTPUT, outputs)
+    return any(map(has_nan, outputs))
 
 
 def matrices(net: nn.Module) -> list[str]:
@@ -355,35 +384,87 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
         probe: the probe of the network, after its first pass.
         writers: the names of the layers that produce units.
     """
-    layouts, reaches = probe.uses.layouts, []
-    for writer in writers:
-        reach = Reach(writer, torch.arange(layouts[writer].size, device="cpu"))
-        reaches.append(reach)
-        probe.loose.met = reach.met
-        probe.loose.watching = True
-        try:
-            if _pass(
-                probe, {writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")}
-            ):
-                reach.problem = "reaches an output of the network"
-                continue
-        except _Astray as error:
-            reach.problem = str(error)
-            continue
-        finally:
-            probe.loose.watching = False
-        reach.seen = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
-        own = hidden_of(writer)
-        if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
-            reach.problem = _UNREAD
-    _join_unread(probe, reaches)
-    for together in _apart([reach for reach in reaches if reach.problem is None]):
+    layouts = probe.uses.layouts
+    reaches = {
+        writer: Reach(writer, torch.arange(layouts[writer].size, device="cpu"))
+        for writer in writers
+    }
+    _measure_reach(probe, reaches)
+    _join_unread(probe, list(reaches.values()))
+    _decode_alike(probe, [reach for reach in reaches.values() if reach.problem is None])
+    unknown = [r for r in reaches.values() if r.problem is None and not r.columns]
+    for together in _apart(unknown):
         _decode(probe, together)
-    problems = {reach.writer: reach.problem for reach in reaches}
-    for reach in reaches:
+    problems = {reach.writer: reach.problem for reach in reaches.values()}
+    for reach in reaches.values():
         if reach.beside is not None and problems[reach.beside] is not None:
             reach.problem = _UNREAD
-    return reaches
+    return list(reaches.values())
+
+
+def _measure_reach(probe: Probe, reaches: Mapping[str, Reach]) -> None:
+    """Measure which columns any row of each writer reaches.
+
+    Writers whose values cannot reach the same layer share a pass.
+    """
+    probe.flow = probe.loose.meetings = flow = Flow()
+    try:
+        _pass(probe, {})
+        bounds = {writer: flow.reached_by(writer) for writer in reaches}
+    except _Astray:
+        bounds = {}
+    finally:
+        probe.flow = probe.loose.meetings = None
+    for writers in apart(bounds) if bounds else [[writer] for writer in reaches]:
+        members = [reaches[writer] for writer in writers]
+        together = len(members) > 1
+        if not together or not _reach_of(probe, members, bounds):
+            for member in members:
+                _reach_of(probe, [member], {})
+
+
+def _reach_of(
+    probe: Probe, reaches: Sequence[Reach], bounds: Mapping[str, set[str | Place]]
+) -> bool:
+    """Measure which columns any row of some writers reaches, in one pass.
+
+    Args:
+        probe: the probe.
+        reaches: the writers.
+        bounds: what each of several writers may reach.
+
+    Returns:
+        False if it cannot be decided which of several writers reaches a column.
+    """
+    inject = {
+        reach.writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")
+        for reach in reaches
+    }
+    probe.loose.meetings = met = Met()
+    try:
+        hits_output = _pass(probe, inject)
+    except _Astray as error:
+        if len(reaches) > 1:
+            return False
+        reaches[0].problem = str(error)
+        return True
+    finally:
+        probe.loose.meetings = None
+    hits = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
+    found: set[str | Place] = {*hits, *met.places, *([OUTPUT] if hits_output else [])}
+    if len(reaches) > 1 and not found <= set().union(*(bounds[r.writer] for r in reaches)):
+        return False
+    for reach in reaches:
+        mine = bounds.get(reach.writer, found)
+        if OUTPUT in found & mine:
+            reach.problem = "reaches an output of the network"
+            continue
+        reach.seen = {name: hit for name, hit in hits.items() if name in mine}
+        reach.met = met.places & mine
+        own, layouts = hidden_of(reach.writer), probe.uses.layouts
+        if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
+            reach.problem = _UNREAD
+    return True
 
 
 def _join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
@@ -488,13 +569,20 @@ def _passes_of(
     return passes
 
 
-def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
-    """Divide writers into sets in which no two writers reach a common column."""
+def _apart(reaches: Sequence[Reach], unless_alike: bool = False) -> list[list[Reach]]:
+    """Divide writers into sets in which no two writers reach a common column.
+
+    Args:
+        reaches: the measurements of the writers.
+        unless_alike: whether writers with the same number of rows may reach a common column.
+    """
+    # For each column, the number of rows of the writers that reach it, or 0.
     sets: list[tuple[list[Reach], dict[str, Tensor]]] = []
     for reach in reaches:
+        allowed = {0, reach.size} if unless_alike else {0}
         for chosen in sets:
-            taken = chosen[1]
-            if not any(bool((taken[n] & h).any()) for n, h in reach.seen.items() if n in taken):
+            meets = (chosen[1][name][hit] for name, hit in reach.seen.items() if name in chosen[1])
+            if all(allowed.issuperset(sizes.unique().tolist()) for sizes in meets):
                 break
         else:
             chosen = ([], {})
@@ -502,8 +590,22 @@ def _apart(reaches: Sequence[Reach]) -> list[list[Reach]]:
         members, taken = chosen
         members.append(reach)
         for name, hit in reach.seen.items():
-            taken[name] = taken[name] | hit if name in taken else hit
+            taken[name] = torch.where(hit, reach.size, taken.get(name, 0))
     return [members for members, _ in sets]
+
+
+def _decode_alike(probe: Probe, reaches: Sequence[Reach]) -> None:
+    """Find the row that reaches each column, if it has the same number in all writers.
+
+    The writers of a residual stream are an example. Their rows with the same bits share a pass. If
+    a column sees exactly one of each bit and its complement, only rows of one number reach it,
+    whatever their writer. Other writers are left for `_decode`.
+    """
+    for together in _apart(reaches, unless_alike=True):
+        decodings = [_Decoding(reach, partial=True) for reach in together]
+        _decode_bits(probe, decodings)
+        for decoding in decodings:
+            decoding.finish()
 
 
 def _decode(probe: Probe, reaches: Sequence[Reach]) -> None:

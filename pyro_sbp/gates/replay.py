@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_sbp.gates.functions import changes_in_place, unobserved
+from pyro_sbp.gates.functions import address_of, may_change_arguments, unobserved
 
 __all__ = ["Replay"]
 
@@ -54,7 +54,7 @@ class Replay:
         """
         self._recording = first
         self._used: Counter[Any] = Counter()
-        self._changed = set(map(_address, changed))
+        self._changed = set(map(address_of, changed))
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def finish(self) -> None:
@@ -79,7 +79,7 @@ class Replay:
                     self._keep(key, tensors, out)
             return out
         results = self.known.get(key) if key is not None else None
-        clean = not self._changed or self._changed.isdisjoint(map(_address, tensors))
+        clean = not self._changed or self._changed.isdisjoint(map(address_of, tensors))
         if clean and results is not None and self._used[key] < len(results):
             self._used[key] += 1
             out = results[self._used[key] - 1]
@@ -95,33 +95,32 @@ class Replay:
             _key(out, results)
         self._alive += tensors
         for tensor in results:
-            if _address(tensor) not in self._addresses:
+            if address_of(tensor) not in self._addresses:
                 self._size += tensor.numel() * tensor.element_size()
-        self._addresses.update(map(_address, (*tensors, *results)))
+        self._addresses.update(map(address_of, (*tensors, *results)))
 
     def _compute(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Call a function, and record which results of the first pass it changes."""
-        mine = [tensor for tensor in tensors if _address(tensor) in self._addresses]
+        mine = [tensor for tensor in tensors if address_of(tensor) in self._addresses]
         if not mine:
             return func(*args, **kwargs)
         with unobserved():
             versions = [tensor._version for tensor in mine]
-            copies = [tensor.clone() for tensor in mine] if _in_place(func, args, kwargs) else None
+            copies = (
+                [tensor.clone() for tensor in mine]
+                if may_change_arguments(func, args, kwargs)
+                else None
+            )
         out = func(*args, **kwargs)
         with unobserved():
             for place, (tensor, version) in enumerate(zip(mine, versions, strict=True)):
                 if tensor._version != version:
-                    self._changed.add(_address(tensor))
+                    self._changed.add(address_of(tensor))
                     if copies is not None:
                         self._before.append((tensor, copies[place]))
                     else:  # its original value is lost
                         self.known = {}
         return out
-
-
-def _address(tensor: Tensor) -> int:
-    address: int = torch._C._storage_address(tensor)  # type: ignore[attr-defined]  # no stub
-    return address
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
@@ -140,10 +139,3 @@ def _key(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, slice):
         return slice, _key((value.start, value.stop, value.step), tensors)
     raise _Unknown
-
-
-def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function may change its arguments."""
-    if changes_in_place(func) or "out" in kwargs:
-        return True
-    return any(value is True for value in (*args, *kwargs.values()))  # such as `inplace`

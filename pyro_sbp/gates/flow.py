@@ -1,0 +1,97 @@
+"""Which layers the values of a writer may reach, according to the tensors that functions pass on.
+
+This is an upper bound for what is measured with NaN. It finds writers whose measurements can share
+a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pyro_sbp.gates.functions import address_of, may_change_arguments, tensors_in
+from pyro_sbp.gates.loose import Place
+
+__all__ = ["OUTPUT", "Flow", "apart"]
+
+#: The key for the output of the network.
+OUTPUT = "output of the network"
+#: A layer, the place of another tensor, or `OUTPUT`.
+Key = str | Place
+
+
+class Flow:
+    """Follow the values of writers through the functions of one call of a network.
+
+    A storage has marks, one bit for each writer whose values it may hold. The result of a function
+    has the marks of all arguments. The output of a writer has only its own mark.
+    """
+
+    def __init__(self) -> None:
+        self._bits: dict[str, int] = {}
+        self._marks: dict[int, int] = {}
+        self._reached: dict[Key, int] = {}
+        #: The marks of tensors whose values have left torch, and may come back in new tensors.
+        self._escaped = 0
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """The marks of tensors."""
+        marks = 0
+        for tensor in tensors:
+            marks |= self._marks.get(address_of(tensor), 0)
+        return marks
+
+    def meet(self, places: Iterable[Place], data: Iterable[Tensor]) -> None:
+        """Record that a function combines other tensors of the network with data."""
+        tensors = list(data)
+        for place in places:
+            self.reach(place, tensors)
+
+    def reach(self, key: Key, tensors: Iterable[Tensor]) -> None:
+        """Record that a layer or another tensor of the network is combined with tensors."""
+        self._reached[key] = self._reached.get(key, 0) | self.of(tensors)
+
+    def write(self, writer: str, out: Any) -> None:
+        """Record the output of a writer."""
+        bit = self._bits.setdefault(writer, 1 << len(self._bits))
+        for tensor in tensors_in([out]):
+            self._marks[address_of(tensor)] = bit
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Record a call of a function that is not a writer."""
+        inputs = list(tensors_in((*args, *kwargs.values())))
+        marks = self.of(inputs)
+        results = list(tensors_in([out]))
+        if not results and not isinstance(out, bool | int | type(None)):
+            self._escaped |= marks
+        marks |= self._escaped
+        if marks:
+            if may_change_arguments(func, args, kwargs):
+                results += inputs
+            for tensor in results:
+                address = address_of(tensor)
+                self._marks[address] = self._marks.get(address, 0) | marks
+
+    def reached_by(self, writer: str) -> set[Key]:
+        """The keys that the values of a writer may reach."""
+        bit = self._bits.get(writer, 0)
+        return {key for key, marks in self._reached.items() if marks & bit}
+
+
+def apart(keys: Mapping[str, set[Key]]) -> list[list[str]]:
+    """Divide writers into groups in which no two writers reach the same layer or tensor.
+
+    Args:
+        keys: from a writer to what it may reach.
+    """
+    groups: list[tuple[list[str], set[Key]]] = []
+    for writer, reached in keys.items():
+        group = next((group for group in groups if group[1].isdisjoint(reached)), None)
+        if group is None:
+            group = ([], set())
+            groups.append(group)
+        group[0].append(writer)
+        group[1].update(reached)
+    return [members for members, _ in groups]
