@@ -72,6 +72,8 @@ OF_OTHER_RECORDS: dict[str, Callable[..., str]] = {
     "survey-blocks": survey_tables.blocks,
     "survey-by-block": survey_tables.by_block,
     "survey-torch-pruning": survey_tables.against,
+    "survey-seconds": survey_tables.seconds,
+    "survey-slowest": survey_tables.slowest,
 }
 
 _BEGIN = re.compile(r"<!--\s*table:\s*(.*?)\s*-->\s*")

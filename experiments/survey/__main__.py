@@ -1,6 +1,7 @@
 """Survey a collection of networks, each in a process of its own with a time limit.
 
 python -m pyro_sbp.experiments.survey COLLECTION [NAME ...] [--against torch-pruning]
+    [--before DIRECTORY]
 
 Networks have random weights, and nothing is downloaded. A network whose record exists is not
 measured again, so that a survey that was interrupted can be continued.
@@ -18,7 +19,8 @@ from pyro_sbp.errors import RequestError, did_you_mean, first_line
 from pyro_sbp.experiments.extra import check_installed
 from pyro_sbp.experiments.survey import records
 from pyro_sbp.experiments.survey.collections import COLLECTIONS, collection
-from pyro_sbp.experiments.survey.processes import measured
+from pyro_sbp.experiments.survey.other_version import version_of
+from pyro_sbp.experiments.survey.processes import Comparisons, measured
 
 __all__ = ["main"]
 
@@ -31,11 +33,14 @@ def _line(name: str, row: dict[str, Any]) -> str:
     gated, layers = row["attention"]
     other = row.get("torch_pruning", {})
     theirs = other.get("failed", f"{other.get('max_rel_diff', -1):.0e}") if other else ""
+    before = row.get("before", {})
+    earlier = before.get("failed", f"{before.get('cpu_seconds')} s") if before else ""
     return (
         f"{name}: {row['gates']} gates of {row['units']:,} units, {row['macs_left']:.0%} of MACs "
         f"left{inside}, {gated} of {layers} attention layers, difference "
         f"{row['max_rel_diff']:.0e}, {row['cpu_seconds']} s"
         + (f"; Torch-Pruning: {theirs}" if theirs else "")
+        + (f"; before: {earlier}" if earlier else "")
     )
 
 
@@ -54,22 +59,32 @@ def _survey(options: argparse.Namespace) -> None:
     for library in libraries:
         if find_spec(library.replace("-", "_")) is None:
             raise RequestError(f"this needs {library}: pip install {library}")
+    comparisons = Comparisons(options.against == "torch-pruning", options.before)
     fresh = records.new(options.collection, libraries, options.against)
+    if options.before:
+        fresh["before"] = version_of(options.before)
     if records.path_of(options.collection, directory).exists():
         record = records.read(options.collection, directory)
         record["versions"] = {**fresh["versions"], **record["versions"]}
         if options.against:
             record["command"] = fresh["command"]
+        if record.setdefault("before", fresh.get("before")) != fresh.get(
+            "before", record["before"]
+        ):
+            raise RequestError(
+                f"the record compares with version {record['before']}; for another version, use "
+                "--output-dir with a new directory"
+            )
     else:
         record = fresh
     for name in _names(options.collection, options.networks):
         found = record["networks"].get(name)
         complete = found is not None and (
-            not options.against or "torch_pruning" in found or "failed" in found
+            "failed" in found or found.keys() >= set(comparisons.keys)
         )
         if complete and not options.again:
             continue
-        row = measured(options.collection, name, options.against, options.limit)
+        row = measured(options.collection, name, options.limit, comparisons)
         records.add(record, name, row, directory)
         print(_line(name, row), flush=True)
 
@@ -82,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("collection", choices=COLLECTIONS)
     parser.add_argument("networks", nargs="*", help="names; all networks if none is given")
     parser.add_argument("--against", choices=("torch-pruning",), help="cut them with it as well")
+    parser.add_argument(
+        "--before",
+        metavar="DIRECTORY",
+        help="find the gates with the version of the package in this git checkout as well",
+    )
     parser.add_argument("--again", action="store_true", help="measure networks that have a record")
     parser.add_argument("--limit", type=float, default=150.0, help="CPU seconds for each network")
     parser.add_argument("--output-dir", default=str(records.DIRECTORY), help="of the records")

@@ -7,13 +7,14 @@ import resource
 import signal
 import time
 import warnings
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from pyro_sbp.errors import first_line
 from pyro_sbp.experiments.survey.collections import collection
 
-__all__ = ["measured"]
+__all__ = ["Comparisons", "measured"]
 
 #: How many times longer than its time limit a process may take where others use the processor.
 _SLOWER = 10
@@ -23,23 +24,44 @@ _LIMIT_OF_OTHERS = 10.0
 _PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 
 
-def measured(collected: str, name: str, against: str | None, limit: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Comparisons:
+    """With what a network is compared.
+
+    Attributes:
+        torch_pruning: whether Torch-Pruning cuts it as well.
+        before: the directory of another version of the package, or None.
+    """
+
+    torch_pruning: bool = False
+    before: str | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the results in the record of a network."""
+        asked = {"torch_pruning": self.torch_pruning, "before": self.before is not None}
+        return [key for key, wanted in asked.items() if wanted]
+
+
+def measured(
+    collected: str, name: str, limit: float, comparisons: Comparisons = Comparisons()
+) -> dict[str, Any]:
     """Measure a network in a process of its own.
 
     Args:
         collected: the collection.
-        name: of the network.
-        against: "torch-pruning", to cut it with that as well.
-        limit: seconds of the processor that the process may take.
+        name: the name of the network.
+        limit: the CPU seconds that the process may take, and that another version may take.
+        comparisons: with what the network is compared.
 
     Returns:
-        What was measured; ``failed`` is the reason if nothing was.
+        The measurements. If nothing was measured, ``failed`` is the reason.
     """
     context = multiprocessing.get_context("forkserver")
     libraries = [library.replace("-", "_") for library in collection(collected).LIBRARIES]
     context.set_forkserver_preload([*_PRELOADED, *libraries])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, collected, name, against, limit))
+    process = context.Process(target=_measure, args=(sender, collected, name, limit, comparisons))
     process.start()
     sender.close()
     deadline = time.monotonic() + _SLOWER * limit
@@ -56,13 +78,13 @@ def measured(collected: str, name: str, against: str | None, limit: float) -> di
     row: dict[str, Any] = {}
     for part in parts:
         row |= part
-    wanted = 1 if against is None or "failed" in row else 2
-    if len(parts) >= wanted:
-        return row
-    if row:
-        failed = {"failed": _why(process.exitcode, _LIMIT_OF_OTHERS, finished)}
-        return {**row, "torch_pruning": failed}
-    return {"failed": _why(process.exitcode, limit, finished)}
+    if not row:
+        return {"failed": _why(process.exitcode, limit, finished)}
+    missing = [key for key in comparisons.keys if key not in row and "failed" not in row]
+    if missing:
+        seconds = _LIMIT_OF_OTHERS if missing[0] == "torch_pruning" else limit
+        row[missing[0]] = {"failed": _why(process.exitcode, seconds, finished)}
+    return row
 
 
 def _why(status: int | None, limit: float, finished: bool) -> str:
@@ -74,9 +96,9 @@ def _why(status: int | None, limit: float, finished: bool) -> str:
 
 
 def _measure(
-    sender: Connection, collected: str, name: str, against: str | None, limit: float
+    sender: Connection, collected: str, name: str, limit: float, comparisons: Comparisons
 ) -> None:
-    """Send what is measured, and what Torch-Pruning does."""
+    """Send what is measured, then the results of the comparisons."""
     import torch
 
     from pyro_sbp.experiments.survey.measurement import Prepared, measure
@@ -93,11 +115,20 @@ def _measure(
     except Exception as error:  # networks may raise anything
         row = {"failed": f"{type(error).__name__}: {first_line(error)}"[:300]}
     sender.send(row)
-    if against and prepared is not None and "failed" not in row:
+    if "failed" in row:
+        return
+    if comparisons.torch_pruning and prepared is not None:
         from pyro_sbp.experiments.survey.torch_pruning_cut import compare
 
         _limit(_LIMIT_OF_OTHERS)
         sender.send({"torch_pruning": compare(prepared)})
+    if comparisons.before is not None:
+        from pyro_sbp.experiments.survey.other_version import find
+
+        del prepared
+        _limit(limit)
+        torch.manual_seed(0)
+        sender.send({"before": find(collection(collected).build(name), comparisons.before)})
 
 
 def _limit(seconds: float) -> None:

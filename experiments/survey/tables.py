@@ -13,13 +13,15 @@ from pyro_sbp.experiments.rows import markdown
 from pyro_sbp.experiments.survey.collections import COLLECTIONS, collection
 from pyro_sbp.experiments.survey.records import DIRECTORY, path_of, read
 
-__all__ = ["against", "blocks", "by_block", "families", "summary"]
+__all__ = ["against", "blocks", "by_block", "families", "seconds", "slowest", "summary"]
 
 _Row = Mapping[str, Any]
 #: The largest difference of a cut that is called exact.
 EXACT = 1e-10
 #: At most this many reasons stand in a cell, those of most parameters first.
 _REASONS = 3
+#: The number of networks in a table of the slowest ones.
+_SLOWEST = 8
 
 
 def _finished(record: _Row) -> dict[str, _Row]:
@@ -180,3 +182,48 @@ def _outcome(row: _Row) -> str:
     if "failed" in row:
         return "failed"
     return "exact" if row["max_rel_diff"] <= EXACT else "inexact"
+
+
+def _both(collected: str, directory: Path) -> tuple[str, dict[str, tuple[_Row, _Row]]]:
+    """The other version of a record, and the rows of this and of that version."""
+    record = read(collected, directory)
+    rows = record["networks"].items()
+    return record["before"], {name: (row, row["before"]) for name, row in rows if "before" in row}
+
+
+def _seconds(row: _Row) -> str:
+    return str(row["failed"]) if "failed" in row else f"{row['cpu_seconds']:.1f}"
+
+
+def seconds(*collections: str, directory: Path = DIRECTORY) -> str:
+    """The CPU seconds of `find_gates` in collections, with another version and now."""
+    rows = []
+    for collected in collections:
+        version, found = _both(collected, directory)
+        both = [
+            (now["cpu_seconds"], before["cpu_seconds"])
+            for now, before in found.values()
+            if "failed" not in before
+        ]
+        ratios = [before / now for now, before in both]
+        rows.append(
+            (
+                *(collected, version, str(len(found)), str(len(found) - len(both))),
+                *(f"{median(before for _, before in both):.1f}", f"{median(ratios):.2f}"),
+                f"{median(now['cpu_seconds'] for now, _ in found.values()):.1f}",
+            )
+        )
+    head = ("collection", "before", "networks", "not finished before", "median before, s")
+    return markdown((*head, "before over now, median", "median now, s"), rows)
+
+
+def slowest(*collections: str, directory: Path = DIRECTORY) -> str:
+    """The networks of collections for which `find_gates` takes most CPU seconds."""
+    rows = []
+    for collected in collections:
+        found = _both(collected, directory)[1]
+        by_seconds = sorted(found.items(), key=lambda item: -item[1][0]["cpu_seconds"])
+        for name, (now, before) in by_seconds[:_SLOWEST]:
+            gates = [f"{row['gates']:,}" if "gates" in row else "" for row in (before, now)]
+            rows.append((f"{collected} {name}", _seconds(before), _seconds(now), *gates))
+    return markdown(("network", "before, s", "now, s", "gates before", "gates now"), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.folding import Gate
 
-__all__ = ["Trail", "failing_code", "suspects"]
+__all__ = ["Trail", "failing_code", "failing_module", "suspects"]
 
 #: The largest relative difference between sums over the outputs of two equivalent modules.
 _TOLERANCE = 1e-7
@@ -98,6 +98,19 @@ def suspects(gates: Sequence[Gate], module: str) -> list[str]:
         if found or "." not in module:
             return found
         module = module.rpartition(".")[0]
+
+
+def failing_module(error: BaseException, names: Mapping[int, str]) -> str | None:
+    """The innermost module whose method raised an error, or None.
+
+    Args:
+        error: the error.
+        names: from the id of each module of the network to its name.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = names.get(id(frame.f_locals.get("self")), found)
+    return found
 
 
 def failing_code(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
 from pyro_sbp.gates.folding import Gate, GatedNetwork, call, factors
 from pyro_sbp.gates.grouping import Candidate
-from pyro_sbp.gates.locating import Trail, failing_code, suspects
+from pyro_sbp.gates.locating import Trail, failing_code, failing_module, suspects
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.state import State
 from pyro_sbp.gates.steady import repeatable
@@ -79,10 +79,17 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Failure:
-    """The pattern of units for which a proof fails, and the reason."""
+    """How a proof fails.
+
+    Attributes:
+        gone: the pattern of units for which it fails.
+        reason: the reason.
+        module: the module that raised an error, or None.
+    """
 
     gone: _Pattern
     reason: str
+    module: str | None = None
 
 
 class Proof:
@@ -106,6 +113,7 @@ class Proof:
         self._references: dict[_Pattern, _Reference] = {}  # the last one of each pattern
         self._learned: dict[Kind, Variant] = {}  # the variant that works for gates of a kind
         self._failed: Counter[Kind] = Counter()
+        self._makes_choices = True  # until a call shows that it does not
 
     def _failure(self, gates: Sequence[Gate], patterns: Sequence[_Pattern]) -> _Failure | None:
         """How the shrunk network differs from the masked one, or None if it is equal."""
@@ -114,13 +122,20 @@ class Proof:
 
     def _try(self, gates: Sequence[Gate], gone: _Pattern) -> _Failure | None:
         theta = _theta(gates, gone)
+        names: dict[int, str] = {}
         try:
-            reference = self._reference(gates, gone, theta)
-            with self._cut(gates, theta), reference.decisions.repeated():
+            # Most cuts that fail raise an error. Then the masked network is needed only for its
+            # choices.
+            masked = self._reference(gates, gone, theta) if self._makes_choices else None
+            choices = nullcontext() if masked is None else masked.decisions.repeated()
+            with self._cut(gates, theta), choices:
+                names = {id(module): name for name, module in self._exact.named_modules()}
                 small = call(self._exact, fresh(self.x))
-            difference = relative_difference(reference.output, small)
+            masked = masked or self._reference(gates, gone, theta)
+            difference = relative_difference(masked.output, small)
         except Exception as error:  # a network's own code may raise anything
-            return _Failure(gone, f"cutting it fails: {first_line(error)}{failing_code(error)}")
+            reason = f"cutting it fails: {first_line(error)}{failing_code(error)}"
+            return _Failure(gone, reason, failing_module(error, names))
         if not difference <= EXACT:
             return _Failure(gone, f"cutting it changes the output by {difference:.1e}")
         return None
@@ -135,6 +150,7 @@ class Proof:
             decisions = Decisions()
             output = self._masked(gates, theta, decisions)
             known = self._references[gone] = _Reference(masked, output, decisions)
+            self._makes_choices = bool(decisions.taken)
         return known
 
     def _masked(
@@ -228,9 +244,40 @@ class Proof:
             else:
                 proven.append(other)
         else:
-            where = self._where([*proven, *gates], failure.gone)
-            for part in _parts(candidates, gates, where):
+            for part in self._parts(candidates, gates, proven, failure):
                 self._keep(part, proven, not_prunable, patterns)
+
+    def _parts(
+        self,
+        candidates: Sequence[Candidate],
+        gates: Sequence[Gate],
+        proven: Sequence[Gate],
+        failure: _Failure,
+    ) -> list[Sequence[Candidate]]:
+        """Divide candidates that cannot be cut together.
+
+        Candidates of a kind that has failed before are tried one by one, after the others.
+        Otherwise the candidates are divided into those of the module in which the cut failed, and
+        the others. The former come first, because a variant that works for them is used for all
+        gates of their kind. If nothing is known about the module, the parts are the two halves.
+        """
+        hopeless = [
+            self._failed[kind_of(self.net, candidate.gate)] >= _FAILURES for candidate in candidates
+        ]
+        if any(hopeless):
+            others = [c for c, alone in zip(candidates, hopeless, strict=True) if not alone]
+            single = [[c] for c, alone in zip(candidates, hopeless, strict=True) if alone]
+            return [others, *single] if others else [*single]
+        where = failure.module or self._where([*proven, *gates], failure.gone)
+        wrong = set(suspects(gates, where)) if where is not None else set()
+        if 0 < len(wrong) < len(gates):
+            pairs = list(zip(candidates, gates, strict=True))
+            return [
+                [candidate for candidate, gate in pairs if gate.name in wrong],
+                [candidate for candidate, gate in pairs if gate.name not in wrong],
+            ]
+        half = len(gates) // 2
+        return [candidates[:half], candidates[half:]]
 
     def _as_learned(self, candidate: Candidate) -> Gate:
         variant = self._learned.get(kind_of(self.net, candidate.gate))
@@ -257,25 +304,6 @@ class Proof:
             return gate
         self._failed[kind] += 1
         return None
-
-
-def _parts(
-    candidates: Sequence[Candidate], gates: Sequence[Gate], where: str | None
-) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-    """Divide candidates into those of the module in which the cut failed, and the others.
-
-    The former come first, because a variant that works for them is used for all gates of their
-    kind. If nothing is known about the module, the parts are the two halves.
-    """
-    wrong = set(suspects(gates, where)) if where is not None else set()
-    if 0 < len(wrong) < len(gates):
-        pairs = list(zip(candidates, gates, strict=True))
-        return (
-            [candidate for candidate, gate in pairs if gate.name in wrong],
-            [candidate for candidate, gate in pairs if gate.name not in wrong],
-        )
-    half = len(gates) // 2
-    return candidates[:half], candidates[half:]
 
 
 def copy_for_measurement(

@@ -1,6 +1,7 @@
 """The survey of networks of several libraries, on small networks."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from pyro_sbp.experiments.survey import __main__ as command
 from pyro_sbp.experiments.survey import records, tables
 from pyro_sbp.experiments.survey.collections import COLLECTIONS, Surveyed, collection
 from pyro_sbp.experiments.survey.measurement import Prepared, block_names, measure
-from pyro_sbp.experiments.survey.processes import measured
+from pyro_sbp.experiments.survey.other_version import find, version_of
+from pyro_sbp.experiments.survey.processes import Comparisons, measured
 from pyro_sbp.experiments.survey.torch_pruning_cut import compare
 
 
@@ -79,9 +81,9 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     words = ["torchvision", "alexnet", "vgg11", "--output-dir", str(tmp_path)]
     command.main(words[:2] + words[3:])
     command.main(words)
-    assert asked == [("alexnet", None, 150.0), ("vgg11", None, 150.0)]
+    assert asked == [(name, 150.0, Comparisons()) for name in ("alexnet", "vgg11")]
     command.main([*words[:2], *words[3:], "--again", "--limit", "3"])
-    assert asked[2:] == [("alexnet", None, 3.0)]
+    assert asked[2:] == [("alexnet", 3.0, Comparisons())]
     assert "2 of 2 attention layers" in capsys.readouterr().out
     record = records.read("torchvision", tmp_path)
     assert record["networks"] == json.loads(json.dumps({"alexnet": row, "vgg11": row}))
@@ -90,6 +92,40 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     with pytest.raises(SystemExit, match="2"):
         command.main(["torchvision", "alexnot", "--output-dir", str(tmp_path)])
     assert "has no network 'alexnot'; did you mean 'alexnet'" in capsys.readouterr().err
+
+
+def test_a_record_compares_with_one_other_version(row, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(command, "measured", lambda *words: asked.append(words) or dict(row))
+    monkeypatch.setattr(command, "version_of", lambda directory: f"commit of {directory}")
+    words = ["torchvision", "alexnet", "--output-dir", str(tmp_path)]
+    command.main(words)
+    command.main([*words, "--before", "a"])
+    assert asked[1:] == [("torchvision", "alexnet", 150.0, Comparisons(before="a"))]
+    assert records.read("torchvision", tmp_path)["before"] == "commit of a"
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*words, "--before", "b"])
+    assert "the record compares with version commit of a" in capsys.readouterr().err
+
+
+def test_another_version_finds_the_gates_in_a_process_of_its_own(tmp_path):
+    # Another version of the package, which needs no other modules.
+    package = tmp_path / "pyro_sbp"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "class Gate:\n    size = 7\n\n"
+        "def find_gates(net, x, ignore):\n    return [Gate()] if not ignore else 1 / 0\n"
+    )
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:
+        for ignore, expected in (((), {"gates": 1, "units": 7}), (("a",), {"failed": "Zero"})):
+            surveyed = Surveyed("linear", nn.Linear(2, 2), torch.ones(1, 2), ignore=ignore)
+            found = pool.apply(find, (surveyed, str(tmp_path)))
+            assert all(str(found[key]).startswith(str(value)) for key, value in expected.items())
+    with pytest.raises(RequestError, match="is not a git checkout"):
+        version_of(str(tmp_path))
+    with pytest.raises(RequestError, match="there is no package pyro_sbp"):
+        version_of(str(package))
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
@@ -104,9 +140,18 @@ def test_the_tables_of_a_record(row, tmp_path):
     record = records.new("torchvision", ["torchvision"])
     inexact = {**row, "gates": 6, "torch_pruning": {"max_rel_diff": 0.5}}
     other = {**row, "family": "other", "torch_pruning": {"failed": "it cannot"}}
+    row = dict(row)
     rows = {"a": row, "b": inexact, "c": other, "d": {"failed": "not finished after 3 s"}}
+    row["before"] = {"gates": 3, "units": 60, "cpu_seconds": 3 * row["cpu_seconds"]}
+    inexact["before"] = {"failed": "not finished after 9 s"}
+    record["before"] = "1234567"
     for name, found in rows.items():
         records.add(record, name, found, tmp_path)
+    seconds = tables.seconds("torchvision", directory=tmp_path).splitlines()[2]
+    assert seconds.startswith("| torchvision | 1234567 | 2 | 1 | ") and " | 3.00 | " in seconds
+    slowest = tables.slowest("torchvision", directory=tmp_path).splitlines()
+    assert slowest[2].startswith("| torchvision a | ") and slowest[2].endswith(" | 3 | 4 |")
+    assert "not finished after 9 s" in slowest[3] and slowest[3].endswith(" | | 6 |")
     families = tables.families("torchvision", directory=tmp_path).splitlines()
     assert families[2].startswith("| encoder | 2 | 4 to 6 |") and "other" in families[3]
     assert families[4] == "| d | 1 | | | | | not finished after 3 s |"
@@ -129,4 +174,4 @@ def test_every_collection_has_networks(name):
 
 @pytest.mark.slow
 def test_a_network_that_takes_too_long_is_ended():
-    assert measured("torchvision", "densenet121", None, 0.0) == {"failed": "not finished after 0 s"}
+    assert measured("torchvision", "densenet121", 0.0) == {"failed": "not finished after 0 s"}
