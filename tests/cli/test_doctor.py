@@ -19,20 +19,34 @@ def refuse(*args, **kwargs):
 
 socket.getaddrinfo = socket.create_connection = refuse
 sys.argv = ["pyro-sbp", *sys.argv[1:]]
+{more}
 from pyro_sbp.cli import main
 main()
 """
+#: Only one extra, because importing the packages of all extras takes long.
+ONE_EXTRA = """
+from types import SimpleNamespace
+from pyro_sbp.training import packages
+packages.metadata.metadata = lambda name: SimpleNamespace(get_all=lambda key: ["report"])
+"""
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(ONE_EXTRA, id="one extra"),
+        pytest.param("", id="all extras", marks=pytest.mark.slow),
+    ],
+)
+def found(request, tmp_path_factory):
     """What it finds on a machine with a broken optional package, and no data."""
     root = tmp_path_factory.mktemp("doctor")
     (root / "matplotlib.py").write_text("print('words'); raise ImportError('libx.so is missing')")
     (root / "images" / "train" / "a").mkdir(parents=True)
     names = ("mnist", "cifar100", "digits", "folder:images")
     options = [word for name in names for word in ("--dataset", name)]
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, "doctor", "--json", *options]
+    program = PROGRAM.format(more=request.param)
+    command = [sys.executable, "-W", "ignore", "-c", program, "doctor", "--json", *options]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return json.loads(done.stdout)

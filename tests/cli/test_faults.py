@@ -95,7 +95,13 @@ def wait_for(process, word):
         assert lines[-1], f"it ended: {lines}"
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(method, marks=[] if method == "sbp" else pytest.mark.slow)
+        for method in METHODS
+    ],
+)
 def undisturbed(request, arguments, tmp_path_factory):
     """A run that nothing disturbs, of every method, and its arguments."""
     directory = tmp_path_factory.mktemp("run") / "run"

@@ -37,7 +37,14 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+#: Compiling takes seconds for each function.
+SOME = [
+    pytest.param(name, marks=[] if name in ("kl", "sample_at_u") else pytest.mark.slow)
+    for name in FUNCTIONS
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_compile_without_breaks_gives_the_same(name):
     # With PYRO_SBP_INDUCTOR=1 through the code generator too, half a minute for each.
     backend = "inductor" if os.environ.get("PYRO_SBP_INDUCTOR") else "aot_eager"
@@ -50,7 +57,7 @@ def test_compile_without_breaks_gives_the_same(name):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_compile_without_gradients(name):
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(LOC, LOG_SCALE), FUNCTIONS[name](LOC, LOG_SCALE))

@@ -82,7 +82,7 @@ def step(phase: Any, x: Tensor, y: Tensor) -> None:
     assert devices == {META}
 
 
-@pytest.mark.parametrize("make", [lenet5, resnet])
+@pytest.mark.parametrize("make", [lenet5, pytest.param(resnet, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_takes_its_steps_and_prunes_on_another_device(name, make):
     if make is not lenet5 and name in ("sbp-example", "sparse-vd-exact"):

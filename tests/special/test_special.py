@@ -17,6 +17,7 @@ NUM_POINTS = int(os.environ.get("PYRO_SBP_ACCURACY_POINTS", "400"))
 BOUNDS = torch.tensor(-20.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
 LOC = torch.tensor([-24.0, -19.9, -12.0, -9.5, -5.0, -0.3, 0.02, 1.0, 4.0], dtype=torch.float64)
 SCALE = torch.tensor([0.4, 0.05, 3.0, 100.0, 0.5, 1.5, 0.1, 0.01, 30.0], dtype=torch.float64)
+SLOW = pytest.mark.slow
 U = torch.tensor([0.3, 0.9, 0.01, 0.5, 0.7, 0.999, 0.2, 0.6, 0.4], dtype=torch.float64)
 X = torch.tensor([-19.9, -19.8, -3.0, -7.0, -4.0, -0.1, -0.2, -1e-5, -1.0], dtype=torch.float64)
 
@@ -160,7 +161,11 @@ def test_vmap_gives_the_same(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["kl_to_uniform", "exp_mean", "exp_snr", "icdf", "cdf", "log_density"]
+    "name",
+    [
+        *("exp_snr", "log_density"),
+        *(pytest.param(n, marks=SLOW) for n in ("kl_to_uniform", "exp_mean", "icdf", "cdf")),
+    ],
 )
 def test_compile_without_breaks_gives_the_same(name):
     # With PYRO_SBP_INDUCTOR=1 through the code generator too, half a minute for each.

@@ -36,7 +36,11 @@ def digits():
 
 
 @pytest.mark.parametrize(
-    "arch, ratio, kl_scale", [("tiny_network:Digits", 2.5, 5.0), ("lenet-300-100", 12.0, 0.3)]
+    "arch, ratio, kl_scale",
+    [
+        ("tiny_network:Digits", 2.5, 5.0),
+        pytest.param("lenet-300-100", 12.0, 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_reaches_the_ratio_of_macs_that_was_asked_for(
     arch, ratio, kl_scale, tmp_path, digits
