@@ -3,8 +3,8 @@
 python -m pyro_sbp.experiments.survey COLLECTION [NAME ...] [--against torch-pruning]
     [--before DIRECTORY]
 
-Networks have random weights, and nothing is downloaded. A network whose record exists is not
-measured again, so that a survey that was interrupted can be continued.
+Networks have random weights, and nothing is downloaded. What has a record is not measured again, so
+that a survey that was interrupted can be continued, and comparisons can be added.
 """
 
 from __future__ import annotations
@@ -61,30 +61,32 @@ def _survey(options: argparse.Namespace) -> None:
             raise RequestError(f"this needs {library}: pip install {library}")
     comparisons = Comparisons(options.against == "torch-pruning", options.before)
     fresh = records.new(options.collection, libraries, options.against)
-    if options.before:
-        fresh["before"] = version_of(options.before)
     if records.path_of(options.collection, directory).exists():
         record = records.read(options.collection, directory)
         record["versions"] = {**fresh["versions"], **record["versions"]}
         if options.against:
             record["command"] = fresh["command"]
-        if record.setdefault("before", fresh.get("before")) != fresh.get(
-            "before", record["before"]
-        ):
+    else:
+        record = fresh
+    if options.before:
+        version = version_of(options.before)
+        if record.setdefault("before", version) != version:
             raise RequestError(
                 f"the record compares with version {record['before']}; for another version, use "
                 "--output-dir with a new directory"
             )
-    else:
-        record = fresh
     for name in _names(options.collection, options.networks):
-        found = record["networks"].get(name)
-        complete = found is not None and (
-            "failed" in found or found.keys() >= set(comparisons.keys)
-        )
-        if complete and not options.again:
+        found = {} if options.again else record["networks"].get(name, {})
+        if "failed" in found or (found and found.keys() >= set(comparisons.keys)):
             continue
-        row = measured(options.collection, name, options.limit, comparisons)
+        missing = Comparisons(
+            comparisons.torch_pruning and "torch_pruning" not in found,
+            None if "before" in found else comparisons.before,
+        )
+        row = measured(options.collection, name, options.limit, missing)
+        if found and "failed" in row:
+            row = dict.fromkeys(missing.keys, row)
+        row |= found  # earlier results stay
         records.add(record, name, row, directory)
         print(_line(name, row), flush=True)
 

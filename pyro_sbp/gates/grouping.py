@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_sbp.gates.folding import Gate, Span
 from pyro_sbp.gates.loose import Follower
-from pyro_sbp.gates.measuring import Reach
+from pyro_sbp.gates.reaching import Reach
 from pyro_sbp.gates.uses import Layout
 
 __all__ = ["Candidate", "candidates", "groups_of_writers"]

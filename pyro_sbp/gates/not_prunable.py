@@ -10,7 +10,8 @@ from pyro_sbp.gates.folding import Gate
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.layers import groups_of, is_channelwise, known_tensors
 from pyro_sbp.gates.loose import Place
-from pyro_sbp.gates.measuring import Probe, Reach
+from pyro_sbp.gates.probe import Probe
+from pyro_sbp.gates.reaching import Reach
 
 __all__ = ["companions", "others", "reasons_by_share", "shares"]
 

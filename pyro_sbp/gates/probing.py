@@ -14,14 +14,16 @@ from pyro_sbp.errors import did_you_mean, first_line
 from pyro_sbp.gates.copies import materialize
 from pyro_sbp.gates.fan_in import powers_of_fan_in
 from pyro_sbp.gates.folding import Gate, Span, call
+from pyro_sbp.gates.following import follow
 from pyro_sbp.gates.garbage import collecting_new_objects
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.layers import num_columns
-from pyro_sbp.gates.measuring import Probe, follow, matrices, measure
+from pyro_sbp.gates.measuring import measure
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
+from pyro_sbp.gates.probe import Probe, matrices
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 
 __all__ = ["Gates", "find_gates"]

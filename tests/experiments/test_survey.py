@@ -94,18 +94,36 @@ def test_a_network_with_a_record_is_not_measured_again(row, monkeypatch, tmp_pat
     assert "has no network 'alexnot'; did you mean 'alexnet'" in capsys.readouterr().err
 
 
-def test_a_record_compares_with_one_other_version(row, monkeypatch, tmp_path, capsys):
+def test_comparisons_are_added_to_a_record(row, monkeypatch, tmp_path, capsys):
+    alone = {key: value for key, value in row.items() if key != "torch_pruning"}
+    before = {"gates": 4, "units": 66, "cpu_seconds": 1.0}
     asked = []
-    monkeypatch.setattr(command, "measured", lambda *words: asked.append(words) or dict(row))
+
+    def measured(collected, name, limit, comparisons):
+        asked.append(comparisons)
+        results = {"before": before, "torch_pruning": row["torch_pruning"]}
+        return {**alone, **{key: results[key] for key in comparisons.keys}}
+
+    monkeypatch.setattr(command, "measured", measured)
+    monkeypatch.setattr(command, "check_installed", lambda name: None)
     monkeypatch.setattr(command, "version_of", lambda directory: f"commit of {directory}")
     words = ["torchvision", "alexnet", "--output-dir", str(tmp_path)]
     command.main(words)
     command.main([*words, "--before", "a"])
-    assert asked[1:] == [("torchvision", "alexnet", 150.0, Comparisons(before="a"))]
+    assert asked == [Comparisons(), Comparisons(before="a")]
     assert records.read("torchvision", tmp_path)["before"] == "commit of a"
     with pytest.raises(SystemExit, match="2"):
         command.main([*words, "--before", "b"])
     assert "the record compares with version commit of a" in capsys.readouterr().err
+    # A network that fails now keeps its earlier results.
+    monkeypatch.setattr(
+        command, "measured", lambda *words: asked.append(words[3]) or {"failed": "x"}
+    )
+    command.main([*words, "--before", "a", "--against", "torch-pruning"])
+    assert asked[2:] == [Comparisons(torch_pruning=True)]
+    kept = records.read("torchvision", tmp_path)["networks"]["alexnet"]
+    expected = {**alone, "before": before, "torch_pruning": {"failed": "x"}}
+    assert kept == json.loads(json.dumps(expected))
 
 
 def test_another_version_finds_the_gates_in_a_process_of_its_own(tmp_path):
