@@ -160,7 +160,7 @@ def _for_teachers(recipe: Recipe, options: Options) -> Recipe:
 
 
 def _preprocessing(options: Options, arch: str) -> tuple[int | None, PixelStatistics | None]:
-    """The size of images, and the statistics by which they are standardised, that the network
+    """The size of images, and the statistics by which they are standardized, that the network
     expects.
     """
     config = find_architecture(arch).data_config()

@@ -24,7 +24,7 @@ class DataConfig(NamedTuple):
     Attributes:
         image_size: their height and width, in pixels.
         mean, std: the mean and the standard deviation of each channel, for pixels in [0, 1], by
-            which the images were standardised.
+            which the images were standardized.
         fixed: whether the constructor needs the image size, if it differs from `image_size`.
     """
 

@@ -96,7 +96,7 @@ class ImageData:
         return dataclasses.replace(self, train=self.train.with_labels(labels))
 
     def standardized(self, by: Standardization | None = None) -> ImageData:
-        """The same data, with every channel standardised by its mean and standard deviation.
+        """The same data, with every channel standardized by its mean and standard deviation.
 
         They are measured on the training images, on a sample if there are more than
         `STANDARDIZE_ON`. The sample is the same whether the images are in memory or on disk.

@@ -55,7 +55,7 @@ class LabelledImages(ABC):
 
     @abstractmethod
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images, as float32 in [0, 1] or standardised, and labels of the given indices."""
+        """Images, as float32 in [0, 1] or standardized, and labels of the given indices."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +67,7 @@ class LabelledImages(ABC):
 
         Args:
             indices: the indices of the examples of each batch, int64.
-            augment: applied to images in [0, 1] on the device, before they are standardised. It is
+            augment: applied to images in [0, 1] on the device, before they are standardized. It is
                 called when a batch is requested, so its random numbers are drawn in the order of
                 the batches.
         """
@@ -127,5 +127,5 @@ class Split(LabelledImages):
         return (self.images[index.to(self.images.device)] for index in indices)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images, as float32 in [0, 1] or standardised, and labels of the given indices."""
+        """Images, as float32 in [0, 1] or standardized, and labels of the given indices."""
         return self._values(self.images[index], None), self.labels[index]

@@ -1,4 +1,4 @@
-"""Standardise images by the mean and the standard deviation of every channel."""
+"""Standardize images by the mean and the standard deviation of every channel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Standardization:
         return cls(*(torch.tensor(x, device=sums.device)[:, None, None] for x in (means, stds)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Standardise images ``[batch, channels, height, width]`` in [0, 1]."""
+        """Standardize images ``[batch, channels, height, width]`` in [0, 1]."""
         return (x - self.mean) / self.std
 
     def to(self, device: torch.device) -> Standardization:

@@ -154,7 +154,7 @@ class StreamedSplit(LabelledImages):
         return dataclasses.replace(self, standardization=standardization)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images, as float32 in [0, 1] or standardised, and labels of the given indices.
+        """Images, as float32 in [0, 1] or standardized, and labels of the given indices.
 
         Raises:
             DamagedImage: a file is not an image.

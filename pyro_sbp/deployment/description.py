@@ -38,8 +38,8 @@ class Description:
         sizes: from the name of a module that contains such layers to its changed attributes. They
             are integers or tuples of integers, such as numbers of units that its code uses.
         same: for tensors with two names, from the name that is not in the file to the name that is.
-        standardize: the "mean" and "std" of each channel for standardising inputs; None if inputs
-            are not standardised.
+        standardize: the "mean" and "std" of each channel for standardizing inputs; None if inputs
+            are not standardized.
         frozen: the parameters that do not require gradients; None in files of earlier versions.
         buffers: the stored buffers that are not part of the state dict.
         checksums: from the name of each other file to its SHA-256; None in files without checksums.

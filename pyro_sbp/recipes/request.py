@@ -46,7 +46,7 @@ class Request:
         channels_last: whether to use the channels-last memory format.
         image_size: the height and the width to which images are resized. With None they are those
             of the architecture, or of the data.
-        standardize_by: the statistics for standardising images, such as those with which the
+        standardize_by: the statistics for standardizing images, such as those with which the
             weights were trained. With None the recipe decides.
         teachers: directories of other runs. With `distill`, fine-tuning learns the average
             predictions of their dense networks. Without them, it learns those of the network of the

@@ -1,4 +1,4 @@
-"""pyro-sbp train on an image folder that stays on disk, standardised and augmented."""
+"""pyro-sbp train on an image folder that stays on disk, standardized and augmented."""
 
 import json
 import multiprocessing
@@ -91,7 +91,7 @@ def test_it_goes_on_within_an_epoch(root, held, tmp_path):
     assert_same_end(held, tmp_path / "run")
 
 
-def test_the_network_tells_what_its_images_are_standardised_by(root, held):
+def test_the_network_tells_what_its_images_are_standardized_by(root, held):
     data = load_dataset(f"folder:{root / 'data'}").standardized()
     told = json.loads((held / "pruned/network.json").read_text())["standardize"]
     assert told == data.train.standardization.to_dict()
@@ -107,7 +107,7 @@ def test_the_network_tells_what_its_images_are_standardised_by(root, held):
     assert pruned["standardize"] == told
 
 
-def test_what_was_not_standardised_tells_nothing(root, tmp_path):
+def test_what_was_not_standardized_tells_nothing(root, tmp_path):
     (tmp_path / "plain.toml").write_text("dense_epochs = 0\nepochs = 1\nfinetune_epochs = 0\n")
     args = arguments(root, "--recipe", tmp_path / "plain.toml", "--output-dir", tmp_path / "run")
     assert run(*args).exit_code == 0
@@ -126,7 +126,7 @@ def stopped(root, tmp_path):
 
 
 def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
-    # It is standardised on training images only, so this one is met at the end of the epoch.
+    # It is standardized on training images only, so this one is met at the end of the epoch.
     (tmp_path / "data/test/red/11.png").write_bytes(b"no image")
     before = (stopped / "checkpoint.pt").read_bytes()
     result = run("train", "--resume", stopped, "--workers", WORKERS)

@@ -36,7 +36,7 @@ def test_a_constant_channel_becomes_zero():
     assert float(measured(x / 255)[:, 1].abs().max()) < 1e-6
 
 
-def test_standardised_training_images_have_mean_zero_and_deviation_one():
+def test_standardized_training_images_have_mean_zero_and_deviation_one():
     data = load_dataset("digits")
     data = data.standardized()
     x, y = data.train.batch(slice(None))
@@ -61,8 +61,8 @@ def test_of_many_images_a_sample_is_measured(monkeypatch):
     assert first != whole and first["mean"] == pytest.approx(whole["mean"], abs=0.2)
 
 
-def test_padding_is_black_and_then_standardised():
-    """The pad is of zero pixels, not of zeros in the standardised image."""
+def test_padding_is_black_and_then_standardized():
+    """The pad is of zero pixels, not of zeros in the standardized image."""
     torch.manual_seed(0)
     split = Split(torch.full((40, 1, 4, 4), 200, dtype=torch.uint8), torch.zeros(40).long())
     last = Standardization(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.25))
