@@ -44,7 +44,8 @@ from torch import Tensor, nn
 
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
-from pyro_sbp.gates.folding import Gate, evaluating
+from pyro_sbp.gates.calling import evaluating
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.units import set_units, units_as_dicts
 from pyro_sbp.models.calibration import measured, sums
 from pyro_sbp.pruning.budgets import MacsRatio

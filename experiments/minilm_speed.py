@@ -30,7 +30,7 @@ from torch import nn
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.minilm import RESULTS, build, description, example, pretrained
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions

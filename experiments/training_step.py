@@ -27,7 +27,8 @@ from pyro_sbp import networks, special
 from pyro_sbp.deployment.benchmarking import device_name
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.distributions.log_uniform_kl import K1, K2, K3
-from pyro_sbp.gates.folding import Gate, GatedNetwork
+from pyro_sbp.gates.gate import Gate
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.models.elbo import ClosedFormELBO
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from pyro_sbp.deployment.speedup import Speedup
     from pyro_sbp.deployment.unit_latency import measure_unit_latency
     from pyro_sbp.gates.attention import separate_attention
-    from pyro_sbp.gates.folding import Gate, GatedNetwork, fold
+    from pyro_sbp.gates.folding import fold
+    from pyro_sbp.gates.gate import Gate
+    from pyro_sbp.gates.gated_network import GatedNetwork
     from pyro_sbp.gates.probing import find_gates
     from pyro_sbp.gates.surgery import relative_difference, shrink
     from pyro_sbp.models.draws import posterior_draws
@@ -82,7 +84,9 @@ _find, _names, _ = lazy_loader.attach(
         "deployment.speedup": ["Speedup"],
         "deployment.unit_latency": ["measure_unit_latency"],
         "gates.attention": ["separate_attention"],
-        "gates.folding": ["Gate", "GatedNetwork", "fold"],
+        "gates.folding": ["fold"],
+        "gates.gate": ["Gate"],
+        "gates.gated_network": ["GatedNetwork"],
         "gates.probing": ["find_gates"],
         "gates.surgery": ["relative_difference", "shrink"],
         "models.draws": ["posterior_draws"],

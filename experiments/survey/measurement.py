@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from pyro_sbp.experiments.survey.collections import Surveyed
 from pyro_sbp.gates.attention import has_attention, separate_attention
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network, fresh
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, Span, call
+from pyro_sbp.gates.gate import Gate, Span
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import Gates, find_gates
 from pyro_sbp.gates.proving import enliven

@@ -18,8 +18,6 @@ __all__ = ["Comparisons", "measured"]
 
 #: How many times longer than its time limit a process may take where others use the processor.
 _SLOWER = 10
-#: CPU seconds that Torch-Pruning may take.
-_LIMIT_OF_OTHERS = 10.0
 #: Imported once with the libraries, before the processes are forked.
 _PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 
@@ -51,7 +49,7 @@ def measured(
     Args:
         collected: the collection.
         name: the name of the network.
-        limit: the CPU seconds that the process may take, and that another version may take.
+        limit: the CPU seconds that each of the measurement and the comparisons may take.
         comparisons: with what the network is compared.
 
     Returns:
@@ -82,8 +80,7 @@ def measured(
         return {"failed": _why(process.exitcode, limit, finished)}
     missing = [key for key in comparisons.keys if key not in row and "failed" not in row]
     if missing:
-        seconds = _LIMIT_OF_OTHERS if missing[0] == "torch_pruning" else limit
-        row[missing[0]] = {"failed": _why(process.exitcode, seconds, finished)}
+        row[missing[0]] = {"failed": _why(process.exitcode, limit, finished)}
     return row
 
 
@@ -120,7 +117,7 @@ def _measure(
     if comparisons.torch_pruning and prepared is not None:
         from pyro_sbp.experiments.survey.torch_pruning_cut import compare
 
-        _limit(_LIMIT_OF_OTHERS)
+        _limit(limit)
         sender.send({"torch_pruning": compare(prepared)})
     if comparisons.before is not None:
         from pyro_sbp.experiments.survey.other_version import find

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.nested import map_tensors, tensors_of
 
 __all__ = [

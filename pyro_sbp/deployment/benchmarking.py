@@ -20,7 +20,7 @@ from pyro_sbp.deployment.runtimes import ON_CPU, Start, check_runtimes, prepare
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.copies import copy_network
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink

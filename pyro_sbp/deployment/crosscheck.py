@@ -14,8 +14,8 @@ from ptflops.aten_ops import ATEN_OPS_MAPPING
 from torch import nn
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.copies import fresh
-from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.state import undone
 from pyro_sbp.pruning.macs import by_module, costs_by_layer, original_name, unfused
 

@@ -25,8 +25,8 @@ from pyro_sbp.deployment.batches import (
 )
 from pyro_sbp.deployment.file_sets import sync
 from pyro_sbp.errors import RequestError, first_line
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network, fresh
-from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.noise import check_no_noise
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_sbp.deployment.saving import METADATA
 from pyro_sbp.deployment.shared_tensors import unique_tensors
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import fresh
-from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
 
 __all__ = ["file_size", "peak_memory"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pyro_sbp.deployment.batches import named_tensors
 from pyro_sbp.deployment.exporting import ExportError, check_onnx, export, run_onnx
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network, fresh
-from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
 
 __all__ = ["TOLERANCE", "outputs_of", "quantize"]

@@ -21,8 +21,8 @@ from pyro_sbp.deployment.exporting import (
 )
 from pyro_sbp.deployment.quantization import quantize
 from pyro_sbp.errors import RequestError, first_line, unknown
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import fresh
-from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.nested import tensors_of
 
 __all__ = ["ON_CPU", "RUNTIMES", "check_runtimes", "prepare"]

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from pyro_sbp.deployment.batches import on_device, with_batch_size
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network
-from pyro_sbp.gates.folding import Gate, call
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.surgery import shrink
 
 __all__ = ["UnitLatency", "measure_unit_latency"]

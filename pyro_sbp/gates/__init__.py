@@ -9,17 +9,10 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from pyro_sbp.gates.attention import Attention, separate_attention
-    from pyro_sbp.gates.folding import (
-        Gate,
-        GatedNetwork,
-        Size,
-        Span,
-        call,
-        check_theta,
-        evaluating,
-        factors,
-        fold,
-    )
+    from pyro_sbp.gates.calling import call, evaluating
+    from pyro_sbp.gates.folding import factors, fold
+    from pyro_sbp.gates.gate import Gate, Size, Span, check_theta
+    from pyro_sbp.gates.gated_network import GatedNetwork
     from pyro_sbp.gates.layers import Select
     from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
     from pyro_sbp.gates.probing import Gates, find_gates
@@ -65,16 +58,22 @@ __getattr__, __dir__, _ = lazy_loader.attach(
             "Attention",
             "separate_attention",
         ],
-        "folding": [
-            "Gate",
-            "GatedNetwork",
-            "Size",
-            "Span",
+        "calling": [
             "call",
-            "check_theta",
             "evaluating",
+        ],
+        "folding": [
             "factors",
             "fold",
+        ],
+        "gate": [
+            "Gate",
+            "Size",
+            "Span",
+            "check_theta",
+        ],
+        "gated_network": [
+            "GatedNetwork",
         ],
         "layers": [
             "Select",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from pyro_sbp.errors import first_line
-from pyro_sbp.gates.folding import call, evaluating
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.state import reachable
 from pyro_sbp.gates.steady import repeatable

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network, fresh
-from pyro_sbp.gates.folding import Gate, call
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.loose import LooseTensors, Place
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.proving import copy_for_measurement, enliven

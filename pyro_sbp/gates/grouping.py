@@ -10,7 +10,7 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import Tensor
 
-from pyro_sbp.gates.folding import Gate, Span
+from pyro_sbp.gates.gate import Gate, Span
 from pyro_sbp.gates.loose import Follower
 from pyro_sbp.gates.reaching import Reach
 from pyro_sbp.gates.uses import Layout

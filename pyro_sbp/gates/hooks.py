@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.copies import copy_network, fresh
-from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.state import undone
 from pyro_sbp.gates.steady import repeatable

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 
 __all__ = ["Trail", "failing_code", "failing_module", "suspects"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.layers import groups_of, is_channelwise, known_tensors
 from pyro_sbp.gates.loose import Place

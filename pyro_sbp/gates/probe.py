@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.flow import OUTPUT, Flow
-from pyro_sbp.gates.folding import call
 from pyro_sbp.gates.functions import PROPERTIES, has_nan, tensors_in, unobserved
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix

@@ -11,11 +11,12 @@ from torch import nn
 
 from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.errors import did_you_mean, first_line
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import materialize
 from pyro_sbp.gates.fan_in import powers_of_fan_in
-from pyro_sbp.gates.folding import Gate, Span, call
 from pyro_sbp.gates.following import follow
 from pyro_sbp.gates.garbage import collecting_new_objects
+from pyro_sbp.gates.gate import Gate, Span
 from pyro_sbp.gates.grouping import Candidate, candidates, groups_of_writers
 from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.layers import num_columns

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import first_line
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, factors
+from pyro_sbp.gates.folding import factors
+from pyro_sbp.gates.gate import Gate
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.locating import Trail, failing_code, failing_module, suspects
 from pyro_sbp.gates.nested import convert

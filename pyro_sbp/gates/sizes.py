@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_sbp.gates.folding import Gate, Size
+from pyro_sbp.gates.gate import Gate, Size
 
 __all__ = [
     "Written",

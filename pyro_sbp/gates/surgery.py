@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.copies import copy_network, fresh
-from pyro_sbp.gates.folding import Gate, Span, call, check_theta, evaluating, factors
+from pyro_sbp.gates.folding import factors
 from pyro_sbp.gates.functions import is_inexact
+from pyro_sbp.gates.gate import Gate, Span, check_theta
 from pyro_sbp.gates.hooks import drop_broken_hooks
 from pyro_sbp.gates.layers import Select, groups_of, resize, resize_tensor
 from pyro_sbp.gates.nested import tensors_of

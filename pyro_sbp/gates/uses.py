@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Span
+from pyro_sbp.gates.gate import Span
 from pyro_sbp.gates.layers import (
     Select,
     argument,

@@ -8,7 +8,7 @@ from itertools import islice
 
 from torch import nn
 
-from pyro_sbp.gates.folding import Gate, Size
+from pyro_sbp.gates.gate import Gate, Size
 from pyro_sbp.gates.grouping import Candidate
 from pyro_sbp.gates.sizes import combined, fitting_sizes, likely_sizes
 

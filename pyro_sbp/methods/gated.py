@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pyro_sbp.deployment.unit_latency import UnitLatency, measure_unit_latency
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.gates.folding import Gate, factors
+from pyro_sbp.gates.folding import factors
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.surgery import cut
 from pyro_sbp.gates.units import Units
 from pyro_sbp.methods.method import Method

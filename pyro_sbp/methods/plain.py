@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.methods.phase import Phase, Predict, Standing, weights_group
 from pyro_sbp.models.elbo import Parts
 from pyro_sbp.recipes.settings import Recipe

@@ -8,7 +8,7 @@ parts of it the abstracts of the paper state.
 
 from __future__ import annotations
 
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.probing import Gates
 from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.stage import Turn

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.distributions import TruncatedLogNormal
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.surgery import remaining_gates
 from pyro_sbp.gates.units import Units
 from pyro_sbp.models.gated_guide import LOG_SCALE_RANGE

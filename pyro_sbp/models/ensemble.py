@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import call, evaluating
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.models.calibration import BINS, Measured, measured, sums
 from pyro_sbp.models.draws import draw_sites
 from pyro_sbp.models.gated_model import GatedModel

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
-from pyro_sbp.gates.folding import Gate, GatedNetwork
+from pyro_sbp.gates.gate import Gate
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.probing import Gates
 from pyro_sbp.models.sites import (

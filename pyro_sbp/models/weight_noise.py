@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from pyro_sbp.gates.folding import call, evaluating
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.layers import is_linear_in_weight, serves
 from pyro_sbp.gates.steady import repeatable
 from pyro_sbp.special.derivatives import Saved

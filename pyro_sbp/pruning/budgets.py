@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates.copies import copy_network, to_precision
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.hooks import without_idle_hooks
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.surgery import cut

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.surgery import readable, shrink, surviving_units
 from pyro_sbp.gates.units import Units

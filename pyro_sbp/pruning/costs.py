@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates.copies import copy_network
-from pyro_sbp.gates.folding import Gate, Span
+from pyro_sbp.gates.gate import Gate, Span
 from pyro_sbp.gates.layers import groups_of, num_columns, num_rows, weight_of
 from pyro_sbp.gates.recurrent import HIDDEN, is_recurrent, recurrent_weights
 from pyro_sbp.gates.surgery import cut, surviving_units

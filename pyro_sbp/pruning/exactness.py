@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.copies import copy_network, fresh, to_precision
 from pyro_sbp.gates.decisions import Decisions
-from pyro_sbp.gates.folding import Gate, GatedNetwork, call, evaluating
+from pyro_sbp.gates.gate import Gate
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.hooks import drop_broken_hooks, without_idle_hooks
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.state import undone

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_sbp.gates.calling import call, evaluating
 from pyro_sbp.gates.copies import fresh
-from pyro_sbp.gates.folding import call, evaluating
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.gates.probing import Gates
 from pyro_sbp.gates.state import undone

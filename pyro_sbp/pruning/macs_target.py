@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.surgery import Units, surviving_units
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import Choice, choose_units

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_sbp.gates.folding import gating
+from pyro_sbp.gates.gated_network import gating
 from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.noise import has_noise, noise_hook
 from pyro_sbp.gates.probing import find_gates

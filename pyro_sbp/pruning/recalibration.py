@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_sbp.gates.folding import call, evaluating
+from pyro_sbp.gates.calling import call, evaluating
 
 __all__ = ["recalibrate_batch_norm"]
 

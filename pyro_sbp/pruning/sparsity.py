@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.gates.copies import copy_network
-from pyro_sbp.gates.folding import Gate
+from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.layers import most_of_columns, rows_of
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import surviving_units

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sbp.errors import RequestError, unknown
-from pyro_sbp.gates.folding import evaluating
+from pyro_sbp.gates.calling import evaluating
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
 from pyro_sbp.recipes.settings import TEMPERATURE, Optimizer, Recipe, SBPRecipe, Schedule

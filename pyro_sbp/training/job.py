@@ -22,7 +22,7 @@ from pyro_sbp.deployment.benchmarking import device_name
 from pyro_sbp.deployment.weight_files import load_weights
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.gates.attention import has_attention, separate_attention
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.request import Request

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.errors import RequestError
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.runs import read_request
 

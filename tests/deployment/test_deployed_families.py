@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pyro_sbp as sbp
 from pyro_sbp.deployment.exporting import export
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.nested import tensors_of
 
 TINY = {"vocab_size": 50, "num_hidden_layers": 2, "intermediate_size": 48, "hidden_size": 32}
@@ -106,7 +106,7 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.nested import tensors_of
 torch.set_num_threads({threads})
 known = {{}}

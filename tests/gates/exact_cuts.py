@@ -2,7 +2,9 @@
 
 import torch
 
-from pyro_sbp.gates.folding import GatedNetwork, call, fold
+from pyro_sbp.gates.calling import call
+from pyro_sbp.gates.folding import fold
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units

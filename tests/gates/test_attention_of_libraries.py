@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pyro_sbp.gates.folding import GatedNetwork, call
+from pyro_sbp.gates.calling import call
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.proving import enliven
 from pyro_sbp.gates.surgery import relative_difference, shrink

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyro_sbp.gates.attention import Attention, separate_attention
-from pyro_sbp.gates.folding import GatedNetwork
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import relative_difference, shrink, surviving_units

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_sbp import networks
-from pyro_sbp.gates.folding import Gate, Span
+from pyro_sbp.gates.gate import Gate, Span
 from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.probing import Gates, find_gates
 from pyro_sbp.gates.surgery import surviving_units

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_sbp.gates.folding import Gate, GatedNetwork, Span, fold
+from pyro_sbp.gates.folding import fold
+from pyro_sbp.gates.gate import Gate, Span
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.networks import LeNet5
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_sbp.gates.folding import GatedNetwork, call
+from pyro_sbp.gates.calling import call
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.nested import convert, map_tensors, tensors_of
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.pruning.budgets import MacsRatio

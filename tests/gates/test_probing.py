@@ -6,7 +6,7 @@ from torch import nn
 
 from pyro_sbp import networks
 from pyro_sbp.gates.classes import codes
-from pyro_sbp.gates.folding import GatedNetwork
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 

@@ -9,7 +9,7 @@ from exact_cuts import check, theta_of
 from torch import Tensor, nn
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import GatedNetwork
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import shrink
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from pyro_sbp import networks
 from pyro_sbp.deployment import loading, saving
-from pyro_sbp.gates.folding import GatedNetwork, call
+from pyro_sbp.gates.calling import call
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.layers import Select, is_channelwise
 from pyro_sbp.gates.nested import convert
 from pyro_sbp.gates.probing import find_gates

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyro_sbp import networks
-from pyro_sbp.gates.folding import GatedNetwork
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import relative_difference, shrink, surviving_units

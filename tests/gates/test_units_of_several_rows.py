@@ -9,8 +9,9 @@ from test_awkward_networks import Net, conv, image
 from torch import nn
 
 import pyro_sbp as sbp
+from pyro_sbp.gates.calling import call
 from pyro_sbp.gates.classes import codes, partitions, partitions_that_fit
-from pyro_sbp.gates.folding import GatedNetwork, call
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import relative_difference, remaining_gates, shrink, surviving_units
 from pyro_sbp.pruning.costs import UnitCosts

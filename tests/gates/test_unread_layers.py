@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_sbp.gates.folding import GatedNetwork
+from pyro_sbp.gates.gated_network import GatedNetwork
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.surgery import relative_difference, shrink
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.folding import call
+from pyro_sbp.gates.calling import call
 from pyro_sbp.integrations import hub
 from pyro_sbp.integrations.hub import from_pretrained, push_to_hub, save_pretrained
 from pyro_sbp.networks import LeNet300_100

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import pyro_sbp as sbp
-from pyro_sbp.gates import folding as gates_module
-from pyro_sbp.gates import surgery
+from pyro_sbp.gates import folding, surgery
 from pyro_sbp.pruning import choosing
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import choose_units, masked_mean
@@ -71,13 +70,13 @@ def test_a_threshold_that_is_none_is_refused(lenet, threshold):
 def test_a_broken_fold_is_refused(lenet, monkeypatch):
     """Both rooms that fold get the same wrong fold; the masked network does not fold."""
     model, guide, x = lenet
-    factors = gates_module.factors
+    factors = folding.factors
 
     def broken(net, gates, theta):
         for name, weight, factor in factors(net, gates, theta):
             yield name, weight, factor * (1 + 1e-8)
 
-    for module in (gates_module, surgery):
+    for module in (folding, surgery):
         monkeypatch.setattr(module, "factors", broken)
     with pytest.raises(EquivalenceError, match="differs from the masked one by"):
         sbp.prune(model, guide, x)
