@@ -67,12 +67,13 @@ class Flow:
         if not results and not isinstance(out, bool | int | type(None)):
             self._escaped |= marks
         marks |= self._escaped
-        if marks:
-            if may_change_arguments(func, args, kwargs):
-                results += inputs
-            for tensor in results:
-                address = address_of(tensor)
-                self._marks[address] = self._marks.get(address, 0) | marks
+        shared = set(map(address_of, inputs))
+        if may_change_arguments(func, args, kwargs):
+            results += inputs
+        for address in map(address_of, results):
+            # A new tensor can have the address of one that has been freed.
+            earlier = self._marks.get(address, 0) if address in shared else 0
+            self._marks[address] = earlier | marks
 
     def reached_by(self, writer: str) -> set[Key]:
         """The keys that the values of a writer may reach."""

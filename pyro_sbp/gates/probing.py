@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, SupportsIndex, overload
 
@@ -26,6 +27,7 @@ from pyro_sbp.gates.noise import check_no_noise
 from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
 from pyro_sbp.gates.probe import Probe, matrices
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
+from pyro_sbp.gates.reaching import Reach
 
 __all__ = ["Gates", "find_gates"]
 
@@ -156,15 +158,7 @@ def find_gates(
                 f"the network{did_you_mean(name, layers)}"
             )
     x = convert(example_input, torch.float32, torch.device("cpu"))
-    training_paths = False
-    probe = _record(net, x, training_paths)
-    if probe.uncalled:
-        try:
-            other = _record(net, x, training_paths=True)
-        except ValueError:
-            other = probe
-        if len(other.uncalled) < len(probe.uncalled):
-            probe, training_paths = other, True
+    probe, training_paths = _recorded(net, x)
     uncalled = [name for name in probe.uncalled if name not in ignore]
     order = list(probe.clean)
     for layer in input_features:
@@ -181,36 +175,68 @@ def find_gates(
         probe.settle()
         order = list(probe.clean)
         reaches = measure(probe, order)
-        groups = groups_of_writers([reach for reach in reaches if reach.problem is None])
-        followers = follow(probe, groups)
-    layouts = probe.uses.layouts
-    found = candidates(layouts, groups, followers)
-    if probe.uses.multiples:
-        powers = powers_of_fan_in(net, x, [one.gate for one in found], training_paths)
-        layouts |= {
-            name: replace(layout, power=powers[layout.place])
-            for name, layout in layouts.items()
-            if layout.place in powers
-        }
-        found = candidates(layouts, groups, followers) if powers else found
+    found = _candidates(net, x, probe, reaches, training_paths)
     not_prunable |= {reach.writer: reach.problem for reach in reaches if reach.problem is not None}
     probe.clean.clear()
-    # A gate on input features comes just before the layer that reads them.
-    called = list(dict.fromkeys(layouts[name].layer for name in order))
-    place = {name: index for index, name in enumerate(called)}
-    found.sort(key=lambda candidate: place[candidate.gate.writers[0].layer])
-    for gate in features:
-        layer = gate.readers[0].layer
-        gates = [candidate.gate for candidate in found]
-        position = sum(place[g.writers[0].layer] < place[layer] for g in gates if g.writers)
-        position += sum(not g.writers for g in gates[:position])
-        found.insert(position, Candidate(gate))
+    called = list(dict.fromkeys(probe.uses.layouts[name].layer for name in order))
+    found = _in_order_of_calls(found, features, called)
     proven: list[Gate] = []
     if found:
         Proof(net, x, training_paths).keep(found, proven, not_prunable)
     not_prunable |= companions(found, not_prunable)
     not_prunable |= others(probe, proven, not_prunable, reaches)
     return Gates(proven, not_prunable, called, shares(net, not_prunable, probe.uses.products))
+
+
+def _recorded(net: nn.Module, x: Any) -> tuple[Probe, bool]:
+    """The probe of a network after its first pass, and whether modules are in training mode.
+
+    They are if the network then calls more layers (see `copy_for_measurement`).
+    """
+    probe = _record(net, x, training_paths=False)
+    if probe.uncalled:
+        with suppress(ValueError):
+            other = _record(net, x, training_paths=True)
+            if len(other.uncalled) < len(probe.uncalled):
+                return other, True
+    return probe, False
+
+
+def _candidates(
+    net: nn.Module, x: Any, probe: Probe, reaches: Sequence[Reach], training_paths: bool
+) -> list[Candidate]:
+    """The gates that remain to be proven, from the measurement of all writers."""
+    with torch.no_grad():
+        groups = groups_of_writers([reach for reach in reaches if reach.problem is None])
+        followers = follow(probe, groups)
+    layouts = probe.uses.layouts
+    found = candidates(layouts, groups, followers)
+    if not probe.uses.multiples:
+        return found
+    powers = powers_of_fan_in(net, x, [one.gate for one in found], training_paths)
+    layouts |= {
+        name: replace(layout, power=powers[layout.place])
+        for name, layout in layouts.items()
+        if layout.place in powers
+    }
+    return candidates(layouts, groups, followers) if powers else found
+
+
+def _in_order_of_calls(
+    found: Sequence[Candidate], features: Sequence[Gate], called: Sequence[str]
+) -> list[Candidate]:
+    """Candidates and gates on input features, in the order in which layers are called.
+
+    A gate on input features comes just before the layer that reads them.
+    """
+    place = {name: index for index, name in enumerate(called)}
+
+    def key(candidate: Candidate) -> tuple[int, bool]:
+        gate = candidate.gate
+        first = gate.writers[0] if gate.writers else gate.readers[0]
+        return place[first.layer], bool(gate.writers)
+
+    return sorted([*map(Candidate, features), *found], key=key)
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
