@@ -85,8 +85,11 @@ def _survey(options: argparse.Namespace) -> None:
         )
         row = measured(options.collection, name, options.limit, missing)
         if found and "failed" in row:
-            row = dict.fromkeys(missing.keys, row)
-        row |= found  # earlier results stay
+            print(f"{name}: {row['failed']}; its earlier record stays", flush=True)
+            continue
+        # Seconds are compared in one run. Other earlier results stay.
+        stays = found if missing.before is None else {"torch_pruning"} & found.keys()
+        row |= {key: found[key] for key in stays}
         records.add(record, name, row, directory)
         print(_line(name, row), flush=True)
 
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--before",
         metavar="DIRECTORY",
-        help="find the gates with the version of the package in this git checkout as well",
+        help="also run the version of the package in this git checkout, and compare",
     )
     parser.add_argument("--again", action="store_true", help="measure networks that have a record")
     parser.add_argument("--limit", type=float, default=150.0, help="CPU seconds for each network")

@@ -26,7 +26,7 @@ from pyro_sbp.gates.surgery import relative_difference, shrink_in_place, survivi
 from pyro_sbp.pruning.costs import UnitCosts
 from pyro_sbp.pruning.macs import count_macs, count_parameters, macs_by_module
 
-__all__ = ["Prepared", "block_names", "measure", "random_masks", "short_reason"]
+__all__ = ["Prepared", "block_names", "in_float64", "measure", "random_masks", "short_reason"]
 
 #: Short texts for the reasons why layers are not prunable, by a part of the long ones.
 REASONS = {
@@ -41,9 +41,16 @@ REASONS = {
     "no part of its own": "meets units as a whole",
     "has one unit": "has one unit",
     "depends on the data": "is reached by choice of the data",
-    "astray": "NaN changes the course of the network",
-    "and might read it": "a layer is not called on the example",
+    "fails on NaN": "the network fails on NaN",
+    "could read its units": "a layer is not called on the example",
 }
+
+
+def in_float64(surveyed: Surveyed) -> tuple[nn.Module, Any]:
+    """A network and its input in float64, in evaluation mode, with random parameters only."""
+    net = surveyed.net.double().eval().requires_grad_(False)
+    enliven(net, torch.Generator().manual_seed(0))
+    return net, convert(surveyed.x, torch.float64)
 
 
 class Prepared:
@@ -54,14 +61,10 @@ class Prepared:
     """
 
     def __init__(self, surveyed: Surveyed) -> None:
-        net = surveyed.net.double().eval().requires_grad_(False)
-        enliven(net, torch.Generator().manual_seed(0))
-        if has_attention(net):
-            net = separate_attention(net)
-        self.net: nn.Module = net
-        self.x = convert(surveyed.x, torch.float64)
+        net, self.x = in_float64(surveyed)
+        self.net: nn.Module = separate_attention(net) if has_attention(net) else net
         start = time.process_time()
-        self.gates: Gates = find_gates(net, fresh(self.x), ignore=surveyed.ignore)
+        self.gates: Gates = find_gates(self.net, fresh(self.x), ignore=surveyed.ignore)
         self.seconds = time.process_time() - start
         self.theta = random_masks(self.gates)
 

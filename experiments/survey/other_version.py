@@ -9,13 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pyro_sbp.errors import RequestError, first_line
 from pyro_sbp.experiments.survey.collections import Surveyed
-from pyro_sbp.gates.nested import convert
-from pyro_sbp.gates.proving import enliven
+from pyro_sbp.experiments.survey.measurement import in_float64
 
 __all__ = ["find", "version_of"]
 
@@ -33,9 +31,7 @@ def find(surveyed: Surveyed, directory: str) -> dict[str, Any]:
         The numbers of gates and units, and the CPU seconds of `find_gates`. If it raises an error,
         ``failed`` is the reason.
     """
-    net, x = surveyed.net.double().eval().requires_grad_(False), surveyed.x
-    x = convert(x, torch.float64)
-    enliven(net, torch.Generator().manual_seed(0))
+    net, x = in_float64(surveyed)
     for module in [name for name in sys.modules if name.partition(".")[0] == "pyro_sbp"]:
         del sys.modules[module]
     sys.path.insert(0, directory)

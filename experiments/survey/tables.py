@@ -1,4 +1,4 @@
-"""The tables of docs/own_network.md, from the records of the survey."""
+"""The tables of docs/survey.md and docs/own_network.md, from the records of the survey."""
 
 from __future__ import annotations
 
@@ -185,10 +185,17 @@ def _outcome(row: _Row) -> str:
 
 
 def _both(collected: str, directory: Path) -> tuple[str, dict[str, tuple[_Row, _Row]]]:
-    """The other version of a record, and the rows of this and of that version."""
+    """The other version of a record, and the rows of this and of that version.
+
+    Raises:
+        RequestError: the record has no comparison with another version.
+    """
     record = read(collected, directory)
     rows = record["networks"].items()
-    return record["before"], {name: (row, row["before"]) for name, row in rows if "before" in row}
+    both = {name: (row, row["before"]) for name, row in rows if "before" in row}
+    if not both:
+        raise RequestError(f"the record of {collected} has no comparison; use --before DIRECTORY")
+    return record["before"], both
 
 
 def _seconds(row: _Row) -> str:
@@ -196,25 +203,24 @@ def _seconds(row: _Row) -> str:
 
 
 def seconds(*collections: str, directory: Path = DIRECTORY) -> str:
-    """The CPU seconds of `find_gates` in collections, with another version and now."""
+    """The CPU seconds of `find_gates` in collections, with another version and now.
+
+    The medians are over the networks that both versions have finished.
+    """
     rows = []
     for collected in collections:
         version, found = _both(collected, directory)
-        both = [
-            (now["cpu_seconds"], before["cpu_seconds"])
+        finished = [
+            (before["cpu_seconds"], now["cpu_seconds"])
             for now, before in found.values()
             if "failed" not in before
         ]
-        ratios = [before / now for now, before in both]
-        rows.append(
-            (
-                *(collected, version, str(len(found)), str(len(found) - len(both))),
-                *(f"{median(before for _, before in both):.1f}", f"{median(ratios):.2f}"),
-                f"{median(now['cpu_seconds'] for now, _ in found.values()):.1f}",
-            )
-        )
-    head = ("collection", "before", "networks", "not finished before", "median before, s")
-    return markdown((*head, "before over now, median", "median now, s"), rows)
+        medians = [f"{median(values):.1f}" for values in zip(*finished, strict=True)]
+        faster = f"{median(before / now for before, now in finished):.2f}"
+        unfinished = str(len(found) - len(finished))
+        rows.append((collected, version, str(len(found)), unfinished, *medians, faster))
+    head = ("collection", "version before", "networks", "not finished before", "median before, s")
+    return markdown((*head, "median now, s", "times faster, median"), rows)
 
 
 def slowest(*collections: str, directory: Path = DIRECTORY) -> str:

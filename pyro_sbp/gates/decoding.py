@@ -11,13 +11,13 @@ from pyro_sbp.gates.classes import codes, numbers_of, partitions_that_fit
 from pyro_sbp.gates.probe import Astray, Probe
 from pyro_sbp.gates.reaching import Reach
 
-__all__ = ["apart", "decode", "decode_alike"]
+__all__ = ["decode", "decode_alike", "groups_to_decode"]
 
 #: The largest number of partitions of the rows of a writer that are measured.
 _PARTITIONS = 4
 
 
-def apart(reaches: Sequence[Reach], unless_alike: bool = False) -> list[list[Reach]]:
+def groups_to_decode(reaches: Sequence[Reach], unless_alike: bool = False) -> list[list[Reach]]:
     """Divide writers into sets in which no two writers reach a common column.
 
     Args:
@@ -47,13 +47,15 @@ def decode_alike(probe: Probe, reaches: Sequence[Reach]) -> None:
 
     The writers of a residual stream are an example. Their rows with the same bits share a pass. If
     a column sees exactly one of each bit and its complement, only rows of one number reach it,
-    whatever their writer. Other writers are left for `decode`.
+    whatever their writer. Other writers are left for `decode`, and so are problems, which another
+    writer of the same pass may cause.
     """
-    for together in apart(reaches, unless_alike=True):
+    for together in groups_to_decode(reaches, unless_alike=True):
         decodings = [_Decoding(reach, partial=True) for reach in together]
         _decode_bits(probe, decodings)
         for decoding in decodings:
             decoding.finish()
+            decoding.reach.problem = None
 
 
 def decode(probe: Probe, reaches: Sequence[Reach]) -> None:

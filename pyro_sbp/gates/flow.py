@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_sbp.gates.functions import address_of, may_change_arguments, tensors_in
 from pyro_sbp.gates.loose import Place
 
-__all__ = ["OUTPUT", "Flow", "apart"]
+__all__ = ["OUTPUT", "Flow", "disjoint_groups"]
 
 #: The key for the output of the network.
 OUTPUT = "output of the network"
@@ -33,14 +34,14 @@ class Flow:
         self._bits: dict[str, int] = {}
         self._marks: dict[int, int] = {}
         self._reached: dict[Key, int] = {}
-        #: The marks of tensors whose values have left torch, and may come back in new tensors.
-        self._escaped = 0
+        #: The marks of tensors whose values have left torch. They may come back in any tensor.
+        self._left_torch = 0
 
     def of(self, tensors: Iterable[Tensor]) -> int:
         """The marks of tensors."""
         marks = 0
         for tensor in tensors:
-            marks |= self._marks.get(address_of(tensor), 0)
+            marks |= self._marks.get(_identity(tensor), 0)
         return marks
 
     def meet(self, places: Iterable[Place], data: Iterable[Tensor]) -> None:
@@ -51,29 +52,29 @@ class Flow:
 
     def reach(self, key: Key, tensors: Iterable[Tensor]) -> None:
         """Record that a layer or another tensor of the network is combined with tensors."""
-        self._reached[key] = self._reached.get(key, 0) | self.of(tensors)
+        self._reached[key] = self._reached.get(key, 0) | self.of(tensors) | self._left_torch
 
     def write(self, writer: str, out: Any) -> None:
         """Record the output of a writer."""
         bit = self._bits.setdefault(writer, 1 << len(self._bits))
         for tensor in tensors_in([out]):
-            self._marks[address_of(tensor)] = bit
+            self._marks[_identity(tensor)] = bit
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Record a call of a function that is not a writer."""
         inputs = list(tensors_in((*args, *kwargs.values())))
         marks = self.of(inputs)
         results = list(tensors_in([out]))
-        if not results and not isinstance(out, bool | int | type(None)):
-            self._escaped |= marks
-        marks |= self._escaped
-        shared = set(map(address_of, inputs))
+        if not results and not isinstance(out, bool | int | type(None)):  # these cannot be NaN
+            self._left_torch |= marks
+        marks |= self._left_torch
+        shared = set(map(_identity, inputs))
         if may_change_arguments(func, args, kwargs):
             results += inputs
-        for address in map(address_of, results):
+        for identity in map(_identity, results):
             # A new tensor can have the address of one that has been freed.
-            earlier = self._marks.get(address, 0) if address in shared else 0
-            self._marks[address] = earlier | marks
+            earlier = self._marks.get(identity, 0) if identity in shared else 0
+            self._marks[identity] = earlier | marks
 
     def reached_by(self, writer: str) -> set[Key]:
         """The keys that the values of a writer may reach."""
@@ -81,7 +82,12 @@ class Flow:
         return {key for key, marks in self._reached.items() if marks & bit}
 
 
-def apart(keys: Mapping[str, set[Key]]) -> list[list[str]]:
+def _identity(tensor: Tensor) -> int:
+    """The address of the storage, or the id of a tensor without one, such as a sparse tensor."""
+    return address_of(tensor) if tensor.layout is torch.strided else id(tensor)
+
+
+def disjoint_groups(keys: Mapping[str, set[Key]]) -> list[list[str]]:
     """Divide writers into groups in which no two writers reach the same layer or tensor.
 
     Args:

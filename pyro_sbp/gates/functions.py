@@ -64,7 +64,7 @@ def has_nan(tensor: Tensor) -> bool:
 def changes_in_place(func: Any) -> bool:
     """Whether a function changes its first argument in place, according to its name."""
     name = getattr(func, "__name__", "")
-    if name == "__setitem__" or name.startswith("__i"):
+    if name in ("__setitem__", "__set__") or name.startswith("__i"):
         return True
     return name.endswith("_") and not name.endswith("__")
 
@@ -73,6 +73,8 @@ def may_change_arguments(func: Any, args: Any, kwargs: Mapping[str, Any]) -> boo
     """Whether a function may change its arguments in place, according to its name and arguments."""
     if changes_in_place(func) or "out" in kwargs:
         return True
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
     return any(value is True for value in (*args, *kwargs.values()))  # such as `inplace`
 
 

@@ -10,7 +10,7 @@ halves of a gated linear unit, the groups of a group norm.
 
 Writers share passes. In the pass that sets all channels to NaN, these are writers whose values
 cannot reach the same layer. In the coded passes, they are writers that reach no common column, or
-have equally many channels.
+writers with equally many channels that reach the same columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pyro_sbp.gates.decoding import apart, decode, decode_alike
+from pyro_sbp.gates.decoding import decode, decode_alike, groups_to_decode
 from pyro_sbp.gates.probe import Probe
 from pyro_sbp.gates.reaching import UNREAD, Reach, join_unread, measure_reach
 
@@ -40,9 +40,9 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
     }
     measure_reach(probe, reaches)
     join_unread(probe, list(reaches.values()))
-    decode_alike(probe, [reach for reach in reaches.values() if reach.problem is None])
-    unknown = [r for r in reaches.values() if r.problem is None and not r.columns]
-    for together in apart(unknown):
+    reading = [reach for reach in reaches.values() if reach.problem is None and reach.seen]
+    decode_alike(probe, reading)
+    for together in groups_to_decode([reach for reach in reading if not reach.columns]):
         decode(probe, together)
     problems = {reach.writer: reach.problem for reach in reaches.values()}
     for reach in reaches.values():

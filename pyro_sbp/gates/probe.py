@@ -89,6 +89,11 @@ class Probe(TorchFunctionMode):
         self.replay.start(inject is None, self.loose.filled)
 
     @property
+    def course(self) -> tuple[dict[str, int], int]:
+        """The numbers of calls of each layer, and of other functions, in the last pass."""
+        return dict(self.calls), self.number
+
+    @property
     def uncalled(self) -> list[str]:
         """The layers whose weights were not used in the first pass."""
         names = []

@@ -127,14 +127,14 @@ class Proof:
         theta = _theta(gates, gone)
         names: dict[int, str] = {}
         try:
-            # Most cuts that fail raise an error. Then the masked network is needed only for its
-            # choices.
+            # Most cuts that fail raise an error. So the cut network is called first, unless the
+            # network makes choices, which the masked network must make first.
             masked = self._reference(gates, gone, theta) if self._makes_choices else None
-            choices = nullcontext() if masked is None else masked.decisions.repeated()
-            with self._cut(gates, theta), choices:
-                names = {id(module): name for name, module in self._exact.named_modules()}
-                small = call(self._exact, fresh(self.x))
-            masked = masked or self._reference(gates, gone, theta)
+            small = self._small(gates, theta, masked, names)
+            if masked is None:
+                masked = self._reference(gates, gone, theta)
+                if masked.decisions.taken:
+                    small = self._small(gates, theta, masked, names)
             difference = relative_difference(masked.output, small)
         except Exception as error:  # a network's own code may raise anything
             reason = f"cutting it fails: {first_line(error)}{failing_code(error)}"
@@ -142,6 +142,24 @@ class Proof:
         if not difference <= EXACT:
             return _Failure(gone, f"cutting it changes the output by {difference:.1e}")
         return None
+
+    def _small(
+        self,
+        gates: Sequence[Gate],
+        theta: Mapping[str, Tensor],
+        masked: _Reference | None,
+        names: dict[int, str],
+    ) -> Any:
+        """The output of the cut network, which repeats the choices of the masked one.
+
+        If this raises an error, `names` has the names of the modules of the cut network.
+        """
+        choices = nullcontext() if masked is None else masked.decisions.repeated()
+        with self._cut(gates, theta), choices:
+            names.update((id(module), name) for name, module in self._exact.named_modules())
+            small = call(self._exact, fresh(self.x))
+        names.clear()
+        return small
 
     def _reference(
         self, gates: Sequence[Gate], gone: _Pattern, theta: Mapping[str, Tensor]
@@ -264,12 +282,12 @@ class Proof:
         the others. The former come first, because a variant that works for them is used for all
         gates of their kind. If nothing is known about the module, the parts are the two halves.
         """
-        hopeless = [
+        failed = [
             self._failed[kind_of(self.net, candidate.gate)] >= _FAILURES for candidate in candidates
         ]
-        if any(hopeless):
-            others = [c for c, alone in zip(candidates, hopeless, strict=True) if not alone]
-            single = [[c] for c, alone in zip(candidates, hopeless, strict=True) if alone]
+        if any(failed):
+            others = [c for c, alone in zip(candidates, failed, strict=True) if not alone]
+            single = [[c] for c, alone in zip(candidates, failed, strict=True) if alone]
             return [others, *single] if others else [*single]
         where = failure.module or self._where([*proven, *gates], failure.gone)
         wrong = set(suspects(gates, where)) if where is not None else set()

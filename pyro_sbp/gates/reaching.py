@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_sbp.gates.flow import OUTPUT, Flow, apart
+from pyro_sbp.gates.flow import OUTPUT, Flow, disjoint_groups
 from pyro_sbp.gates.loose import Met, Place
 from pyro_sbp.gates.probe import Astray, Probe
 from pyro_sbp.gates.uses import hidden_of
@@ -52,7 +53,8 @@ class Reach:
 def measure_reach(probe: Probe, reaches: Mapping[str, Reach]) -> None:
     """Measure which columns any row of each writer reaches.
 
-    Writers whose values cannot reach the same layer share a pass.
+    Writers whose values cannot reach the same layer share a pass. If its results are not certain,
+    each of them has a pass of its own.
     """
     probe.flow = probe.loose.meetings = flow = Flow()
     try:
@@ -62,56 +64,83 @@ def measure_reach(probe: Probe, reaches: Mapping[str, Reach]) -> None:
         bounds = {}
     finally:
         probe.flow = probe.loose.meetings = None
-    for writers in apart(bounds) if bounds else [[writer] for writer in reaches]:
+    usual = probe.course
+    groups = disjoint_groups(bounds) if bounds else [[writer] for writer in reaches]
+    for writers in groups:
         members = [reaches[writer] for writer in writers]
-        together = len(members) > 1
-        if not together or not _reach_of(probe, members, bounds):
+        if len(members) == 1 or not _measure_together(probe, members, bounds, usual):
             for member in members:
-                _reach_of(probe, [member], {})
+                _measure_alone(probe, member)
 
 
-def _reach_of(
-    probe: Probe, reaches: Sequence[Reach], bounds: Mapping[str, set[str | Place]]
+def _measure_together(
+    probe: Probe,
+    reaches: Sequence[Reach],
+    bounds: Mapping[str, set[str | Place]],
+    usual: Any,
 ) -> bool:
-    """Measure which columns any row of some writers reaches, in one pass.
+    """Measure several writers in one pass.
 
     Args:
         probe: the probe.
         reaches: the writers.
-        bounds: what each of several writers may reach.
+        bounds: what each writer may reach.
+        usual: the course of a pass without NaN. On another course, the NaN of one writer can
+            change what the others reach.
 
     Returns:
-        False if it cannot be decided which of several writers reaches a column.
+        Whether it is certain which writer reaches what. If not, nothing is recorded.
     """
-    inject = {
-        reach.writer: torch.ones(len(reach.classes), dtype=torch.bool, device="cpu")
-        for reach in reaches
-    }
+    try:
+        hits = _hits(probe, reaches)
+    except Astray:
+        return False
+    possible = set().union(*(bounds[reach.writer] for reach in reaches))
+    if probe.course != usual or not hits.keys() <= possible:
+        return False
+    for reach in reaches:
+        mine = bounds[reach.writer]
+        _record(probe, reach, {key: hit for key, hit in hits.items() if key in mine})
+    return True
+
+
+def _measure_alone(probe: Probe, reach: Reach) -> None:
+    try:
+        _record(probe, reach, _hits(probe, [reach]))
+    except Astray as error:
+        reach.problem = str(error)
+
+
+def _hits(probe: Probe, reaches: Sequence[Reach]) -> dict[str | Place, Tensor | None]:
+    """The columns of each layer that rows of some writers reach.
+
+    The other keys are the places of other tensors that the rows meet, and `OUTPUT`.
+
+    Raises:
+        Astray: the network fails on NaN.
+    """
+    inject = {reach.writer: torch.ones_like(reach.classes, dtype=torch.bool) for reach in reaches}
     probe.loose.meetings = met = Met()
     try:
         hits_output = probe.run(inject)
-    except Astray as error:
-        if len(reaches) > 1:
-            return False
-        reaches[0].problem = str(error)
-        return True
     finally:
         probe.loose.meetings = None
-    hits = {name: hit for name, hit in probe.seen.items() if bool(hit.any())}
-    found: set[str | Place] = {*hits, *met.places, *([OUTPUT] if hits_output else [])}
-    if len(reaches) > 1 and not found <= set().union(*(bounds[r.writer] for r in reaches)):
-        return False
-    for reach in reaches:
-        mine = bounds.get(reach.writer, found)
-        if OUTPUT in found & mine:
-            reach.problem = "reaches an output of the network"
-            continue
-        reach.seen = {name: hit for name, hit in hits.items() if name in mine}
-        reach.met = met.places & mine
-        own, layouts = hidden_of(reach.writer), probe.uses.layouts
-        if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
-            reach.problem = UNREAD
-    return True
+    hits: dict[str | Place, Tensor | None] = {
+        name: hit for name, hit in probe.seen.items() if bool(hit.any())
+    }
+    return hits | dict.fromkeys(met.places) | ({OUTPUT: None} if hits_output else {})
+
+
+def _record(probe: Probe, reach: Reach, hits: Mapping[str | Place, Tensor | None]) -> None:
+    """Record what the rows of a writer reach."""
+    if OUTPUT in hits:
+        reach.problem = "reaches an output of the network"
+        return
+    reach.seen = {str(name): hit for name, hit in hits.items() if hit is not None}
+    reach.met = {place for place in hits if isinstance(place, tuple)}
+    own, layouts = hidden_of(reach.writer), probe.uses.layouts
+    if not any(layouts[name].role == "reader" for name in reach.seen if name != own):
+        reach.problem = UNREAD
 
 
 def join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
