@@ -146,7 +146,15 @@ class Pruner:
     def kl_loss(self) -> Tensor:
         """The weighted KL divergence divided by the number of training examples, to be added to a
         mean loss per example. It is a scalar in nats, with gradients for the posterior only.
+
+        Raises:
+            RuntimeError: the noise is not attached, so it would be trained by this term alone.
         """
+        if not self.attached:
+            raise RuntimeError(
+                "the noise is not attached to the network: call attach() before the training, or "
+                "minimise loss(x, y), which needs neither attach() nor kl_loss()"
+            )
         kl = untraced_kl(self.model, self.guide)
         return (self._traced_kl() if kl is None else kl) / self.model.num_data
 
@@ -214,7 +222,10 @@ class Pruner:
         return self
 
     def units(self) -> dict[str, int]:
-        """By gate, the number of units whose signal-to-noise ratio reaches the threshold."""
+        """By gate, the number of units whose signal-to-noise ratio reaches the threshold.
+
+        `prune` keeps at least one unit of every gate.
+        """
         return {name: int((snr >= self.threshold).sum()) for name, snr in self.guide.snr().items()}
 
     def prune(self, **what: Any) -> nn.Module:

@@ -73,6 +73,9 @@ def test_both_ways_of_training_have_one_loss(digits, noise_per):
 
 def test_the_divergence_is_that_of_the_guide_and_its_weights():
     pruner = sbp.Pruner(network(), torch.rand(4, 1, 28, 28), 512, kl_scale={"0": 3.0})
+    with pytest.raises(RuntimeError, match="is not attached to the network: call attach"):
+        pruner.kl_loss()
+    pruner.attach()
     kl = {name: float(value.sum()) for name, value in pruner.guide.kl().items()}
     weights = {"0": 3.0}
     expected = sum(weights.get(name, 1.0) * value for name, value in kl.items()) / 512
@@ -80,7 +83,8 @@ def test_the_divergence_is_that_of_the_guide_and_its_weights():
 
 
 def test_the_divergence_needs_no_draw_unless_a_handler_is_active():
-    pruner = sbp.Pruner(network(), torch.rand(4, 1, 28, 28), 512, kl_scale={"0": 3.0})
+    x = torch.rand(4, 1, 28, 28)
+    pruner = sbp.Pruner(network(), x, 512, kl_scale={"0": 3.0}).attach()
     parameters = [*pruner.guide.parameters()]
     state = torch.get_rng_state()
     alone = pruner.kl_loss()
