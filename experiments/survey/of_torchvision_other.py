@@ -19,7 +19,11 @@ SHAPES = {
     "optical_flow": (1, 3, 128, 128),
 }
 #: Shapes of inputs of single networks.
-OWN_SHAPES = {"mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224)}
+OWN_SHAPES = {
+    "s3d": (1, 3, 16, 224, 224),
+    "mvit_v1_b": (1, 3, 16, 224, 224),
+    "mvit_v2_s": (1, 3, 16, 224, 224),
+}
 
 
 def names() -> list[str]:
