@@ -164,7 +164,8 @@ def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float
     """One line with the layers and parameters that are not prunable, the largest ones first."""
     names = sorted(not_prunable, key=lambda name: -shares.get(name, 0.0))
     lines = [
-        f"{name or 'the network'}: {not_prunable[name]} ({shares.get(name, 0.0):.0%} of the parameters)"
+        f"{name or 'the network'}: {not_prunable[name]} "
+        f"({shares.get(name, 0.0):.0%} of the parameters)"
         for name in names[:_MOST]
     ]
     if len(names) > _MOST:
