@@ -48,7 +48,7 @@ def test_all_parameters_are_accounted_for():
 
 def test_a_model_without_gates_names_the_reasons():
     gates = find_gates(Mixed(), torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match=r"there are no gates.*first .*reach the same column"):
+    with pytest.raises(ValueError, match=r"there are no gates.*first: .*reach the same column"):
         sbp.GatedModel(Mixed(), gates, num_data=2)
 
 

@@ -14,6 +14,11 @@ from tests.gates.exact_cuts import check
 CALLS = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 class Stream(nn.Module):
     """Blocks that are added to one stream; some of them add their channels in reverse order."""
 
