@@ -104,17 +104,14 @@ def _measure(
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    prepared, row = None, {}
     try:
         surveyed = collection(collected).build(name)
         prepared = Prepared(surveyed)
-        row = measure(surveyed, prepared)
+        sender.send(measure(surveyed, prepared))
     except Exception as error:  # networks may raise anything
-        row = {"failed": f"{type(error).__name__}: {first_line(error)}"[:300]}
-    sender.send(row)
-    if "failed" in row:
+        sender.send({"failed": f"{type(error).__name__}: {first_line(error)}"[:300]})
         return
-    if comparisons.torch_pruning and prepared is not None:
+    if comparisons.torch_pruning:
         from pyro_sbp.experiments.survey.torch_pruning_cut import compare
 
         _limit(limit)
@@ -122,7 +119,7 @@ def _measure(
     if comparisons.before is not None:
         from pyro_sbp.experiments.survey.other_version import find
 
-        del prepared
+        del surveyed, prepared  # large networks fit into memory only once
         _limit(limit)
         torch.manual_seed(0)
         sender.send({"before": find(collection(collected).build(name), comparisons.before)})

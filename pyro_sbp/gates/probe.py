@@ -18,9 +18,7 @@ from pyro_sbp.gates.flow import OUTPUT, Flow
 from pyro_sbp.gates.functions import PROPERTIES, has_nan, tensors_in, unobserved
 from pyro_sbp.gates.guards import Guards
 from pyro_sbp.gates.layers import channel_dim, is_matrix
-from pyro_sbp.gates.loose import (
-    LooseTensors,
-)
+from pyro_sbp.gates.loose import LooseTensors
 from pyro_sbp.gates.nested import map_tensors, tensors_of
 from pyro_sbp.gates.recurrent import first_weight, is_recurrent
 from pyro_sbp.gates.replay import Replay
@@ -32,7 +30,7 @@ __all__ = ["Astray", "Probe", "matrices"]
 
 
 class Astray(Exception):
-    """NaN changes the control flow of the network: other layers are called, or an error occurs."""
+    """The network raises an error if there is NaN in it."""
 
 
 class Through(BaseException):
@@ -246,12 +244,11 @@ class Probe(TorchFunctionMode):
             self.replay.finish()
             self.state.restore()
 
-    def run(
-        self,
-        inject: Mapping[str, Tensor],
-        until: Iterable[str] | None = None,
-    ) -> bool:
+    def run(self, inject: Mapping[str, Tensor], until: Iterable[str] | None = None) -> bool:
         """Call the network once with NaN in some channels.
+
+        Args:
+            inject, until: as for `start`.
 
         Returns:
             Whether NaN reaches an output of the network.

@@ -127,8 +127,8 @@ class Proof:
         theta = _theta(gates, gone)
         names: dict[int, str] = {}
         try:
-            # Most cuts that fail raise an error. So the cut network is called first, unless the
-            # network makes choices, which the masked network must make first.
+            # Most cuts that fail raise an error, and then the masked network is not needed. It is
+            # called first only if the network makes choices, which the cut network must repeat.
             masked = self._reference(gates, gone, theta) if self._makes_choices else None
             small = self._small(gates, theta, masked, names)
             if masked is None:

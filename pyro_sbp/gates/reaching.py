@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ def _measure_together(
     probe: Probe,
     reaches: Sequence[Reach],
     bounds: Mapping[str, set[str | Place]],
-    usual: Any,
+    usual: tuple[dict[str, int], int],
 ) -> bool:
     """Measure several writers in one pass.
 
@@ -85,8 +84,8 @@ def _measure_together(
         probe: the probe.
         reaches: the writers.
         bounds: what each writer may reach.
-        usual: the course of a pass without NaN. On another course, the NaN of one writer can
-            change what the others reach.
+        usual: the `course` of a pass without NaN. If this pass has another course, the NaN of one
+            writer may have changed what the others reach.
 
     Returns:
         Whether it is certain which writer reaches what. If not, nothing is recorded.
