@@ -78,6 +78,7 @@ def test_a_removed_unit_has_the_prior(prior_scale):
 
 def test_a_network_without_gates_is_refused():
     with pytest.raises(
-        ValueError, match="no layer of Linear is prunable: the network: reaches an output of the network"
+        ValueError,
+        match="no layer of Linear is prunable: the network: reaches an output of the network",
     ):
         SBP(torch.nn.Linear(3, 2), torch.rand(2, 3), SBPRecipe(), 10)
