@@ -24,7 +24,8 @@ def main() -> None:
         from pyro_sbp.training.processes import forget_stray_variables
 
         forget_stray_variables()
-        # As for `python -m`: --arch may name a module of the current directory.
+        # --arch may name a module of the current directory. The installed program does not have
+        # that directory in its path, unlike `python -m`.
         sys.path.append(os.getcwd())
         cli.main(prog_name="pyro-sbp")
     except Stopped as stopped:

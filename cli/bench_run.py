@@ -30,11 +30,11 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
         batch_sizes, threads, runtimes, seconds: as for `benchmark`. Without `threads`, one thread
-            and the number of torch are measured.
+            and torch's number of threads are measured.
         channels_last: whether the networks use the channels-last memory format.
     """
 
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """The dense and the pruned network of a run, measured.
+    """The measurements of the dense and the pruned network of a run.
 
     Attributes:
         comparison: their MACs, parameters and latencies.
@@ -95,7 +95,7 @@ def measure_run(
         request: the request of the run.
         saved: the directory of the pruned network.
         kwargs, input_shape: the arguments of its constructor and the shape of one input.
-        settings: what is measured.
+        settings: the settings of the measurement.
         threads: the number of CPU threads of torch.
 
     Raises:

@@ -174,7 +174,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     Args:
         summary: the result.
         hint: the advice if little was removed.
-        weak: a description of the units of a gate of which only the best is kept.
+        weak: the description of the units of a gate in which no unit reached the threshold.
     """
     weights = _weights(summary)
     units = table(("gate", "kept", "of", "zeroed"), summary.unit_rows())
@@ -193,9 +193,9 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
 
 
 def error_advice(summary: Summary) -> str:
-    """Advice if pruning raised the test error by much, and the network was not fine-tuned.
+    """Advice if pruning increased the test error by much, and the network was not fine-tuned.
 
-    This happens if a budget removes units whose posteriors say that the network needs them.
+    This happens if a budget removes units whose scores are over the default threshold.
     """
     errors = summary.error
     if errors.mean is None or errors.pruned is None or errors.finetuned is not None:

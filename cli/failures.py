@@ -36,7 +36,7 @@ def _debug_option(envvar: str | None = None) -> click.Option:
 
 
 class CommandGroup(click.Group):
-    """Commands whose exceptions become one line on stderr.
+    """A group of commands that prints an exception as one line on stderr.
 
     The exit status is 2 for a wrong request, and 1 for any other failure. The message of an
     unexpected exception names its type and the flag --debug, which the group and its commands have.
@@ -122,7 +122,10 @@ class _Refusal(_Failure):
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the message is enough: for errors of the system and of this package."""
+    """Whether the message of an error is enough, without its type and the hint about --debug.
+
+    This is so for errors of the system and of this package.
+    """
     own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     return own or isinstance(error, FloatingPointError | OSError)
 

@@ -1,4 +1,4 @@
-"""What `pyro-sbp prune` is asked to do."""
+"""The options of `pyro-sbp prune`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Options:
             )
 
     def _amounts(self) -> dict[str, float | None]:
-        """The options that say how much is removed; at most one is given."""
+        """The options that set how much is removed; at most one is given."""
         return {
             "threshold": self.threshold,
             "macs-ratio": self.macs_ratio,
@@ -58,16 +58,17 @@ class Options:
         }
 
     def given(self) -> dict[str, float]:
-        """The option that says how much is removed, by its name; empty if none is given."""
+        """The option that sets how much is removed, by its name; empty if none is given."""
         return {name: value for name, value in self._amounts().items() if value is not None}
 
     @property
     def by_threshold(self) -> bool:
-        """Whether a threshold decides, given or that of the criterion, instead of a budget."""
+        """Whether units are kept by a threshold (a given one, or that of the criterion) and not by
+        a budget."""
         return self.threshold is not None or not self.given()
 
     def directory_name(self) -> str:
-        """The name of the directory of the network, which says all options."""
+        """The name of the directory of the network, which contains all options that are given."""
         name = "pruned" if self.criterion is None else f"pruned-{self.criterion}"
         for option, value in self.given().items():
             name += f"-{option.removesuffix('-ratio')}-{value:g}"

@@ -29,7 +29,7 @@ def prune_run(request: Request, run: Path, target: Path, options: Options, threa
         request: the request of the run.
         run: the run directory.
         target: the directory for the network.
-        options: what is asked.
+        options: the options of the command.
         threads: the number of CPU threads.
 
     Raises:
@@ -61,7 +61,8 @@ def prune_run(request: Request, run: Path, target: Path, options: Options, threa
 
 
 def _multiple(round_to: int | str, run: Path) -> int:
-    """The number of which units are a multiple; "auto" takes it from the latencies of the run."""
+    """The number to whose multiples units are rounded; "auto" computes it from the latencies of the
+    run."""
     if isinstance(round_to, int):
         return round_to
     multiple = read_unit_latency(run).round_to()
@@ -70,7 +71,7 @@ def _multiple(round_to: int | str, run: Path) -> int:
 
 
 def _budget(options: Options, request: Request, threads: int) -> Budget | None:
-    """The budget, apart from a largest increase of the error.
+    """The budget of the options, except for `max_error_increase`; None if there is none.
 
     Raises:
         ValueError: a number is out of range, or the runtime is not available.

@@ -82,7 +82,7 @@ def _load(request: Request, workers: int | None, fabric: Fabric) -> ImageData:
     def load() -> ImageData:
         return load_dataset(request.dataset, Path(request.data_dir), size, workers, fabric.device)
 
-    return on_first(fabric, load) or load()  # it may have to be downloaded, once
+    return on_first(fabric, load) or load()  # the first process may download the data
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TextIO
 
 __all__ = ["print_warnings_as_lines"]
 
-#: What torch appends to its warnings: the file of its own source code that raised them.
+#: The text that torch appends to its warnings: the source file of torch that raised them.
 _ORIGIN = re.compile(r" \(Triggered internally at [^()]*\)$")
 
 
@@ -36,5 +36,5 @@ def _print_line(
     target = file or sys.stderr
     if target is None:  # the program has no stderr, as under pythonw
         return
-    with contextlib.suppress(OSError):  # of a closed stderr; a warning must not end the command
+    with contextlib.suppress(OSError):  # stderr may be closed; the command must continue
         target.write(f"Warning: {words}\n")

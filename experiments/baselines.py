@@ -21,9 +21,9 @@ With `--weights` the dense network is read from a file, and there is no dense ph
 record started from weights, `--weights` must give the file of these weights.
 
 Units are ranked over all layers together (`global_pruning`), by their importance divided by its
-mean in the layer, as is the default of the library. Every layer keeps its best unit, and the layer
-of the logits is not pruned. Torch-Pruning cannot remove input features. If the run has a gate on
-the input pixels, as for LeNet-500-300, the baseline reaches the same MACs by hidden units alone.
+mean in the layer, which is the default of the library. Every layer keeps its best unit, and the
+layer of the logits is not pruned. Torch-Pruning cannot remove input features. If the run has a gate
+on the input pixels, as for LeNet-500-300, the baseline reaches the same MACs by hidden units alone.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _TorchPruning(PhasedTraining):
         return {}
 
     def _prune(self, step: int) -> None:
-        """Prune the network to a part of its MACs that is the same in every step."""
+        """Reduce the MACs of the network by a factor that is the same in every step."""
         self._take_gradients()
         macs = self.macs / self.ratio ** (step / self.steps)
         self.small = prune_to(

@@ -59,7 +59,7 @@ def _first(entry: Mapping[str, Any], rows: Rows) -> Rows:
 
 
 def speedups() -> str:
-    """What was asked of `--speedup`, what the search measured, and what a new process measured."""
+    """The targets of `--speedup`, and the speed-ups measured by the search and in a new process."""
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         found: Rows = []
@@ -82,7 +82,7 @@ def speedups() -> str:
 
 
 def error_budgets() -> str:
-    """What `--max-error-increase` returned: its errors, its size and its speed-up."""
+    """The networks of `--max-error-increase`: their errors, sizes and speed-ups."""
 
     def rows(entry: Mapping[str, Any]) -> Rows:
         found: Rows = []

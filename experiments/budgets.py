@@ -1,4 +1,4 @@
-"""Measure on finished runs what budgets promise: speed-ups, error increases, int8.
+"""Measure networks that budgets select from finished runs: speed-ups, errors, int8.
 
     python -m pyro_sbp.experiments.budgets RUN ... [--data-dir DIR] [--parts PART ...]
 
@@ -89,9 +89,9 @@ def bench(saved: Path, *options: str, batch_sizes: Sequence[int] = BATCH_SIZES) 
 def time_by_layer(
     net: nn.Module, shape: Sequence[int], size: int, seconds: float = 1.0
 ) -> dict[str, float]:
-    """The least time of every layer in a call of the network, in milliseconds.
+    """The shortest time of every layer in a call of the network, in milliseconds.
 
-    The least time of many calls is the one that other programs disturb least. It includes the
+    Other programs affect the shortest time of many calls less than the mean. It includes the
     overhead of one Python hook before and one after each layer.
 
     Args:
@@ -101,9 +101,9 @@ def time_by_layer(
         seconds: the duration of the measurement.
 
     Returns:
-        The milliseconds by layer, of all its calls and with the `Select` of pruning; those outside
-        of the layers, such as of activation functions, as "other"; and those of a whole call as
-        "whole".
+        The milliseconds by layer. Those of a layer are the sum over its calls, with the `Select` of
+        pruning. "other" is the time outside of the layers, such as that of activation functions,
+        and "whole" is the time of the whole call.
     """
     layers: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
@@ -167,10 +167,10 @@ class Measurement:
         )
 
     def budgets(self) -> list[dict[str, Any]]:
-        """What every budget asked for, and what was measured of its network.
+        """The targets of the budgets, and the measurements of their networks.
 
         Returns:
-            Of each budget {`budget`, `target`, `batch_size` (of a speed-up)} and, if it can be met,
+            For each budget {`budget`, `target`, `batch_size` (of a speed-up)} and, if it is met,
             {`macs_ratio`, `units`, `error` and `validation_error` (dense and pruned, in percent),
             `found` (the latency that the search measured last), `later` (the latency in a new
             process)}, otherwise {`refusal` (the message)}, `compared` (how many networks were

@@ -5,8 +5,8 @@
 
 Both print the same number of units and end at the same parameters, up to rounding: every process
 draws the same noise, and gets a share of every minibatch. With ``--own-noise`` every process draws
-its own, which averages the gradient over as many draws of the noise. With ``--steps 1000`` the
-network learns its task; the error of the pruned network on new examples is printed.
+different noise, so that the gradient is averaged over one draw for each process. With ``--steps
+1000`` the network learns its task. The error of the pruned network on new examples is printed.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _percent_off(value: Any, truth: Tensor) -> float:
 
 
 def _timed(libraries: dict[str, Library], rounds: int) -> dict[tuple[str, str], float]:
-    """Median milliseconds for every library and quantity, at points where the formulas by hand are
+    """Median milliseconds for every library and quantity, at points where the textbook formulas are
     finite.
     """
     generator = torch.Generator().manual_seed(0)
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--points", type=int, default=1000, help="number of points for the accuracy"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="of the time")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the timing")
     options = parser.parse_args(arguments)
     try:
         for package in ("mpmath", "scipy"):

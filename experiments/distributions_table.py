@@ -2,9 +2,9 @@
 
     python -m pyro_sbp.experiments.distributions_table [accuracy|comparison|cost] [--points N]
 
-`accuracy` compares the distributions with values in 110 digits. `comparison` does the same for the
-two constructions that others use. `cost` measures times on this machine. Without an argument, all
-three run. The first two need mpmath: ``pip install 'pyro-sbp[experiments]'``.
+`accuracy` compares the distributions with values in 110 digits. `comparison` does the same for two
+constructions that other packages use. `cost` measures times on this machine. Without an argument,
+all three run. The first two need mpmath: ``pip install 'pyro-sbp[experiments]'``.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def print_accuracy(n: int) -> None:
             )
 
 
-# The constructions that others use
+# The constructions that other packages use
 
 
 def published(p: Points, phi: Callable, phi_inverse: Callable) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ __all__ = ["in_order", "main"]
 
 VARIANTS = ("efficientnet_lite0", "tf_efficientnet_lite0")
 
-#: For each class of CIFAR-10, the ImageNet classes that are kinds of it. Antelopes stand for deer.
+#: For each class of CIFAR-10, the ImageNet classes that are kinds of it. Deer are replaced by
+#: antelopes.
 KINDS: dict[str, tuple[Iterable[int], ...]] = {
     "airplane": ((404, 895),),
     "automobile": ((436, 468, 511, 609, 627, 656, 705, 751, 817),),

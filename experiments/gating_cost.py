@@ -1,8 +1,8 @@
 """The cost of gating and cutting networks: `python -m pyro_sbp.experiments.gating_cost [NAME ...]`.
 
-It measures `find_gates` with its proof, `shrink`, and the checked cut of `prune`, each in its own
-process. It prints seconds, and the peak memory in addition to the process with the network, as a
-multiple of the size of the network. Memory is the resident memory that Linux reports.
+It measures `find_gates`, `shrink` and `checked_shrink`, each in a separate process. It prints
+seconds, and the peak memory above that of the process with the network, as a multiple of the size
+of the network. Memory is the resident memory that Linux reports.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def _measure(name: str, size: int, task: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Print one line per network."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("networks", nargs="*", default=["resnet50"], help="of torchvision")
+    parser.add_argument(
+        "networks", nargs="*", default=["resnet50"], help="names of torchvision models"
+    )
     parser.add_argument("--size", type=int, default=64, help="height and width of the two images")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

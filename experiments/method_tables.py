@@ -59,7 +59,7 @@ def _papers(arch: str) -> str:
 
 
 def sparse_vd(records: Sequence[Record]) -> str:
-    """The table of what SparseVD keeps of the networks of its paper."""
+    """The table of the weights and units that SparseVD keeps in the networks of its paper."""
     cells = []
     for arch in _PAPER:
         row = _default_row(records, arch, "sparse-vd")

@@ -128,7 +128,8 @@ def export_program(net: nn.Module, path: Path) -> float:
 
 
 def reloads(net: nn.Module, directory: Path) -> bool:
-    """Whether a saved network has equal outputs in a process of its own, which has no Pyro."""
+    """Whether a saved network has equal outputs after it is loaded in a new process without
+    Pyro."""
     inputs, outputs = directory / "inputs.pt", directory / "outputs.pt"
     torch.save([example(*shape) for shape in SHAPES], inputs)
     files = [str(directory / "network"), str(inputs), str(outputs)]
@@ -143,7 +144,7 @@ def measured(dense: nn.Module, small: nn.Module, options: Mapping[str, Any]) -> 
     """Size, ONNX difference and latency of a smaller network, after it was saved and loaded.
 
     Raises:
-        RuntimeError: the network that was loaded in a process of its own has other outputs.
+        RuntimeError: the network has other outputs after it is loaded in a new process.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -30,8 +30,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def file_name(*parts: Any) -> str:
-    """The file of a record, from its network, data set and all else that distinguishes it from
-    others.
+    """The name of the file of a record, from its network, its data set and other distinguishing
+    parts.
 
     It has the last two names of ``package.module:callable``, and the name of the folder of
     ``folder:PATH``.

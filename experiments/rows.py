@@ -264,7 +264,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 
 def _taught(record: Record) -> str:
-    """What a row says of the teachers of its fine-tuning; empty without `--teacher`."""
+    """The text about the teachers of the fine-tuning of a row; empty without `--teacher`."""
     teachers = record.content.get("teachers", ())
     if not teachers:
         return ""

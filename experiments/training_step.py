@@ -150,7 +150,7 @@ class _SparseByHand(nn.Module):
 def sparse_steps(
     name: str, batch_size: int, noise_per: NoisePer, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """As `steps`, with noise on the weights. It is drawn in the outputs of the layers for every
+    """The same as `steps` for SparseVD. The noise is drawn in the outputs of the layers for every
     example.
     """
     make, shape, _ = SPARSE_NETWORKS[name]

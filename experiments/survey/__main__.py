@@ -1,10 +1,11 @@
-"""Survey a collection of networks, each in a process of its own with a time limit.
+"""Survey a collection of networks, each in a separate process with a time limit.
 
 python -m pyro_sbp.experiments.survey COLLECTION [NAME ...] [--against torch-pruning]
     [--before DIRECTORY]
 
-Networks have random weights, and nothing is downloaded. What has a record is not measured again, so
-that a survey that was interrupted can be continued, and comparisons can be added.
+Networks have random weights, and nothing is downloaded. Networks and comparisons that have a record
+are not measured again, so that an interrupted survey can be continued, and comparisons can be
+added.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _survey(options: argparse.Namespace) -> None:
         if found and "failed" in row:
             print(f"{name}: {row['failed']}; its earlier record stays", flush=True)
             continue
-        # Seconds are compared in one run. Other earlier results stay.
+        # Seconds are compared only within one run. Other earlier results are kept.
         stays = found if missing.before is None else {"torch_pruning"} & found.keys()
         row |= {key: found[key] for key in stays}
         records.add(record, name, row, directory)
@@ -101,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("collection", choices=COLLECTIONS)
     parser.add_argument("networks", nargs="*", help="names; all networks if none is given")
-    parser.add_argument("--against", choices=("torch-pruning",), help="cut them with it as well")
+    parser.add_argument(
+        "--against", choices=("torch-pruning",), help="library that also cuts the networks"
+    )
     parser.add_argument(
         "--before",
         metavar="DIRECTORY",
@@ -109,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--again", action="store_true", help="measure networks that have a record")
     parser.add_argument("--limit", type=float, default=150.0, help="CPU seconds for each network")
-    parser.add_argument("--output-dir", default=str(records.DIRECTORY), help="of the records")
+    parser.add_argument(
+        "--output-dir", default=str(records.DIRECTORY), help="directory of the records"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.against:

@@ -17,7 +17,7 @@ class Surveyed:
     """A network to survey.
 
     Attributes:
-        family: what its row of a table stands for.
+        family: the group of networks that share a row of a table.
         net: the network, with random weights.
         x: an input of it.
         blocks: a regular expression for the names of its blocks, the parts between embeddings and
@@ -33,7 +33,7 @@ class Surveyed:
 
 
 class Collection(Protocol):
-    """What a module of a collection has."""
+    """The interface of the module of a collection."""
 
     #: The libraries whose versions are recorded.
     LIBRARIES: Sequence[str]

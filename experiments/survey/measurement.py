@@ -75,7 +75,7 @@ class Prepared:
             return GatedNetwork(self.net, self.gates)(fresh(self.x), each)
 
     def difference(self, small: nn.Module, masked: Any, decisions: Decisions) -> float:
-        """By how much the output of a cut network differs from that of the masked one."""
+        """The relative difference of the output of a cut network from that of the masked one."""
         with torch.no_grad(), undone(small), repeatable(torch.float64), decisions.repeated():
             return relative_difference(masked, call(small, fresh(self.x)))
 
@@ -93,10 +93,11 @@ def random_masks(gates: Iterable[Gate]) -> dict[str, Tensor]:
 
 
 def measure(surveyed: Surveyed, prepared: Prepared) -> dict[str, Any]:
-    """The record of a network: its gates, and what a cut leaves and changes.
+    """The record of a network: its gates, the size after a cut, and the difference of its outputs.
 
     MACs are those of one call on the input. ``blocks`` has those of every block before and after
-    the cut, and ``attention`` how many of the attention layers have gated heads.
+    the cut. ``attention`` has the number of attention layers with gated heads, and of all attention
+    layers.
     """
     net, gates, x = prepared.net, prepared.gates, prepared.x
     decisions = Decisions()
@@ -149,8 +150,8 @@ def block_names(net: nn.Module, pattern: str | None) -> list[str]:
 
     Args:
         net: the network.
-        pattern: a regular expression for them. With None, the nearest modules with a number for a
-            name around the attention layers.
+        pattern: a regular expression for them. With None, a block is the innermost module around an
+            attention layer whose name is a number.
     """
     names = [name for name, _ in net.named_modules()]
     if pattern is not None:
@@ -162,12 +163,12 @@ def block_names(net: nn.Module, pattern: str | None) -> list[str]:
             path.pop()
         if path:
             found[".".join(path)] = None
-    # A block that lies in another is part of it.
+    # A block inside another one is counted as part of it.
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def _attention_layers(net: nn.Module) -> list[str]:
-    """The innermost modules that are called attention and hold a layer with rows and columns."""
+    """The innermost modules whose class name contains "attention" and that have a weight matrix."""
     found = [
         name
         for name, module in net.named_modules()
@@ -182,7 +183,7 @@ def _attention_layers(net: nn.Module) -> list[str]:
 
 
 def _gated_attention(net: nn.Module, gates: Iterable[Gate]) -> tuple[int, int]:
-    """How many attention layers there are whose heads are units, and how many in all."""
+    """The number of attention layers whose heads are units, and of all attention layers."""
     layers = _attention_layers(net)
     gated = {
         layer

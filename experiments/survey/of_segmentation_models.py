@@ -29,7 +29,7 @@ ENCODERS = ("mobilenet_v2", "efficientnet-b0", "mit_b0", "densenet121", "timm-re
 
 
 def names() -> list[str]:
-    """Decoder and encoder."""
+    """The names of the networks, each a decoder and an encoder."""
     own = [f"{decoder}/resnet18" for decoder in DECODERS if decoder != "DPT"]
     return [*own, "DPT/tu-vit_tiny_patch16_224", *(f"Unet/{encoder}" for encoder in ENCODERS)]
 

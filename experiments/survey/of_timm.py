@@ -113,7 +113,7 @@ SMALLEST = {
     "xception_aligned": "xception41",
     "xcit": "xcit_nano_12_p16_224",
 }
-#: Models that are large even so have fewer blocks.
+#: The number of blocks of the models below, which would be large with all blocks.
 _DEPTH = 2
 _SHALLOWER = (
     *("beit", "deepseek_vit", "gemma4_vit", "naflexvit", "qwen3_vit", "vision_transformer_sam"),

@@ -16,7 +16,7 @@ SIZES = {"inception": 299, "maxvit": 224}
 
 
 def names() -> list[str]:
-    """All classifiers."""
+    """The names of all classifiers."""
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)

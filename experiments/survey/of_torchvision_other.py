@@ -27,7 +27,7 @@ OWN_SHAPES = {
 
 
 def names() -> list[str]:
-    """All networks, by module."""
+    """The names of all networks, ordered by module."""
     import torchvision
 
     return [

@@ -34,7 +34,7 @@ class _Entry:
 
     Attributes:
         config, model: the names of the classes.
-        options: of the configuration.
+        options: the arguments of the configuration.
         inputs: the names of the inputs, which `_input` makes.
         blocks: as for `Surveyed`.
     """
@@ -166,18 +166,18 @@ _ENTRIES = {
 
 
 def names() -> list[str]:
-    """All networks."""
+    """The names of all networks."""
     return list(_ENTRIES)
 
 
 def build(name: str) -> Surveyed:
-    """A network with 6 heads a layer, or 6 groups of heads, or 3 where a layer is narrow."""
+    """A network with 6 heads or groups of heads per layer, or 3 in narrow layers."""
     import transformers
 
     entry = _ENTRIES[name]
     config = getattr(transformers, entry.config)(**entry.options)
     if hasattr(config, "use_cache"):
-        config.use_cache = False  # what a cache keeps would be an output of the network
+        config.use_cache = False  # the cache would be an output of the network
     net = getattr(transformers, entry.model)(config)
     x = {kind.removeprefix("large_"): _input(kind) for kind in entry.inputs}
     return Surveyed(name, net, x, entry.blocks)

@@ -21,7 +21,8 @@ __all__ = ["find", "version_of"]
 def find(surveyed: Surveyed, directory: str) -> dict[str, Any]:
     """Find the gates of a network with another version of the package.
 
-    This replaces the modules of the package in this process, which should be used for nothing else.
+    This replaces the modules of the package in this process. Do not use the process for anything
+    else.
 
     Args:
         surveyed: the network.

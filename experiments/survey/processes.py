@@ -1,4 +1,4 @@
-"""Measure a network in a process of its own, so that a crash or a hang ends only that."""
+"""Measure a network in a separate process, so that a crash or a hang ends only that process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PRELOADED = [f"{__package__}.__main__", f"{__package__}.measurement"]
 
 @dataclass(frozen=True)
 class Comparisons:
-    """With what a network is compared.
+    """The comparisons of a network.
 
     Attributes:
-        torch_pruning: whether Torch-Pruning cuts it as well.
+        torch_pruning: whether the network is also cut by Torch-Pruning.
         before: the directory of another version of the package, or None.
     """
 
@@ -44,13 +44,13 @@ class Comparisons:
 def measured(
     collected: str, name: str, limit: float, comparisons: Comparisons = Comparisons()
 ) -> dict[str, Any]:
-    """Measure a network in a process of its own.
+    """Measure a network in a separate process.
 
     Args:
         collected: the collection.
         name: the name of the network.
         limit: the CPU seconds that each of the measurement and the comparisons may take.
-        comparisons: with what the network is compared.
+        comparisons: the comparisons to make.
 
     Returns:
         The measurements. If nothing was measured, ``failed`` is the reason.
@@ -95,7 +95,7 @@ def _why(status: int | None, limit: float, finished: bool) -> str:
 def _measure(
     sender: Connection, collected: str, name: str, limit: float, comparisons: Comparisons
 ) -> None:
-    """Send what is measured, then the results of the comparisons."""
+    """Send the measurements, then the results of the comparisons."""
     import torch
 
     from pyro_sbp.experiments.survey.measurement import Prepared, measure
@@ -126,6 +126,6 @@ def _measure(
 
 
 def _limit(seconds: float) -> None:
-    """Let the system end this process, with SIGXCPU, when it has taken so much more CPU time."""
+    """Make the system end this process, by SIGXCPU, after so many further seconds of CPU time."""
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))

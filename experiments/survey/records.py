@@ -19,7 +19,7 @@ from pyro_sbp.training.job import machine, versions
 
 __all__ = ["DIRECTORY", "add", "command", "new", "path_of", "read"]
 
-#: Where the records are.
+#: The directory of the records.
 DIRECTORY = Path(__file__).parents[1] / "results" / "survey"
 
 
@@ -54,7 +54,7 @@ def command(collection: str, against: str | None) -> str:
 
     Args:
         collection: one of `COLLECTIONS`.
-        against: the library that cuts the networks as well, or None.
+        against: the library that also cuts the networks, or None.
     """
     words = f"python -m pyro_sbp.experiments.survey {collection}"
     return f"{words} --against {against}" if against else words
@@ -65,7 +65,7 @@ def new(collection: str, libraries: Sequence[str], against: str | None = None) -
 
     Args:
         collection: one of `COLLECTIONS`.
-        libraries: whose versions are noted.
+        libraries: the libraries whose versions are recorded.
         against: as for `command`.
     """
     assert collection in COLLECTIONS
@@ -86,10 +86,10 @@ def add(record: dict[str, Any], name: str, row: dict[str, Any], directory: Path)
     """Add a network to a record, and write it.
 
     Args:
-        record: as `new` or `read` gives it; it is changed.
-        name: of the network.
-        row: what was measured.
-        directory: of the file.
+        record: the record, from `new` or `read`. It is changed in place.
+        name: the name of the network.
+        row: its measurements.
+        directory: the directory of the file.
     """
     record["networks"][name] = row
     directory.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,9 @@ from pyro_sbp.experiments.survey.records import DIRECTORY, path_of, read
 __all__ = ["against", "blocks", "by_block", "families", "seconds", "slowest", "summary"]
 
 _Row = Mapping[str, Any]
-#: The largest difference of a cut that is called exact.
+#: The largest difference of outputs with which a cut is called exact.
 EXACT = 1e-10
-#: At most this many reasons stand in a cell, those of most parameters first.
+#: The largest number of reasons in a cell. Those of most parameters come first.
 _REASONS = 3
 #: The number of networks in a table of the slowest ones.
 _SLOWEST = 8
@@ -49,7 +49,7 @@ def families(collected: str, *names: str, directory: Path = DIRECTORY) -> str:
     Args:
         collected: the collection.
         names: the families; all if none is given.
-        directory: of the records of the survey.
+        directory: the directory of the records.
     """
     record = read(collected, directory)
     groups: dict[str, list[_Row]] = {}
@@ -84,7 +84,7 @@ def families(collected: str, *names: str, directory: Path = DIRECTORY) -> str:
 
 
 def _count(collected: str, record: _Row) -> str:
-    """How many networks of a collection have been measured."""
+    """The number of networks of a collection that have been measured, as text."""
     number, most = len(record["networks"]), len(collection(collected).names())
     return str(number) if number == most else f"{number} of {most}"
 
@@ -100,7 +100,7 @@ def _share(row: _Row) -> float:
 
 
 def blocks(*collections: str, directory: Path = DIRECTORY) -> str:
-    """What is left inside the blocks of networks that have blocks."""
+    """The MACs that remain inside the blocks of networks that have blocks."""
     rows = []
     for collected in collections:
         for name, row in _finished(read(collected, directory)).items():

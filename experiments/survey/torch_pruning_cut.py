@@ -1,4 +1,4 @@
-"""Cut a network with Torch-Pruning, by the masks that the survey cuts it with."""
+"""Cut a network with Torch-Pruning, by the same masks as in the survey."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ __all__ = ["compare"]
 def compare(prepared: Prepared) -> dict[str, Any]:
     """The record of a network that Torch-Pruning has cut.
 
-    It is given the rows of the units that are removed, of every writer that it has not cut with
-    another one. Where code needs numbers of heads, they are set as the gate says.
+    Torch-Pruning gets the rows of the removed units for every writer that it has not already cut
+    together with another one. Numbers of heads that the code of the network needs are set to the
+    number of kept units of the gate.
 
     Returns:
-        ``max_rel_diff`` from the masked network, or ``failed`` with what was raised.
+        ``max_rel_diff`` (the difference from the masked network), ``macs_left`` and
+        ``cpu_seconds``; or ``failed`` with the error message.
     """
     theta = {name: (value != 0).double() for name, value in prepared.theta.items()}
     decisions = Decisions()

@@ -54,7 +54,8 @@ class Latency:
         speedup: the median of the ratios of the two networks in groups of blocks (`ratios`). Other
             load affects both networks in a group, so it can differ slightly from the ratio of
             `dense_ms` and `pruned_ms`.
-        spread: half the interquartile range divided by the median; the larger of the two networks.
+        spread: half the interquartile range divided by the median; the larger value of the two
+            networks.
         floor_ms: the latency of the network with one unit per gate, which is a lower bound for all
             pruned networks. None if it was not measured.
         runtime: the runtime of the calls, one of `runtimes.RUNTIMES`.

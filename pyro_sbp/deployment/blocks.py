@@ -59,14 +59,14 @@ def ratios(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """The ratios of the median times of two functions, in groups of consecutive rounds.
 
     The times of consecutive blocks depend on each other, because the load of the machine changes
-    slowly. Those of groups are nearly independent if a group lasts longer than the load.
+    slowly. The medians of groups are nearly independent if a group lasts longer than such a change.
 
     Args:
         first, second: times from `times_in_turn`, of the same rounds.
 
     Returns:
-        A ratio for each of 25 groups of equal size up to one round, or for each round if there are
-        fewer than 25.
+        One ratio for each of 25 groups, whose sizes differ by at most one round. With fewer than 25
+        rounds, one ratio for each round.
     """
     count = min(GROUPS, len(first))
     edges = [len(first) * place // count for place in range(count + 1)]

@@ -39,7 +39,7 @@ def units_from_dicts(content: Any) -> dict[str, Units]:
     """The units of every gate from the dictionaries of `Units.to_dict`.
 
     Raises:
-        ValueError: the content is none of such dictionaries.
+        ValueError: the content has another format.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"the units are {reprlib.repr(content)}; expected the units by gate")

@@ -38,12 +38,12 @@ def load(
 ) -> nn.Module:
     """Load a network that `save` wrote, in evaluation mode, on the CPU.
 
-    Every file is compared with its checksum. Directories of earlier versions have no checksums.
-    Types, sizes and indices must then agree with the constructor and with each other. To load a
-    ``network.json`` that you have edited, remove "checksums" from it.
+    Every file is compared with its checksum, except in directories of earlier versions, which have
+    no checksums. Types, sizes and indices must agree with the constructor and with each other. To
+    load a ``network.json`` that you have edited, remove "checksums" from it.
 
-    If ``units.json`` is there, its units are the attribute `units` of the network, as `prune` has
-    set it. A network that has an attribute of this name itself keeps its own.
+    If the directory has a ``units.json``, its units become the attribute `units` of the network, as
+    after `prune`. An attribute of this name that the constructor sets is not replaced.
 
     Args:
         directory: the directory of the network.
@@ -156,7 +156,7 @@ def _trusted(path: Path, description: Description) -> Callable[..., nn.Module]:
     """The constructor that the description names.
 
     Raises:
-        ValueError: it cannot be imported, or must be given.
+        ValueError: it cannot be imported, or it is not trusted and must be passed to `load`.
     """
     name = description.constructor
     try:

@@ -63,8 +63,8 @@ class _Allocations(TorchDispatchMode):
 def peak_memory(net: nn.Module, x: Any) -> int:
     """The largest total size of all tensors during one call of a network, in bytes.
 
-    It counts the parameters and buffers, the input, and all results of operations that exist at the
-    same time. The working memory inside of an operation is not counted.
+    The size includes the parameters and buffers, the input, and the results of operations, each
+    until it is freed. The working memory inside an operation is not counted.
 
     Args:
         net: the network, in evaluation mode.

@@ -28,8 +28,8 @@ def quantize(net: nn.Module, batches: Sequence[Any]) -> bytes:
     """Quantize a network to an ONNX program with 8-bit integers.
 
     The weights are quantized per output channel. The ranges of the activations are measured on the
-    calibration batches (static quantization). Weights use 7 of 8 bits, because products of 8 bits
-    overflow on processors without VNNI instructions.
+    calibration batches (static quantization). Weights use 7 of 8 bits, because sums of 8-bit
+    products can overflow on processors without VNNI instructions.
 
     Args:
         net: the network. Its input may have any structure. Its output consists of tensors.

@@ -108,7 +108,7 @@ def settle_lazy_layers(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         else:
             columns = weight.shape[1] * getattr(module, "groups", 1)
         ndim = 2 if weight is None else max(weight.ndim, 2)
-        # As torch does at the first call. Only the shape of the input matters.
+        # torch does the same at the first call. Only the shape of the input matters.
         example = torch.empty(1, columns, *(1,) * (ndim - 2), device="meta")
         lazy: Any = module
         lazy._infer_parameters(lazy, (example,))
@@ -135,7 +135,7 @@ def resize_layers(
             or a size of a module is not a number of units of the layers in it, or does not change
             in the same ratio.
     """
-    # The weight of a subclass may have another layout. It is not checked then.
+    # The weight of a subclass may have another layout. Its shape is not checked in that case.
     regular = {
         (module, leaf)
         for module in net.modules()

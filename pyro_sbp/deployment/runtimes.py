@@ -76,11 +76,11 @@ def prepare(
 
     Returns:
         A function ``start``. ``start(x, threads)`` returns a function without arguments that calls
-        the network on ``x``. Call it with torch set to the same number of threads, and in the same
-        inference mode, as ``start``. ``start`` compiles the network if necessary, and compares the
-        outputs with those of eager PyTorch. It raises `ExportError` if the network cannot be
-        compiled, or if the difference is more than 1e-5 of the largest output (1e-3 on a GPU). The
-        outputs of "int8" are compared by `quantize` instead.
+        the network on ``x``. When you call ``start`` and the returned function, torch must have the
+        same number of threads and the same inference mode. ``start`` compiles the network if
+        necessary, and compares the outputs with those of eager PyTorch. It raises `ExportError` if
+        the network cannot be compiled, or if the difference is more than 1e-5 of the largest output
+        (1e-3 on a GPU). The outputs of "int8" are compared by `quantize` instead.
 
     Raises:
         ExportError: the network cannot be exported or quantized.

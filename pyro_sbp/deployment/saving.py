@@ -72,18 +72,19 @@ def save(
     layer has kept the same number of units, the configuration has the new numbers, and transformers
     can load the directory without pyro-sbp.
 
-    A new directory appears only when all of its files are complete. With `overwrite`, the old
-    network can be loaded until the new one is complete, and then the new one, even if the process
-    is killed in between. An interrupted call may leave files whose names end in ``.part``. Files
-    with this ending in the directory may be in use. The next `save` to the directory renames or
-    replaces them. A directory ``NAME.*.part`` next to the new directory can be deleted after its
-    process has ended. `save` does not delete it, because the process may run on another machine.
+    A new directory appears only when all of its files are complete. With `overwrite`, the directory
+    contains a complete network at all times, even if the process is killed: the old one until the
+    new one is complete, and then the new one. An interrupted call may leave files whose names end
+    in ``.part``. Do not delete such files in the directory, because the saved network may need
+    them. The next `save` to the directory renames or replaces them. A directory ``NAME.*.part``
+    next to the new directory can be deleted after its process has ended. `save` does not delete it,
+    because the process may run on another machine.
 
-    Saved are parameters and buffers with their values and types, which of them share a tensor, and
-    which parameters are frozen. Integer attributes of modules, and tuples of integers, are saved if
-    they have become smaller in the same ratio as a layer inside, such as a number of heads. Other
-    attributes that were set after construction, such as the probability of a dropout layer, are not
-    saved, and neither are hooks, gradients and memory formats.
+    `save` stores the parameters and buffers with their values and types, which of them share a
+    tensor, and which parameters are frozen. An attribute of a module that is an integer or a tuple
+    of integers, such as a number of heads, is stored if it has become smaller in the same ratio as
+    a layer inside. Other attributes that were set after construction, such as the probability of a
+    dropout layer, are not stored. Hooks, gradients and memory formats are not stored either.
 
     Args:
         small: the network, from `prune` or `shrink`.
@@ -200,7 +201,7 @@ def network_files(
     """The files of a network. The arguments are those of `save`.
 
     Raises:
-        ValueError: as `save`.
+        ValueError: as for `save`.
     """
     check_no_noise(small, "saved")
     original = _original(small, constructor, kwargs)
@@ -250,7 +251,7 @@ def _original(
     constructor: Callable[..., nn.Module] | str,
     kwargs: Mapping[str, Any] | None,
 ) -> _Original:
-    """Build the network of which `small` is a part."""
+    """Build the network from which `small` was pruned."""
     name = constructor if isinstance(constructor, str) else name_of(constructor)
     build = resolve(name) if isinstance(constructor, str) else constructor
     kwargs, config = dict(kwargs or {}), None

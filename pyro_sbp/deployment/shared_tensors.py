@@ -1,4 +1,4 @@
-"""The tensors of a network, of which each is stored once."""
+"""Store each tensor of a network once, even if it has several names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ __all__ = ["under_all_names", "unique_tensors"]
 
 
 def unique_tensors(net: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a network, each under its first name, and from each further name to the first
-    name of the same tensor.
+    """The tensors of a network without repetitions.
+
+    Returns:
+        The tensors, each under its first name; and a mapping from every further name to the first
+        name of the same tensor.
 
     Raises:
         ValueError: the state dict has a value that is not a dense tensor.
@@ -39,7 +42,7 @@ def under_all_names(
     """The reverse of `unique_tensors`: a tensor with two names is included under both.
 
     Raises:
-        ValueError: a name does not refer to a stored tensor, or is that of a stored tensor.
+        ValueError: a further name is that of a stored tensor, or its first name is not.
     """
     for name, first in same.items():
         if first not in tensors or name in tensors:

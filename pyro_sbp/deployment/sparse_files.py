@@ -27,9 +27,9 @@ _LONGEST = 255
 def write_sparse(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors to a safetensors file.
 
-    A tensor is stored as ``NAME:values``, the values that are not zero, and ``NAME:steps``, the
-    distance of each of them from the one before as uint8, if this takes less space. Other tensors
-    are stored unchanged.
+    If it takes less space, a tensor is stored as two tensors of the same length: ``NAME:values``,
+    the values that are not zero, and ``NAME:steps``, the distance of each value from the value
+    before it, in elements, as uint8. Other tensors are stored unchanged.
     """
     content, shapes = {}, {}
     for name, tensor in tensors.items():
@@ -57,7 +57,7 @@ def _without_zeros(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_sparse(path: Path) -> dict[str, Tensor]:
-    """Read what `write_sparse` wrote.
+    """Read the tensors that `write_sparse` wrote, by name.
 
     Raises:
         ValueError: the file is damaged, or a tensor does not fit into memory.

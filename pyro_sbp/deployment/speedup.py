@@ -19,7 +19,7 @@ class Speedup(Budget):
     The budget selects the largest such network. Every candidate is measured in turn with the dense
     network, in blocks of calls. Because latencies vary, the selected network is measured again for
     a longer time. The budget is met if the whole confidence interval of its speed-up is at least
-    the target. Otherwise the next smaller candidate is measured, and so on.
+    the target. Otherwise a smaller candidate is measured, and so on.
 
     Args:
         target: the latency of the dense network divided by that of the smaller network.
@@ -84,8 +84,10 @@ class Speedup(Budget):
         )
 
     def confirm(self, candidates: Candidates, index: int) -> int:
-        """The index of the first level from `index` on of which a longer measurement has a
-        confidence interval that lies above the target.
+        """The index of a level whose network meets the budget in a longer measurement.
+
+        The levels from `index` on are tried in ascending order, in steps of 1/32 of the rest. The
+        budget is met if the lower end of the confidence interval is at least the target.
 
         Raises:
             ValueError: there is no such level.

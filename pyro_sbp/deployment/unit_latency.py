@@ -1,4 +1,4 @@
-"""Measure what the units of a network cost in latency on this machine."""
+"""Measure how much the units of a network add to its latency on this machine."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class UnitLatency:
         return {gate: cost / mean for gate, cost in costs.items()}
 
     def round_to(self, tolerance: float = 0.02) -> int:
-        """The largest multiple to which the units of every gate can be rounded up without a slower
-        network.
+        """The largest multiple to which the units of every gate can be rounded up without making
+        the network slower.
 
         Args:
             tolerance: the largest accepted increase of the latency, summed over the gates and

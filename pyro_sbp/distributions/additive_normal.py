@@ -24,7 +24,7 @@ class AdditiveNormal(Normal, TorchDistribution):
     """The normal distribution N(loc, alpha loc^2), parameterized by `loc` and log(alpha loc^2).
 
     It is the posterior of a weight in SparseVD. This is the additive noise reparameterization
-    (arXiv 1701.05369, section 4.2). Its gradients have less variance than those with respect to loc
+    (arXiv 1701.05369, section 4.1). Its gradients have less variance than those with respect to loc
     and alpha.
 
     Args:
@@ -39,7 +39,7 @@ class AdditiveNormal(Normal, TorchDistribution):
     """
 
     has_rsample = True
-    arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
+    arg_constraints = {  # noqa: RUF012 (the distributions of torch do the same)
         "loc": constraints.real,
         "log_variance": constraints.real,
     }

@@ -90,7 +90,7 @@ def check_bounds(owner: str, **bounds: Tensor) -> None:
     """Check that the first bound is below the second in every element.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the first bound of an element is not below the second.
     """
     (low_name, low), (high_name, high) = bounds.items()
     require(owner, low_name, low, low < high, f"below {high_name}")
@@ -100,7 +100,7 @@ def check_expand(distribution: Distribution, batch_shape: Sequence[int]) -> None
     """Check that the batch shape of a distribution can be expanded to the given shape.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the batch shape cannot be expanded to it.
     """
     new, old = tuple(batch_shape), tuple(distribution.batch_shape)
     if new == old:

@@ -31,7 +31,7 @@ class ImproperLogUniform(TorchDistribution):
     """
 
     has_rsample = False
-    arg_constraints = {}  # noqa: RUF012 (as torch's own distributions have it)
+    arg_constraints = {}  # noqa: RUF012 (the distributions of torch do the same)
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Closed-form Kullback-Leibler divergences, registered with torch, so that Pyro uses them.
 
 As in torch, ``kl_divergence(p, q)`` is the KL divergence from p to q, the expectation of
-log p - log q under p. `TruncatedLogNormal` and `TruncatedLogUniform` need no functions of their
-own: they are the exponentials of `TruncatedNormal` and `Uniform`, and torch computes the divergence
-of transformed distributions with equal transforms from their base distributions.
+log p - log q under p. No functions are registered for `TruncatedLogNormal` and
+`TruncatedLogUniform`: they are the exponentials of `TruncatedNormal` and `Uniform`, and torch
+computes the divergence of transformed distributions with equal transforms from their base
+distributions.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ __all__ = ["Part", "Whole"]
 
 
 class Whole:
-    """A distribution of batch shape ``[n]`` with a cache of what was computed for it.
+    """A distribution of batch shape ``[n]``, with a cache of its statistics and draws.
 
     Args:
         sizes: the sizes of its parts, whose sum is ``n``.
@@ -33,7 +33,8 @@ class Whole:
     ) -> None:
         self.sizes = list(sizes)
         self._statistic, self._draw = statistic, draw
-        # The key says whether gradients are enabled: a value without a graph has none.
+        # The key contains whether gradients are enabled, because a value that was computed without
+        # them cannot be differentiated.
         self._statistics: dict[tuple[Callable[..., Tensor], bool], Sequence[Tensor]] = {}
         self._draws: dict[tuple[int, bool], Tensor] = {}
 
@@ -49,7 +50,8 @@ class Whole:
         return self._statistics[key][part]
 
     def draw(self, part: int) -> Tensor:
-        """A sample of one part. A part uses a joint draw once; a second call starts a new one."""
+        """A sample of one part. Each joint draw gives one sample to every part. A second call for
+        the same part makes a new joint draw."""
         grad = torch.is_grad_enabled()
         if (part, grad) not in self._draws:
             draws = self._draw().split(self.sizes)
@@ -58,7 +60,7 @@ class Whole:
 
 
 class Part:
-    """One part of a `Whole`. A distribution of `split` refers to it."""
+    """One part of a `Whole`. The distributions that `split` returns refer to their parts."""
 
     def __init__(self, whole: Whole, index: int) -> None:
         self.whole, self.index = whole, index
@@ -68,7 +70,7 @@ class Part:
         return self.whole.statistic(function, self.index)
 
     def draws(self, shape: torch.Size) -> bool:
-        """Whether to draw a sample of this shape jointly. Large samples gain nothing from it."""
+        """Whether to draw a sample of this shape jointly. Larger samples are not faster jointly."""
         return shape == (self.whole.sizes[self.index],)
 
     def draw(self) -> Tensor:

@@ -54,7 +54,7 @@ class TruncatedLogNormal(TransformedDistribution):
             range, `scale` is not positive, or `log_low` is not below `log_high`.
     """
 
-    arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
+    arg_constraints = {  # noqa: RUF012 (the distributions of torch do the same)
         "loc": constraints.real,
         "scale": constraints.positive,
         "log_low": constraints.dependent(is_discrete=False, event_dim=0),
@@ -170,7 +170,11 @@ class TruncatedLogNormal(TransformedDistribution):
         return torch.where(inside, log_q, -torch.inf).to(self._dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """The cumulative probability at `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape.
+
+        Raises:
+            ValueError: a value is outside the support, with validation.
+        """
         if self._validate_args:
             self._validate_sample(value)
         inside, x = self._log(value)

@@ -47,7 +47,7 @@ class TruncatedLogUniform(TransformedDistribution):
             `log_low` is not below `log_high`.
     """
 
-    arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
+    arg_constraints = {  # noqa: RUF012 (the distributions of torch do the same)
         "log_low": constraints.dependent(is_discrete=False, event_dim=0),
         "log_high": constraints.dependent(is_discrete=False, event_dim=0),
     }
@@ -134,7 +134,11 @@ class TruncatedLogUniform(TransformedDistribution):
         return torch.where(inside, -x - self._width.log(), -torch.inf).to(self._dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """The cumulative probability at `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape.
+
+        Raises:
+            ValueError: a value is outside the support, with validation.
+        """
         if self._validate_args:
             self._validate_sample(value)
         inside, x = log_within(value, self.log_low, self.log_high)

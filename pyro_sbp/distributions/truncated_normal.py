@@ -31,9 +31,10 @@ class TruncatedNormal(TorchDistribution):
     """Normal(loc, scale) truncated to [low, high]. Each bound may be infinite.
 
     It is accurate in the far tails. `pyro_sbp.special` gives the range, the errors and the
-    references. All values are computed in float64 and returned in the dtype of the parameters.
-    Samples have implicit reparameterization gradients with respect to all four parameters, which
-    broadcast.
+    references. Values are computed in float64 and returned in the dtype of the parameters; samples
+    for float32 parameters are computed to the accuracy of float32 (`fast_sampling`). Samples have
+    implicit reparameterization gradients (arXiv 1805.08498) with respect to all four parameters,
+    which broadcast.
 
     Args:
         loc: the mean of the normal distribution before truncation. It may lie outside the bounds.
@@ -49,7 +50,7 @@ class TruncatedNormal(TorchDistribution):
 
     has_rsample = True
     _part: Part | None = None
-    arg_constraints = {  # noqa: RUF012 (as torch's own distributions have it)
+    arg_constraints = {  # noqa: RUF012 (the distributions of torch do the same)
         "loc": constraints.real,
         "scale": constraints.positive,
         "low": constraints.dependent(is_discrete=False, event_dim=0),
@@ -98,7 +99,8 @@ class TruncatedNormal(TorchDistribution):
         """Split a distribution of batch shape ``[sum(sizes)]`` into parts of shape ``[size]``.
 
         The parts share their computations: a sample, a KL divergence or a statistic of one part is
-        computed for all parts. They share one graph, so use a single backward pass for all parts.
+        computed for all parts together. The results are parts of one graph, so use a single
+        backward pass for all parts.
         """
         whole = Whole(sizes, self._compute, self.rsample)
         parts = []
@@ -198,7 +200,11 @@ class TruncatedNormal(TorchDistribution):
         return self._at(value, _log_density_32)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """The cumulative probability at `value`, which broadcasts against the batch shape."""
+        """The cumulative probability at `value`, which broadcasts against the batch shape.
+
+        Raises:
+            ValueError: a value is outside the support, with validation.
+        """
         if self._validate_args:
             self._validate_sample(value)
         return self._at(value, special.cdf).to(self._dtype)

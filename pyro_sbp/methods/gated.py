@@ -78,7 +78,7 @@ class GatedMethod(Method[G]):
     #: The latency of the units of the dense network, if the recipe's `cost` is "latency". It is set
     #: before the first turn, and is used in all turns.
     unit_latency: UnitLatency | None = None
-    #: The MACs of the dense network, unless the recipe's `cost` is another one.
+    #: The MACs of the dense network; set only if the recipe's `cost` is "macs".
     dense_macs: float
     #: The weights of the KL divergence, if they change during training.
     control: KLControl | None = None
@@ -143,7 +143,7 @@ class GatedMethod(Method[G]):
             yield from self.parts_of(self._current)
 
     def parts_of(self, phase: TurnPhase) -> Iterator[Phase]:
-        """The phases that a turn consists of."""
+        """The phases of a turn."""
         yield phase
 
     def costs(self, net: nn.Module, gates: Sequence[Gate]) -> UnitCosts:
@@ -160,7 +160,7 @@ class GatedMethod(Method[G]):
         return measure_unit_latency(self.net, self.gates, x, batch_size=size)
 
     def weighted(self, costs: UnitCosts) -> Costs:
-        """The costs that weight the KL divergence: MACs, or latencies if the recipe says so."""
+        """The costs that weight the KL divergence: MACs or latencies, by the recipe's `cost`."""
         if self.recipe.cost == "macs":
             return costs
         assert self.unit_latency is not None  # set by the loop, before the first turn
@@ -372,8 +372,8 @@ class TurnPhase(NoisePhase):
             threshold: the threshold with which the units were chosen.
         """
         held = held_gates(own, threshold)
-        # A unit that is kept although it is under the threshold is recorded as at the threshold, so
-        # that `prune` keeps it too.
+        # A unit can be kept although its score is under the threshold. Its score is then set to the
+        # threshold, so that `prune` keeps it too.
         stayed = {name: value.clamp_min(self.recipe.threshold) for name, value in own.items()}
         return Decision(dataclasses.replace(choice, held=held), {**score, **stayed})
 
@@ -415,8 +415,8 @@ class TurnPhase(NoisePhase):
             name: int(unit.then(choice.units[name]).kept.sum())
             for name, unit in self.stage.units.items()
         }
-        # The expected MACs are those of the current network, whose other gates have had
-        # their turn or are still to have it.
+        # The expected MACs are those of the current network, in which other gates may already have
+        # lost units.
         expected, control = self.costs.expected_under(self._snr()), self.method.control
         numbers = None if control is None else control.standing()
         return Standing(units, choice.held, self.kl(), expected, numbers)
@@ -486,8 +486,8 @@ class TurnPhase(NoisePhase):
         return Carried(posteriors, self.kl_scale)
 
     def record(self) -> dict[str, Any]:
-        # `prune` starts from the weights of the last turn. The weights of an earlier turn are part
-        # of the next one.
+        # `prune` starts from the weights of the last turn. The weights after an earlier turn are
+        # not stored, because the next turn trains them further.
         if self.last or not self.ends:
             return super().record()
         guide, equivalence = self.guide.state_dict(), dataclasses.asdict(self._equivalence)

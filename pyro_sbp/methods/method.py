@@ -40,12 +40,14 @@ class Method(PhasedTraining, Generic[R]):
         not_prunable: the layers that are not prunable, and why.
         shares: their shares of the parameters and of the MACs, before training.
         mean: the network before its last cut, with all noise at its mean.
-        small: the smaller network, once the phases have ended.
+        small: the smaller network, after the last phase with noise.
         units: which units of every gate remain.
-        held: the gates in which no unit reached the threshold, so that only the best was kept.
-        equivalence: the differences between the smaller and the masked network when it was cut.
+        held: the gates in which no unit reached the threshold, so that only the best was kept. For
+            SparseVD: the gates of which no kept weight reads a unit.
+        equivalence: the differences between the smaller and the masked network; with several cuts,
+            the largest ones.
         target: how the units were chosen, if the recipe has a target of MACs.
-        teacher: the network whose soft labels are learned with `distill`; None for `mean`.
+        teacher: the network whose soft labels are learned with `distill`. With None it is `mean`.
     """
 
     mean: Predict
@@ -119,8 +121,8 @@ class Method(PhasedTraining, Generic[R]):
 
         Args:
             criterion: the criterion; by default that of the recipe.
-            threshold, budget, round_to, min_units: what to keep, as for `choose_units`. Without a
-                threshold and a budget, the threshold is that of `Recipe.rule`.
+            threshold, budget, round_to, min_units: as for `choose_units`. Without a threshold and a
+                budget, the threshold is that of `Recipe.rule`.
 
         Raises:
             ValueError: the criterion is not for this method, or `choose_units` raises it for these

@@ -1,4 +1,4 @@
-"""What the training loop trains: phases in order, and what a checkpoint stores besides them."""
+"""The interface between training in phases and its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PhasedTraining(ABC):
 
     Attributes:
         net: the network, which is trained in place.
-        small: the smaller network, once the phases have ended.
+        small: the smaller network, after the last phase with noise.
         gates: the gates of the network.
         not_prunable: the layers that are not prunable, and why.
     """
@@ -48,5 +48,5 @@ class PhasedTraining(ABC):
         return None
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Load what `state` returned, before the phases begin."""
+        """Load a state that `state` returned. Call it before the phases begin."""
         assert state is None, "this training has no state"

@@ -116,7 +116,8 @@ def _hold_zeros(net: nn.Module) -> list[Any]:
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the KL divergence from the teacher's to the student's probabilities, per example.
+    """T^2 times the KL divergence from the teacher's to the student's probabilities, in nats,
+    averaged over the batch.
 
     Args:
         logits: the logits of the student, ``[batch, classes]``.

@@ -62,8 +62,8 @@ class SparseVD(Method[SparseVDRecipe]):
         round_to: int = 1,
         min_units: int = 1,
     ) -> None:
-        """Keep the weights whose signal-to-noise ratio is at least `threshold`, or the threshold
-        that meets a budget. The other arguments are those of `choose_units`.
+        """Keep the weights whose signal-to-noise ratio is at least `threshold`, or at least the
+        threshold that a budget selects. The other arguments are those of `choose_units`.
         """
         rule = self.recipe.rule(criterion)
         check_settings(rule.criterion.name, threshold, budget, round_to, min_units)

@@ -1,4 +1,4 @@
-"""The network between the turns of training with noise on units, and what it carries on."""
+"""The network between two turns of training, and the noise that both turns train."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class Stage:
         return {name: self.there(name).to(like) for name in self.score}
 
     def beyond_multiples(self, round_to: int, score: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By gate, the weakest units of the gates that have lost units. Without them, the number of
-        units is a multiple of `round_to`.
+        """By gate, the indices of the units with the smallest scores, for gates that have lost
+        units. Without these units, the number of units of the gate is a multiple of `round_to`.
         """
         return {
             gate.name: score[gate.name].argsort()[: gate.size % round_to]
@@ -116,7 +116,7 @@ class Stage:
             choice: the units that were kept.
             score: by gate, the scores of the units before the cut.
             net: the smaller network.
-            equivalence: how exact the cut was.
+            equivalence: the differences between the smaller and the masked network of this cut.
             carried: the noise before the cut, if the next turn continues to train it.
         """
         left = {
@@ -156,7 +156,8 @@ def over_all_units(
         loc, scale: the location and the scale of the remaining units, ``[remaining]``.
         there: which units remain, bool ``[units]``.
         prior_scale: as for `GatedModel`. The other units get this prior. The log-uniform prior is
-            replaced by the closest distribution in the family of the posterior.
+            replaced by a nearly uniform distribution in the family of the posterior, with the
+            location -10 and the log scale 5.
 
     Returns:
         Location and scale, ``[units]`` each.

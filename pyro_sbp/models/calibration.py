@@ -65,7 +65,7 @@ def measured(total: Tensor, count: int) -> Measured:
     """The error and the calibration from the sums of all batches.
 
     Args:
-        total: the sum of what `sums` returns.
+        total: the sum of the tensors that `sums` returned for the batches, ``[2 + BINS]``.
         count: the number of examples.
     """
     wrong, nll, *gaps = (total / count).tolist()

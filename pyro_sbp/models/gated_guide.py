@@ -35,8 +35,8 @@ INIT_LOC, INIT_LOG_SCALE = 0.0, -5.0
 class TruncatedLogNormalGuide(TruncatedGuide):
     """A mean-field guide with truncated log-normal posteriors (arXiv 1705.07283).
 
-    Every element of every site has an independent posterior. The parameters `locs` and `log_scales`
-    are created in the constructor. So an optimizer can be made before the first step, and a state
+    Every element of every site has an independent posterior. The constructor creates the parameters
+    `locs` and `log_scales`, so that an optimizer can be made before the first step, and a state
     dict can be loaded at any time. Every call first clamps them: loc to [log_low - 5,
     log_high + 5], and log scale to [-10, `max_log_scale`].
 
@@ -46,8 +46,8 @@ class TruncatedLogNormalGuide(TruncatedGuide):
             `pyro.poutine.block`, and combine guides in an `AutoGuideList`.
         example_args: arguments of the model. A general model is run twice on them, to find its
             sites and to find out which priors are learned. A `GatedModel` needs none.
-        init_loc: the initial location of log theta: a number or a tensor that broadcasts to the
-            site. It applies to all sites, or is a mapping from site name to the value.
+        init_loc: the initial location of log theta: a number, or a tensor that broadcasts to the
+            shape of every site. A mapping from site name to such a value gives each site its own.
         init_log_scale: the initial log scale of log theta, in the same format.
         max_log_scale: the largest log scale, at most 5. The default for a `GatedModel` is 5, or the
             log of its `prior_scale`. The default for other models is the log of the width of the

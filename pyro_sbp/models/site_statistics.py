@@ -27,7 +27,8 @@ class SiteStatistics:
         return self._statistic(lambda q: q.mean)
 
     def snr(self) -> dict[str, Tensor]:
-        """From site name to the signal-to-noise ratio of every element, mean / deviation."""
+        """From site name to the signal-to-noise ratio of every element: the mean divided by the
+        standard deviation."""
         return self._statistic(lambda q: q.snr)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

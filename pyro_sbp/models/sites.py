@@ -54,10 +54,10 @@ class CopiedUnderOwnName:
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not that of `AutoGuide`, which clears the object that is copied.
+        # The method of `AutoGuide` is not used, because it clears the object that is copied.
         module: Any = self
         for parameter in module.parameters():
-            # A weak reference, which cannot be copied. Pyro sets it again at every access.
+            # It is a weak reference, which cannot be copied. Pyro sets it again at every access.
             vars(parameter).pop("unconstrained", None)
         return self.__dict__.copy()
 
@@ -95,7 +95,7 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
         The labels.
 
     Raises:
-        ValueError: as `check_observed`.
+        ValueError: as for `check_observed`.
     """
     size = check_observed(likelihood, x, y, draws)
     # Not `subsample_size`, because it would draw a permutation of all data at every step.

@@ -48,9 +48,9 @@ class Box(NamedTuple):
 class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     """Independent posteriors with a location and a log scale for every element of every site.
 
-    The parameters `locs` and `log_scales` are created in the constructor. So an optimizer can be
-    made before the first step, and a state dict can be loaded at any time. Every call first clamps
-    them to the `Box` of their site.
+    The constructor creates the parameters `locs` and `log_scales`, so that an optimizer can be made
+    before the first step, and a state dict can be loaded at any time. Every call first clamps them
+    to the `Box` of their site.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -182,7 +182,7 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
             args, kwargs: as for `kl`.
 
         Raises:
-            ValueError: as `kl`.
+            ValueError: as for `kl`.
         """
         learned = [name for name, prior in self._constant_priors.items() if prior is None]
         priors = {**self._constant_priors, **self._priors_at(learned, args, kwargs)}

@@ -50,9 +50,9 @@ class TruncatedNormalGuide(TruncatedGuide):
             other sites with `pyro.poutine.block`, and combine guides in an `AutoGuideList`.
         example_args: arguments of the model. It is run twice on them, to find its sites and to find
             out which priors are learned.
-        init_loc: the initial location: a number or a tensor that broadcasts to the site. It applies
-            to all sites, or is a mapping from site name to the value. The default is the mean of
-            the prior.
+        init_loc: the initial location: a number, or a tensor that broadcasts to the shape of every
+            site. A mapping from site name to such a value gives each site its own. The default is
+            the mean of the prior.
         init_log_scale: the initial log scale, in the same format. The default is the log of a tenth
             of the standard deviation of the prior.
         init_loc_fn: from a site of the model to the initial location, as in Pyro's autoguides

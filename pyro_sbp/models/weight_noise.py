@@ -26,8 +26,8 @@ __all__ = ["LOG_ALPHA_RANGE", "NoisyWeights", "find_weights", "unflat", "within_
 
 #: The range of log alpha (arXiv 1701.05369, section 5).
 LOG_ALPHA_RANGE = (-8.0, 8.0)
-#: The least variance. Where the input of a layer is zero, the variance is zero, and its square root
-#: has no derivative.
+#: The smallest variance. Where the input of a layer is zero, the variance would be zero, and its
+#: square root would have no derivative.
 TINY = 1e-16
 
 
@@ -37,7 +37,7 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, mean: Tensor, variance: Tensor) -> Tensor:
         scale = variance.clamp_min(TINY).sqrt_()
-        # Draw into contiguous memory, for any layout: only this is vectorised.
+        # Draw into contiguous memory for every layout, because torch vectorises only such draws.
         noise = torch.randn(mean.numel(), device=mean.device).to(mean.dtype)
         noise = noise.as_strided(mean.shape, mean.stride()) if _dense(mean) else noise.view_as(mean)
         drawn = torch.addcmul(mean, scale, noise)

@@ -62,8 +62,8 @@ class Candidates:
 class Budget(ABC):
     """A condition on the smaller network.
 
-    `find_level` chooses the threshold that meets it. A subclass defines in `measurement` what is
-    measured of a network. The measured values are in `measured`.
+    `find_level` chooses a threshold whose network meets the condition. A subclass defines
+    `measurement`, which returns the value of a network that is compared with the target.
 
     Args:
         target: the bound.
@@ -116,11 +116,11 @@ class Budget(ABC):
         return index
 
     def report(self, level: float) -> str:
-        """What was measured of the network of a level, in words."""
+        """The measured value of the network of a level, in words."""
         return self.describe(self.measured[level])
 
     def refusal(self, candidates: Candidates, level: float) -> ValueError:
-        """The error of a target that no network meets.
+        """The error to raise if no network meets the target.
 
         Args:
             candidates: the networks.

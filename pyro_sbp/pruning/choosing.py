@@ -213,7 +213,8 @@ def _bring_back(
     round_to: int,
     min_units: int,
 ) -> None:
-    """Keep the best units under the threshold, if at least that many are requested."""
+    """Keep the best units under the threshold too, until every gate has the number of units that
+    `round_to` and `min_units` require. `mask` is extended."""
     for gate in gates:
         kept = int(surviving_units(gates, mask)[gate.name].kept.sum())
         wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)

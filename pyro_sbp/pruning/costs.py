@@ -101,8 +101,8 @@ class _Products:
 
     Attributes:
         macs: the MACs of all these products.
-        shares: from each gate on which the products depend to the share of them that is removed
-            with all of its units.
+        shares: from the name of each gate on which the products depend to the share of the products
+            that is removed if all units of the gate are removed.
     """
 
     macs: float
@@ -117,7 +117,7 @@ class _Products:
 
 
 def _there(spans: _Spans, size: int, keep: Mapping[str, Tensor]) -> Tensor:
-    """The probability that each row or column remains, which requires that all of its units do."""
+    """The probability that each row or column remains. It remains if all of its units remain."""
     there = torch.ones(size, dtype=torch.float64, device="cpu")
     for gate, span in spans:
         there = there * span.expand(keep[gate])
@@ -128,10 +128,10 @@ class UnitCosts:
     """The costs of the units of a network in MACs, measured in one call.
 
     The MACs of a dense layer or convolution are the sum over all pairs of a row and a column that
-    are multiplied. In a layer with groups, these are the pairs within each group. Products that a
-    module computes outside of its layers, such as those inside attention, are counted in a copy of
-    the network without half of the units of a gate. Operations that do not depend on any unit have
-    constant MACs.
+    are multiplied. In a layer with groups, these are the pairs within each group. A module can also
+    compute products outside of its layers, such as those inside attention. To find how these depend
+    on a gate, they are counted again in a copy of the network in which half of the units of the
+    gate are removed. Operations that do not depend on any unit have constant MACs.
 
     Args:
         net: the network, dense or pruned. It is called, and is not changed.
@@ -228,7 +228,7 @@ class UnitCosts:
             By gate, the mean over its units, weighted by their probabilities.
 
         Raises:
-            ValueError: as `expected`.
+            ValueError: as for `expected`.
         """
         values = self._checked(keep or {})
         _, slopes = self._slopes(values)
@@ -238,7 +238,7 @@ class UnitCosts:
         """`per_unit`, divided by its mean over all units of all gates, weighted by `keep`.
 
         Raises:
-            ValueError: the MACs of no unit are known, or as `expected`.
+            ValueError: the MACs of no unit are known, or as for `expected`.
         """
         return self.expected_and_relative(keep or {})[1]
 
@@ -324,7 +324,7 @@ def _is_inside(gate: Gate, net: nn.Module, module: str) -> bool:
 
 
 def _apart(groups: Iterable[Sequence[Gate]]) -> list[list[Gate]]:
-    """All gates in sets that have at most one gate of each group."""
+    """Divide the gates into sets that contain at most one gate of each group."""
     by_name = [{gate.name: gate for gate in group} for group in groups]
     gates = {name: gate for group in by_name for name, gate in group.items()}
     sets: list[dict[str, Gate]] = []
@@ -393,7 +393,7 @@ def scales_by_cost(
         macs_weight: the weight of the costs. With 0, `kl_scale` is returned unchanged.
 
     Raises:
-        ValueError: `relative` of the costs raises it.
+        ValueError: raised by `costs.relative`, if units have no costs.
     """
     if not macs_weight:
         return dict(kl_scale)

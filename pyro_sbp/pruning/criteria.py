@@ -6,8 +6,9 @@ References:
 
 Bayesian model reduction [2] compares the prior p of theta with a reduced prior p~, under which the
 unit is removed. By Bayes' rule, dF = log E_q[p~ / p] is the log evidence of the reduced model minus
-that of the full model. It depends only on the posterior q. The score is -dF, the log evidence of
-the unit. It is 0 if the posterior equals the prior.
+that of the full model. It is computed from the posterior q and the two priors; the reduced model is
+not trained. The score is -dF in nats, the log Bayes factor for keeping the unit. It is 0 if the
+posterior equals the prior.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def checked_shrink(
     """Shrink a network, and compare the result with the masked network.
 
     The masked network multiplies activations by theta, so the comparison does not rely on the
-    folding of theta into weights. Both the network and the comparison are computed in float64. The
-    returned network has the weights that were compared.
+    folding of theta into weights. The network is shrunk in float64, and the outputs are compared in
+    float64. The returned network has the weights that were compared, in its own precision.
 
     Args:
         net, gates, theta, example_input, units: as for `shrink`.

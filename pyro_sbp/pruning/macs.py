@@ -65,7 +65,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-#: The MACs of operations that torch's counter does not know, from the shapes of their arguments.
+#: The floating-point operations, two for each MAC, of functions that torch's counter does not know.
+#: They are computed from the shapes of the arguments.
 _FORMULAS = {
     torch.ops.aten.mv: _vector_flops,
     torch.ops.aten.dot: _vector_flops,

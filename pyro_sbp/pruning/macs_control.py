@@ -14,18 +14,19 @@ __all__ = ["UPDATE_EVERY", "KLControl", "soft_keep"]
 
 #: The number of steps between two updates of the weights.
 UPDATE_EVERY = 20
-#: The slope of the probability of a unit at the threshold. With 2 it would be `keep_probability`,
-#: which counts a tenth of the units whose posterior equals the prior. With 6 these do not count.
+#: The exponent in `soft_keep`. With 2 and the threshold 1, `soft_keep` would be `keep_probability`,
+#: in which a unit whose posterior equals the prior counts 1/10. With 6 it counts almost nothing.
 SHARPNESS = 6.0
-#: The ramp of the target begins when the expected MACs have fallen by this factor, or after this
-#: share of training. It ends after the other share, before learning rates have decayed.
+#: The ramp of the target begins when the expected MACs have fallen by the factor `BEGINS`, at the
+#: latest after the share `WAITS` of training. It ends after the share `RAMP_ENDS`, while the
+#: learning rates are still large enough to change the posterior.
 BEGINS, WAITS, RAMP_ENDS = 1.02, 0.2, 0.7
 #: The smallest length of the ramp, as a share of training.
 SHORTEST = 0.1
-#: The gains of the controller, in log strength for each unit of the log of the ratio; integrals and
-#: derivatives are over the share of training. The derivative is that of the expected MACs, smoothed
-#: over the last share of training below. It slows the weights early, because most units that were
-#: removed do not come back.
+#: The gains of the controller, from errors of the log ratio of MACs to log strength. The integral
+#: and the derivative are with respect to the share of training that is done. The derivative is that
+#: of the log ratio itself, smoothed over the share `SMOOTHED`. It reduces the weights before the
+#: target is exceeded, because most units that were removed do not come back.
 PROPORTIONAL, INTEGRAL, DERIVATIVE = 3.0, 30.0, 0.1
 SMOOTHED = 0.01
 #: The largest absolute value of the log strength.
@@ -43,7 +44,7 @@ def soft_keep(snr: Tensor, threshold: float) -> Tensor:
 
 
 class KLControl:
-    """The weights of the KL divergence of the gates, from the costs of the units as they are now.
+    """The weights of the KL divergence of the gates, from the current costs of the units.
 
     The cost of a unit is the number of MACs that the network loses if it is removed now, when other
     gates have lost units already. Without a target, the weight of a gate is ``kl_scale * (1 +
@@ -60,7 +61,7 @@ class KLControl:
     Args:
         kl_scale: the weights without costs, by gate.
         macs_weight: the weight of the costs, which is also the start of the controller.
-        threshold: the signal-to-noise ratio at which units will be removed.
+        threshold: the signal-to-noise ratio under which units will be removed.
         costs: the costs of the units of the dense network.
         target: the target, as a ratio of the MACs of the dense network to those of the smaller one;
             None without a target.
@@ -105,9 +106,9 @@ class KLControl:
             costs: the costs of the units of the current network.
             snr: by gate, the signal-to-noise ratios of the units of the current network. Gates that
                 are not named keep all their units.
-            position: the share of training with noise that is done, in [0, 1]; None in a part of
-                training in which the KL divergence does not have its full weight. The controller
-                then does nothing.
+            position: the share of training with noise that is done, in [0, 1]. With None, the
+                controller does nothing. Pass None in a part of training in which the KL divergence
+                does not have its full weight.
 
         Returns:
             The weights of the gates that `snr` names.
@@ -141,8 +142,8 @@ class KLControl:
         self._integral = max(-LARGEST, min(LARGEST, self._integral))
         log_strength = self._integral + PROPORTIONAL * error - DERIVATIVE * self._speed
         strength = math.exp(max(-LARGEST, min(LARGEST, log_strength)))
-        # Half of a log strength above 0 is on all units, so that the layers stay in balance, and
-        # half on their costs.
+        # Half of a log strength above 0 increases the weights of all units, so that the layers stay
+        # in balance. The other half increases the weight of the costs.
         half = math.sqrt(max(1.0, strength))
         self.factor = half if strength > 1 else strength
         self.macs_weight = half * (1 + self._least) - 1
@@ -173,7 +174,7 @@ class KLControl:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         self._integral, self._position = state["integral"], state["position"]
         self._log_ratio, self._speed = state["log_ratio"], state["speed"]
         start = state["start"]

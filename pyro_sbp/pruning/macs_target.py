@@ -1,4 +1,4 @@
-"""Choose the units of a network with a given ratio of MACs, closer than a threshold alone can."""
+"""Choose units for a given ratio of MACs, with a smaller deviation than a threshold alone."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def choose_by_macs(
     dense: nn.Module,
     dense_macs: float,
 ) -> Choice:
-    """Choose the units of the largest network with at most 1 / `ratio` of the dense MACs.
+    """Choose the units of a large network with at most 1 / `ratio` of the dense MACs.
 
-    In a small network, the next unit can have a large part of all MACs, so that no threshold is
-    close to the ratio. Units under the threshold are then added, best first, while the MACs permit
-    it.
+    The budget `MacsRatio` selects a threshold. In a small network, one unit can have a large share
+    of the MACs, so the ratio at this threshold can be far over `ratio`. Units under the threshold
+    are then kept too, the best ones first, as long as the MACs do not exceed the limit.
 
     Args:
         net, gates, mean, score, example_input, criterion, dense: as for `choose_units`.
@@ -96,7 +96,7 @@ def choose_by_macs(
         dense_macs: the MACs of the dense network.
 
     Raises:
-        ValueError: as `choose_units`.
+        ValueError: as for `choose_units`.
     """
     choice = choose_units(
         net,

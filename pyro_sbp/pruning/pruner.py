@@ -33,9 +33,10 @@ class Pruner:
 
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
     training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
-    evaluation mode, the network computes the same function as the pruned network. `prune` returns
-    the smaller network. Until then, `pyro_sbp.save` and `pyro_sbp.export` raise an error for the
-    network, because their files would have no noise.
+    evaluation mode, the network computes the same function as the network that `prune` returns with
+    its default settings. `prune` returns the smaller network. While the pruner is attached,
+    `pyro_sbp.save` and `pyro_sbp.export` raise an error for the network, because their files would
+    have no noise.
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
@@ -50,8 +51,8 @@ class Pruner:
             removes more units.
         macs_weight: the weight of the MACs of a unit in its KL divergence, as in
             `pyro_sbp.pruning.costs.scales_by_cost`.
-        costs: what a unit costs, if not its MACs; for example its measured latency
-            (`measure_unit_latency`).
+        costs: the costs of the units for `macs_weight`; by default their MACs. Another choice is
+            their measured latency (`measure_unit_latency`).
         noise_per: "batch" draws the noise once for a minibatch, "example" for every example.
         noise_learning_rate: the learning rate of the posterior in `parameters`.
         threshold: the signal-to-noise ratio under which a unit counts as removed in `units` and in
@@ -159,8 +160,8 @@ class Pruner:
         return (self._traced_kl() if kl is None else kl) / self.model.num_data
 
     def _traced_kl(self) -> Tensor:
-        """The weighted KL divergence of a model or a guide that was changed, or under an effect
-        handler.
+        """The weighted KL divergence, computed by Pyro. It is needed if the model or the guide was
+        changed, or inside an effect handler.
         """
         model = self.model
 
@@ -214,8 +215,8 @@ class Pruner:
                 parameter.grad /= dist.get_world_size()
 
     def to(self, device: str | torch.device) -> Pruner:
-        """Move the posterior and the example input to the device of the network. Returns the
-        pruner.
+        """Move the posterior and the example input to a device, which must be that of the network.
+        Returns the pruner.
         """
         self.guide.to(device)
         self.example_input = map_tensors(lambda x: x.to(device), self.example_input)
@@ -235,11 +236,12 @@ class Pruner:
         attached.
 
         Args:
-            what: what to keep, as for `pyro_sbp.prune`, such as ``macs_ratio=2``; by default the
-                units that reach the threshold. Another ``criterion`` has its own default threshold.
+            what: keyword arguments of `pyro_sbp.prune`, such as ``macs_ratio=2``. Without a
+                threshold, a criterion or a budget, the units that reach the threshold of the pruner
+                are kept. Another ``criterion`` has its own default threshold.
 
         Raises:
-            ValueError, EquivalenceError: as `pyro_sbp.prune`.
+            ValueError, EquivalenceError: as for `pyro_sbp.prune`.
         """
         budgets = {"macs_ratio", "parameters_ratio", "budget"}
         if not {"threshold", "criterion", *budgets} & what.keys():
@@ -270,7 +272,7 @@ class Pruner:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         self.guide.load_state_dict(state)
 
     def _theta(self, x: Any) -> dict[str, Tensor]:

@@ -123,8 +123,8 @@ def remaining_units(
         net, gates: the network and its gates.
         snr: the signal-to-noise ratio of every weight, by layer.
         threshold: the smallest signal-to-noise ratio of a weight that is kept.
-        round_to, min_units: as for `choose_units`. Units that remain only for these settings are
-            columns of zeros.
+        round_to, min_units: as for `choose_units`. Units that remain only because of these settings
+            have columns of zeros.
     """
     masks = {name: value >= threshold for name, value in snr.items()}
     return surviving_units(

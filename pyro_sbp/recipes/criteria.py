@@ -68,8 +68,8 @@ class Rule(NamedTuple):
     threshold: float
 
 
-#: Multiples of the default threshold, from keeping all units to removing nearly all. The log
-#: evidence of a unit grows with the square of its signal-to-noise ratio.
+#: Multiples of the default threshold, from keeping all units to removing nearly all. The range is
+#: wide, because the score of a unit grows with the square of its signal-to-noise ratio.
 _BMRS_SWEEP = (-20.0, 0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 
 CRITERIA: dict[str, Criterion] = {
@@ -77,15 +77,15 @@ CRITERIA: dict[str, Criterion] = {
     for criterion in (
         Criterion(
             "snr", "signal-to-noise ratio", "SNR", 1.0, 0.0,
-            math.exp(10),  # of a unit with the log scale -10
+            math.exp(10),  # that of a unit whose log scale is -10
             True, (0.0, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0),
         ),
         Criterion(
-            "bmrs-n", "log evidence of BMRS_N", "-dF_N", BMRS_THRESHOLD, -math.inf, math.inf,
+            "bmrs-n", "log Bayes factor of BMRS_N", "-dF_N", BMRS_THRESHOLD, -math.inf, math.inf,
             True, _BMRS_SWEEP,
         ),
         Criterion(
-            "bmrs-u", "log evidence of BMRS_U", "-dF_U", BMRS_THRESHOLD, -math.inf, math.inf,
+            "bmrs-u", "log Bayes factor of BMRS_U", "-dF_U", BMRS_THRESHOLD, -math.inf, math.inf,
             False, _BMRS_SWEEP,
         ),
     )

@@ -48,9 +48,9 @@ class Request:
             of the architecture, or of the data.
         standardize_by: the statistics for standardizing images, such as those with which the
             weights were trained. With None the recipe decides.
-        teachers: directories of other runs. With `distill`, fine-tuning learns the average
-            predictions of their dense networks. Without them, it learns those of the network of the
-            run before its last cut.
+        teachers: directories of other runs. Fine-tuning with `distill` learns the average
+            predictions of their dense networks. Without `teachers`, it learns the predictions of
+            the network of this run before its last cut.
 
     Raises:
         RequestError: a value has a wrong type or is out of its bounds.

@@ -416,7 +416,11 @@ class GatedRecipe(Recipe):
         return super().replace(**changes)
 
     def rule(self, criterion: str | None = None) -> Rule:
-        """As `Recipe.rule`."""
+        """The criterion and the threshold that decide which units are kept; see `Recipe.rule`.
+
+        Raises:
+            RequestError: the criterion is unknown.
+        """
         if criterion in (None, self.criterion):
             return Rule(CRITERIA[self.criterion], self.threshold)
         found = find_criterion(criterion)

@@ -29,12 +29,12 @@ class Findings:
 
     Attributes:
         run: the run.
-        rule: the criterion and the threshold that decide.
+        rule: the criterion and the threshold that decide which units are kept.
         posterior: the posterior of the last checkpoint of the run.
         description: the description of the posterior, from `describe`.
         sweep: the results at other thresholds, from `sweep`.
         costs: the MACs and parameters of the layers, from `costs_of`.
-        missing: why one of the above is None, by its name.
+        missing: from the name of an attribute that is None to the reason.
     """
 
     run: Run
@@ -58,7 +58,8 @@ def find(
         run: the run, finished or not.
         data_dir: the directory of its data set; by default that of the request.
         thresholds: whether to measure other thresholds.
-        criterion: the criterion that decides; by default that of the run's recipe.
+        criterion: the criterion that decides which units are kept; by default that of the run's
+            recipe.
 
     Raises:
         RequestError: there is no such criterion, or it is not for the run's method.

@@ -43,7 +43,7 @@ class Posterior:
         sites: from the name of a gate (for SparseVD, of a layer) to the distribution of its
             elements.
         priors: the prior of every site.
-        weights: the state of the network at that time, from parameter name to tensor.
+        weights: the state of the network in the checkpoint, from parameter name to tensor.
         epoch: the number of finished epochs with noise.
         epochs: the requested number of epochs with noise.
         left_alone: the layers that are not prunable, and why; None for runs that do not record it.
@@ -202,7 +202,8 @@ def describe(run: Run, posterior: Posterior, criterion: str | None = None) -> di
 
 
 def _kept_units(stored: Mapping[str, Any] | None, score: Tensor, over: Tensor) -> list[int]:
-    """The indices of the units of a gate in the final network, or of those to keep until then."""
+    """The indices of the units of a gate that the final network has. Without a final network, those
+    of the units that would be kept now."""
     if stored is not None:
         return list(stored["kept"])
     return torch.nonzero(over).flatten().tolist() or [int(score.argmax())]

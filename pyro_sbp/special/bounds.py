@@ -29,8 +29,9 @@ def bound_pairs(
 
     Args:
         loc, scale, low, high: the parameters.
-        at_end: from a bound and the log density there to ``E[h] - h(bound)``. For other functions
-            than expectations, it is minus the factor of the log of the normaliser.
+        at_end: from a bound and the log density there to ``E[h] - h(bound)``. For a function that
+            is not an expectation, it is the derivative with respect to the bound divided by the
+            density there, with the opposite sign for ``high``.
     """
     if not (is_tracked(low) or is_tracked(high)):
         return []

@@ -1,4 +1,4 @@
-"""The truncated normal by erf, for float32 parameters whose elements are all near the bounds.
+"""The truncated normal by erf, for float32 parameters with loc inside or near the bounds.
 
 Where loc is inside the bounds, or outside by at most three scales, and the interval is wider than
 one scale, differences of erf in float64 are more accurate than float32. The frame of the nearer
@@ -78,7 +78,7 @@ def ends_by_erf(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ends |
         return None
     if not float(per_unit.min() * (high - low).min()) > WIDE * SQRT_HALF:
         return None
-    # There is no mass beyond, and subnormal numbers are slow.
+    # Further from loc there is no mass in float64, and subnormal numbers are slow.
     at.clamp_(-MOST_SCALES * SQRT_HALF, MOST_SCALES * SQRT_HALF)
     below, above = at.erf()
     slope = torch.addcmul(_LOG_TWO_OVER_ROOT_PI, at, at, value=-1).exp_()

@@ -52,8 +52,8 @@ NUM_NEAR_UNIFORM_NODES = 12
 
 
 # Moments are taken about the origin, a point of the window [-1, 1], that is nearest to the mode.
-# The mode never lies right of the middle. Moments about a point far from the mode would cancel. The
-# remaining cancellation costs at most five digits, which float32 can afford.
+# The mode is never right of the middle. Moments about a point far from the mode would lose digits
+# by cancellation. For float32 one origin is enough, with a loss of at most five digits of float64.
 _ORIGINS = {
     64: (-1.0, -0.75, -0.5, -0.25, 0.0),
     36: (-1.0,),
@@ -64,8 +64,9 @@ _ORIGINS = {
 _BLOCK = 4096  # elements of a block: their nodes take 1 MiB of the cache
 
 
-# The width below which moments in closed form cancel, and the distance of loc outside, in scales,
-# from which erf cancels. Up to there the errors are below 2e-9.
+# The width below which moments in closed form lose digits by cancellation, and the distance of loc
+# outside the bounds, in scales, beyond which differences of erf do. Within these limits the errors
+# are below 2e-9.
 WIDE, OUTSIDE = 1.0, 3.0
 
 
@@ -270,7 +271,7 @@ class ByErf:
     """
 
     def __init__(self, f: Frame) -> None:
-        # There is no mass beyond, and subnormal numbers are slow.
+        # Further from loc there is no mass in float64, and subnormal numbers are slow.
         self._ends = torch.stack([f.alpha, f.beta]).clamp(-MOST_SCALES, MOST_SCALES)
         scaled = self._ends * SQRT_HALF
         below, above = torch.erf(scaled)
@@ -452,7 +453,7 @@ def _sums_of_block(rule: Rule, p: Tensor, q: Tensor | None = None) -> list[Tenso
 
 def _blocks(x: Tensor) -> Sequence[Tensor]:
     """Split ``x`` along the last dimension into blocks whose nodes fit into the cache of a CPU."""
-    # Not in a trace, which would record the number of blocks, nor when compiling, which fuses.
+    # A trace would record the number of blocks. A compiler fuses the operations without blocks.
     return x.split(_BLOCK, -1) if may_look(x) else [x]
 
 
@@ -504,4 +505,5 @@ def expectation(
 
 
 def mean_e(n: Moments) -> Tensor:
+    """E[e], the mean of the exponent under the density."""
     return n.mean * (n.slope - 0.5 * n.mean) + 0.5 * n.var

@@ -242,7 +242,8 @@ def kl_to_uniform(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tens
         return expectation(value, f, n, -n.slope, -1.0)
 
     def at_end(value: Tensor, end: Tensor, log_q: Tensor) -> Tensor:
-        # Minus the term of the entropy, log(width) - value, and the width over the density.
+        # KL = log(width) - entropy. The last term is the derivative of log(width) divided by the
+        # density. The others are minus `at_end` of the entropy.
         log_width = (high.detach().double() - low.detach()).log()
         return 1 + value - log_width - log_q - torch.exp(-log_q - log_width)
 

@@ -82,7 +82,7 @@ def _tails(f: Frame) -> _Tails:
 
 
 def _survival(t: _Tails, p: Tensor, q: Tensor) -> Tensor:
-    """The tail mass beyond the quantile divided by that beyond the near end, no cancellation."""
+    """The tail mass beyond the quantile divided by that beyond the near end. Nothing cancels."""
     return torch.where(p < 0.5, 1 - p * t.one_minus_rho, t.rho + q * t.one_minus_rho)
 
 

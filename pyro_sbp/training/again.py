@@ -46,21 +46,22 @@ def prune_again(
     Args:
         request, data, directory: of the run, as for `train`.
         target: where the network is saved; it must not exist.
-        max_error_increase: the smallest network whose error on the images reserved for validation
-            is at most this many percentage points over that of the dense network, before
-            fine-tuning.
+        max_error_increase: a budget that selects the smallest network whose error on the images
+            reserved for validation is at most this many percentage points over that of the dense
+            network, before fine-tuning.
         finetune_epochs: epochs of fine-tuning of the result, with the run's other settings.
         distill: the temperature of soft labels for these epochs; by default the recipe's.
-        budget: any other budget.
-        tell: called with a line that says what was measured for a budget.
-        settings: what to keep, as for `Method.prune`.
+        budget: another budget, in place of `max_error_increase`.
+        tell: called with one line of text about the measurements for a budget.
+        settings: further arguments of `Method.prune`, such as `threshold`.
 
     Returns:
         The summary that `train` would return for this network.
 
     Raises:
-        RequestError: the run has no complete checkpoint, an error must be measured and the run has
-            no images for validation, or `choose_units` does not accept the settings.
+        RequestError: the run has no complete checkpoint; `max_error_increase` is given, and the run
+            has no images for validation or no dense network; or `choose_units` does not accept the
+            settings.
     """
     taught = finetune_epochs > 0
     with replayed(request, data, directory, taught) as (job, loop), TemporaryDirectory() as other:
@@ -131,8 +132,9 @@ def sweep(
     """Measure the pruned network of a run at other thresholds, without fine-tuning.
 
     Nothing is written. Errors are measured on the images that the recipe reserves for validation,
-    so a threshold can be chosen with them. Without such images, errors are measured on the test
-    set: a threshold that is chosen with them needs other images to measure its error.
+    so that a threshold can be chosen by these errors. Without such images, errors are measured on
+    the test set. If you choose a threshold by errors on the test set, measure the error of the
+    chosen network on other images.
 
     Args:
         request, data, directory: of the run, as for `train`.

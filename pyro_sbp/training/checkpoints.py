@@ -115,8 +115,9 @@ class Checkpoint:
         """Read a `checkpoint.pt`, with tensors on the CPU.
 
         Raises:
-            RequestError: the file is damaged, differs from its checksum, or is not the checkpoint
-                of a run. Checkpoints of earlier versions have no checksum.
+            RequestError: the file is damaged, differs from its checksum, is not the checkpoint of a
+                run, or has the format of a later version. Checkpoints of earlier versions have no
+                checksum.
         """
         try:
             # Open the file once, because a run that has not ended may replace it.
@@ -127,7 +128,7 @@ class Checkpoint:
                         raise ValueError(f"{record!r} differs from its checksum")
                 file.seek(0)
                 saved = torch.load(file, weights_only=True, map_location="cpu")
-            # The checksums of the zip format only show that the file is as it was last packed.
+            # The zip checksums do not show whether values were changed before the file was packed.
             expected = saved.pop("checksum", None) if isinstance(saved, dict) else None
             if expected is not None:
                 values = {name: value for name, value in saved.items() if name != "format"}
@@ -157,7 +158,8 @@ class Checkpoint:
             raise RequestError(f"{path} is damaged: it is not the checkpoint of a run") from error
 
     def network(self) -> dict[str, Tensor]:
-        """The tensors of the network in the last phase with noise, by name; empty before it."""
+        """The tensors of the network in the last phase with noise, by name; empty if no such phase
+        has begun."""
         for record in reversed([*self.finished, self.current]):
             if prefix := record.get("network"):
                 state = record["module"]

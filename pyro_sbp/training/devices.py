@@ -82,7 +82,7 @@ def launch(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = SingleDeviceStrategy(torch.device(device, 0) if device == "cuda" else "cpu")
     if devices > 1:
-        # A phase may leave parameters of the network unused, but the same ones in every step.
+        # A phase may not use all parameters of the network, but it uses the same ones in each step.
         strategy = DDPStrategy(static_graph=True)
     fabric = Fabric(
         accelerator=device,
@@ -214,7 +214,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Restore what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

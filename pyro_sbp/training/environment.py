@@ -90,7 +90,8 @@ class Load:
 
     Attributes:
         averages: the load averages of 1, 5 and 15 minutes; empty where the system has none.
-        usable_cores: the cores that this process may use, a fraction under a quota.
+        usable_cores: the number of cores that this process may use; with a quota, it may be a
+            fraction.
         busy_cores: the number of these cores that other processes use.
     """
 
@@ -104,9 +105,9 @@ class Memory:
     """Bytes of memory; None if the system does not report them.
 
     Attributes:
-        total: of the machine.
-        available: of the machine, for new data.
-        usable: the same within the limit of the container.
+        total: the memory of the machine.
+        available: the memory of the machine that is available for new data.
+        usable: the available memory within the limit of the container.
     """
 
     total: int | None
@@ -148,7 +149,9 @@ class Environment:
 def read_environment(
     data_dir: Path = Path("data"), datasets: Sequence[str] = (*SOURCES, "digits")
 ) -> Environment:
-    """Collect the facts. Nothing is downloaded, and broken packages are reported.
+    """Collect the facts about this machine and installation.
+
+    Nothing is downloaded. Broken packages are reported and do not raise an error.
 
     Args:
         data_dir: the directory of the data sets.
@@ -201,7 +204,7 @@ def _devices(torch: Any, problems: list[str]) -> Devices:
         version = torch.version.cuda
         try:
             cuda = [_cuda_device(torch, index) for index in range(torch.cuda.device_count())]
-        except Exception as error:  # of the driver
+        except Exception as error:  # a broken driver may raise anything
             problems.append(f"CUDA: {first_line(error)}")
     return Devices(processor_name(), os.cpu_count() or 1, cuda, version, _driver())
 

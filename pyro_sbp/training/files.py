@@ -38,7 +38,7 @@ def lock(directory: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically: under another name, and renamed when it is on the disk.
+    """Write a file atomically: under a temporary name, which is changed when the data is on disk.
 
     Raises:
         OSError: the file cannot be written; an existing file at `path` is not changed.

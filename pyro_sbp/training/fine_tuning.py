@@ -60,12 +60,12 @@ def fine_tune(
             place of the labels (Hinton et al. 2015, arXiv 1503.02531). A module is called in
             evaluation mode. The command line uses the network before pruning with the noise at its
             mean, ``partial(model.gated, theta=guide.mean())``.
-        distill: the temperature of the soft labels, 4 unless it is given.
+        distill: the temperature of the soft labels; by default 4.
         learning_rate: the learning rate of the weights.
         precision: "bf16-mixed" computes each step under `torch.autocast` in bfloat16.
         settings: `optimizer`, `momentum`, `weight_decay`, `clip_gradient`, `schedule`, `warmup`,
-            `decay`, `label_smoothing`, `average` and `recalibrate`, which mean and default to what
-            they do in a recipe (docs/recipes.md).
+            `decay`, `label_smoothing`, `average` and `recalibrate`, with the same meaning and the
+            same defaults as in a recipe (docs/recipes.md).
 
     Returns:
         The mean loss of every epoch per example, in nats; with a teacher it is the squared

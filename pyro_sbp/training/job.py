@@ -59,7 +59,7 @@ def machine(device: torch.device) -> str:
 
 
 def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:
-    """Prepare the data on a device as the recipe of the request says.
+    """Move the data to a device, and apply the settings of the recipe to it.
 
     Raises:
         RequestError: `crop` is too large for the images, or `holdout` reserves too many of them.
@@ -117,9 +117,14 @@ def prepare_job(
     Args:
         request, data, directory, fabric: as for `Loop`, with the data as `load_dataset` returns it.
         taught: whether to read the teachers of the request, which only fine-tuning needs.
+
+    Raises:
+        RequestError: the network cannot be built, or the network, the data, the weights or a
+            teacher do not fit the request.
     """
     data = prepare_data(request, data, fabric.device)
-    # Before the network of the run is built, whose seed determines all later random numbers.
+    # Build the teachers before the network of the run: building that network sets the seed for all
+    # later random numbers.
     teacher = _teacher(request, data) if taught else None
     dense, kwargs = build_network(request, data)
     example, _ = data.test.batch(slice(0, 8))

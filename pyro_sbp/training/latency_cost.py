@@ -34,7 +34,7 @@ def set_unit_latency(
         example: returns images as the network receives them.
 
     Raises:
-        RequestError: the latencies cannot be read, or units do not add any.
+        RequestError: the latencies cannot be read, or no unit adds latency.
     """
     if not isinstance(method, GatedMethod) or method.recipe.cost != "latency":
         return

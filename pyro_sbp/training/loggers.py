@@ -261,7 +261,7 @@ class MLflowLogger(_RemoteLogger):
         if self._experiment is None:
             from mlflow import MlflowClient
 
-            logging.getLogger("mlflow").setLevel(logging.WARNING)  # else it logs database set-up
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs its database set-up
             self.directory.mkdir(parents=True, exist_ok=True)
             local = self.directory.resolve()
             uri = os.environ.get("MLFLOW_TRACKING_URI")

@@ -122,7 +122,7 @@ class Loop:
         watch: called with the progress during training.
         stop: called after every step; if it returns true, a checkpoint is written and `Interrupted`
             is raised.
-        log: called after every epoch, when its checkpoint is written.
+        log: called after every epoch, after its checkpoint has been written.
     """
 
     def __init__(

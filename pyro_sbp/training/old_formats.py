@@ -25,7 +25,8 @@ __all__ = ["checkpoint"]
 
 #: The name of the location of log theta: the prefix of the guide, and the gate.
 _LOC = re.compile(r"(?P<guide>(?:.*\.)?)locs\.(?P<gate>.+)_unconstrained")
-#: The names of a turn of RBP: how exact its cut was, and which units of a gate remained.
+#: The names of two values of a turn of RBP: the differences between the pruned and the masked
+#: network, and the units of a gate that remained.
 _TURN = re.compile(r"(?:1\.)?(?P<what>exactness|there)(?:\.(?P<gate>.+))?")
 _LOG_VARIANCES = "log_variances."
 _State = Mapping[str, Tensor]
@@ -92,7 +93,7 @@ def _posteriors(
         if name.startswith(_LOG_VARIANCES):
             layer = unflat(name.removeprefix(_LOG_VARIANCES))
             mean = state[f"net.{layer}.weight"]
-            # The last step may have left the range to which the model clamps it.
+            # The last step may have moved it out of the range to which the model clamps it.
             yield layer, (mean, (0.5 * within_range(log_variance.clone(), mean)).exp())
     there = {
         match["gate"]: value
@@ -104,7 +105,7 @@ def _posteriors(
         if match is None:
             continue
         log_scale = state[f"{match['guide']}log_scales.{match['gate']}_unconstrained"]
-        # The last step may have left the box to which the guide clamps them.
+        # The last step may have moved them out of the ranges to which the guide clamps them.
         loc = loc.clamp(LOG_LOW - LOC_MARGIN, LOG_HIGH + LOC_MARGIN)
         scale = log_scale.clamp(LOG_SCALE_RANGE[0], widest(prior_scale)).exp()
         units = there.get(

@@ -101,8 +101,13 @@ class Optimization:
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the parameters and buffers of a module.
 
-    The first updates have a smaller decay, (1 + n) / (10 + n) after n updates. Otherwise the
-    average of a short phase would consist mostly of its first weights.
+    The first updates have a smaller decay, (1 + n) / (10 + n) after n updates (as
+    ``tf.train.ExponentialMovingAverage`` with ``num_updates``). Otherwise the average of a short
+    phase would consist mostly of its first weights.
+
+    Args:
+        module: the module.
+        decay: the largest decay, in [0, 1).
     """
 
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
@@ -135,7 +140,7 @@ def _schedule(optimizer: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
         if steps < 3:  # too few steps to rise and fall
             return LambdaLR(optimizer, _constant)
         rates = [group["lr"] for group in optimizer.param_groups]
-        # torch divides by the steps of the rising part minus one, and by those of the falling part.
+        # OneCycleLR divides by the number of rising steps - 1 and by the number of falling steps.
         rising_steps = min(max(2, round((recipe.warmup or 0.3) * steps)), steps - 1)
         return OneCycleLR(
             optimizer, rates, steps, pct_start=rising_steps / steps, cycle_momentum=False

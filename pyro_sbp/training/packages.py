@@ -48,10 +48,10 @@ class Extra:
 def find_versions(name: str = "pyro-sbp") -> tuple[dict[str, str | None], list[str]]:
     """The versions of Python, of a distribution and of the packages that it needs.
 
+    No package is imported.
+
     Args:
         name: the distribution.
-
-    No package is imported.
 
     Returns:
         The versions by name, None for a package that is not installed; and the problems, such as a

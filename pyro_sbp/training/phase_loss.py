@@ -34,6 +34,7 @@ class PhaseLoss(nn.Module):
 
 
 def kl_weight(phase: Phase, place: Place, steps: int) -> float:
-    """The weight of the KL divergence at the current step of a phase."""
+    """The weight of the KL divergence at the current step of a phase. It changes linearly between
+    the two values of `Phase.kl_weight`."""
     first, last = phase.kl_weight
     return first + (last - first) * (place.epoch + place.step / steps) / phase.epochs

@@ -222,10 +222,10 @@ class Summary:
             of earlier versions.
         macs: multiply-accumulates of one example.
         parameters: the number of parameters.
-        equivalence: how exact the cut was.
+        equivalence: the differences between the pruned and the masked network.
         target: how the units were chosen, if the recipe has a target of MACs.
-        teachers: the networks whose dense versions taught the fine-tuning; empty without
-            `--teacher`.
+        teachers: the architectures of the dense networks that were the teachers of the fine-tuning;
+            empty without `--teacher`.
         standardize: mean and standard deviation by channel, if images are standardized.
     """
 

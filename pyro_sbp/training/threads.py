@@ -1,8 +1,8 @@
 """Choose the number of CPU threads: one for each free core. Needs no torch.
 
 The threads of an operation wait for each other. If one of them shares its core with another
-process, it delays all. While other programs are running, a run with as many threads as cores can be
-ten times slower than a run with one thread.
+process, it delays all of them. While other programs are running, a run with as many threads as
+cores can be ten times slower than a run with one thread.
 """
 
 from __future__ import annotations

@@ -60,12 +60,13 @@ def train(
 
     Raises:
         RequestError: the architecture cannot be built or does not accept the images of the data,
-            the recipe names a gate that the network does not have, or the directory cannot be
-            written.
+            the recipe names a gate that the network does not have, the directory cannot be written
+            or is locked by another process, or its checkpoint belongs to another request.
         EquivalenceError: the outputs of the pruned and the masked network differ.
         FloatingPointError: the loss or a parameter is not finite. The last checkpoint with finite
             values is kept.
         WorkerDied: a process that reads images was killed. The last checkpoint is kept.
+        OtherProcessError: another process of the run has failed.
         Interrupted: `stop` returned true.
     """
     fabric = fabric or launch(request.device, request.devices, request.precision)

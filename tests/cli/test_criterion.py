@@ -90,8 +90,8 @@ def test_inspect_and_report_show_another_criterion(runs):
     result = run("report", runs / "sbp", "--criterion", "bmrs-u")
     assert result.exit_code == 0, result.output
     page = (runs / "sbp" / "report.html").read_text()
-    assert "Units with a log evidence of BMRS_U (-dF_U) of 0.919 or more are kept." in page
-    assert "The network at other thresholds on the log evidence of BMRS_U" in page
+    assert "Units with a log Bayes factor of BMRS_U (-dF_U) of 0.919 or more are kept." in page
+    assert "The network at other thresholds on the log Bayes factor of BMRS_U" in page
     assert "No picture" not in page and "(the recipe" not in page
 
 

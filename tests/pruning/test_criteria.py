@@ -145,13 +145,13 @@ def test_wrong_criteria_and_thresholds_are_refused(fitted):
     model, guide, x = fitted
     with pytest.raises(ValueError, match="unknown criterion 'bmrs'; did you mean 'bmrs-"):
         sbp.prune(model, guide, x, criterion="bmrs")
-    with pytest.raises(ValueError, match="expected a log evidence of BMRS_N that is finite"):
+    with pytest.raises(ValueError, match="expected a log Bayes factor of BMRS_N that is finite"):
         sbp.prune(model, guide, x, float("inf"), criterion="bmrs-n")
-    with pytest.raises(ValueError, match=r"the largest log evidence of BMRS_N is 1\.9"):
+    with pytest.raises(ValueError, match=r"the largest log Bayes factor of BMRS_N is 1\.9"):
         choose_units(
             model.gated.net, model.gates, guide.mean(), {"0": torch.linspace(-3, 1.9, 12)}, x,
             criterion="bmrs-n", threshold=2.0, min_units=0,
         )  # fmt: skip
-    with pytest.warns(UserWarning, match="the largest log evidence of BMRS_N is "):
+    with pytest.warns(UserWarning, match="the largest log Bayes factor of BMRS_N is "):
         sbp.prune(model, guide, x, 1e9, criterion="bmrs-n")
     assert find_criterion("bmrs-n").threshold == pytest.approx(0.919)

@@ -176,7 +176,7 @@ def pixel_scores(
 ) -> tuple[str, Tensor] | None:
     """The site of the pixels of the image, and the scores of the pixels ``[channels, height,
     width]``. For noise on weights, the score of a pixel is the largest score of the weights that
-    read it.
+    read it. None if the run has no noise on the pixels, or the shape of its images is not known.
     """
     shape = image_shape(run)
     if shape is None:

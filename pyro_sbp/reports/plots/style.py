@@ -55,7 +55,8 @@ def check_matplotlib() -> None:
 
 
 def drawing(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the style of a light or a dark page."""
+    """Decorate a function that returns a figure: it gets the argument `dark`, and draws in the
+    style of a light or a dark page."""
 
     @functools.wraps(function)
     def draw(*args: Any, dark: bool = False, **kwargs: Any) -> Figure:
@@ -196,7 +197,7 @@ def draw_bars(
     positive = [v for values in bars.values() for v in values if 0 < v < math.inf]
     if positive:
         ax.set_xscale("log")
-        # Leave room for the labels, and show a part of the shortest bar.
+        # Extend the axis at its end for the labels, and at its start to show the shortest bar.
         span = max(positive) / min(positive)
         ax.set_xlim(min(positive) / max(span**0.15, 1.5), max(positive) * max(span**0.25, 1.7))
     ax.minorticks_off()

@@ -78,7 +78,8 @@ def training_curves(source: Run | str | Path) -> Figure:
 
 
 def error_axis(ax: Any, errors: Sequence[float]) -> None:
-    """Use a logarithmic axis if errors differ much."""
+    """Label an axis of errors, and make it logarithmic if they differ by more than a factor of
+    5."""
     if min(errors) > 0 and max(errors) > 5 * min(errors):
         ax.set_yscale("log")
         plain_ticks(ax.yaxis)
