@@ -105,14 +105,18 @@ class Proof:
         net: the network, which is not changed.
         x: its input.
         training_paths: as for `copy_for_measurement`.
+
+    Attributes:
+        exact: the copy of the network, in float64, that is cut and called.
     """
 
     def __init__(self, net: nn.Module, x: Any, training_paths: bool) -> None:
         self.net = net
         self.x = convert(x, torch.float64)
-        self._exact = copy_for_measurement(net, torch.float64, training_paths)
-        enliven(self._exact, torch.Generator().manual_seed(0))
-        self._state = State(self._exact)
+        self.exact = copy_for_measurement(net, torch.float64, training_paths)
+        enliven(self.exact, torch.Generator().manual_seed(0))
+        self._state = State(self.exact)
+        self._originals = _unchanged_parameters(net, self.exact)
         self._references: dict[_Pattern, _Reference] = {}  # the last one of each pattern
         self._learned: dict[Kind, Variant] = {}  # the variant that works for gates of a kind
         self._failed: Counter[Kind] = Counter()
@@ -155,9 +159,9 @@ class Proof:
         If this raises an error, `names` has the names of the modules of the cut network.
         """
         choices = nullcontext() if masked is None else masked.decisions.repeated()
-        with self._cut(gates, theta), choices:
-            names.update((id(module), name) for name, module in self._exact.named_modules())
-            small = call(self._exact, fresh(self.x))
+        with self.cut(gates, theta), choices:
+            names.update((id(module), name) for name, module in self.exact.named_modules())
+            small = call(self.exact, fresh(self.x))
         names.clear()
         return small
 
@@ -179,20 +183,27 @@ class Proof:
     ) -> Any:
         each = {name: value[None] for name, value in theta.items()}
         with self._measured(), decisions.recorded():
-            return GatedNetwork(self._exact, gates)(fresh(self.x), each)
+            return GatedNetwork(self.exact, gates)(fresh(self.x), each)
 
     @contextmanager
-    def _cut(self, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> Iterator[None]:
-        """A context in which the copy of the network is smaller, and may be called."""
-        weights = [weight for _, weight, _ in factors(self._exact, gates, theta)]
+    def cut(self, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> Iterator[None]:
+        """A context in which the copy of the network is smaller, and may be called.
+
+        Afterwards, the copy has its parameters, with their values, and its state again.
+        """
+        weights = {name: weight for name, weight, _ in factors(self.exact, gates, theta)}
         with self._measured():  # it restores the layers, but not the values of their parameters
-            values = [weight.clone() for weight in weights]
+            # The network has the values of most of them. Clones of large networks need much memory.
+            values = {
+                name: self._originals[name] if name in self._originals else weight.clone()
+                for name, weight in weights.items()
+            }
             try:
-                shrink_in_place(self._exact, gates, theta)
+                shrink_in_place(self.exact, gates, theta)
                 yield
             finally:
-                for weight, value in zip(weights, values, strict=True):
-                    weight.copy_(value)
+                for name, weight in weights.items():
+                    weight.copy_(values[name])
 
     @contextmanager
     def _measured(self) -> Iterator[None]:
@@ -207,16 +218,16 @@ class Proof:
         theta = _theta(gates, gone)
         trails = Trail(), Trail()
         decisions = Decisions()
-        with suppress(Exception), trails[0].followed(self._exact):
+        with suppress(Exception), trails[0].followed(self.exact):
             self._masked(gates, theta, decisions)
         # The cut comes first, because it replaces modules.
         with (
             suppress(Exception),
-            self._cut(gates, theta),
-            trails[1].followed(self._exact),
+            self.cut(gates, theta),
+            trails[1].followed(self.exact),
             decisions.repeated(),
         ):
-            call(self._exact, fresh(self.x))
+            call(self.exact, fresh(self.x))
         return trails[0].first_difference(trails[1])
 
     def keep(
@@ -325,6 +336,16 @@ class Proof:
             return gate
         self._failed[kind] += 1
         return None
+
+
+def _unchanged_parameters(net: nn.Module, copy: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a network that have the same values in a copy of another precision."""
+    others = dict(copy.named_parameters(remove_duplicate=False))
+    return {
+        name: parameter.detach()
+        for name, parameter in net.named_parameters(remove_duplicate=False)
+        if name in others and torch.equal(parameter.detach().to(others[name]), others[name])
+    }
 
 
 def copy_for_measurement(
