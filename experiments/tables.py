@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pyro_sbp.errors import RequestError, did_you_mean
 from pyro_sbp.experiments import (
+    ablation,
     budget_tables,
     criteria,
     frontier,
@@ -54,6 +55,7 @@ OF_RUNS: dict[str, Callable[..., str]] = {
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
     "criteria": criteria.table,
+    "ablation": ablation.table,
 }
 #: Functions that make a table from other records, which they read, and the words after its name.
 OF_OTHER_RECORDS: dict[str, Callable[..., str]] = {

@@ -1,0 +1,229 @@
+"""Train LeNet-500-300 with one change at a time: `python -m pyro_sbp.experiments.ablation RUNS`.
+
+All networks have the same number of MACs (`--target-macs-ratio`), so that only their errors have to
+be compared. The errors are those of 10,000 training images that are held out; test images are not
+used. Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for
+each run is written to `results/ablation/`, from which `python -m pyro_sbp.experiments.tables` makes
+the table of docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_sbp.errors import RequestError
+from pyro_sbp.experiments.record import RESULTS
+from pyro_sbp.experiments.rows import Record, markdown, unreadable
+from pyro_sbp.training.files import write_json
+from pyro_sbp.training.job import machine, versions
+
+__all__ = ["CHANGES", "main", "table"]
+
+DIRECTORY = RESULTS / "ablation"
+
+RATIO = 31
+HELD_OUT = 10_000
+_RECIPE = "lenet-dense-smallest"
+_COMMON = ("--arch", "lenet-500-300", "--dataset", "mnist", "--recipe", _RECIPE)
+#: The seeds of the dense networks that are teachers.
+_TEACHERS = (100, 101, 102)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the recipe.
+
+    Attributes:
+        title: its description in the table.
+        settings: the changed settings, as for `--set`.
+        criterion: the criterion by which the run without a change is pruned again, instead of a new
+            run.
+        teachers: whether an ensemble of dense networks is the teacher in fine-tuning.
+    """
+
+    title: str
+    settings: tuple[str, ...] = ()
+    criterion: str | None = None
+    teachers: bool = False
+
+
+#: The changes by name. "base" is the recipe itself.
+CHANGES = {
+    "base": Change(f"none: `{_RECIPE}`"),
+    "dense": Change("dense training for 40 epochs, not 10", ("dense_epochs=40",)),
+    "average": Change("averaged weights in dense training and fine-tuning", ("average=0.999",)),
+    "trained-out": Change("both of these", ("dense_epochs=40", "average=0.999")),
+    "smoothing": Change("label smoothing of 0.1 in dense training", ("label_smoothing=0.1",)),
+    "decay": Change("AdamW, weight decay 0.01", ("optimizer='adamw'", "weight_decay=0.01")),
+    "finetuning": Change("fine-tuning for 40 epochs, not 20", ("finetune_epochs=40",)),
+    "labels": Change("fine-tuning by labels, without a teacher", ("distill=0",)),
+    "teachers": Change("an ensemble of three dense networks as teacher", teachers=True),
+    "example": Change("noise for every example", ("noise_per='example'",)),
+    "rising": Change("a KL weight that rises for 10 epochs", ("kl_rising_epochs=10",)),
+    "inputs": Change(
+        "twice the KL weight for input pixels", ("kl_scale={fc1_input=15.0, fc1=7.5, fc2=7.5}",)
+    ),
+    "slow": Change("noise learning rate 0.01, not 0.03", ("noise_learning_rate=0.01",)),
+    "long": Change("120 epochs with noise, not 40", ("epochs=120",)),
+    "slow-long": Change("both of these", ("noise_learning_rate=0.01", "epochs=120")),
+    "cuts": Change("units are removed every 5 epochs", ("cut_every=5",)),
+    "bmrs-n": Change("units chosen by BMRS-N", criterion="bmrs-n"),
+}
+
+
+def _settings(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def _command(*words: str) -> str:
+    """Run a command of pyro-sbp, and return its output.
+
+    Raises:
+        RequestError: the command failed.
+    """
+    command = [sys.executable, "-m", "pyro_sbp.cli", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RequestError(f"pyro-sbp {' '.join(words)} failed with status {done.returncode}")
+    return done.stdout
+
+
+def _train(run: Path, options: Sequence[str], data_dir: Path) -> None:
+    """Train a run, or resume it. Nothing is done if it is finished."""
+    if (run / "summary.json").exists():
+        return
+    if (run / "checkpoint.pt").exists():
+        _command("train", "--resume", str(run))
+    else:
+        place = ("--data-dir", str(data_dir), "--threads", "1", "--output-dir", str(run))
+        _command("train", *_COMMON, *options, *place)
+
+
+def _options(change: Change, seed: int) -> list[str]:
+    """The options of `pyro-sbp train` for a run, without those of its teachers."""
+    common = ["--target-macs-ratio", str(RATIO), "--seed", str(seed)]
+    return common + _settings(f"holdout={HELD_OUT}", *change.settings)
+
+
+def _teachers(runs: Path, data_dir: Path) -> list[str]:
+    """Train the teachers, and return the options that name them."""
+    words = []
+    for seed in _TEACHERS:
+        run = runs / f"teacher-{seed}"
+        settings = ("dense_epochs=40", "average=0.999", "epochs=1", "finetune_epochs=0")
+        options = _settings(f"holdout={HELD_OUT}", "distill=0", *settings)
+        _train(run, [*options, "--seed", str(seed)], data_dir)
+        words += ["--teacher", str(run)]
+    return words
+
+
+def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]:
+    """Train the network of a change, if it is not trained, and return its record.
+
+    Args:
+        name: the name of the change in `CHANGES`.
+        seed: the seed of the run.
+        runs: the directory of the run directories.
+        data_dir: the directory of MNIST.
+
+    Returns:
+        {`change`, `seed`, `options` (of the command), `macs_ratio`, `error` (held out, in percent:
+        {`dense`, `pruned`, `finetuned`}), `seconds`, `versions`, `machine`}.
+
+    Raises:
+        RequestError: a command failed.
+    """
+    change = CHANGES[name]
+    base = change if change.criterion is None else CHANGES["base"]
+    run = runs / f"{name if base is change else 'base'}-{seed}"
+    options = _options(base, seed)
+    if change.teachers:
+        options += _teachers(runs, data_dir)
+    _train(run, options, data_dir)
+    found = json.loads((run / "summary.json").read_text("utf-8"))
+    if change.criterion is not None:
+        again = ["--criterion", change.criterion, "--macs-ratio", str(RATIO)]
+        again += ["--finetune-epochs", "20"]
+        for unfinished in run.glob(f"pruned-{change.criterion}-*"):
+            shutil.rmtree(unfinished)
+        found |= json.loads(_command("prune", str(run), *again, "--json"))
+    return {
+        "change": name,
+        "seed": seed,
+        "options": options,
+        "macs_ratio": found["macs"]["ratio"],
+        "error": found["validation_error"],
+        "seconds": found["train_seconds"],
+        "versions": versions(),
+        "machine": machine(torch.device("cpu")),
+    }
+
+
+def table(records: Sequence[Record]) -> str:
+    """The errors of every change, as means over the seeds, with the settings of the commands."""
+    del records  # of runs; those of the ablation are in a separate directory
+    entries: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in CHANGES}
+    for path in sorted(DIRECTORY.glob("*.json")):
+        try:
+            entry = json.loads(path.read_text("utf-8"))
+            entries[entry["change"]][entry["seed"]] = entry
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(path, "record of the ablation", error) from error
+    base = entries["base"]
+    cells = []
+    for name, change in CHANGES.items():
+        found = entries[name]
+        if not found:
+            continue
+        differences = [
+            entry["error"]["finetuned"] - base[seed]["error"]["finetuned"]
+            for seed, entry in found.items()
+            if seed in base
+        ]
+        cells.append(
+            (
+                change.title,
+                *(_mean(found, kind) for kind in ("dense", "pruned", "finetuned")),
+                "" if name == "base" else f"{statistics.mean(differences):+.2f}",
+                str(len(found)),
+            )
+        )
+    head = ("change", "dense", "pruned", "fine-tuned", "difference", "seeds")
+    return markdown(head, cells)
+
+
+def _mean(found: dict[int, dict[str, Any]], kind: str) -> str:
+    return f"{statistics.mean(entry['error'][kind] for entry in found.values()):.2f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train what has no record, one seed after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="directory of the run directories")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="directory of MNIST")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    options = parser.parse_args(arguments)
+    for seed in options.seeds:
+        for name in options.changes:
+            path = DIRECTORY / f"{name}-{seed}.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                entry = measured(name, seed, options.runs, options.data_dir)
+                write_json(path, entry)
+                print(f"{name}, seed {seed}: {entry['error']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
