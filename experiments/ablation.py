@@ -2,7 +2,8 @@
 
 All networks have the same number of MACs (`--target-macs-ratio`), so that only their errors have to
 be compared. The errors are those of 10,000 training images that are held out; test images are not
-used. Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for
+used. Without a change, the recipe is `lenet-dense-smallest`, with cuts every 5 epochs to save time.
+Changes that do not concern dense training start from the dense network of that run. Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for
 each run is written to `results/ablation/`, from which `python -m pyro_sbp.experiments.tables` makes
 the table of docs/recipes.md.
 """
@@ -36,6 +37,8 @@ RATIO = 31
 HELD_OUT = 10_000
 _RECIPE = "lenet-dense-smallest"
 _COMMON = ("--arch", "lenet-500-300", "--dataset", "mnist", "--recipe", _RECIPE)
+#: The settings that change dense training.
+_OF_DENSE_TRAINING = {"dense_epochs", "average", "label_smoothing", "optimizer"}
 #: The seeds of the dense networks that are teachers.
 _TEACHERS = (100, 101, 102)
 
@@ -57,10 +60,16 @@ class Change:
     criterion: str | None = None
     teachers: bool = False
 
+    @property
+    def of_dense_training(self) -> bool:
+        """Whether dense training changes."""
+        names = {setting.partition("=")[0] for setting in self.settings}
+        return bool(names & _OF_DENSE_TRAINING)
+
 
 #: The changes by name. "base" is the recipe itself.
 CHANGES = {
-    "base": Change(f"none: `{_RECIPE}`"),
+    "base": Change("none"),
     "dense": Change("dense training for 40 epochs, not 10", ("dense_epochs=40",)),
     "average": Change("averaged weights in dense training and fine-tuning", ("average=0.999",)),
     "trained-out": Change("both of these", ("dense_epochs=40", "average=0.999")),
@@ -77,7 +86,7 @@ CHANGES = {
     "slow": Change("noise learning rate 0.01, not 0.03", ("noise_learning_rate=0.01",)),
     "long": Change("120 epochs with noise, not 40", ("epochs=120",)),
     "slow-long": Change("both of these", ("noise_learning_rate=0.01", "epochs=120")),
-    "cuts": Change("units are removed every 5 epochs", ("cut_every=5",)),
+    "no-cuts": Change("units are removed only at the end", ("cut_every=0",)),
     "bmrs-n": Change("units chosen by BMRS-N", criterion="bmrs-n"),
 }
 
@@ -113,7 +122,8 @@ def _train(run: Path, options: Sequence[str], data_dir: Path) -> None:
 def _options(change: Change, seed: int) -> list[str]:
     """The options of `pyro-sbp train` for a run, without those of its teachers."""
     common = ["--target-macs-ratio", str(RATIO), "--seed", str(seed)]
-    return common + _settings(f"holdout={HELD_OUT}", *change.settings)
+    cuts = () if "cut_every=0" in change.settings else ("cut_every=5",)
+    return common + _settings(f"holdout={HELD_OUT}", *cuts, *change.settings)
 
 
 def _teachers(runs: Path, data_dir: Path) -> list[str]:
@@ -150,6 +160,9 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
     options = _options(base, seed)
     if change.teachers:
         options += _teachers(runs, data_dir)
+    if base is not CHANGES["base"] and not change.of_dense_training:
+        _train(runs / f"base-{seed}", _options(CHANGES["base"], seed), data_dir)
+        options += ["--weights", str(runs / f"base-{seed}" / "dense.pt")]
     _train(run, options, data_dir)
     found = json.loads((run / "summary.json").read_text("utf-8"))
     if change.criterion is not None:
@@ -161,7 +174,7 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
     return {
         "change": name,
         "seed": seed,
-        "options": options,
+        "options": [word.replace(f"{runs}/", "") for word in options],
         "macs_ratio": found["macs"]["ratio"],
         "error": found["validation_error"],
         "seconds": found["train_seconds"],
