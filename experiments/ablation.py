@@ -3,9 +3,11 @@
 All networks have the same number of MACs (`--target-macs-ratio`), so that only their errors have to
 be compared. The errors are those of 10,000 training images that are held out; test images are not
 used. Without a change, the recipe is `lenet-dense-smallest`, with cuts every 5 epochs to save time.
-Changes that do not concern dense training start from the dense network of that run. Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for
-each run is written to `results/ablation/`, from which `python -m pyro_sbp.experiments.tables` makes
-the table of docs/recipes.md.
+Changes that do not concern dense training start from the dense network of that run.
+
+Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for each
+run is written to `results/ablation/`, from which `python -m pyro_sbp.experiments.tables` makes the
+table of docs/recipes.md.
 """
 
 from __future__ import annotations
