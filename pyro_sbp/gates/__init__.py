@@ -1,6 +1,7 @@
 """Gates: the sets of units that noise can multiply and that pruning can remove.
 
-Names are imported on first use, so that loading a pruned network imports no Pyro.
+Names are imported on first use, so that loading a pruned network does not import the modules that
+find gates, nor SciPy, which they use.
 """
 
 from typing import TYPE_CHECKING

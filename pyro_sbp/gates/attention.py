@@ -1,4 +1,4 @@
-"""Multi-head attention whose heads can be removed one by one."""
+"""Multi-head attention in which each head is a unit that can be removed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Attention", "separate_attention"]
 class Attention(nn.Module):
     """Multi-head attention whose heads can be removed.
 
-    It computes the same as `nn.MultiheadAttention`, with separate layers for queries, keys and
-    values. In `nn.MultiheadAttention` the inner width equals the width of the model. Here the
-    number of heads is computed from the shape of the layers. The width of a head, and with it the
-    scale of the softmax, does not change when heads are removed.
+    It computes the same function as `nn.MultiheadAttention`, with separate layers for queries, keys
+    and values. In `nn.MultiheadAttention`, the width of all heads together must equal the width of
+    the model. Here, the number of heads is computed from the shapes of the layers. The width of a
+    head, and with it the scale of the softmax, does not change when heads are removed.
 
     Args:
         attention: the module whose weights are copied.
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         ValueError: the module has `add_bias_kv` or `add_zero_attn` set.
     """
 
-    # nn.TransformerEncoderLayer reads these attributes before it uses its fast path.
+    # nn.TransformerEncoderLayer reads these attributes, and then does not use its fast path.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -65,6 +65,8 @@ class Attention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the attention, with the arguments and results of `nn.MultiheadAttention`.
+
+        As there, `is_causal` only says that `attn_mask` is causal. It has no effect here.
 
         Raises:
             ValueError: `attn_mask` has three dimensions, with a mask for every head.
@@ -113,7 +115,10 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Convert a mask to numbers that are added: minus infinity where a bool mask is true."""
+    """Convert a mask to numbers that are added to the scores.
+
+    They are minus infinity where a bool mask is true, and 0 elsewhere.
+    """
     if mask is None or mask.dtype != torch.bool:
         return None if mask is None else mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
@@ -131,7 +136,8 @@ def separate_attention(net: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        ValueError: an attention layer has `add_bias_kv` or `add_zero_attn` set.
+        ValueError: an attention layer has `add_bias_kv` or `add_zero_attn` set, or the network
+            cannot be copied.
     """
     net = copy_network(net)
     if isinstance(net, nn.MultiheadAttention):

@@ -13,7 +13,10 @@ __all__ = ["call", "evaluating"]
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """A context in which a network is in evaluation mode. Afterwards every mode is restored."""
+    """A context in which a network is in evaluation mode.
+
+    Afterwards, the mode of every module is restored.
+    """
     before = {module: module.training for module in net.modules()}
     net.eval()
     try:

@@ -1,4 +1,4 @@
-"""Which rows of a layer form a unit: codes that distinguish classes of rows, and candidates."""
+"""Classes of rows that form a unit: the codes of classes, and partitions of rows into classes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,44 @@ def bits_of(size: int) -> int:
 
 
 def codes(size: int) -> Tensor:
-    """The classes that each pass marks, ``[2 * bits, size]``: each bit, then its complement."""
+    """The classes that are marked in each pass, bool ``[2 * bits, size]``.
+
+    For each bit of the class number, from the lowest, there are two passes. The first marks the
+    classes with a one in this bit, and the second marks the others.
+    """
     numbers = torch.arange(size, device="cpu")
     ones = torch.stack([(numbers >> bit) & 1 for bit in range(bits_of(size))]).bool()
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 
 def numbers_of(bits: Sequence[Tensor]) -> Tensor:
-    """The numbers with given bits, int64 ``[columns]``; the lowest bit, bool, comes first."""
+    """The numbers with given bits.
+
+    Args:
+        bits: for each bit, from the lowest, its values, bool ``[columns]``.
+
+    Returns:
+        The numbers, int64 ``[columns]``.
+    """
     return torch.stack([bit.long() << place for place, bit in enumerate(bits)]).sum(0)
 
 
 def partitions(rows: int) -> Iterator[Tensor]:
     """Partitions of rows into classes of equal size, those with the most classes first.
 
-    The class of a row is ``(row // block) % classes``. The classes are contiguous blocks (the heads
-    of a layer of queries), strides (the halves of a gated linear unit), or repeated blocks (a layer
-    of queries, keys and values). If a key and a value serve several queries, a class has a large
-    block of the first part of the layer and two small blocks of the rest.
+    There are two forms of partitions. In the first, the class of a row is
+    ``(row // block) % classes``: a class is a contiguous block (a head of a layer of queries), the
+    rows at a fixed distance (one row of each half of a gated linear unit), or several blocks at a
+    fixed distance (a layer of queries, keys and values). The second form is for layers in which
+    several heads of queries share keys and values. A class has a large block in the first part of
+    the layer, which computes the queries, and a small block in the part of the keys and in that of
+    the values.
 
     Args:
         rows: the number of rows.
 
     Yields:
-        The class of each row, ``[rows]``.
+        The class of each row, int64 ``[rows]``.
     """
     numbers = torch.arange(rows, device="cpu")
     for classes in range(rows // 2, 1, -1):
@@ -67,6 +81,9 @@ def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tens
         ones, zeros: bool ``[bits, columns]``: whether the column is reached by a row whose number
             has a one (or a zero) in that bit.
         rows: the number of rows.
+
+    Yields:
+        The class of each row, int64 ``[rows]``.
     """
     patterns = torch.cat([ones, zeros]).T.unique(dim=0).float()
     bits = codes(rows)
@@ -74,8 +91,9 @@ def partitions_that_fit(ones: Tensor, zeros: Tensor, rows: int) -> Iterator[Tens
     for classes in partitions(rows):
         count = torch.zeros(len(row_bits), int(classes.max()) + 1, device="cpu")
         without_bit = (count.index_add_(1, classes, row_bits) == 0).float()
-        # The products count the bits of the rows that reach a column which no row of the class has.
-        # A few of the patterns exclude most partitions.
+        # The matrix product counts the marks of a column that no row of a class has. A class can
+        # reach the column alone only if there are none. The first few patterns exclude most
+        # partitions.
         if all(
             bool(((some @ without_bit) == 0).any(1).all())
             for some in (patterns[:_FEW], patterns[_FEW:])

@@ -22,18 +22,21 @@ __all__ = [
     "to_precision",
 ]
 
+#: From the dtype of a network to that of its complex tensors.
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def copy_network(net: nn.Module) -> nn.Module:
     """A deep copy of a network.
 
-    Tensors with a graph, which torch does not copy, are detached. Examples are features that the
-    network stores in a call, and weights that a hook computes (`torch.nn.utils.weight_norm`).
-    Objects that cannot be copied, such as locks, files and generators, are shared with the copy.
+    Tensors that are results of operations with a gradient are detached, because torch does not copy
+    them. Examples are features that the network stores in a call, and weights that a hook computes
+    (`torch.nn.utils.weight_norm`). Objects that cannot be copied, such as locks, files and Python
+    generators, are shared with the copy.
 
     Raises:
-        ValueError: a module or another object in the network cannot be copied.
+        ValueError: the network cannot be copied, even if such objects are shared. An example is a
+            module whose `__deepcopy__` fails.
     """
     memo: dict[int, Any] = {}
     originals: list[Any] = []  # keep them alive, so that their ids are not reused
@@ -61,7 +64,10 @@ def copy_network(net: nn.Module) -> nn.Module:
 
 
 def _attributes(net: nn.Module) -> list[tuple[str, Any]]:
-    """The objects in a network besides tensors, modules and containers, and their attributes."""
+    """The objects in a network that may not be copyable, each with the name of its type.
+
+    These are all except tensors, modules, containers, strings, numbers and types.
+    """
     found = []
     for thing in reachable(net, functions=False):
         plain = isinstance(thing, Tensor | nn.Module | dict | list | tuple | set | frozenset)
@@ -71,7 +77,10 @@ def _attributes(net: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _culprit(net: nn.Module) -> str:
-    """The innermost module that cannot be copied."""
+    """The name of the innermost module that cannot be copied, as the start of a message.
+
+    It is empty if there is no such module inside the network.
+    """
     culprit = ""
     for name, module in net.named_modules():
         if name.startswith(culprit) and name:
@@ -85,7 +94,13 @@ def _culprit(net: nn.Module) -> str:
 def to_precision(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Convert floating-point parameters and buffers to `dtype`, in place.
 
-    Complex tensors are converted to the complex dtype of the same precision.
+    Args:
+        net: the network.
+        dtype: the dtype. If there are complex tensors, it must be float32 or float64, and they are
+            converted to the complex dtype of the same precision.
+
+    Returns:
+        The same network.
     """
 
     def converted(tensor: Tensor) -> Tensor:
@@ -97,12 +112,19 @@ def to_precision(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def fresh(x: Any) -> Any:
-    """Copy an input, because the network may change it in place."""
+    """Copy an input, so that the network cannot change the original in place.
+
+    Raises:
+        TypeError: as for `map_tensors`.
+    """
     return map_tensors(lambda tensor: tensor.detach().clone(), x)
 
 
 def materialize(net: nn.Module, x: Any) -> None:
-    """Create the parameters of lazy layers, by calling the network once on an input."""
+    """Create the parameters of lazy layers in place, by calling the network once on an input.
+
+    A network without lazy layers is not called. An error of the network is not caught.
+    """
     if any(isinstance(module, LazyModuleMixin) for module in net.modules()):
         with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()):
             call(net, fresh(x))

@@ -1,8 +1,8 @@
 """Make the same discrete choices in the masked and in the cut network.
 
-The two networks compute the same function, but differ by rounding errors. Rounding can decide a tie
-either way: which of two equal scores is among the top k, or which of two boxes suppresses the
-other.
+The two networks compute the same function up to rounding errors. Rounding can decide which of two
+equal scores is among the top k, or which of two boxes suppresses the other. The outputs would then
+differ, although the cut is right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ _NMS = "torchvision::nms"
 class Decisions:
     """Record the choices of one network, and repeat them in another one for equal arguments.
 
-    Arguments count as equal if their `relative_difference` is at most `EXACT`.
+    The choices are repeated in the order in which they were recorded. Arguments count as equal if
+    their `relative_difference` is at most `EXACT`.
+
+    Attributes:
+        taken: for each choice, the function, the tensors in its arguments, and its result.
     """
 
     def __init__(self) -> None:
@@ -54,6 +58,7 @@ class Decisions:
 
 
 def _chooses(func: Any) -> bool:
+    """Whether the result of a function depends on a discrete choice."""
     if func in _CHOOSING:
         return True
     return operation_name(func) == _NMS

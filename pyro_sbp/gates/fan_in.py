@@ -1,8 +1,8 @@
 """Layers that multiply their weight by a power of the number of its columns in every call.
 
 An example is the equalized learning rate (Karras et al., Progressive Growing of GANs, 2018, section
-4.1), which divides the weight by the square root of its fan-in. If columns are removed, the factor
-changes, and the stored weight must change by the inverse.
+4.1), which divides the weight by the square root of its fan-in. If columns are removed, this factor
+changes, and the stored weight must be divided by the change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _POWERS = (-0.5, -1.0)
 
 
 class _Factors(TorchFunctionMode):
-    """Record the factor of the first element of every weight that is multiplied in a call."""
+    """Record by which factor the first element of every weight is multiplied in a call."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def powers_of_fan_in(
 ) -> dict[Place, float]:
     """Measure by which power of the number of columns a network multiplies its weights.
 
-    The network is called before and after half of the units of all gates were removed.
+    The network is called before and after half of the units of every gate are removed.
 
     Args:
         net: the network, which is not changed.
@@ -70,7 +70,7 @@ def powers_of_fan_in(
 
     Returns:
         From the place of a weight to the power, for powers other than 0. It is empty if the network
-        cannot be cut by the gates.
+        cannot be cut by the gates, or cannot be called after the cut.
     """
     x = convert(x, torch.float64)
     dense = copy_for_measurement(net, torch.float64, training_paths)
@@ -94,6 +94,7 @@ def powers_of_fan_in(
 
 
 def _factors(net: nn.Module, x: Any) -> dict[Place, float]:
+    """From the place of each weight that a network multiplies in a call to the factor."""
     with torch.no_grad(), undone(net), repeatable(torch.float64):
         mode = _Factors(net)
         with mode:
@@ -106,6 +107,12 @@ def _fitting(
     before: Mapping[Place, float],
     after: Mapping[Place, float],
 ) -> dict[Place, float]:
+    """The powers of the number of columns that explain how the factors changed.
+
+    Args:
+        counts: from the place of a weight to its number of columns before and after a cut.
+        before, after: from the place of a weight to its factor before and after the cut.
+    """
     powers = {}
     for place, (old, new) in counts.items():
         ratio = after.get(place, 0.0) / (before.get(place, 0.0) or 1.0)

@@ -1,7 +1,7 @@
-"""Which layers the values of a writer may reach, according to the tensors that functions pass on.
+"""Which layers the values of a writer may reach, according to the arguments of all functions.
 
-This is an upper bound for what is measured with NaN. It finds writers whose measurements can share
-a pass.
+This is an upper bound for what is measured with NaN. It is used to find writers whose measurements
+can share a pass.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ Key = str | Place
 class Flow:
     """Follow the values of writers through the functions of one call of a network.
 
-    A storage has marks, one bit for each writer whose values it may hold. The result of a function
-    has the marks of all arguments. The output of a writer has only its own mark.
+    The storage of every tensor has marks: an integer with one bit for each writer on whose values
+    the tensor may depend. The result of a function has the marks of all arguments. The output of a
+    writer has only the mark of this writer.
     """
 
     def __init__(self) -> None:
         self._bits: dict[str, int] = {}
         self._marks: dict[int, int] = {}
         self._reached: dict[Key, int] = {}
-        #: The marks of tensors whose values have left torch. They may come back in any tensor.
+        #: The marks of tensors whose values were read outside of torch, for example as floats
+        #: or NumPy arrays. Any later tensor may depend on them.
         self._left_torch = 0
 
     def of(self, tensors: Iterable[Tensor]) -> int:
-        """The marks of tensors."""
+        """All marks of some tensors."""
         marks = 0
         for tensor in tensors:
             marks |= self._marks.get(_identity(tensor), 0)
@@ -72,7 +74,8 @@ class Flow:
         if may_change_arguments(func, args, kwargs):
             results += inputs
         for identity in map(_identity, results):
-            # A new tensor can have the address of one that has been freed.
+            # Only the storage of an argument keeps its marks, because a new tensor can have the
+            # address of one that has been freed.
             earlier = self._marks.get(identity, 0) if identity in shared else 0
             self._marks[identity] = earlier | marks
 
@@ -91,7 +94,7 @@ def disjoint_groups(keys: Mapping[str, set[Key]]) -> list[list[str]]:
     """Divide writers into groups in which no two writers reach the same layer or tensor.
 
     Args:
-        keys: from a writer to what it may reach.
+        keys: from a writer to the keys that it may reach.
     """
     groups: list[tuple[list[str], set[Key]]] = []
     for writer, reached in keys.items():

@@ -26,14 +26,16 @@ class Span:
 
     Attributes:
         layer: the name of the module.
-        units: the number of the unit of each row or column, ``[rows]`` or ``[columns]``, and -1 for
-            a row or column that belongs to no unit of the gate.
+        units: the number of the unit of each row or column, int64 ``[rows]`` or ``[columns]``, and
+            -1 for a row or column that belongs to no unit of the gate.
         groups: the number of groups of the layer. All groups that remain must keep the same number
             of rows or columns.
         tensor: the name of a parameter or buffer of the module, if the rows or columns are those of
-            this tensor and not of the weight of the layer.
-        dim: the dimension of `tensor` along which they lie.
-        power: the network multiplies the weight by the number of its columns to this power.
+            this tensor and not of the weight of the layer. In a recurrent layer, ``"weight_hh"``
+            stands for the columns of all weights that read the hidden state.
+        dim: the dimension of `tensor` along which the rows or columns lie.
+        power: the power of the number of columns by which the network multiplies the weight in
+            every call, such as -0.5 for an equalized learning rate.
     """
 
     layer: str
@@ -54,7 +56,11 @@ class Span:
 
     @property
     def key(self) -> str:
-        """The layer whose rows or columns these are, or a dimension of one of its tensors."""
+        """The name of the layer, or ``LAYER.TENSOR[DIM]`` for a span of one tensor.
+
+        Spans of rows with the same key describe the same rows, and spans of columns with the same
+        key describe the same columns.
+        """
         return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class Span:
             values: ``[..., units]``.
 
         Returns:
-            ``[..., columns]``, with 1 for columns that belong to no unit.
+            ``[..., rows]`` or ``[..., columns]``, with 1 where there is no unit.
         """
         if values.device not in self._on:
             units = self.units.to(values.device)
@@ -83,9 +89,10 @@ class Size:
 
     Attributes:
         module: the name of the module.
-        attribute: the name of the attribute: an integer, or a tuple or a list of integers.
+        attribute: the name of the attribute: an integer, or a tuple or a list of integers. It is
+            ``config.NAME`` for an integer in the configuration of the module.
         place: the index of the integer in the tuple or list, or None for a single integer.
-        per_unit: the integer is `per_unit` times the number of units.
+        per_unit: the integer divided by the number of units.
     """
 
     module: str
@@ -96,11 +103,11 @@ class Size:
 
 @dataclass(frozen=True, repr=False)
 class Gate:
-    """A set of units, which one noise variable theta of shape ``[size]`` multiplies.
+    """A set of units that are multiplied by one noise variable theta of shape ``[size]``.
 
-    A unit is one or more rows of every writer, and one or more columns of every reader. For
-    example, the head of an attention layer is a block of rows of the layers of queries, keys and
-    values.
+    A unit consists of one or more rows of the writers and one or more columns of the readers. For
+    example, an attention head is a block of rows in each of the layers of queries, keys and values,
+    and a block of columns of the output layer.
 
     Attributes:
         name: the name of the gate, and of its Pyro sample site.
@@ -108,8 +115,9 @@ class Gate:
         readers: the layers that take the units as input columns.
         writers: the layers that produce the units as output rows. A gate on input features has no
             writers.
-        channelwise: the layers in between that process every channel separately (batch norms,
-            depthwise convolutions), and the parameters and buffers with one element per channel.
+        channelwise: the layers in between that process every channel, or every group of channels,
+            separately (batch norms, depthwise convolutions, group norms), and the parameters and
+            buffers with one element or slice per unit.
         selects: the `Select` modules in between, which earlier cuts put before a reader, with the
             unit of each of their input features.
         sizes: the attributes of modules that depend on the number of units.
@@ -134,7 +142,15 @@ class Gate:
 
 
 def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if theta names an unknown gate, or has a wrong shape."""
+    """Check the names and shapes of theta.
+
+    Args:
+        gates: the gates.
+        theta: from gate name to a tensor whose last dimension is the units of the gate.
+
+    Raises:
+        ValueError: theta names an unknown gate, or its last dimension is not the number of units.
+    """
     sizes = {gate.name: gate.size for gate in gates}
     for name, value in theta.items():
         if name not in sizes:

@@ -23,10 +23,11 @@ class Units:
     Two instances are equal if both tensors are equal.
 
     Attributes:
-        kept: the units that carry signal, bool ``[size]``.
+        kept: the units with a theta that is not zero and a column that reads them, bool ``[size]``.
         remaining: the units that remain in the network, bool ``[size]``. A unit that remains but is
-            not kept is a column of zeros. It remains because the layer cannot be cut otherwise: the
-            layer would be empty, or its groups would have different sizes.
+            not kept is a column of zeros. It remains because the layer cannot be cut otherwise (the
+            layer would be empty, or its groups would have different sizes), or because `min_units`
+            or `round_to` of `surviving_units` requires more units.
     """
 
     kept: Tensor
@@ -54,7 +55,8 @@ class Units:
         return self.remaining & ~self.kept
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary for JSON: ``total``, and the indices of ``kept`` and ``zeroed`` units."""
+        """A dictionary for JSON: the number of units (``total``), and the indices of the units that
+        are kept and of those that are zeroed (``kept``, ``zeroed``)."""
         kept, zeroed = (torch.nonzero(mask).flatten().tolist() for mask in (self.kept, self.zeroed))
         return {"total": len(self.kept), "kept": kept, "zeroed": zeroed}
 
@@ -62,7 +64,7 @@ class Units:
         """Combine these units with those of a later cut, which saw only the remaining units.
 
         Args:
-            later: the units of the later cut.
+            later: the units of the later cut, ``[remaining units]``.
 
         Returns:
             The result of both cuts, with the size of these units.
@@ -75,8 +77,8 @@ class Units:
 def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
     """Record the units of every gate in the attribute `units` of a pruned network.
 
-    If the network already has an attribute of this name, it is not changed, and a `UserWarning` is
-    given.
+    If the network already has an attribute of this name that is not such a record, it is not
+    changed, and a `UserWarning` is given.
 
     Args:
         small: the pruned network.
@@ -102,12 +104,16 @@ def units_of(small: nn.Module) -> dict[str, Units] | None:
 
 
 def units_as_dicts(small: nn.Module) -> dict[str, dict[str, Any]] | None:
-    """By gate, `Units.to_dict` of the value that `set_units` has set, or None if there is none."""
+    """From gate name to the dictionary of its units (`Units.to_dict`), for the units that
+    `set_units` has set. None if there are none."""
     units = units_of(small)
     return None if units is None else {gate: unit.to_dict() for gate, unit in units.items()}
 
 
 def forget_units(net: nn.Module) -> None:
-    """Delete the attribute that `set_units` has set, because the network is cut again."""
+    """Delete the attribute that `set_units` has set, if there is one.
+
+    The record does not hold for a network that is cut again.
+    """
     if units_of(net) is not None:
         del net.units
