@@ -23,7 +23,14 @@ __all__ = ["Scaled", "factors", "fold", "scaled_readers"]
 
 @dataclass(frozen=True)
 class Scaled:
-    """A reader and the factor of its columns, the product over the gates that it reads."""
+    """A reader and the factor of its columns.
+
+    Attributes:
+        layer: the name of the module.
+        tensor, dim: as for `Span`.
+        scale: the product of theta of all gates that the reader reads, ``[columns]`` or
+            ``[batch, columns]``.
+    """
 
     layer: str
     tensor: str
@@ -37,6 +44,12 @@ class Scaled:
 
 
 def scaled_readers(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> list[Scaled]:
+    """The readers of the gates that theta names, and the factors of their columns.
+
+    Args:
+        gates: the gates.
+        theta: from gate name to a tensor ``[units]`` or ``[batch, units]``.
+    """
     found: dict[str, Scaled] = {}
     for gate in gates:
         if gate.name not in theta:
@@ -55,14 +68,15 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
     Args:
         net: the network.
         gates: its gates, from `find_gates`.
-        theta: from gate name to a tensor ``[units]``. Gates that are not named are not changed.
+        theta: from gate name to a tensor ``[units]``. The noise of gates that are not named is 1.
 
     Returns:
-        From parameter name to the folded weight, of the shape and dtype of the parameter. Pass it
-        to `torch.func.functional_call`. The network itself is not changed.
+        From the name of a weight to the folded weight, with the same shape and dtype. Pass it to
+        `torch.func.functional_call`. The network itself is not changed.
 
     Raises:
-        ValueError: theta names an unknown gate, or has a wrong shape.
+        ValueError: theta names an unknown gate, has a wrong number of units, or has a value for
+            every example.
     """
     return {name: weight * factor for name, weight, factor in factors(net, gates, theta)}
 
@@ -70,7 +84,17 @@ def fold(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> 
 def factors(
     net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The name, the weight and the factor of every weight that `fold` multiplies."""
+    """The factors by which `fold` multiplies weights.
+
+    Args:
+        net, gates, theta: as for `fold`.
+
+    Yields:
+        The name of a weight, the weight, and its factor, which broadcasts to the weight.
+
+    Raises:
+        ValueError: as for `fold`.
+    """
     check_theta(gates, theta)
     for reader in scaled_readers(gates, theta):
         scale, module = reader.scale, net.get_submodule(reader.layer)

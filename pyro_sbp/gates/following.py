@@ -1,4 +1,4 @@
-"""Find the slices of other tensors that must be cut together with the units of writers."""
+"""Find the tensors outside of known layers that must be cut together with the units of writers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def follow(probe: Probe, groups: Sequence[Sequence[Reach]]) -> list[list[Followe
 
     Args:
         probe: the probe of the network, after its first pass.
-        groups: groups of writers. Different groups reach no common column, so tensors that meet
-            different groups share passes.
+        groups: groups of writers. Two groups reach no common column. Therefore tensors that are
+            combined with the units of different groups share passes.
 
     Returns:
         The followers of each group.
@@ -65,6 +65,7 @@ def _columns_of(group: Sequence[Reach]) -> dict[str, Tensor]:
 
 
 def _merged(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The union of sets of columns, each given by layer."""
     merged: dict[str, Tensor] = {}
     for one in columns:
         for name, here in one.items():
@@ -75,7 +76,13 @@ def _merged(columns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _passes_of(
     probe: Probe, all_slices: Sequence[Slices], until: set[str]
 ) -> list[dict[str, Tensor]]:
-    """The columns that slices reach, in a pass for each bit of their numbers and its complement."""
+    """The columns that slices reach, by layer, in each of the passes of their `codes`.
+
+    Args:
+        probe: the probe.
+        all_slices: the slices that share the passes.
+        until: the layers after whose calls a pass may stop.
+    """
     passes = []
     for index in range(2 * max(bits_of(slices.size) for slices in all_slices)):
         for slices in all_slices:

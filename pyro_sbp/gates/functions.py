@@ -21,6 +21,7 @@ __all__ = [
     "unobserved",
 ]
 
+#: Names of attributes of tensors, of methods, and of functions, for `PROPERTIES`.
 _GETTERS = ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_cuda")
 _METHODS = ("size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "__len__")
 _PREDICATES = ("is_floating_point", "is_complex")
@@ -35,7 +36,10 @@ PROPERTIES = frozenset(
 
 
 def unobserved() -> AbstractContextManager[Any]:
-    """A context in which no mode sees the functions that are called, for the work of a mode."""
+    """A context in which no mode sees the functions that are called.
+
+    A mode that calls functions of torch for its own purposes calls them in this context.
+    """
     context: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
     return context
 
@@ -85,7 +89,7 @@ def address_of(tensor: Tensor) -> int:
 
 
 def operation_name(func: Any) -> str:
-    """The name of an operator such as ``torchvision::nms``, or "" for a Python function."""
+    """The name of a registered operator such as ``torchvision::nms``, or "" for other functions."""
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(getattr(func, "_qualified_op_name", "") or func.name()).split(".")[0]
     return ""

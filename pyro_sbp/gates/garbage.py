@@ -1,4 +1,4 @@
-"""The garbage collector of Python during the measurement of a network."""
+"""Make the garbage collector of Python faster during the measurement of a network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def collecting_new_objects() -> Iterator[None]:
     """A context in which the garbage collector skips the objects that exist at its start.
 
     Libraries and networks have hundreds of thousands of objects, and a measurement creates many
-    that live shortly. The collector would visit the former again and again.
+    short-lived objects. Every time that the collector runs because of the new objects, it would
+    also visit the old ones. The context has no effect if the caller has frozen objects.
     """
-    if gc.get_freeze_count():  # the caller has frozen objects, which `gc.unfreeze` would undo
+    if gc.get_freeze_count():  # `gc.unfreeze` would also release the objects of the caller
         yield
         return
     gc.freeze()

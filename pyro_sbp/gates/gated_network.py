@@ -40,17 +40,25 @@ __all__ = ["GatedNetwork", "gating"]
 class _Gating(TorchFunctionMode):
     """A mode that scales the columns of readers, which are recognised by their weights.
 
-    Factors ``[columns]`` multiply the weight or the input, whichever is cheaper. Factors
-    ``[batch, columns]`` multiply the input.
+    In a layer, factors ``[columns]`` multiply the weight or the input, whichever is cheaper.
+    Factors ``[batch, columns]`` multiply the input, and so do all factors of products with weights.
+    The factors of hidden units multiply the recurrent weights.
+
+    Args:
+        net: the network.
+        readers: its readers, with their factors.
     """
 
     def __init__(self, net: nn.Module, readers: Sequence[Scaled]) -> None:
         super().__init__()
+        #: From the id of a weight, or of a multiple of it, to its reader and layer.
         self.layers: dict[int, tuple[Scaled, nn.Module]] = {}
-        #: Multiples of the weights of layers, kept alive, so that their ids are not reused.
+        #: The multiples are kept alive, so that their ids are not reused.
         self.multiples: list[Tensor] = []
+        #: From the id of the first weight of a recurrent layer to its readers: the input features
+        #: and the hidden units.
         self.recurrent: dict[int, dict[str, tuple[Scaled, nn.Module]]] = {}
-        #: From the id of a tensor to its reader: weights of products, and views of them. The
+        #: From the id of a tensor to its reader, for weights of products and views of them. The
         #: tensors are kept alive, so that their ids are not reused.
         self.weights: dict[int, tuple[Scaled, Tensor]] = {}
         for reader in readers:
@@ -110,7 +118,17 @@ class _Gating(TorchFunctionMode):
 
 
 def _put(args: Sequence[Any], given: dict[str, Any], place: int | str, new: Any) -> Sequence[Any]:
-    """Replace one argument: in a copy of the positional ones, or in place in the named ones."""
+    """Replace one argument.
+
+    Args:
+        args: the positional arguments.
+        given: the named arguments, which are changed in place.
+        place: the position or the name of the argument.
+        new: its new value.
+
+    Returns:
+        The positional arguments.
+    """
     if isinstance(place, str):
         given[place] = new
         return args
@@ -120,6 +138,11 @@ def _put(args: Sequence[Any], given: dict[str, Any], place: int | str, new: Any)
 def _scaled_recurrence(
     args: Sequence[Any], call: Call, parts: Mapping[str, tuple[Scaled, nn.Module]]
 ) -> Sequence[Any]:
+    """The arguments of a recurrent function with scaled input and scaled recurrent weights.
+
+    Raises:
+        ValueError: the hidden units have a theta for every example.
+    """
     x, hidden = call.x, None
     for tensor, (reader, _) in parts.items():
         if tensor != HIDDEN:
@@ -135,7 +158,7 @@ def _scaled_recurrence(
     return args if module is None else scaled_call(module, args, call, x, hidden)
 
 
-#: The number of rows of the input from which scaling the weight is cheaper during training.
+#: If the input is data with at least this many rows, scaling the weight is cheaper in training.
 _MANY_ROWS = 64
 
 
@@ -143,7 +166,8 @@ def _is_cheaper_in_weight(x: Tensor, weight: Tensor) -> bool:
     """Whether scaling the weight is cheaper than scaling the input."""
     if weight.numel() < x.numel():
         return True
-    # Data need no gradient. Scaled data would need one, which takes another product.
+    # The input is data, which need no gradient. Scaled data would need one, for the gradient of
+    # theta, and this takes another product of matrices.
     rows = x.numel() // x.shape[-1]
     trained = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
     return trained and weight.ndim == 2 and rows >= _MANY_ROWS
@@ -160,7 +184,17 @@ def gating(net: nn.Module, gates: Sequence[Gate], theta: Mapping[str, Tensor]) -
 
 
 def _scaled_input(reader: Scaled, x: Tensor, dim: int, batch_dim: int | None = 0) -> Tensor:
-    """The input of a reader, scaled along the dimension of its columns."""
+    """The input of a reader, scaled along the dimension of its columns.
+
+    Args:
+        reader: the reader.
+        x: its input.
+        dim: the dimension of the columns in `x`.
+        batch_dim: the dimension of the batch in `x`, or None if there is none.
+
+    Raises:
+        ValueError: the scale has a row for every example, and `x` has no such batch.
+    """
     scale = reader.scale
     shape = [1] * x.ndim
     shape[dim] = scale.shape[-1]
@@ -183,7 +217,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class GatedNetwork(nn.Module):
-    """A network whose units are multiplied by theta. It is a pure function of the input and theta.
+    """A network whose units are multiplied by theta, which is an argument of every call.
 
     Args:
         net: the network. Its parameters are shared, not copied.
@@ -210,18 +244,20 @@ class GatedNetwork(nn.Module):
             The output of the network.
 
         Raises:
-            ValueError: theta names an unknown gate or has a wrong shape; theta is given per
-                example, and the input of a reader does not have the batch in dimension 0; the gates
-                have different numbers of draws; there are several draws, and the output of the
+            ValueError: theta names an unknown gate or has a wrong number of units; theta is given
+                per example, and the input of a reader does not have the batch in dimension 0 (in a
+                recurrent layer, in its batch dimension), or the units are the hidden units of a
+                recurrent layer; the gates have different numbers of draws; there are several draws,
+                and the output of the
                 network is not a tensor; or the noise of a `Pruner` is attached to the network,
-                which would then have noise twice.
+                which would then multiply the units twice.
         """
         check_no_noise(self.net, "called with theta")
         check_theta(self.gates, theta)
         draws = {value.shape[:-2] for value in theta.values()}
         if any(draws):
             return self._each(x, theta, draws)
-        # A compiled network would use theta of an earlier call.
+        # A compiled network would use the theta with which it was compiled.
         compiled = any(_is_compiled(module) for module in self.net.modules())
         with eager() if compiled else nullcontext(), gating(self.net, self.gates, theta):
             return call(self.net, x)

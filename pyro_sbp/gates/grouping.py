@@ -1,4 +1,4 @@
-"""Group writers that share units, and find out which of their rows form a unit."""
+"""Group the writers that share units, and find which of their rows form a unit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Candidate", "candidates", "groups_of_writers"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A gate that has been measured, but has not been proven.
+    """A gate that has been measured, but not yet proven.
 
     Attributes:
         gate: the gate.
@@ -35,9 +35,18 @@ class Candidate:
     followers: tuple[Follower, ...] = ()
 
     def coarser(self, parts: int) -> Candidate | None:
-        """The candidate with units that consist of `parts` units, one from each part of the writer.
+        """Build a candidate with larger units, each of which consists of several of these units.
 
-        Code that splits units into parts of equal size, for example with ``chunk``, needs this.
+        Code that splits units into parts of equal size, for example with ``chunk``, needs this. A
+        larger unit has one of these units from each part.
+
+        Args:
+            parts: the number of equal parts into which the units of the largest writers are
+                divided.
+
+        Returns:
+            The candidate, or None if the units cannot be divided into so many equal parts of more
+            than one unit.
         """
         if parts == 1:
             return self
@@ -53,6 +62,7 @@ class Candidate:
 
 
 def _coarser(reach: Reach, size: int) -> Reach:
+    """The measurement in which classes with the same number modulo `size` are one class."""
     columns = {
         name: torch.where(classes >= 0, classes % size, -1)
         for name, classes in reach.columns.items()
@@ -82,7 +92,10 @@ def candidates(
 
 
 def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
-    """Group the writers that reach a common column, in the order of their first writers."""
+    """Group the writers that reach a common column, in the order of their first writers.
+
+    A writer that no layer reads is in the group of the writer to whose rows its rows are added.
+    """
     together = DisjointSet(reach.writer for reach in reaches)
     owner: dict[tuple[str, int], str] = {}
     for reach in reaches:
@@ -100,11 +113,15 @@ def groups_of_writers(reaches: Sequence[Reach]) -> list[list[Reach]]:
 def _split_at_single_units(
     layouts: Mapping[str, Layout], group: Sequence[Reach], followers: tuple[Follower, ...]
 ) -> list[Candidate]:
-    """One gate for a group of writers, or several gates if a single gate would have one unit."""
+    """One gate for a group of writers, or several gates if a single gate would have one unit.
+
+    In this case, the writer with the fewest classes is taken out of the group.
+    """
     gate = _gate(layouts, group, followers)
     if gate.size > 1 or len(group) == 1:
         return [Candidate(gate, layouts, tuple(group), followers)]
-    # Examples are an attention map that multiplies all channels, and keys that all heads share.
+    # Such a writer is, for example, an attention map that multiplies all channels, or the layer of
+    # keys that all heads share.
     least = min(group, key=lambda reach: reach.size)
     rest = [reach for reach in group if least.writer not in (reach.writer, reach.beside)]
     found = [
@@ -135,9 +152,8 @@ def _gate(
                 if own >= 0:
                     unit = (reach.writer, own)
                     same.merge(owner.setdefault((name, column), unit), unit)
-    slices: dict[
-        tuple[int, int], Any
-    ] = {}  # from a slice of a follower to one of the units that it meets
+    # From a slice of a follower to one of the units that it reaches.
+    slices: dict[tuple[int, int], Any] = {}
     for index, follower in enumerate(followers):
         for name, numbers in follower.columns.items():
             for column, own in enumerate(numbers.tolist()):
@@ -187,8 +203,13 @@ def _gate(
 def _namesake(group: Sequence[Reach], size: int) -> str:
     """The writer that gives a gate its name.
 
-    It is the first writer, or one that reaches the same columns and has one row for each unit. In a
-    recurrent cell this is the layer of the candidate state, not that of the cell's gates.
+    It is the first writer that has one row for each unit and reaches at least the columns of the
+    first writer of the group. If there is none, it is the first writer of the group. In a recurrent
+    cell, this is the layer of the candidate state, and not the layer of the gates of the cell.
+
+    Args:
+        group: the writers.
+        size: the number of units.
     """
     first = group[0]
     for reach in group:

@@ -1,8 +1,9 @@
-"""Functions that must not be called with NaN while a network is probed.
+"""Calls of functions that do not propagate NaN, while a network is probed.
 
-Some functions test for NaN, some use their input as memory positions, and some raise an error on
-NaN. They are called on finite numbers instead, and their results are set to NaN where the input was
-NaN.
+Functions that test for NaN return their results of the first pass. Functions that ignore NaN are
+replaced by functions that propagate it. Functions that use their input as positions in memory, or
+that raise an error on NaN, are called on finite numbers instead. Then their results are set to NaN:
+all of them, or those of the examples that have a NaN position.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _TESTS = frozenset(
     }
 )
 _COMPARISONS = frozenset({torch.ne, Tensor.ne, Tensor.__ne__, torch.eq, Tensor.eq, Tensor.__eq__})
+#: Functions that replace NaN by numbers.
 _REPLACING = frozenset({torch.nan_to_num, torch.nan_to_num_, Tensor.nan_to_num, Tensor.nan_to_num_})
-#: From functions that ignore NaN to the functions that propagate NaN.
+#: From functions that ignore NaN to functions that compute the same and propagate NaN.
 _SKIPPING: dict[Any, Any] = {
     torch.nansum: torch.sum,
     Tensor.nansum: torch.sum,
@@ -51,13 +53,14 @@ _PLACES_OF_OPERATIONS = {
     "torchvision::ps_roi_align": (1, "rois"),
     "torchvision::ps_roi_pool": (1, "rois"),
 }
+#: The namespaces of the operators of torch, which are called as its other functions are.
 _OF_TORCH = ("aten::", "prim::", "prims::", "profiler::")
-#: A pass may call this many times as many functions as the first pass.
+#: A pass may call this many times as many functions as the first pass, and 10,000 more.
 _LONGER = 50
 
 
 class Endless(RuntimeError):
-    """A pass calls far more functions than the first pass."""
+    """A pass calls far more functions than the first pass: a loop does not converge on NaN."""
 
     def __init__(self) -> None:
         super().__init__("a loop of the network does not end on NaN")
@@ -66,9 +69,9 @@ class Endless(RuntimeError):
 class Guards:
     """Call the functions of a network in the passes of a probe.
 
-    The first pass has no NaN of the probe. It records the results of functions that test for NaN.
-    In later passes these functions return the recorded results, so that they see only NaN of the
-    network itself.
+    In the first pass, the probe puts no NaN into the network. The results of functions that test
+    for NaN are recorded. In later passes, these functions return the recorded results, so that they
+    react only to NaN that the network itself has computed.
 
     Args:
         run: calls a function, given its positional and its named arguments.
@@ -81,13 +84,21 @@ class Guards:
         self.start(True)
 
     def start(self, first: bool) -> None:
-        """Start a pass."""
+        """Start a pass.
+
+        Args:
+            first: whether it is the first pass.
+        """
         self.first = first
         self.calls: Counter[Any] = Counter()
         self.count = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Call a function that is not a layer."""
+        """Call a function that is not a layer.
+
+        Raises:
+            Endless: the pass has called far more functions than the first pass.
+        """
         self.count += 1
         if self.first:
             self.usual = self.count
@@ -118,7 +129,7 @@ class Guards:
         return self._ordinary(func, args, kwargs)
 
     def _ordinary(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Call a function that propagates NaN, or raises an error on NaN."""
+        """Call a function that either propagates NaN or raises an error on NaN."""
         if self.first:
             return self.run(func, args, kwargs)
         try:
@@ -132,7 +143,12 @@ class Guards:
             return out
 
     def _test(self, func: Any, answer: Tensor) -> Tensor:
-        """The result of the same test for NaN in the first pass."""
+        """The result that the same call of a test for NaN had in the first pass.
+
+        Args:
+            func: the function.
+            answer: its result in this pass, which is recorded in the first pass.
+        """
         key = (func, self.calls[func])
         self.calls[func] += 1
         if self.first:
@@ -142,6 +158,7 @@ class Guards:
         return answer if found is None or found.shape != answer.shape else found.clone()
 
     def _replace(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """Call a function that replaces NaN, and keep the NaN of the probe."""
         nan = args[0].isnan()
         own = self._test(func, nan)
         out: Tensor = self.run(func, args, kwargs)
@@ -164,7 +181,14 @@ class Guards:
     def _with_clean_places(
         self, func: Any, args: Any, kwargs: Mapping[str, Any], place: tuple[int, str]
     ) -> Any:
-        """Call a function on finite positions. The result is NaN in examples with NaN positions."""
+        """Call a function on finite positions.
+
+        The result is NaN for those examples or boxes (dimension 0) that have a NaN position.
+
+        Args:
+            func, args, kwargs: the call.
+            place: the position and the name of the argument with the positions to read.
+        """
         position, name = place
         args, kwargs = list(args), dict(kwargs)
         places: Tensor = args[position] if position < len(args) else kwargs[name]
@@ -182,7 +206,7 @@ class Guards:
 
 @functools.cache
 def _is_special(func: Any) -> bool:
-    """Whether a function may need more than a call."""
+    """Whether a function may need another treatment than `Guards._ordinary`."""
     known = (*_TESTS, *_COMPARISONS, *_REPLACING, *_SKIPPING, *_PLACES)
     return func in known or operation_name(func) != ""
 
@@ -205,5 +229,5 @@ def _map(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def _cleaned(x: Tensor) -> Tensor:
-    """Replace NaN by finite numbers."""
+    """Replace NaN by random numbers between 0 and 1."""
     return torch.where(x.isnan(), torch.rand_like(x.real), x) if has_nan(x) else x

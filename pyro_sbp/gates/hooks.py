@@ -1,4 +1,4 @@
-"""The forward hooks of the user in a network: which of them a measurement or a cut removes."""
+"""Forward hooks of the user in a network: remove those that would disturb a measurement or fail."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ __all__ = ["drop_broken_hooks", "without_idle_hooks"]
 
 #: The attributes of a module with the hooks that run around `forward`.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-#: If there are more hooks, they are not tested one by one.
+#: The largest number of hooks that are tested one by one.
 _MOST_HOOKS = 64
 
 
 def _hooks(net: nn.Module) -> list[tuple[dict[int, Any], int]]:
-    """The hooks of the user in a network, without those of torch, which compute weights."""
+    """The hooks of the user in a network: for each, the dictionary that contains it, and its key.
+
+    The hooks of torch, which compute weights, are not included.
+    """
     return [
         (getattr(module, kind), key)
         for module in net.modules()
@@ -36,15 +39,19 @@ def _hooks(net: nn.Module) -> list[tuple[dict[int, Any], int]]:
 def without_idle_hooks(net: nn.Module, x: Any) -> nn.Module:
     """Remove forward hooks that do not change the output of a network on an input.
 
-    Such hooks record activations. Measurements must not affect their records, and the hooks may
-    fail on layers of another width.
+    Such hooks record activations, for example. Measurements must not add to their records, and the
+    hooks may fail on layers of another width.
 
     Args:
         net: the network, which is not changed.
         x: its input.
 
     Returns:
-        A copy without these hooks, or the network itself if it has no hooks.
+        A copy without these hooks, or the network itself if it has no hooks. All hooks remain if
+        the network cannot be called on `x`, or if there are many and some of them are needed.
+
+    Raises:
+        ValueError: the network cannot be copied.
     """
     if not _hooks(net):
         return net
@@ -68,9 +75,13 @@ def without_idle_hooks(net: nn.Module, x: Any) -> nn.Module:
 
 
 def drop_broken_hooks(net: nn.Module, x: Any) -> None:
-    """Remove the forward hooks of a smaller network, in place, if it cannot be called with them.
+    """Remove the forward hooks of a smaller network, in place, if only they make its call fail.
 
     If they are removed, a `UserWarning` is given.
+
+    Args:
+        net: the smaller network.
+        x: its input.
     """
     hooks = _hooks(net)
     if not hooks or _output(net, x) is not None:
@@ -97,6 +108,7 @@ def _output(net: nn.Module, x: Any) -> list[Tensor] | None:
 
 
 def _same(a: list[Tensor], b: list[Tensor] | None) -> bool:
+    """Whether two outputs are equal up to rounding."""
     return (
         b is not None
         and len(a) == len(b)

@@ -42,7 +42,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Batch norms and instance norms of every kind.
 _NORMS = (nn.modules.batchnorm._NormBase,)
-#: From functions f(input, weight, bias, ...) that are linear in the columns of a weight to layers.
+#: From functions with the arguments (input, weight, ...) to the layers that they compute.
 _MATRIX_FUNCTIONS: dict[Any, tuple[type, ...]] = {
     F.linear: (nn.Linear,),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLUTIONS),
@@ -94,7 +94,12 @@ class Select(nn.Module):
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a layer has a weight with one row for each unit that it produces."""
+    """Whether a layer produces units as rows of its weight, so that it can be a writer.
+
+    These are dense layers, convolutions, embeddings, recurrent layers and `PlaceChannels`. Excluded
+    are depthwise convolutions, transposed convolutions with groups, embeddings with `max_norm`, and
+    LSTMs with `proj_size`.
+    """
     if isinstance(module, _TRANSPOSED):
         return module.groups == 1
     if isinstance(module, nn.Embedding):
@@ -116,19 +121,23 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_reader(module: nn.Module) -> bool:
-    """Whether a layer is linear in its input units, which are the columns of its weight."""
+    """Whether a layer can be a reader: its input units are the columns of its weight."""
     return is_matrix(module) and not isinstance(module, nn.Embedding)
 
 
 def is_linear_in_weight(module: nn.Module) -> bool:
-    """Whether the output of a layer is linear in its weight and input: dense, convolution."""
+    """Whether a layer is a dense layer or a convolution, also a depthwise or transposed one.
+
+    Without its bias, the output of such a layer is linear in its weight and in its input.
+    """
     return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
 
 
 def is_channelwise(module: nn.Module) -> bool:
     """Whether a layer processes channels, or groups of channels, separately.
 
-    These are batch norms, depthwise convolutions and group norms.
+    These are batch norms, instance norms, group norms with several groups, depthwise convolutions,
+    and PReLU with one parameter for each channel.
     """
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
@@ -166,7 +175,7 @@ def serves(function: Any, module: nn.Module) -> bool:
 
 
 def multiplies(module: nn.Module) -> bool:
-    """Whether a dense layer has a `forward` of its own, such as ``x @ self.weight.T``."""
+    """Whether a dense layer overrides `forward`, for example with ``x @ self.weight.T``."""
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
@@ -184,7 +193,7 @@ def argument(operand: tuple[int, str], args: Sequence[Any], kwargs: Mapping[str,
 
 
 def groups_of(module: nn.Module) -> int:
-    """The number of groups of a layer, between which its weight has no connections."""
+    """The number of groups of a layer. The rows of a group read only the columns of this group."""
     return getattr(module, "groups", 1)
 
 
@@ -230,7 +239,15 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
 
 
 def column_factor(module: nn.Module, scale: Tensor) -> Tensor:
-    """The factor of the weight of a reader when `scale` ``[columns]`` multiplies its columns."""
+    """The factor of the weight of a reader, if its columns are multiplied by a scale.
+
+    Args:
+        module: the reader, which is not recurrent.
+        scale: the factors of the columns, ``[columns]``.
+
+    Returns:
+        The factor, which broadcasts to the weight.
+    """
     if isinstance(module, PlaceChannels):
         return scale
     weight, groups = module.get_parameter("weight"), groups_of(module)
@@ -251,7 +268,15 @@ def rows_of(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 def most_of_columns(module: nn.Module, values: Tensor) -> Tensor:
-    """The maximum over each input column, of values with the shape of the weight of a reader."""
+    """The maximum of the values of each input column.
+
+    Args:
+        module: a reader.
+        values: one value for each weight, with the shape of the weight of the reader.
+
+    Returns:
+        The maxima, ``[columns]``.
+    """
     values = values.transpose(0, row_dimension(module))
     kernel = values.shape[2:].numel()
     return values.reshape(groups_of(module), -1, values.shape[1], kernel).amax((1, 3)).flatten()
@@ -284,6 +309,10 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
         module: a layer with rows and columns, or a channelwise layer, which has only rows.
         rows, columns: the indices to keep; None keeps all. In a layer with groups, all groups that
             remain must keep the same number of rows, and of columns.
+
+    Raises:
+        ValueError: a group of a convolution keeps rows but no columns, or columns but no rows; or
+            only a part of a group of a group norm is kept.
     """
     if is_channelwise(module):
         if rows is not None:
@@ -315,9 +344,16 @@ def resize(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> No
 def resize_tensor(
     module: nn.Module, name: str, dim: int, rows: Tensor | None, columns: Tensor | None
 ) -> None:
-    """Keep only some rows or columns of one tensor of a module, along a dimension, in place.
+    """Keep only some rows or columns of one tensor of a module, in place.
 
-    Attributes of the module that store their number are updated.
+    If the module is not a layer that `resize` cuts, its attributes that store their number, such as
+    `out_features`, are updated.
+
+    Args:
+        module: the module.
+        name: the name of the tensor, a parameter or a buffer.
+        dim: the dimension of the rows or columns.
+        rows, columns: the indices to keep. At least one of them is None.
     """
     for index, attributes in ((rows, _ROW_SIZES), (columns, _COLUMN_SIZES)):
         if index is not None:
@@ -330,6 +366,10 @@ def resize_tensor(
 
 def _whole_groups(rows: Tensor, width: int) -> int:
     """The number of groups of channels that are kept.
+
+    Args:
+        rows: the channels to keep.
+        width: the number of channels of a group.
 
     Raises:
         ValueError: only a part of a group is kept.

@@ -18,7 +18,7 @@ __all__ = ["Trail", "failing_code", "failing_module", "suspects"]
 
 #: The largest relative difference between sums over the outputs of two equivalent modules.
 _TOLERANCE = 1e-7
-#: The directories of the code that is not that of a network.
+#: The directories with code that does not belong to networks: torch and this package.
 _NOT_OF_NETWORKS = tuple(
     str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent) if file
 )
@@ -27,7 +27,7 @@ _LONGEST = 100
 
 
 class Trail:
-    """Sums over the outputs of the modules during one call of a network, in order of completion.
+    """Sums over the outputs of the modules in one call of a network, in the order of completion.
 
     Attributes:
         ends: for every completed call, the name of the module, the shape of its first output, and
@@ -65,7 +65,13 @@ class Trail:
     def first_difference(self, other: Trail) -> str | None:
         """The first module whose output differs in another call, or in which the other call failed.
 
-        Modules whose outputs have different shapes are skipped.
+        Modules whose outputs have different shapes in the two calls are skipped.
+
+        Args:
+            other: the trail of the other call, of the same network or of a smaller one.
+
+        Returns:
+            The name of the module, or None if no difference is found.
         """
         for (name, shape, sums), (other_name, other_shape, other_sums) in zip(
             self.ends, other.ends, strict=False
@@ -82,9 +88,13 @@ class Trail:
 
 
 def suspects(gates: Sequence[Gate], module: str) -> list[str]:
-    """The names of the gates with a layer inside a module.
+    """The names of the gates that have a layer inside a module.
 
-    If there are none, these are the gates of the nearest enclosing module that has some.
+    If there are none, those with a layer inside the nearest module around it that has some.
+
+    Args:
+        gates: the gates.
+        module: the name of the module.
     """
     while True:
         found = [
@@ -116,7 +126,7 @@ def failing_module(error: BaseException, names: Mapping[int, str]) -> str | None
 def failing_code(error: BaseException) -> str:
     """The expression in the code of a network that raised an error, as the end of a message.
 
-    It is empty if the code of the network has no source.
+    It is empty if the source code is not available.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(_NOT_OF_NETWORKS) or not frame.line:

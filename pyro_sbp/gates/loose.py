@@ -1,9 +1,9 @@
-"""Tensors of a network that belong to no known layer, and the units that they meet.
+"""Tensors of a network that belong to no known layer, and the units that they are combined with.
 
 Examples are a layer scale, a learned offset or gain, and the parameters of an unknown norm. A
 tensor with one element or one slice for each unit must be cut together with the units. Which slice
-belongs to which unit is measured as for layers: NaN in some slices appears in the columns that they
-reach.
+belongs to which unit is measured as for layers: some slices are set to NaN, and NaN appears in the
+columns that they reach. In this package, a tensor "meets" units if a function combines them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Slices:
 
     Attributes:
         layer: the name of the module.
-        tensors: the name of each tensor, and the dimension of its slices.
+        tensors: the name of each tensor, and the dimension along which its slices lie.
         size: the number of slices.
-        block: how many consecutive indices make up a slice.
+        block: the number of consecutive indices of a slice.
     """
 
     layer: str
@@ -57,11 +57,16 @@ class Slices:
         return {(self.layer, leaf) for leaf, _ in self.tensors}
 
     def singly(self) -> list[Slices]:
-        """The slices of each tensor separately."""
+        """The slices of each tensor separately. A slice has one index."""
         return [Slices(self.layer, (one,), self.size) for one in self.tensors]
 
     def in_blocks(self, sizes: Iterable[int]) -> list[Slices]:
-        """Slices of several indices each, such as those of a head, in each of some numbers."""
+        """Larger slices of several consecutive indices each, such as the indices of a head.
+
+        Args:
+            sizes: the numbers of slices to divide the tensors into. Numbers that are not possible
+                are skipped.
+        """
         return [
             Slices(self.layer, self.tensors, size, self.size // size)
             for size in sizes
@@ -83,7 +88,7 @@ class Follower:
 
 
 class Meetings(Protocol):
-    """A record of tensors of a network that are combined with data."""
+    """A record of the tensors of a network that functions combine with data."""
 
     def meet(self, places: Iterable[Place], data: Iterable[Tensor]) -> None:
         """Record that a function combines tensors of the network with data."""
@@ -91,7 +96,7 @@ class Meetings(Protocol):
 
 @dataclass
 class Met:
-    """The places of the tensors that are combined with NaN of the data."""
+    """The places of the tensors that functions combine with data that contain NaN."""
 
     places: set[Place] = field(default_factory=set)
 
@@ -109,7 +114,7 @@ class LooseTensors:
     Attributes:
         net: the network.
         places: from the place of each tensor that belongs to no known layer to the tensor.
-        meetings: records which of these tensors a function combines with data, or None.
+        meetings: the record of which of these tensors a function combines with data, or None.
     """
 
     net: nn.Module
@@ -131,22 +136,31 @@ class LooseTensors:
         self.start()
 
     def start(self) -> None:
-        """Start a call of the network."""
+        """Forget the computed tensors. It must be called before every call of the network."""
         self._sources = dict(self._own)
         #: The tensors that are multiples of the tensor at a place, element by element, and the
         #: dimension of that tensor for each of their dimensions.
         self._multiples: dict[Place, list[tuple[Tensor, list[int]]]] = {}
 
     def sources(self, tensor: Tensor) -> frozenset[Place] | None:
-        """The places of the tensors from which a tensor was computed, or None if it uses data."""
+        """The places of the tensors from which a tensor was computed, or None if it was computed
+        from data."""
         found = self._sources.get(id(tensor))
         return None if found is None else found[1]
 
     def dimensions(self, tensor: Tensor, place: Place) -> list[int] | None:
         """The dimension of the tensor at a place for each dimension of a tensor.
 
-        As for `products.dimensions`, but the tensor may also be a view of a multiple: the tensor at
-        the place, multiplied element by element by numbers that do not depend on it or on data.
+        As for `products.dimensions`, but the tensor may also be a view of a multiple. A multiple is
+        the tensor at the place, multiplied element by element by numbers that depend neither on the
+        tensor nor on data.
+
+        Args:
+            tensor: the tensor.
+            place: the place of another tensor.
+
+        Returns:
+            The dimensions, or None if the tensor is not such a view.
         """
         of = self._at[place]
         found = dimensions(tensor, of)
@@ -178,7 +192,7 @@ class LooseTensors:
             map(is_inexact, inputs)
         ):
             return  # the most frequent case: only data
-        # Elements that integers select from a tensor are computed from that tensor alone.
+        # Integer tensors are no data here: what an index selects comes only from the other tensor.
         found = [
             self.sources(tensor) if is_inexact(tensor) else frozenset[Place]() for tensor in inputs
         ]
@@ -194,7 +208,7 @@ class LooseTensors:
         self._meet(sources, data)
 
     def meet(self, tensor: Tensor, data: Iterable[Tensor]) -> None:
-        """Record that a tensor is combined with data."""
+        """Record that a function combines a tensor with data."""
         self._meet(self.sources(tensor) or frozenset(), data)
 
     def _meet(self, sources: frozenset[Place], data: Iterable[Tensor]) -> None:
@@ -202,7 +216,12 @@ class LooseTensors:
             self.meetings.meet(sources & self.places.keys(), data)
 
     def fill(self, slices: Slices, chosen: Tensor) -> None:
-        """Set some slices to NaN, in place, until `restore` is called."""
+        """Set some slices to NaN, in place, until `restore` is called.
+
+        Args:
+            slices: the slices.
+            chosen: which of them are set to NaN, bool ``[size]``.
+        """
         for leaf, dim in slices.tensors:
             tensor = self.places[slices.layer, leaf]
             self._saved.setdefault((slices.layer, leaf), tensor.clone())
@@ -223,12 +242,20 @@ class LooseTensors:
 
 
 def _has_slices(tensor: Tensor) -> bool:
+    """Whether slices of a tensor can be set to NaN in place."""
     # An expanded tensor cannot be changed in place.
     return is_inexact(tensor) and tensor.numel() > 1 and 0 not in tensor.stride()
 
 
 def slices_to_try(loose: LooseTensors, places: Iterable[Place]) -> list[Slices]:
-    """Slices of tensors that may belong to units. In a module, equally long vectors are joined."""
+    """The slices of tensors that may belong to units.
+
+    Vectors of the same module with the same length are tried together.
+
+    Args:
+        loose: the tensors of the network.
+        places: the places of the tensors to try.
+    """
     vectors: dict[tuple[str, int], list[tuple[str, int]]] = {}
     others = []
     for layer, leaf in sorted(places):
