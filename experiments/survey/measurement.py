@@ -38,7 +38,7 @@ REASONS = {
     "no layer reads": "is read by no layer",
     "which is not prunable": "has or meets units of these",
     "meets no units": "meets no units",
-    "no part of its own": "meets units as a whole",
+    "no separate part": "meets units as a whole",
     "has one unit": "has one unit",
     "depends on the data": "is reached by choice of the data",
     "fails on NaN": "the network fails on NaN",

@@ -1,16 +1,18 @@
 """Measure which columns of the layers of a network each row of a layer reaches.
 
 If an output channel of a layer (a writer) is set to NaN, NaN appears in exactly those input columns
-of other layers (the readers) that the channel reaches. This works for any code of the network:
-flatten, concatenation, pooling or sums. The numbers of the channels are coded in bits, so that
-2 log2(channels) passes distinguish all channels of a writer. If a column sees exactly one of each
-bit and its complement, a single channel reaches it, and the bits are its number. If several
-channels reach a column, classes of channels replace the channels: the heads of attention, the
-halves of a gated linear unit, the groups of a group norm.
+of other layers (the readers) that the channel reaches. This works for any code of the network that
+propagates NaN, such as flatten, concatenation, pooling or sums. The numbers of the channels are
+coded in bits, so that 2 log2(channels) passes distinguish all channels of a writer. In one pass,
+the channels with a one in a bit are set to NaN, and in another pass (of the complement) the
+channels with a zero. If a column sees NaN in exactly one of the two passes of each bit, a single
+channel reaches it, and the bits are its number. If several channels reach a column, classes of
+channels are measured instead of channels: the heads of attention, pairs of channels from the halves
+of a gated linear unit, the groups of a group norm.
 
-Writers share passes. In the pass that sets all channels to NaN, these are writers whose values
-cannot reach the same layer. In the coded passes, they are writers that reach no common column, or
-writers with equally many channels that reach the same columns.
+Several writers share a pass. A pass that sets all channels to NaN is shared by writers whose values
+cannot reach the same layer. A coded pass is shared by writers that reach no common column, or that
+have the same number of channels.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ def measure(probe: Probe, writers: Sequence[str]) -> list[Reach]:
     Args:
         probe: the probe of the network, after its first pass.
         writers: the names of the layers that produce units.
+
+    Returns:
+        The measurement of each writer, in the same order.
     """
     layouts = probe.uses.layouts
     reaches = {

@@ -44,6 +44,8 @@ def _leaves(x: Any) -> Iterator[Any]:
 def tensors_of(x: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples, mappings and dataclasses, in order.
 
+    Strings, numbers, None, enums, dtypes and devices contain no tensors.
+
     Raises:
         TypeError: there is an object of an unknown type that may contain a tensor.
     """
@@ -71,8 +73,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     Raises:
         TypeError: a structure cannot be copied, or computes its tensors at every access.
     """
-    # All leaves are entered in the memo of a deep copy as already copied. This works for classes
-    # with any constructor, and also copies attributes of subclasses.
+    # In the memo of a deep copy, all leaves are entered as already copied. Unlike calling
+    # constructors, this works for all classes, and also copies the attributes of subclasses.
     copied: dict[int, Any] = {}
     new, alive = [], []
 
@@ -103,8 +105,12 @@ def convert(x: Any, dtype: torch.dtype, device: torch.device | None = None) -> A
 
     Args:
         x: a structure as for `tensors_of`.
-        dtype: the dtype of floating-point tensors. Complex tensors get the same precision.
-        device: the device of all tensors.
+        dtype: the new dtype of floating-point tensors. Complex tensors become complex128 if it is
+            float64, and complex64 otherwise. Other tensors keep their dtype.
+        device: the new device of all tensors, or None to keep their devices.
+
+    Returns:
+        The copy. Its tensors are detached.
 
     Raises:
         TypeError: as for `map_tensors`.

@@ -1,4 +1,4 @@
-"""Networks whose forward hooks put the noise of a `Pruner` on their units."""
+"""Networks to which a `Pruner` has attached noise, by forward pre-hooks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _HOOKS: set[Callable[..., Any]] = set()
 
 
 def noise_hook(hook: _Hook) -> _Hook:
-    """Register a function, or a method in its class, as a forward pre-hook that adds noise."""
+    """Mark a function, or a method in its class, as a forward pre-hook that applies noise."""
     _HOOKS.add(hook)
     return hook
 
 
 def has_noise(net: nn.Module) -> bool:
-    """Whether noise is attached to a network or to a module in it. Deep copies have it too."""
+    """Whether noise is attached to a network or to a module in it.
+
+    A deep copy of a network with noise has noise too.
+    """
     return any(
         getattr(hook, "__func__", hook) in _HOOKS
         for module in net.modules()
@@ -35,7 +38,7 @@ def check_no_noise(net: nn.Module, done: str) -> None:
 
     Args:
         net: the network.
-        done: what is not possible with noise, such as "saved".
+        done: the operation that noise makes impossible, as a participle such as "saved".
 
     Raises:
         RequestError: noise is attached.

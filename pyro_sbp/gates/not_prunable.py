@@ -20,7 +20,15 @@ _MOST = 8
 
 
 def companions(candidates: Iterable[Candidate], not_prunable: Mapping[str, str]) -> dict[str, str]:
-    """The reasons for the other writers of units that cannot be cut. They name the first writer."""
+    """The reasons for the other writers of gates that could not be proven.
+
+    Args:
+        candidates: the candidates for gates.
+        not_prunable: the reasons that are known, by name.
+
+    Returns:
+        From the name of a writer to a reason that names the gate. The gate has its own reason.
+    """
     return {
         reach.writer: f"has the units of {candidate.gate.name!r}, which is not prunable"
         for candidate in candidates
@@ -41,11 +49,12 @@ def others(
     Args:
         probe: the probe of the network, after the measurement.
         gates: the gates that were proven.
-        not_prunable: the reasons that are known, those of writers.
+        not_prunable: the reasons that are already known, by name.
         reaches: the measurement of all writers.
 
     Returns:
-        From the name of a layer or parameter to its reason.
+        From name to reason. If all parameters of a layer have the same reason, the name is that of
+        the layer, and otherwise that of the parameter.
     """
     net = probe.net
     covered = _tensors_of_gates(net, gates)
@@ -72,6 +81,7 @@ def others(
 
 
 def _tensors_of_gates(net: nn.Module, gates: Sequence[Gate]) -> set[int]:
+    """The ids of the tensors that are cut with the gates."""
     found: set[int] = set()
     for gate in gates:
         for span in (*gate.writers, *gate.readers, *gate.channelwise, *gate.selects):
@@ -84,7 +94,10 @@ def _tensors_of_gates(net: nn.Module, gates: Sequence[Gate]) -> set[int]:
 
 
 def _own(probe: Probe, name: str) -> list[Tensor]:
-    """The tensors of a name in `not_prunable`: of a layer, of a product or of a gate."""
+    """The tensors of a layer, a product or a gate that `not_prunable` names.
+
+    A gate on input features has none.
+    """
     net, place = probe.net, probe.uses.products.get(name)
     if place is not None:
         return [probe.loose.places[place]]
@@ -127,7 +140,7 @@ def _why(
         if reach.writer in not_prunable:
             return f"meets the units of {reach.writer!r}, which is not prunable"
     if meeting:
-        return f"has no part of its own for each unit of {meeting[0].writer!r}"
+        return f"has no separate part for each unit of {meeting[0].writer!r}"
     return "meets no units of a layer"
 
 
@@ -140,7 +153,8 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
         places: from the name of a product to the place of its weight.
 
     Returns:
-        From name to the share, between 0 and 1.
+        From name to the share, between 0 and 1. A parameter with several names counts only for the
+        first one.
     """
     total = sum(parameter.numel() for parameter in net.parameters())
     modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
@@ -161,7 +175,14 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
 
 
 def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float]) -> str:
-    """One line with the layers and parameters that are not prunable, the largest ones first."""
+    """One line with the layers and parameters that are not prunable, the largest ones first.
+
+    If there are none, the line says that the network has no parameters.
+
+    Args:
+        not_prunable: from name to reason.
+        shares: from name to the share of the parameters, from `shares`.
+    """
     names = sorted(not_prunable, key=lambda name: -shares.get(name, 0.0))
     lines = [
         f"{name or 'the network'}: {not_prunable[name]} "

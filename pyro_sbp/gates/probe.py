@@ -1,4 +1,4 @@
-"""Call a network with NaN in the outputs of its layers, and see in which columns it appears."""
+"""Call a network with NaN in outputs of its layers, and record in which columns NaN appears."""
 
 from __future__ import annotations
 
@@ -30,23 +30,35 @@ __all__ = ["Astray", "Probe", "matrices"]
 
 
 class Astray(Exception):
-    """The network raises an error if there is NaN in it."""
+    """A network raises an error because NaN was put into it."""
 
 
 class Through(BaseException):
-    """A pass has seen all calls that it needs, and can stop."""
+    """A pass has recorded all calls that it needs, and stops.
+
+    It is no `Exception`, so that the code of the network does not catch it.
+    """
 
 
 class Probe(TorchFunctionMode):
     """Observe the layers of a network, recognised by weight or running mean, during its calls.
 
-    The first call caches the output of every layer with rows. In later calls, each of these layers
-    returns its cached output. A NaN that is put into the output of a layer therefore stops at the
-    next layers that it reaches.
+    A call is a pass. The first pass caches the output of every layer with rows. In later passes,
+    each of these layers returns its cached output. NaN that is put into the output of a layer
+    therefore stops at the next layers that it reaches.
 
     Args:
         net: a copy of the network, in float32.
         x: its input in float32, which only this probe uses.
+
+    Attributes:
+        used: the ids of all tensors that functions of the first pass have as arguments.
+        clean: from each writer to copies of its outputs in the first pass, in order of its calls.
+        answers: from each writer to the tensors that the network received as these outputs.
+        total: from each layer or product to the number of its calls in the first pass.
+        seen: from each layer or product to the columns that have NaN in the current pass, bool.
+        trace: if it is a set, the numbers of the function calls whose results have NaN are added.
+        flow: if it is set, it follows the functions of the pass.
     """
 
     def __init__(self, net: nn.Module, x: Any) -> None:
@@ -56,7 +68,7 @@ class Probe(TorchFunctionMode):
         self.uses = Uses(net, self.loose)
         self.used: set[int] = set()
         self.clean: dict[str, list[Any]] = {}
-        self.answers: dict[str, list[Any]] = {}  # the tensors that the network received
+        self.answers: dict[str, list[Any]] = {}
         self.replay = Replay()
         self.guards = Guards(self.replay)
         self.state = State(net)
@@ -74,8 +86,10 @@ class Probe(TorchFunctionMode):
         """Start a pass.
 
         Args:
-            inject: from writers to the channels that are set to NaN; None in the first pass.
-            until: the layers after whose calls the pass may stop; None to run the whole network.
+            inject: from writers to the channels that are set to NaN, bool ``[channels]``. None in
+                the first pass.
+            until: the layers after whose last calls the pass may stop. None to run the whole
+                network.
         """
         self.inject = inject
         self.seen: dict[str, Tensor] = {}
@@ -93,7 +107,10 @@ class Probe(TorchFunctionMode):
 
     @property
     def uncalled(self) -> list[str]:
-        """The layers whose weights were not used in the first pass."""
+        """The layers that could be writers, but whose weights were not used in the first pass.
+
+        Layers in an `nn.MultiheadAttention` and those that compute their weights are not included.
+        """
         names = []
         for name in matrices(self.net):
             module = self.net.get_submodule(name)
@@ -147,17 +164,21 @@ class Probe(TorchFunctionMode):
             return out
 
     def _look(self, use: Use) -> int:
-        """Record which columns of a layer see NaN. Return the number of its earlier calls.
+        """Record which columns of a layer have NaN.
+
+        Returns:
+            The number of earlier calls of the layer in this pass.
 
         Raises:
-            Through: it was the last call that the pass awaits.
+            Through: it was the last call for which the pass waits.
         """
         index = self.calls[use.name]
         self.calls[use.name] += 1
         for name, x, dim in use.sees:
             if self.flow is not None:
                 self.flow.reach(name, [x])
-            # A sum is NaN if one of its terms is NaN. It needs no copy of the tensor.
+            # A sum is NaN if one of its terms is NaN. Unlike `isnan` of all elements, it needs no
+            # memory of the size of the tensor.
             rest = [d for d in range(x.ndim) if d != dim]
             self._see(name, (x.sum(rest) if rest else x).isnan())
             if self.spread is not None and self.partial is not None:
@@ -186,7 +207,8 @@ class Probe(TorchFunctionMode):
             self._see(use.name, columns.repeat(self.uses.layouts[use.name].groups))
 
     def _write(self, flow: Flow, use: Use, out: Any) -> None:
-        """Record the output of a writer, and what its own injection reaches."""
+        """Record the output of a writer, and what NaN in the output is combined with in the writer:
+        the bias, a computed weight, and the columns of hidden units."""
         flow.write(use.name, out)
         outputs = list(tensors_in([out]))
         for tensor in (use.bias, use.weight):
@@ -197,13 +219,18 @@ class Probe(TorchFunctionMode):
             flow.reach(hidden, outputs)
 
     def _answer(self, use: Use, index: int) -> Any:
-        """The output of a layer in the first pass, with NaN in some channels."""
+        """The output of a layer in the first pass, with NaN in the channels that are set to NaN.
+
+        Args:
+            use: the call.
+            index: the number of earlier calls of the layer in this pass.
+        """
         assert self.inject is not None
         rows = torch.zeros(0, dtype=torch.bool, device="cpu")
         if use.weight is not None:
             rows = _whole_slices(use.weight, use.weight_dims[0])
         if use.name not in self.inject and use.bias is None and not bool(rows.any()):
-            # The same object, which `Replay` recognises.
+            # It must be the same object, because `Replay` recognises tensors by identity.
             return self.answers[use.name][index]
         out = map_tensors(torch.clone, self.clean[use.name][index])
         if use.bias is not None:
@@ -231,12 +258,13 @@ class Probe(TorchFunctionMode):
         return out
 
     def _is_parameter(self, name: str) -> bool:
+        """Whether the weight of a product is a parameter, and not a buffer."""
         layer, leaf = self.uses.products[name]
         return leaf in self.net.get_submodule(layer)._parameters
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A context in which a call of the network on the input of the probe is a pass."""
+        """A context for the call of the network in a pass. Afterwards, its state is restored."""
         try:
             with torch.no_grad(), repeatable(torch.float32), self:
                 yield
@@ -251,10 +279,10 @@ class Probe(TorchFunctionMode):
             inject, until: as for `start`.
 
         Returns:
-            Whether NaN reaches an output of the network.
+            Whether NaN reaches an output of the network. It is False if the pass stops earlier.
 
         Raises:
-            Astray: the network fails on NaN.
+            Astray: the network raises an error.
         """
         self.start(inject, until)
         try:
@@ -271,10 +299,11 @@ class Probe(TorchFunctionMode):
         return any(map(has_nan, outputs))
 
     def settle(self) -> None:
-        """After the first pass, decide which products act as layers, and name them.
+        """Decide which products act as layers, and name them. It is called after the first pass.
 
-        In other products the columns are positions and not channels: NaN in one channel of a writer
-        appears in all columns of some rows of the input, and passes on to the same channel.
+        In the other products, the columns are positions and not channels. Then NaN in one channel
+        of a writer fills whole rows of the input of the product (all its columns), and goes on to
+        the same channel of the output.
         """
         for name in set(self.clean) - set(self.uses.layouts):
             del self.clean[name], self.answers[name]
@@ -319,5 +348,5 @@ def _is_spread(x: Tensor, dim: int) -> bool:
 
 
 def matrices(net: nn.Module) -> list[str]:
-    """The names of the layers that can be writers."""
+    """The names of the layers of a network that can be writers (see `is_matrix`)."""
     return [name for name, module in net.named_modules() if is_matrix(module)]

@@ -33,7 +33,7 @@ __all__ = ["Gates", "find_gates"]
 
 
 class Gates(list[Gate]):
-    """The gates of a network: a list of `Gate` in the order of data flow.
+    """The gates of a network: a list of `Gate`, in the order in which their layers are called.
 
     `find_gates` returns it. A slice or a copy has the same attributes. Sums and multiples (``+``,
     ``*``) are plain lists without these attributes, because they are not the gates of one network.
@@ -47,7 +47,9 @@ class Gates(list[Gate]):
         not_prunable: from the name of each layer or parameter that is not prunable to the reason.
         shares: from each of these names to its share of the parameters of the network, between 0
             and 1.
-        called: the layers with a weight, in the order in which the network first calls them.
+        called: the names of the layers that can have gates on their rows (dense layers,
+            convolutions, embeddings, recurrent layers) and of the modules of products with weights,
+            in the order in which the network first calls them.
     """
 
     def __init__(
@@ -90,11 +92,19 @@ class Gates(list[Gate]):
         return Gates(gates, self.not_prunable, self.called, self.shares)
 
     def reasons(self) -> str:
-        """The layers and parameters that are not prunable with their reasons, in one line."""
+        """One line with the layers and parameters that are not prunable, and their reasons.
+
+        Those with the largest shares of the parameters come first. At most 8 are listed.
+        """
         return reasons_by_share(self.not_prunable, self.shares)
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:
+    """The gate on the input features of a dense layer.
+
+    Raises:
+        ValueError: the network has no dense layer of this name.
+    """
     modules = dict(net.named_modules())
     if not isinstance(modules.get(layer), nn.Linear):
         dense = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -116,30 +126,32 @@ def find_gates(
     """Find the gates of a network, which are the sets of units that pruning can remove.
 
     A set of units has a gate under two conditions. First, every path from the units must end in
-    input columns of readers, which are dense layers and convolutions. This is measured with NaN.
-    Second, it must be proven that units can be removed: with random theta that has zeros, the
-    shrunk network must equal the masked network in float64. Operations that do not propagate NaN,
-    such as comparisons, hide a path from the measurement. The proof then finds it on the example.
+    input columns of readers: dense layers, convolutions, recurrent layers, or products with a
+    weight, such as ``x @ self.weight``. This is measured with NaN. Second, it must be proven that
+    units can be removed: with random theta that has zeros, the shrunk network must equal the masked
+    network in float64, on the example. Operations that do not propagate NaN, such as comparisons,
+    hide a path from the measurement. The comparison of the outputs can still detect such a path.
 
     Args:
-        net: any network, which is not changed.
+        net: any network. It is not changed, except that the parameters of lazy layers are created.
         example_input: an input of the network: a tensor, a tuple of positional arguments, or a
             mapping of named arguments (see `call`). A smaller input takes less time.
         input_features: names of dense layers whose input columns (pixels, flattened features) shall
             be units, in a gate named ``"LAYER_input"``.
-        ignore: names of dense, convolutional or embedding layers that the network does not call on
-            the example and that never read units of other layers. Without it, such a layer prevents
-            all gates, because it could read any unit.
+        ignore: names of dense, recurrent, embedding or non-depthwise convolutional layers that the
+            network does not call on the example and that never read units of other layers. If such
+            a layer is not named, it prevents all gates, because it could read any unit.
 
     Returns:
-        The gates, in the order of data flow. The attribute `not_prunable` of the list has the
-        reason for every layer or parameter that belongs to no gate.
+        The gates, in the order in which the network calls their layers. The attribute
+        `not_prunable` of the list has the reason for every layer or parameter that belongs to no
+        gate.
 
     Raises:
-        ValueError: `input_features` names something else than a dense layer, a layer twice, or a
-            layer that is not called; `ignore` names something else than a dense, convolutional or
-            embedding layer; the network cannot be copied, or not be called on the input; or the
-            noise of a `Pruner` is attached to it.
+        ValueError: `input_features` names a layer twice, or a layer that is not called, or
+            something other than a dense layer; `ignore` names something other than a dense,
+            recurrent, embedding or non-depthwise convolutional layer; the network cannot be copied, or cannot be
+            called on the input; or the noise of a `Pruner` is attached to it.
     """
     check_no_noise(net, "searched for gates")
     if len(set(input_features)) < len(input_features):
@@ -154,8 +166,8 @@ def find_gates(
     for name in ignore:
         if name not in layers:
             raise ValueError(
-                f"ignore names {name!r}, which is not a dense, convolutional or embedding layer of "
-                f"the network{did_you_mean(name, layers)}"
+                f"ignore names {name!r}, which is not a dense, recurrent, embedding or "
+                f"non-depthwise convolutional layer of the network{did_you_mean(name, layers)}"
             )
     x = convert(example_input, torch.float32, torch.device("cpu"))
     probe, training_paths = _recorded(net, x)
@@ -189,9 +201,12 @@ def find_gates(
 
 
 def _recorded(net: nn.Module, x: Any) -> tuple[Probe, bool]:
-    """The probe of a network after its first pass, and whether modules are in training mode.
+    """The probe of a network after its first pass, and the argument `training_paths` of its copy.
 
-    They are if the network then calls more layers (see `copy_for_measurement`).
+    It is true if the network calls more layers with it (see `copy_for_measurement`).
+
+    Raises:
+        ValueError: the network cannot be copied, or cannot be called on `x`.
     """
     probe = _record(net, x, training_paths=False)
     if probe.uncalled:
@@ -227,7 +242,7 @@ def _in_order_of_calls(
 ) -> list[Candidate]:
     """Candidates and gates on input features, in the order in which layers are called.
 
-    A gate on input features comes just before the layer that reads them.
+    A gate on input features comes just before the gate of the layer that reads them.
     """
     place = {name: index for index, name in enumerate(called)}
 
@@ -240,7 +255,11 @@ def _in_order_of_calls(
 
 
 def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
-    """Call a copy of the network once, and record the calls of its layers."""
+    """Call a copy of the network once, and record the calls of its layers.
+
+    Raises:
+        ValueError: the network cannot be copied, or cannot be called on `x`.
+    """
     copied = copy_for_measurement(net, torch.float32, training_paths)
     try:
         probe = Probe(copied, convert(x, torch.float32))
@@ -253,6 +272,7 @@ def _record(net: nn.Module, x: Any, training_paths: bool) -> Probe:
 
 
 def _not_callable(net: nn.Module, x: Any, error: Exception) -> ValueError:
+    """The error of a network that cannot be called on the example input."""
     return ValueError(
         f"{type(net).__name__} cannot be called on the example input ({_shapes(x)}): "
         f"{first_line(error)}"
@@ -260,6 +280,7 @@ def _not_callable(net: nn.Module, x: Any, error: Exception) -> ValueError:
 
 
 def _shapes(x: Any) -> str:
+    """The shapes of the tensors of an input, for a message."""
     try:
         return ", ".join(str(list(tensor.shape)) for tensor in tensors_of(x)) or "no tensor"
     except TypeError:

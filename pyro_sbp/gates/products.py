@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["Product", "dimensions", "multiplied", "products"]
 
+#: Functions that multiply matrices, and those with the operands in reverse order.
 _RIGHT = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _REFLECTED = {Tensor.__rmatmul__}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
@@ -46,7 +47,11 @@ class Product:
 
 
 def products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
-    """The ways to interpret a call as a product with a weight: two for a product of matrices."""
+    """The ways to read a function call as a product of an input with a weight.
+
+    A product of two matrices can be read in two ways, because each of them can be the weight. For
+    functions that are no products, the list is empty.
+    """
     if func is F.linear or func in _CONVOLUTIONS or func in _TRANSPOSED:
         return _of_layers(func, args, kwargs)
     if func is torch.addmm or func is Tensor.addmm:
@@ -72,6 +77,7 @@ def products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 
 
 def _of_layers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
+    """The product that the function of a dense layer or of a convolution without groups computes."""
     given = _given(("input", "weight"), args, kwargs)
     if given is None:
         return []
@@ -103,7 +109,8 @@ def _given(
 def multiplied(func: Any, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Any]]:
     """The tensors that a call multiplies element by element, each with its factor.
 
-    Only tensors with the shape of the result are included. The factor of a dividend is the divisor.
+    Only tensors with the shape of the result are included. For a division, the dividend is
+    included, and its factor in the list is the divisor.
     """
     if func in _MULTIPLYING and len(args) == 2:
         pairs = [(args[0], args[1]), (args[1], args[0])]
@@ -121,8 +128,13 @@ def multiplied(func: Any, args: Sequence[Any], out: Any) -> list[tuple[Tensor, A
 def dimensions(view: Tensor, of: Tensor) -> list[int] | None:
     """The dimension of a tensor for each dimension of a view of all its elements.
 
-    It is -1 for a dimension of length 1 that the tensor does not have. The result is None if `view`
-    is not such a view.
+    Args:
+        view: the view, such as a transposed one.
+        of: the tensor.
+
+    Returns:
+        The dimensions, with -1 for each dimension of length 1. None if `view` is not a view of all
+        elements of the tensor, or combines or splits dimensions.
     """
     if view.data_ptr() != of.data_ptr() or view.numel() != of.numel():
         return None
