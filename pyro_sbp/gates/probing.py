@@ -150,8 +150,8 @@ def find_gates(
     Raises:
         ValueError: `input_features` names a layer twice, or a layer that is not called, or
             something other than a dense layer; `ignore` names something other than a dense,
-            recurrent, embedding or non-depthwise convolutional layer; the network cannot be copied, or cannot be
-            called on the input; or the noise of a `Pruner` is attached to it.
+            recurrent, embedding or non-depthwise convolutional layer; the network cannot be copied,
+            or cannot be called on the input; or the noise of a `Pruner` is attached to it.
     """
     check_no_noise(net, "searched for gates")
     if len(set(input_features)) < len(input_features):

@@ -61,7 +61,7 @@ def _first(gate: Gate) -> tuple[bool, str]:
 
 
 def _theta(gates: Sequence[Gate], gone: _Pattern) -> dict[str, Tensor]:
-    """Random theta, which is zero for a pattern of the units of each gate."""
+    """Random theta between 0.5 and 1.5, with zeros for a pattern of the units of each gate."""
     generator = torch.Generator().manual_seed(0)
     theta = {}
     for gate in gates:
@@ -85,7 +85,7 @@ class _Failure:
     """How a proof fails.
 
     Attributes:
-        gone: the pattern of units for which it fails.
+        gone: the pattern of removed units for which it fails.
         reason: the reason.
         module: the module that raised an error, or None.
     """
@@ -168,7 +168,8 @@ class Proof:
     def _reference(
         self, gates: Sequence[Gate], gone: _Pattern, theta: Mapping[str, Tensor]
     ) -> _Reference:
-        """The output of the masked network, which does not depend on how the network is cut."""
+        """The output of the masked network. It depends only on the readers of the gates, so that it
+        is computed once for all variants with the same readers."""
         masked = [Gate(gate.name, gate.size, gate.readers) for gate in gates]
         known = self._references.get(gone)
         if known is None or known.gates != masked:
@@ -366,9 +367,9 @@ def copy_for_measurement(
 
 
 def enliven(net: nn.Module, generator: torch.Generator) -> None:
-    """Replace parameters that are zero, or nearly zero, by random numbers.
+    """Add random numbers to parameters whose elements are all zero, or nearly zero, in place.
 
-    A head or a layer scale of zeros would hide all differences before it.
+    A head or a layer scale of zeros would hide all differences that arise before it.
     """
     with torch.no_grad():
         for parameter in net.parameters():

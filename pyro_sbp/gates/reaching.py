@@ -1,4 +1,4 @@
-"""Measure which columns any row of each writer reaches."""
+"""Measure which columns are reached by at least one row of each writer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ class Reach:
 
     Attributes:
         writer: the name of the layer.
-        classes: the class of each row, ``[rows]``. At first every row is a class. If several rows
-            reach the same column, rows that belong together form a class.
-        seen: from a layer to the columns that any row reaches.
-        columns: from a layer to the class that reaches each column, or -1.
-        beside: if no layer reads the rows, the writer to whose rows they are added. Both writers
-            are cut together.
-        met: the places of the tensors that belong to no known layer and that the rows meet.
+        classes: the class of each row, int64 ``[rows]``. At first, every row is a class. If several
+            rows reach the same column, rows that belong together form a class.
+        seen: from a layer to the columns that at least one row reaches, bool ``[columns]``.
+        columns: from a layer to the class that reaches each column, or -1, int64 ``[columns]``. It
+            is empty before the classes are measured.
+        beside: if no layer reads the rows, the writer to whose rows they are added, or None. Both
+            writers are cut together.
+        met: the places of the tensors that belong to no known layer and that functions combine with
+            the rows.
         problem: the reason why the rows are not units, or None.
     """
 
@@ -50,10 +52,15 @@ class Reach:
 
 
 def measure_reach(probe: Probe, reaches: Mapping[str, Reach]) -> None:
-    """Measure which columns any row of each writer reaches.
+    """Measure which columns are reached by at least one row of each writer.
 
-    Writers whose values cannot reach the same layer share a pass. If its results are not certain,
-    each of them has a pass of its own.
+    Writers whose values cannot reach the same layer share a pass. If it is not certain which of
+    them reaches what, each of them is measured in a separate pass. The results are recorded in the
+    measurements.
+
+    Args:
+        probe: the probe of the network, after its first pass.
+        reaches: from the name of a writer to its measurement.
     """
     probe.flow = probe.loose.meetings = flow = Flow()
     try:
@@ -84,8 +91,8 @@ def _measure_together(
         probe: the probe.
         reaches: the writers.
         bounds: what each writer may reach.
-        usual: the `course` of a pass without NaN. If this pass has another course, the NaN of one
-            writer may have changed what the others reach.
+        usual: the `course` of a pass without NaN. If the shared pass has another course, the NaN of
+            one writer may have changed what the others reach.
 
     Returns:
         Whether it is certain which writer reaches what. If not, nothing is recorded.
@@ -104,6 +111,7 @@ def _measure_together(
 
 
 def _measure_alone(probe: Probe, reach: Reach) -> None:
+    """Measure one writer. If the network fails on NaN, this is the problem of the writer."""
     try:
         _record(probe, reach, _hits(probe, [reach]))
     except Astray as error:
@@ -111,9 +119,12 @@ def _measure_alone(probe: Probe, reach: Reach) -> None:
 
 
 def _hits(probe: Probe, reaches: Sequence[Reach]) -> dict[str | Place, Tensor | None]:
-    """The columns of each layer that rows of some writers reach.
+    """What the rows of some writers reach in a pass.
 
-    The other keys are the places of other tensors that the rows meet, and `OUTPUT`.
+    Returns:
+        From a layer to the columns that are reached. Further keys, with the value None, are the
+        places of other tensors with which the rows are combined, and `OUTPUT` if NaN reaches an
+        output of the network.
 
     Raises:
         Astray: the network fails on NaN.
@@ -145,8 +156,9 @@ def _record(probe: Probe, reach: Reach, hits: Mapping[str | Place, Tensor | None
 def join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
     """For writers that no layer reads, find the residual stream to which they are added.
 
-    An example is the last layer of a residual stack of which only earlier sums are used. The values
-    of such a layer do not matter, but it must have as many rows as the stream, in any order.
+    An example is the last layer of a residual stack, if only earlier sums of the stream are used.
+    The values of such a layer do not matter, but it must have as many rows as the stream, so that
+    they can be added. The writer of the stream becomes its `beside`.
     """
     unread = [reach for reach in reaches if reach.problem == UNREAD]
     others = [reach for reach in reaches if reach.problem is None]
@@ -163,7 +175,7 @@ def join_unread(probe: Probe, reaches: Sequence[Reach]) -> None:
 
 
 def _trace(probe: Probe, reach: Reach) -> set[int]:
-    """The numbers of the function calls, in order, whose results have NaN from a writer."""
+    """The numbers of the function calls whose results have NaN, if all rows of a writer are NaN."""
     probe.trace = set()
     try:
         probe.run({reach.writer: torch.ones_like(reach.classes, dtype=torch.bool)})

@@ -69,7 +69,7 @@ class Call:
 
 
 def call_of(func: Any, args: Sequence[Any]) -> Call | None:
-    """The arguments of a call of a recurrent function, or None for other functions."""
+    """The arguments of a call of a recurrent function, or None if the function is another one."""
     if func in _CELLS:
         batch_dim = 0 if args[0].ndim > 1 else None
         return Call(args[0], _tensors(args[1]), tuple(args[2:6]), batch_dim, 2)
@@ -91,9 +91,11 @@ def first_weight(module: nn.Module) -> Tensor:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
-    """The name and the tensor of every parameter, and whether its columns read hidden units.
+    """The parameters of a recurrent layer.
 
-    Otherwise its columns read the input of the layer.
+    Yields:
+        The name, the tensor, whether its columns read the input features of the layer, and whether
+        its columns read hidden units. A bias has no columns.
     """
     for name, tensor in module._parameters.items():
         if tensor is not None:
@@ -106,22 +108,26 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool, bool]]:
 def column_factors(
     module: nn.Module, scale: Tensor, hidden: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The name, the weight and the factor of every weight whose columns `scale` multiplies.
+    """The factors of the weights of a recurrent layer, if their columns are multiplied by a scale.
 
     Args:
         module: a recurrent layer.
-        scale: a factor for every input feature, or for every hidden unit if `hidden` is true.
+        scale: the factors of the input features, or of the hidden units if `hidden` is true.
         hidden: whether to scale the columns that read hidden units.
+
+    Yields:
+        The name of a weight, the weight, and its factor ``[columns]``.
     """
     for name, tensor, of_input, of_hidden in _weights(module):
         if of_hidden if hidden else of_input:
-            # After a bidirectional layer, the columns of both directions.
+            # A layer above a bidirectional one has the columns of both directions.
             factor = scale.to(tensor.dtype).repeat(tensor.shape[1] // len(scale))
             yield name, tensor, factor
 
 
 def recurrent_weights(module: nn.Module, hidden: bool) -> int:
-    """The number of weights whose columns read input features, or hidden units if `hidden`."""
+    """The number of elements of all weights that read the input features of a recurrent layer, or
+    its hidden units if `hidden` is true."""
     return sum(
         tensor.numel()
         for _, tensor, of_input, of_hidden in _weights(module)
@@ -132,13 +138,16 @@ def recurrent_weights(module: nn.Module, hidden: bool) -> int:
 def scaled_call(
     module: nn.Module, args: Sequence[Any], call: Call, x: Tensor, hidden: Tensor | None
 ) -> list[Any]:
-    """The arguments of a recurrent function with another input and scaled recurrent weights.
+    """Replace the input and scale the recurrent weights in the arguments of a recurrent function.
 
     Args:
         module: the layer.
-        args, call: the original arguments.
+        args, call: the original arguments, and their parts from `call_of`.
         x: the new input.
         hidden: the factor of every hidden unit, or None.
+
+    Returns:
+        The new arguments.
     """
     weights = list(call.weights)
     if hidden is not None:
@@ -182,7 +191,7 @@ def resize_recurrent(module: nn.Module, rows: Tensor | None, columns: Tensor | N
 
 
 def _in_blocks(index: Tensor, size: int, length: int) -> Tensor:
-    """The indices of units in every block of length `size`."""
+    """Repeat the indices of units for every block of length `size` in `length` rows or columns."""
     return torch.cat([index + start for start in range(0, length, size)])
 
 

@@ -1,4 +1,4 @@
-"""Passes of a probe that reuse the results of the first pass where NaN does not reach."""
+"""Reuse the results of the first pass of a probe, for function calls that NaN does not reach."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pyro_sbp.gates.functions import address_of, may_change_arguments, unobserve
 
 __all__ = ["Replay"]
 
-#: The largest number of bytes of results that are kept.
+#: When the stored results have this number of bytes, no more results are stored.
 LIMIT = 2**30
+#: Types of arguments that are compared by value.
 _PLAIN = frozenset(
     {
         *(int, float, bool, complex, str, bytes, type(None), type(Ellipsis), torch.dtype),
@@ -25,17 +26,17 @@ _PLAIN = frozenset(
 
 
 class _Unknown(Exception):
-    """An argument that cannot be compared."""
+    """An argument has a type that cannot be compared."""
 
 
 class Replay:
     """Call functions, or return the results of the first pass for the same arguments.
 
-    Tensors are the same if they are the same objects. The first pass stores the results of all
-    functions. A later pass starts with the same input, and layers return the same tensors. So
-    results that NaN does not reach are not computed again. If a function changes a stored result in
-    place, `finish` restores it. Tensors that were set to NaN before a pass are the same objects as
-    in the first pass. They must be passed to `start`.
+    Tensors are the same arguments if they are the same objects. The first pass stores the results
+    of all functions. A later pass starts with the same input, and layers return the same tensors.
+    Therefore, results that NaN does not reach are not computed again. If a function changes a
+    stored result in place, `finish` restores it. Tensors that are set to NaN in place before a pass
+    are still the same objects, so they must be passed to `start`.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Replay:
         self._before = []
 
     def __call__(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Call a function in a pass."""
+        """Call a function, or return its result of the first pass."""
         tensors: list[Tensor] = []
         with unobserved():
             try:
@@ -89,6 +90,13 @@ class Replay:
         return self._compute(func, args, kwargs, tensors)
 
     def _keep(self, key: Any, tensors: list[Tensor], out: Any) -> None:
+        """Store the result of a function.
+
+        Args:
+            key: the key of the call.
+            tensors: the tensors in its arguments.
+            out: the result.
+        """
         self.known.setdefault(key, []).append(out)
         results: list[Tensor] = []
         with contextlib.suppress(_Unknown):
@@ -118,13 +126,21 @@ class Replay:
                     self._changed.add(address_of(tensor))
                     if copies is not None:
                         self._before.append((tensor, copies[place]))
-                    else:  # its original value is lost
+                    else:  # its original value is lost, and with it all stored results
                         self.known = {}
         return out
 
 
 def _key(value: Any, tensors: list[Tensor]) -> Any:
-    """A key for arguments: tensors are compared by identity, other objects by value."""
+    """A key for arguments, in which tensors are compared by identity and other objects by value.
+
+    Args:
+        value: the arguments.
+        tensors: a list to which the tensors in the arguments are added.
+
+    Raises:
+        _Unknown: an argument cannot be compared.
+    """
     if type(value) in _PLAIN:
         return type(value), value
     if isinstance(value, Tensor):

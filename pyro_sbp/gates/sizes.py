@@ -1,4 +1,4 @@
-"""Numbers of units that the code of a network stores in attributes of its modules."""
+"""Attributes of modules that store numbers of units, such as `num_heads`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = [
 #: The value of an attribute with sizes.
 Written = int | tuple[int, ...] | list[int]
 
-#: The attribute in which the modules of transformers hold their configuration.
+#: The attribute in which the modules of transformers store their configuration.
 _CONFIG = "config"
-#: Parts of the names of attributes with a number of heads, or of the features of all heads.
+#: Parts of the names of attributes that store the number of heads, or of the features of all heads.
 _OF_HEADS = ("heads", "attn_dim", "head_size", "inner_dim")
 
 
 def written_sizes(module: nn.Module) -> dict[str, Written]:
     """The attributes of a module that may be sizes: integers, and tuples and lists of integers.
 
-    Modules of torch have none here, because `layers` knows their attributes.
+    The attributes of the modules of torch are not included, because `resize` sets them.
     """
     if type(module).__module__.startswith("torch."):
         return {}
@@ -50,10 +50,7 @@ def written_sizes(module: nn.Module) -> dict[str, Written]:
 
 
 def _config_sizes(module: nn.Module) -> dict[str, Written]:
-    """The integers of a configuration that a module holds, by names such as ``config.num_heads``.
-
-    Modules share their configuration. A module with other sizes gets a copy of it.
-    """
+    """The integers in the configuration of a module, by names such as ``config.num_heads``."""
     config = vars(module).get(_CONFIG)
     if type(module).__module__.startswith("torch.") or isinstance(config, type | nn.Module):
         return {}
@@ -70,7 +67,10 @@ def all_sizes(module: nn.Module) -> dict[str, Written]:
 
 
 def set_size(module: nn.Module, attribute: str, value: Written) -> None:
-    """Set a size of a module, one of `all_sizes`."""
+    """Set an attribute from `all_sizes`, in place.
+
+    A configuration is copied first, because other modules share it.
+    """
     holder, _, name = attribute.rpartition(".")
     if holder:
         config = copy.copy(vars(module)[holder])
@@ -90,12 +90,13 @@ def fitting_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> list[tup
     """The attributes of modules around the layers of a gate that may depend on its units.
 
     Args:
-        net, gate: the network and the gate.
-        configs: whether those of the configurations of modules are included.
+        net: the network.
+        gate: the gate.
+        configs: whether to include the integers in the configurations of modules.
 
     Returns:
-        For each attribute, the possible sizes in it. A size is the number of units, or a multiple
-        of it that divides the number of rows or columns of a layer.
+        For each attribute, the possible sizes in it. A possible size is the number of units, or a
+        multiple of it that divides the number of rows or columns of a layer of the gate.
     """
     counts = _per_unit(gate)
     found = []
@@ -117,7 +118,7 @@ def fitting_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> list[tup
 
 
 def likely_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> tuple[Size, ...]:
-    """The possible sizes whose names suggest a number of heads, or of the rows of all heads.
+    """The possible sizes whose names suggest the number of heads, or of the rows of all heads.
 
     Args:
         net, gate, configs: as for `fitting_sizes`.
@@ -133,14 +134,28 @@ def likely_sizes(net: nn.Module, gate: Gate, configs: bool = False) -> tuple[Siz
 
 
 def combined(sizes: Sequence[tuple[Size, ...]], most: int) -> Iterator[tuple[Size, ...]]:
-    """Combinations of the sizes of at most `most` attributes, the empty combination first."""
+    """The combinations of at most `most` attributes, those with fewer attributes first.
+
+    Args:
+        sizes: for each attribute, its possible sizes, from `fitting_sizes`.
+        most: the largest number of attributes.
+
+    Yields:
+        All sizes of the attributes in a combination. The first combination is empty.
+    """
     for number in range(min(most, len(sizes)) + 1):
         for chosen in combinations(sizes, number):
             yield tuple(size for of_attribute in chosen for size in of_attribute)
 
 
 def set_sizes(net: nn.Module, gate: Gate, count: int) -> None:
-    """Set the attributes with the sizes of a gate to `count` remaining units, in place."""
+    """Set the attributes in `gate.sizes` for the number of units that remain, in place.
+
+    Args:
+        net: the network.
+        gate: the gate.
+        count: the number of units that remain.
+    """
     for size in gate.sizes:
         module = net.get_submodule(size.module)
         value = count * size.per_unit
@@ -159,7 +174,11 @@ def ratios_around(
 
     Args:
         net: the network before the cut.
-        layers: from the name of a layer to its attributes that are smaller.
+        layers: from the name of a layer to the new values of its attributes that store sizes.
+
+    Returns:
+        From the name of a module to the ratios of the layers in it: the new size divided by the old
+        one.
     """
     ratios: dict[str, set[Fraction]] = {}
     for layer, sizes in layers.items():
@@ -173,7 +192,13 @@ def ratios_around(
 
 
 def follows(new: Any, old: Written, ratios: Iterable[Fraction]) -> bool:
-    """Whether each size is unchanged, or was reduced by the ratio of some layer."""
+    """Whether each size is unchanged, or was multiplied by the ratio of some layer.
+
+    Args:
+        new: the value of an attribute after a cut.
+        old: its value before the cut.
+        ratios: the ratios of the layers in the module, from `ratios_around`.
+    """
     if isinstance(old, int):
         return type(new) is int and (new == old or any(new == old * ratio for ratio in ratios))
     return (

@@ -1,8 +1,9 @@
 """The state that a network keeps between calls, so that every measurement starts with the same one.
 
-Spiking neurons have potentials, caches store keys, some networks store their last features, and
-hooks of the user accumulate statistics. All objects that can be reached from a network are recorded
-and restored.
+Examples are the potentials of spiking neurons, the keys in a cache, the last features that a
+network stores, and statistics that hooks of the user accumulate. All objects that can be reached
+from a network are recorded and restored, except the
+values of its parameters.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _OF_MODULES = (
 #: Types of objects that contain no other objects.
 _ATOMS = (Tensor, str, bytes, int, float, type(None))
 _WITHOUT_ATTRIBUTES = (type, FunctionType, MethodType, functools.partial, Tensor)
-#: The attributes that torch sets in every module, and that networks do not use.
+#: The attributes that torch sets in every module. They are no state of the network.
 _NOT_OWN = frozenset(vars(nn.Module()))
 
 
 class _Attributes:
-    """The attributes of a module."""
+    """The attributes of a module, as an object from which more objects can be reached."""
 
     def __init__(self, module: nn.Module) -> None:
         self.content = vars(module)
@@ -49,9 +50,9 @@ def _of_library(thing: Any) -> bool:
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    """Whether a package is installed, and not code of the user.
+    """Whether a package is installed, so that it is not code of the user.
 
-    Variables of its modules and classes do not belong to one network.
+    The variables of its modules and classes are not state of one network.
     """
     if package in _LIBRARIES:
         return True
@@ -100,7 +101,8 @@ def _is_state(value: Any) -> bool:
 
 
 def _of_classes(module: nn.Module) -> Iterator[Any]:
-    """The class attributes of a module that all instances share, and the methods."""
+    """The methods and the containers and tensors in attributes of the class of a module, if the
+    class is code of the user."""
     for cls in type(module).__mro__:
         if _of_user(cls):
             for value in vars(cls).values():
@@ -129,7 +131,7 @@ def _inside(thing: Any, functions: bool) -> Iterator[Any]:
             yield from (value for _, value in _globals_of(thing))
     elif isinstance(thing, nn.Module):
         kept = vars(thing)
-        # A call may add to those that are empty, such as hooks that a library adds when needed.
+        # Empty ones are included, because a call may add to them: some libraries add hooks.
         yield from (kept[n] for n in _OF_MODULES if n in kept)
         yield _Attributes(thing)
         if functions:
@@ -149,12 +151,12 @@ def _full(cell: Any) -> bool:
 
 
 def reachable(net: nn.Module, functions: bool = True) -> Iterator[Any]:
-    """All objects that can be reached from a network, each once.
+    """All objects that can be reached from a network, each of them once.
 
     Args:
         net: the network.
-        functions: whether to include the variables of hooks and methods: closures, default
-            arguments, and global variables of their modules.
+        functions: whether to include the variables of hooks and methods in code of the user: their
+            closures, default arguments, and global variables.
     """
     waiting: list[Any] = [net]
     seen: dict[int, Any] = {}
@@ -169,8 +171,8 @@ def reachable(net: nn.Module, functions: bool = True) -> Iterator[Any]:
 class State:
     """A record of the state of a network.
 
-    It has the attributes, the containers, the buffers and other tensors of the network, and the
-    variables that its hooks and methods use. It does not have the parameters.
+    It contains the attributes, the containers, the buffers and other tensors of the network, and
+    the variables that its hooks and methods use. It does not contain the values of the parameters.
 
     Args:
         net: the network.
@@ -237,7 +239,7 @@ def _has_content(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return False
     if isinstance(container, dict):
-        # A lazy dictionary, such as that of an installed package, must not load its values.
+        # The methods of a subclass are not used, because a lazy dictionary would load its values.
         return all(map(operator.is_, dict.values(container), content.values()))
     return all(map(operator.is_, container, content))
 

@@ -1,8 +1,8 @@
 """Call a network with random numbers and a precision that do not depend on the width of its layers.
 
-A network that draws random numbers in the shape of its units draws other numbers after units were
-removed. A network that casts to float32 rounds its values. Both would look like differences that
-are caused by the cut.
+A network that draws one random number for each unit draws other numbers after units were removed.
+A network that casts to float32 rounds its values. Both would look like differences that the cut
+has caused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["eager", "repeatable"]
 
+#: The dtypes and the methods that are replaced by float64.
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 #: The names of tensor types that `Tensor.type` accepts.
@@ -39,7 +40,7 @@ _DROPOUTS = frozenset(
     }
 )
 _BERNOULLI = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
-#: Random functions whose results do not have the shape of an argument. They are not changed.
+#: Other random functions. They draw from a seed, and the elements of a result differ.
 _OTHERS = frozenset(
     {
         *(torch.randint, torch.randint_like, torch.randperm, torch.multinomial),
@@ -52,13 +53,20 @@ _OTHERS = frozenset(
 def repeatable(dtype: torch.dtype) -> Iterator[None]:
     """A context in which the calls of a network are reproducible for any width of its layers.
 
-    - Random numbers are the same each time. All elements of a random tensor have the same value,
-      which differs from call to call, so they do not depend on the width of a layer.
+    - Random numbers are the same each time. All elements of a uniform, normal or similar random
+      tensor come from the same random number, so they do not depend on the width of a layer. The
+      number differs between the function calls of a network. Integers, permutations, multinomial
+      and Poisson samples are only drawn from a fixed seed, so they can depend on the width.
     - Active dropout has no effect.
-    - New tensors have the given `dtype`. If it is float64, casts to a lower precision give float64.
+    - New tensors have the given `dtype` by default. If it is float64, casts to a lower precision
+      give float64.
     - Compiled networks run eagerly.
 
-    Afterwards, the random states of the CPU are restored.
+    Afterwards, the default dtype and the random states of torch (on the CPU), NumPy and Python are
+    restored.
+
+    Args:
+        dtype: the default dtype of torch in the context.
     """
     before = torch.get_default_dtype()
     states = random.getstate(), np.random.get_state()
@@ -79,13 +87,17 @@ def repeatable(dtype: torch.dtype) -> Iterator[None]:
 def eager() -> AbstractContextManager[Any]:
     """A context in which compiled networks run eagerly, so that their functions can be observed."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-        return nullcontext()  # importing it takes seconds
+        return nullcontext()  # nothing is compiled, and importing torch._dynamo takes seconds
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 class _Steady(TorchFunctionMode):
-    """Fill random tensors with one value, and replace casts to a lower precision by `dtype`."""
+    """Fill random tensors from one random number, and replace casts to a lower precision.
+
+    Args:
+        dtype: the precision. Casts are replaced only if it is float64.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -108,7 +120,8 @@ class _Steady(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.dtype == torch.float64 and func is not Tensor.view:  # it reinterprets bits
+        # `Tensor.view` with a dtype reinterprets bits, and is no cast.
+        if self.dtype == torch.float64 and func is not Tensor.view:
             if any(type(value) is torch.dtype or isinstance(value, str | type) for value in args):
                 args = tuple(map(_widened, args))
             if "dtype" in kwargs:
@@ -166,6 +179,7 @@ class _Steady(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
+    """Replace a dtype or tensor type of a lower precision by that of float64."""
     if type(value) is torch.dtype:
         return torch.float64 if value in _NARROW else value
     if isinstance(value, type) and f"{value.__module__}.{value.__name__}" in _TYPES:
@@ -181,7 +195,7 @@ def _without_dropout(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _without_gumbel(
     func: Any, logits: Any, tau: float = 1, hard: bool = False, eps: float = 0, dim: int = -1
 ) -> Any:
-    """Gumbel softmax without noise: equal noise on all logits does not change the softmax."""
+    """Replace Gumbel softmax by softmax, because equal noise on all logits would not change it."""
     soft = (logits / tau).softmax(dim)
     if not hard:
         return soft

@@ -34,18 +34,28 @@ __all__ = [
     "surviving_units",
 ]
 
-#: Two networks compute the same function if the `relative_difference` of their outputs is at most
-#: this in float64.
+#: The largest `relative_difference` in float64 between the outputs of two networks that count as
+#: equal.
 EXACT = 1e-10
 
 
 def _spread(alive: Tensor, span: Span) -> Tensor:
-    """Expand alive units to alive rows or columns. Those that belong to no unit are alive."""
+    """Expand the units that are alive to the rows or columns of a span that are alive.
+
+    Rows or columns that belong to no unit are alive.
+    """
     return alive[span.units.clamp(min=0)] | (span.units < 0)
 
 
 def _alive(spans: Sequence[tuple[str, Span]], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows or columns of every layer that are alive: their units are alive in all gates."""
+    """The rows or columns that are alive, by the keys of the spans.
+
+    A row or column is alive if its units in all gates are alive.
+
+    Args:
+        spans: spans of rows, or spans of columns, each with the name of its gate.
+        alive: from gate name to the units that are alive, bool ``[units]``.
+    """
     found: dict[str, Tensor] = {}
     for gate, span in spans:
         here = _spread(alive[gate], span)
@@ -68,7 +78,11 @@ def _rows(gates: Sequence[Gate]) -> list[tuple[str, Span]]:
 def _read(gate: Gate, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
     """The units of a gate that reach a column that is alive, bool ``[size]``.
 
-    In a layer with groups, a column is alive only if a row of its group is alive.
+    In a layer with groups, a column counts only if a row of its group is alive.
+
+    Args:
+        gate: the gate.
+        columns, rows: the columns and rows that are alive, from `_alive`.
     """
     read = torch.zeros(gate.size, dtype=torch.bool, device="cpu")
     for span in gate.readers:
@@ -96,12 +110,14 @@ def surviving_units(
 
     Args:
         gates: the gates.
-        theta: from gate name to a tensor ``[units]``. Gates that are not named keep all units.
-        min_units: the least number of units of every gate that remain in the network. At least one
-            unit always remains.
+        theta: from gate name to a tensor ``[units]``. In gates that are not named, theta is not 0.
+            Names that are not those of gates are ignored.
+        min_units: the smallest number of units of every gate that remain in the network. At least
+            one unit always remains.
         round_to: the number of units that remain is a multiple of this, or the size of the gate.
         score: from gate name to a tensor ``[units]``. If more units must remain than theta keeps,
-            those with the highest score remain. The default is the first ones.
+            those with the highest score remain, and first of all those that a remaining column can
+            read. By default, the first units have the highest score.
 
     Returns:
         From gate name to the `Units` of the gate.
@@ -130,7 +146,15 @@ def _remaining(
     round_to: int,
     score: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The smallest set of units that includes those alive and gives every layer a valid shape."""
+    """The units that remain: those that are alive, and as many others as are required.
+
+    Others are required by `min_units`, by `round_to`, and by layers whose groups must have the same
+    size.
+
+    Args:
+        gates, min_units, round_to, score: as for `surviving_units`.
+        alive: from gate name to the units that are alive.
+    """
     remaining = {name: units.clone() for name, units in alive.items()}
     order = {
         gate.name: score.get(gate.name, -torch.arange(gate.size, device="cpu")).detach().cpu()
@@ -138,7 +162,7 @@ def _remaining(
     }
 
     def bring_back(gate: Gate, among: Tensor, count: int) -> bool:
-        """Keep the best `count` of the removed units in `among`."""
+        """Keep the best `count` of the removed units in `among`. Return whether there are any."""
         candidates = torch.nonzero(among & ~remaining[gate.name]).flatten()
         best = order[gate.name][candidates].argsort(descending=True, stable=True)[:count]
         remaining[gate.name][candidates[best]] = True
@@ -162,7 +186,16 @@ def _remaining(
 
 
 def _even_groups(gates: Sequence[Gate], remaining: Mapping[str, Tensor], bring_back: Any) -> bool:
-    """Give all remaining groups of every layer the same size. Return whether units were added."""
+    """Give all remaining groups of every layer the same size, by keeping more units.
+
+    Args:
+        gates: the gates.
+        remaining: the units that remain, which `bring_back` changes.
+        bring_back: keeps a number of units of a gate that are removed.
+
+    Returns:
+        Whether more units are kept.
+    """
     sides: dict[str, tuple[list[tuple[Gate, Span]], list[tuple[Gate, Span]]]] = {}
     for gate in gates:
         for side, of_gate in enumerate((gate.writers, gate.readers)):
@@ -171,7 +204,7 @@ def _even_groups(gates: Sequence[Gate], remaining: Mapping[str, Tensor], bring_b
                     sides.setdefault(span.layer, ([], []))[side].append((gate, span))
     changed = False
     for both in sides.values():
-        # If rows or columns have no gate, all of them remain, and with them every group.
+        # If the rows or the columns have no gate, all of them remain, and so does every group.
         present = [spans for spans in both if spans]
         counts = [_group_counts(spans, remaining) for spans in present]
         kept = torch.tensor(True, device="cpu")
@@ -215,20 +248,21 @@ def shrink(
     Args:
         net: the network, which is not changed.
         gates: its gates, from `find_gates`.
-        theta: from gate name to a tensor ``[units]``. Gates that are not named keep all units.
+        theta: from gate name to a tensor ``[units]``. In gates that are not named, theta is 1.
         example_input: an input of the network, on which the result is called once.
-        units: the units that remain, from `surviving_units` with the same theta. By default, as few
-            as possible remain.
+        units: the units that remain, from `surviving_units` with the same theta. The default is
+            `surviving_units` with its default arguments.
 
     Returns:
-        A copy of the network with smaller layers. If all units of a layer would be removed, one
-        unit remains as a column of zeros. If its forward hooks cannot be called on the smaller
-        layers, they are removed, and a `UserWarning` is given.
+        A copy of the network with smaller layers. If all units of a gate would be removed, one unit
+        remains as a column of zeros. If its forward hooks cannot be called on the smaller layers,
+        they are removed, and a `UserWarning` is given.
 
     Raises:
-        ValueError: theta names an unknown gate, or has a wrong shape, or the noise of a `Pruner` is
-            attached to the network.
-        RuntimeError: the smaller network cannot be called on `example_input`.
+        ValueError: theta names an unknown gate, or has a wrong number of units; the network cannot
+            be copied; or the noise of a `Pruner` is attached to it.
+        Exception: the smaller network cannot be called on `example_input`. Its own error is raised,
+            such as a `RuntimeError` of torch.
     """
     check_no_noise(net, "pruned")
     small = copy_network(net)
@@ -245,7 +279,13 @@ def shrink_in_place(
     theta: Mapping[str, Tensor],
     units: Mapping[str, Units] | None = None,
 ) -> None:
-    """As `shrink`, but in place and without calling the result."""
+    """As `shrink`, but in place.
+
+    The result is not called, forward hooks are not removed, and attached noise is not detected.
+
+    Raises:
+        ValueError: theta names an unknown gate, or has a wrong number of units.
+    """
     check_theta(gates, theta)
     units = surviving_units(gates, theta) if units is None else units
     with torch.no_grad():
@@ -255,17 +295,37 @@ def shrink_in_place(
 
 
 def readable(gate: Gate, gates: Sequence[Gate], alive: Mapping[str, Tensor]) -> Tensor:
-    """The units of a gate that a column could read if only the other gates were cut, ``[size]``."""
+    """The units of a gate that a column could read if only the other gates were cut.
+
+    Args:
+        gate: the gate.
+        gates: all gates.
+        alive: from gate name to the units that are alive, bool ``[units]``.
+
+    Returns:
+        The units, bool ``[size]``.
+    """
     others = _columns([other for other in gates if other is not gate])
     return _read(gate, _alive(others, alive), {})
 
 
 def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> None:
-    """Remove rows and columns, in place. The weights of the others are not changed."""
+    """Remove rows and columns, in place.
+
+    The other weights are not changed, except those that the network multiplies by a power of their
+    number of columns (`Span.power`). They are rescaled, so that the product does not change. The
+    attributes in `Gate.sizes` are set, and the record of an earlier cut (`set_units`) is deleted.
+
+    Args:
+        net: the network.
+        gates: its gates.
+        units: from the name of every gate to its units, from `surviving_units`.
+    """
     forget_units(net)
     remaining = {name: unit.remaining for name, unit in units.items()}
     rows = _alive(_rows(gates), remaining)
-    # Removing rows of writers determines which features arrive. A layer may need only some of them.
+    # The rows of writers that remain determine which features arrive at a layer. The layer may need
+    # only some of them.
     arriving = _alive(_columns([gate for gate in gates if gate.writers]), remaining)
     wanted = _alive(_columns(gates), remaining)
     spans = {span.key: span for _, span in (*_rows(gates), *_columns(gates))}
@@ -286,7 +346,7 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
         arrives = arriving.get(layer, torch.ones_like(columns))
         before = _select_before(net, layer)
         if before is not None:
-            # By indices: a mask cannot index on the meta device.
+            # By indices, because a mask cannot index a tensor on the meta device.
             before.index = before.index[torch.nonzero(columns).flatten().to(before.index.device)]
         elif not torch.equal(arrives, columns):
             weight = module.get_parameter("weight")
@@ -301,7 +361,13 @@ def cut(net: nn.Module, gates: Sequence[Gate], units: Mapping[str, Units]) -> No
 
 
 def _compensate(module: nn.Module, span: Span, columns: Tensor) -> None:
-    """Divide a weight by the change of the factor that depends on the number of columns."""
+    """Divide a weight by the change of its factor, which depends on the number of columns.
+
+    Args:
+        module: the module of the weight.
+        span: the columns before the cut.
+        columns: the columns that remain, bool.
+    """
     weight = getattr(module, span.tensor or "weight")
     weight.data.mul_((len(columns) / max(int(columns.sum()), 1)) ** span.power)
 
@@ -324,7 +390,10 @@ def remaining_gates(
     Args:
         small: the smaller network, from `shrink` with these units.
         gates: the gates of the network before the cut.
-        units: the units that remained, from `surviving_units`.
+        units: the units of the cut, from `surviving_units`.
+
+    Returns:
+        The gates of the smaller network, in the same order.
     """
     remaining = {name: unit.remaining for name, unit in units.items()}
     rows, columns = _alive(_rows(gates), remaining), _alive(_columns(gates), remaining)
@@ -347,7 +416,7 @@ def remaining_gates(
 
     found = []
     for gate in gates:
-        # For a layer with a new Select, the features that arrive at the Select.
+        # If the cut has put a Select before a layer, the features that arrive there have a span.
         fresh = [
             rest(gate, span, arriving, f"{span.layer}.select")
             for span in (gate.readers if gate.writers else ())
@@ -397,14 +466,19 @@ def relative_difference(expected: Any, actual: Any) -> float:
     difference by its own value would turn rounding errors of values near zero into large
     differences.
 
-    Values that are not finite must be equal, and so must tensors of integers or booleans. Otherwise
-    the difference is infinite. NaN is not equal to anything.
+    The difference is infinite if two tensors have different shapes, if values that are not finite
+    are not equal, or if tensors of integers or booleans are not equal. NaN is not equal to
+    anything.
 
     Args:
         expected, actual: tensors, or nested structures of tensors as for `tensors_of`.
 
+    Returns:
+        The largest difference over all tensors, 0 or more.
+
     Raises:
         ValueError: the outputs contain no tensor, or different numbers of tensors.
+        TypeError: an output contains an object of an unknown type, as for `tensors_of`.
     """
     pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
     if not pairs:

@@ -43,7 +43,8 @@ class Layout:
 
     Attributes:
         layer: the name of the module.
-        role: how units that reach the columns are treated.
+        role: what the layer is for units that reach its columns. "other" is an embedding, which has
+            no such columns.
         groups: the number of groups of rows and columns.
         tensor: the name of the weight, or "" if it is the usual weight of the module.
         dims: the dimensions of the rows and of the columns in this weight.
@@ -80,13 +81,15 @@ class Use:
 
     Attributes:
         name: the name of the layer or product.
-        sees: the inputs: the name with the columns, the tensor, and the dimension of its channels.
+        sees: for each input, the name of the layer or product to whose columns it belongs, the
+            tensor, and the dimension of its channels.
         writes: whether the layer produces units.
         out_dim: the dimension of the units in the output, or None for the usual one of the layer.
-        bias: the bias that is added to the output, or None. For a layer it is None if the bias is
-            that of the layer.
-        weight: the weight, if it is a multiple of a stored one, or None.
-        weight_dims: the dimensions of its rows and of its columns.
+        bias: the bias that is added to the output, if it is not the stored bias of a known layer,
+            or None.
+        weight: the weight, if it depends on other tensors than the stored one, such as a gain, or
+            None.
+        weight_dims: the dimensions of the rows and of the columns in `weight`.
     """
 
     name: str
@@ -104,7 +107,9 @@ def hidden_of(name: str) -> str:
 
 
 class Uses:
-    """The layers of a network, recognised by weight or running mean, and products with weights.
+    """The layers of a network and its products with weights, as they are used by function calls.
+
+    A layer is recognised by its weight or its running mean.
 
     Args:
         net: the network.
@@ -112,8 +117,10 @@ class Uses:
 
     Attributes:
         layouts: from the name of each layer and recorded product to its layout.
-        computing: the names of layers that compute another weight from theirs in every call.
-        multiples: from the place of a weight to its last multiple that was used, and the weight.
+        computing: the names of the layers that compute another weight from their stored weight in
+            every call.
+        multiples: from the place of a weight to the multiple of it that was used last, and the
+            weight.
     """
 
     def __init__(self, net: nn.Module, loose: LooseTensors) -> None:
@@ -210,7 +217,7 @@ class Uses:
         return Use(name, sees, True, out_dim, bias, weight, (row_dim, 1 - row_dim))
 
     def _of_multiple(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """The layer of which a call uses a multiple of the weight, such as ``weight * scale``."""
+        """The layer of whose weight a call uses a multiple, such as ``weight * scale``, or None."""
         weight = argument(operands(func)[1], args, kwargs)
         if not isinstance(weight, Tensor):
             return None
@@ -229,11 +236,12 @@ class Uses:
         return found[0]
 
     def _note(self, place: Place, used: Tensor, weight: Tensor) -> None:
+        """Record the tensor that is used in place of a stored weight, if it is not a view of it."""
         if used.data_ptr() != weight.data_ptr():
             self.multiples[place] = used, weight
 
     def _is_loose(self, tensor: Any) -> bool:
-        """Whether a tensor is computed from tensors that belong to no known layer."""
+        """Whether a tensor is, or is computed from, a tensor that belongs to no known layer."""
         if not isinstance(tensor, Tensor):
             return False
         return not self.loose.places.keys().isdisjoint(self.loose.sources(tensor) or ())
@@ -256,6 +264,7 @@ class Uses:
         return None
 
     def _of_product(self, product: Product, record: bool) -> Use | None:
+        """The use of a product with a weight that belongs to no known layer, or None."""
         sources = self.loose.sources(product.weight)
         if not sources or self.loose.sources(product.x) is not None:
             return None
@@ -294,7 +303,7 @@ class Uses:
         del self.layouts[name]
 
     def shorten(self) -> dict[str, str]:
-        """Name products after their modules, if a module has only one product.
+        """Rename each product after its module, if it is the only product of the module.
 
         Returns:
             From old name to new name.

@@ -14,14 +14,15 @@ from pyro_sbp.gates.sizes import combined, fitting_sizes, likely_sizes
 
 __all__ = ["Kind", "Variant", "apply_variant", "kind_of", "variants", "with_likely_sizes"]
 
-#: The largest number of variants of a gate that are tried.
+#: The largest number of variants of a gate that are tried, besides the last one.
 _VARIANTS = 40
 #: The numbers of equal parts into which code may split units.
 _PARTS = (1, 2, 3, 4)
-#: The largest number of attributes of modules that may depend on the units of a gate.
+#: The largest number of attributes of modules that a variant changes.
 _ATTRIBUTES = 3
 
-#: The common property of gates in repeated blocks: the types and names of the two modules around.
+#: What gates in repeated blocks have in common: the types of the two innermost modules that contain
+#: the first layer of the gate, each with the name of its child on the path to this layer.
 Kind = tuple[tuple[type[nn.Module], str], ...]
 
 
@@ -31,7 +32,8 @@ class Variant:
 
     Attributes:
         parts: the number of measured units that form one unit.
-        sizes: the attributes that depend on the units, and the index of the integer in each.
+        sizes: the attributes that depend on the units: the type of the module, the name of the
+            attribute, and the index of the integer in it, as in `Size`.
     """
 
     parts: int
@@ -39,7 +41,7 @@ class Variant:
 
     @classmethod
     def of(cls, net: nn.Module, parts: int, sizes: tuple[Size, ...]) -> Variant:
-        """Make a variant from sizes of the modules of a network."""
+        """Make a variant from the sizes of a gate of a network."""
         return cls(parts, frozenset(_item(net, size) for size in sizes))
 
 
@@ -57,14 +59,15 @@ def kind_of(net: nn.Module, gate: Gate) -> Kind:
 
 
 def with_likely_sizes(net: nn.Module, gate: Gate) -> Gate:
-    """The gate with the sizes whose names suggest that they depend on its units."""
+    """A copy of a gate, to whose sizes those are added whose names suggest that they depend on its
+    units."""
     chosen = {*gate.sizes, *likely_sizes(net, gate)}
     sizes = [size for found in fitting_sizes(net, gate, True) for size in found if size in chosen]
     return replace(gate, sizes=tuple(sizes))
 
 
 def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
-    """The variants of a candidate, simple ones first."""
+    """The variants of a candidate, simple ones first. The first one is the gate as measured."""
     found = []
     for parts in _PARTS:
         coarse = candidate.coarser(parts)
@@ -74,12 +77,13 @@ def variants(net: nn.Module, candidate: Candidate) -> Iterator[Variant]:
                 found.append((len(chosen) + (parts > 1), Variant.of(net, parts, chosen)))
     found.sort(key=lambda item: item[0])
     yield from (variant for _, variant in found[:_VARIANTS])
-    # Last, as most modules only copy the numbers of their configuration into attributes.
+    # The numbers in configurations come last, because most modules copy them into attributes when
+    # they are built, and do not read them later.
     yield Variant.of(net, 1, likely_sizes(net, candidate.gate, configs=True))
 
 
 def apply_variant(net: nn.Module, candidate: Candidate, variant: Variant) -> Gate | None:
-    """Apply a variant to a candidate. The result is None if the variant does not fit."""
+    """The gate of a candidate with the changes of a variant, or None if they do not fit."""
     coarse = candidate.coarser(variant.parts)
     if coarse is None:
         return None
