@@ -123,7 +123,7 @@ def fresh(x: Any) -> Any:
 def materialize(net: nn.Module, x: Any) -> None:
     """Create the parameters of lazy layers in place, by calling the network once on an input.
 
-    A network without lazy layers is not called. An error of the network is not caught.
+    A network without lazy layers is not called. Errors of the network are raised.
     """
     if any(isinstance(module, LazyModuleMixin) for module in net.modules()):
         with torch.no_grad(), evaluating(net), repeatable(torch.get_default_dtype()):

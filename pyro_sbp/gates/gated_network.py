@@ -248,9 +248,8 @@ class GatedNetwork(nn.Module):
                 per example, and the input of a reader does not have the batch in dimension 0 (in a
                 recurrent layer, in its batch dimension), or the units are the hidden units of a
                 recurrent layer; the gates have different numbers of draws; there are several draws,
-                and the output of the
-                network is not a tensor; or the noise of a `Pruner` is attached to the network,
-                which would then multiply the units twice.
+                and the output of the network is not a tensor; or the noise of a `Pruner` is
+                attached to the network, so that noise would multiply the units twice.
         """
         check_no_noise(self.net, "called with theta")
         check_theta(self.gates, theta)

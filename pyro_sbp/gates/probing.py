@@ -135,9 +135,9 @@ def find_gates(
     Args:
         net: any network. It is not changed, except that the parameters of lazy layers are created.
         example_input: an input of the network: a tensor, a tuple of positional arguments, or a
-            mapping of named arguments (see `call`). A smaller input takes less time.
-        input_features: names of dense layers whose input columns (pixels, flattened features) shall
-            be units, in a gate named ``"LAYER_input"``.
+            mapping of named arguments (see `call`). With a smaller input, the search is faster.
+        input_features: names of dense layers whose input columns (pixels, flattened features) are
+            the units of a further gate, with the name ``LAYER_input``.
         ignore: names of dense, recurrent, embedding or non-depthwise convolutional layers that the
             network does not call on the example and that never read units of other layers. If such
             a layer is not named, it prevents all gates, because it could read any unit.

@@ -77,7 +77,10 @@ def products(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
 
 
 def _of_layers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Product]:
-    """The product that the function of a dense layer, or of a convolution without groups, is."""
+    """Interpret a call of the function of a dense layer or a convolution as a product.
+
+    The list is empty for convolutions with groups.
+    """
     given = _given(("input", "weight"), args, kwargs)
     if given is None:
         return []
