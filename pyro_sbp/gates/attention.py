@@ -69,7 +69,8 @@ class Attention(nn.Module):
         As there, `is_causal` only says that `attn_mask` is causal. It has no effect here.
 
         Raises:
-            ValueError: `attn_mask` has three dimensions, with a mask for every head.
+            ValueError: `attn_mask` has three dimensions, with a mask for every head, or is missing
+                although `is_causal` is true.
         """
         turned = query.ndim == 3 and not self.batch_first
         if turned:
@@ -78,6 +79,8 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal needs attn_mask, as for nn.MultiheadAttention")
         mask = _additive(attn_mask, q)
         if mask is not None and mask.ndim != 2:
             raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.calling import call
@@ -77,19 +77,19 @@ def powers_of_fan_in(
     enliven(dense, torch.Generator().manual_seed(0))
     small = copy_network(dense)
     theta = {g.name: torch.arange(g.size, device="cpu") < (g.size + 1) // 2 for g in gates}
+    units = surviving_units(gates, theta)
     try:
-        cut(small, gates, surviving_units(gates, theta))
+        cut(small, gates, units)
         before, after = _factors(dense, x), _factors(small, x)
     except Exception:  # a network's own code may raise anything; the proof gives the reason
         return {}
-    counts = {
-        (span.layer, span.tensor or "weight"): (
-            len(span.units),
-            int((span.units < 0).sum() + theta[gate.name][span.units[span.units >= 0]].sum()),
-        )
-        for gate in gates
-        for span in gate.readers
-    }
+    remaining: dict[Place, Tensor] = {}
+    for gate in gates:
+        for span in gate.readers:
+            place = span.layer, span.tensor or "weight"
+            columns = units[gate.name].remaining[span.units.clamp(min=0)] | (span.units < 0)
+            remaining[place] = columns & remaining.get(place, columns)
+    counts = {place: (len(columns), int(columns.sum())) for place, columns in remaining.items()}
     return _fitting(counts, before, after)
 
 

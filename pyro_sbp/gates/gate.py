@@ -141,22 +141,25 @@ class Gate:
         return f"Gate({'; '.join(parts)})"
 
 
-def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor]) -> None:
+def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor], *, cut: bool = False) -> None:
     """Check the names and shapes of theta.
 
     Args:
         gates: the gates.
         theta: from gate name to a tensor whose last dimension is the units of the gate.
+        cut: whether units with theta = 0 are to be removed, so that every theta must have one
+            dimension.
 
     Raises:
-        ValueError: theta names an unknown gate, or its last dimension is not the number of units.
+        ValueError: theta names an unknown gate, or has a wrong shape.
     """
     sizes = {gate.name: gate.size for gate in gates}
     for name, value in theta.items():
         if name not in sizes:
             raise ValueError(f"theta names the gate {name!r}; the gates are {', '.join(sizes)}")
-        if value.ndim == 0 or value.shape[-1] != sizes[name]:
+        units = sizes[name]
+        if value.ndim == 0 or value.shape[-1] != units or (cut and value.ndim > 1):
+            others = "" if cut else f", [batch, {units}] or [draws, batch, {units}]"
             raise ValueError(
-                f"theta of gate {name!r} has shape {list(value.shape)}; "
-                f"expected [{sizes[name]}], [batch, {sizes[name]}] or [draws, batch, {sizes[name]}]"
+                f"theta of gate {name!r} has shape {list(value.shape)}; expected [{units}]{others}"
             )

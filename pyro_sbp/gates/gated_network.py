@@ -268,6 +268,8 @@ class GatedNetwork(nn.Module):
                 f"the gates of theta have different numbers of draws: {sorted(map(list, draws))}"
             )
         (shape,) = draws
+        if 0 in shape:
+            raise ValueError(f"theta has no draws: its shape begins with {list(shape)}")
         flat = {name: value.flatten(0, -3) for name, value in theta.items()}
         outputs = [
             self(x, {name: value[index] for name, value in flat.items()})

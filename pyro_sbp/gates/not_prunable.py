@@ -177,8 +177,6 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
 def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float]) -> str:
     """One line with the layers and parameters that are not prunable, the largest ones first.
 
-    If there are none, the line says that the network has no parameters.
-
     Args:
         not_prunable: from name to reason.
         shares: from name to the share of the parameters, from `shares`.
@@ -191,4 +189,4 @@ def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float
     ]
     if len(names) > _MOST:
         lines.append(f"and {len(names) - _MOST} more")
-    return "; ".join(lines) or "it has no parameters"
+    return "; ".join(lines)

@@ -96,7 +96,8 @@ class Gates(list[Gate]):
 
         Those with the largest shares of the parameters come first. At most 8 are listed.
         """
-        return reasons_by_share(self.not_prunable, self.shares)
+        nothing = "all layers are prunable" if self else "it has no parameters"
+        return reasons_by_share(self.not_prunable, self.shares) or nothing
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:

@@ -286,7 +286,7 @@ def shrink_in_place(
     Raises:
         ValueError: theta names an unknown gate, or has a wrong number of units.
     """
-    check_theta(gates, theta)
+    check_theta(gates, theta, cut=True)
     units = surviving_units(gates, theta) if units is None else units
     with torch.no_grad():
         for _, weight, factor in factors(net, gates, theta):

@@ -98,7 +98,8 @@ def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
 def units_of(small: nn.Module) -> dict[str, Units] | None:
     """The value that `set_units` has set, or None if there is none."""
     found = vars(small).get("units")
-    if isinstance(found, dict) and all(isinstance(unit, Units) for unit in found.values()):
+    # An empty dictionary is an attribute of the network itself: pruning records at least one gate.
+    if isinstance(found, dict) and found and all(isinstance(u, Units) for u in found.values()):
         return found
     return None
 

@@ -488,3 +488,15 @@ def test_input_features_must_be_called_and_named_once(features, words):
     net = Net(lambda n, x: n.head(n.a(x)), **two(idle=nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=words):
         find_gates(net, torch.randn(2, 4), features, ignore=["idle"])
+
+
+def test_a_causal_hint_needs_a_mask_as_in_torch():
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 3, 8)
+    for layer in (attention, Attention(attention)):
+        with pytest.raises((RuntimeError, ValueError), match="attn_mask"):
+            layer(x, x, x, is_causal=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(3)
+    expected, _ = attention(x, x, x, attn_mask=mask, is_causal=True)
+    actual, _ = Attention(attention)(x, x, x, attn_mask=mask, is_causal=True)
+    torch.testing.assert_close(actual, expected)

@@ -91,6 +91,7 @@ def test_fold_multiplies_columns_and_leaves_columns_without_units():
             {"conv1": torch.ones(2, 1, 20), "conv2": torch.ones(3, 1, 50)},
             r"different numbers of draws: \[\[2\], \[3\]\]",
         ),
+        ({"conv1": torch.ones(0, 2, 20)}, r"no draws: its shape begins with \[0\]"),
         ({"conv3": torch.ones(20)}, "conv3.*conv1, conv2, fc1_input, fc1"),
         ({"conv1": torch.ones(2, 20)}, "without the batch of 2"),
     ],

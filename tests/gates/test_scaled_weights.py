@@ -81,3 +81,19 @@ def test_factors_that_depend_on_the_number_of_columns(layer):
     net = nn.Sequential(layer(5, 9), nn.ReLU(), layer(9, 6), nn.ReLU(), layer(6, 3))
     small = check(net, POINTS, **{"0": 9, "2": 6})
     assert small[2].weight.shape == (4, 6)
+
+
+class Concatenated(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(5, 8), nn.Linear(5, 6), layer(14, 3)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
+
+
+@pytest.mark.parametrize("layer", [Equalized, Averaging])
+def test_such_a_factor_of_a_layer_that_reads_two_gates(layer):
+    torch.manual_seed(0)
+    small = check(Concatenated(layer), POINTS, a=8, b=6)
+    assert small.last.in_features < 14

@@ -83,6 +83,12 @@ def test_nothing_kept_leaves_one_column_of_zeros(lenet):
     assert torch.allclose(small(x)[0], small(x)[1]), "nothing of the input is left"
 
 
+def test_theta_for_every_example_is_refused(lenet):
+    net, x, gates, _ = lenet
+    with pytest.raises(ValueError, match=r"theta of gate 'conv1' .*\[2, 20\]; expected \[20\]$"):
+        shrink(net, gates, {"conv1": torch.ones(2, 20)}, x)
+
+
 def test_the_original_and_its_mode_stay(lenet):
     net, x, gates, theta = lenet
     theta["conv1"][3:] = 0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyro_sbp as sbp
-from pyro_sbp.gates.units import Units, units_of
+from pyro_sbp.gates.units import Units, forget_units, units_of
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ def test_an_attribute_of_the_network_itself_stays(tmp_path):
     units = {"hidden": {"total": 8, "kept": list(range(8)), "zeroed": []}}
     sbp.save(small, tmp_path / "small", constructor=OwnUnits, units=units)
     assert sbp.load(tmp_path / "small", constructor=OwnUnits).units == 8
+
+
+def test_an_empty_dictionary_of_the_network_itself_stays():
+    net, x = OwnUnits(), torch.randn(4, 6)
+    net.units = {}
+    assert [gate.name for gate in sbp.find_gates(net, x)] == ["hidden"]
+    forget_units(net)
+    assert net.units == {}
 
 
 def test_two_are_equal_if_both_masks_are():
