@@ -200,6 +200,7 @@ _ALL: tuple[Recipe, ...] = (
     ),
     SBPRecipe(
         name="resnet",
+        target_macs_ratio=2.5,
         epochs=20,
         finetune_epochs=10,
         gated_learning_rate=1e-2,
