@@ -22,9 +22,10 @@ from pyro_sbp.cli.train_request import Options, new_request
 from pyro_sbp.datasets.sources import SOURCES, check_dataset
 from pyro_sbp.errors import RequestError, unknown
 from pyro_sbp.recipes.criteria import CRITERIA
+from pyro_sbp.recipes.method_recipes import METHODS
 from pyro_sbp.recipes.named import RECIPES
+from pyro_sbp.recipes.recipe import Recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
-from pyro_sbp.recipes.settings import METHODS, Recipe
 from pyro_sbp.training.processes import is_first
 from pyro_sbp.training.runs import read_request, read_threads
 from pyro_sbp.training.summary import Summary

@@ -9,11 +9,12 @@ from typing import Any, cast
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import check_device
 from pyro_sbp.errors import RequestError, unknown
+from pyro_sbp.recipes.method_recipes import METHODS
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.overrides import assigned_setting, with_overrides
+from pyro_sbp.recipes.recipe import TEMPERATURE, Recipe
 from pyro_sbp.recipes.recipe_files import read_recipe
 from pyro_sbp.recipes.request import PRECISIONS, PixelStatistics, Precision, Request
-from pyro_sbp.recipes.settings import METHODS, TEMPERATURE, Recipe
 from pyro_sbp.training.processes import num_processes
 
 __all__ = ["Options", "new_request"]

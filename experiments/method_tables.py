@@ -21,8 +21,8 @@ from pyro_sbp.experiments.rows import (
     rows,
     title,
 )
+from pyro_sbp.recipes.method_recipes import RECIPE_CLASSES, RBPRecipe
 from pyro_sbp.recipes.named import RECIPES, default_recipe
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, RBPRecipe
 
 __all__ = [
     "compare",

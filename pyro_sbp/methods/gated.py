@@ -44,7 +44,7 @@ from pyro_sbp.pruning.macs_target import (
     largest_ratio,
     ratio_of,
 )
-from pyro_sbp.recipes.settings import GatedRecipe
+from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
 __all__ = ["GatedMethod", "TurnPhase"]
 

@@ -18,7 +18,7 @@ from pyro_sbp.pruning.exactness import Equivalence
 from pyro_sbp.pruning.macs import shares_not_prunable
 from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.sparsity import KeptWeights
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["Method"]
 

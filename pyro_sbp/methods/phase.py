@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_sbp.models.elbo import ClosedFormELBO, Parts
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = [
     "NoisePhase",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_sbp.gates.calling import call
 from pyro_sbp.methods.phase import Phase, Predict, Standing, weights_group
 from pyro_sbp.models.elbo import Parts
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["PlainPhase", "distillation", "fine_tuning"]
 

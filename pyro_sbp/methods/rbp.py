@@ -12,7 +12,7 @@ from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.probing import Gates
 from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.stage import Turn
-from pyro_sbp.recipes.settings import RBPRecipe
+from pyro_sbp.recipes.method_recipes import RBPRecipe
 
 __all__ = ["RBP", "in_order"]
 

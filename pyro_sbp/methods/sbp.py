@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pyro_sbp.methods.gated import GatedMethod, TurnPhase
 from pyro_sbp.methods.phase import Phase, rising_kl
 from pyro_sbp.methods.stage import Turn
-from pyro_sbp.recipes.settings import SBPRecipe
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 
 __all__ = ["SBP"]
 

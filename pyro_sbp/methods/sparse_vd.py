@@ -23,7 +23,7 @@ from pyro_sbp.pruning.sparsity import (
     remaining_units,
     shrink_sparse,
 )
-from pyro_sbp.recipes.settings import SparseVDRecipe
+from pyro_sbp.recipes.method_recipes import SparseVDRecipe
 
 __all__ = ["SparseVD"]
 

@@ -4,10 +4,11 @@ This package needs no torch.
 """
 
 from pyro_sbp.recipes.criteria import CRITERIA
+from pyro_sbp.recipes.method_recipes import METHODS, ORDERS, RBPRecipe, SBPRecipe, SparseVDRecipe
 from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.recipe import Recipe
 from pyro_sbp.recipes.recipe_files import read_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
-from pyro_sbp.recipes.settings import METHODS, ORDERS, RBPRecipe, Recipe, SBPRecipe, SparseVDRecipe
 
 __all__ = [
     "CRITERIA",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_sbp.recipes.settings import (
+from pyro_sbp.recipes.method_recipes import (
     ORDERS,
     RECIPE_CLASSES,
     RBPRecipe,
-    Recipe,
     SBPRecipe,
     SparseVDRecipe,
 )
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["RECIPES", "default_recipe"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.recipe import Recipe
 from pyro_sbp.recipes.recipe_files import read_none
-from pyro_sbp.recipes.settings import Recipe
 
 __all__ = ["assigned_setting", "with_overrides"]
 

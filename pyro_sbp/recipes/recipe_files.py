@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pyro_sbp.errors import RequestError, did_you_mean
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, Recipe
+from pyro_sbp.recipes.method_recipes import RECIPE_CLASSES
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["read_none", "read_recipe"]
 

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, Recipe
+from pyro_sbp.recipes.method_recipes import RECIPE_CLASSES
+from pyro_sbp.recipes.recipe import Recipe
 from pyro_sbp.recipes.validation import STRICT, refusing
 
 __all__ = ["PRECISIONS", "Precision", "Request"]

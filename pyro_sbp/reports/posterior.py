@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.criteria import scores
 from pyro_sbp.recipes.criteria import CRITERIA
-from pyro_sbp.recipes.settings import METHODS
+from pyro_sbp.recipes.method_recipes import METHODS
 from pyro_sbp.training.checkpoints import Checkpoint
 from pyro_sbp.training.runs import Run
 

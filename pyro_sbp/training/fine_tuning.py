@@ -14,7 +14,8 @@ from pyro_sbp.errors import RequestError, unknown
 from pyro_sbp.gates.calling import evaluating
 from pyro_sbp.methods.plain import PlainPhase, fine_tuning
 from pyro_sbp.pruning.recalibration import recalibrate_batch_norm
-from pyro_sbp.recipes.settings import TEMPERATURE, Optimizer, Recipe, SBPRecipe, Schedule
+from pyro_sbp.recipes.method_recipes import SBPRecipe
+from pyro_sbp.recipes.recipe import TEMPERATURE, Optimizer, Recipe, Schedule
 from pyro_sbp.training.optimization import Optimization, moving_average
 
 __all__ = ["Settings", "fine_tune"]

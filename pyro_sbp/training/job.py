@@ -25,8 +25,8 @@ from pyro_sbp.gates.attention import has_attention, separate_attention
 from pyro_sbp.gates.calling import call
 from pyro_sbp.methods import Method
 from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.recipes.method_recipes import METHODS
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import METHODS
 from pyro_sbp.training.devices import dtype_of
 from pyro_sbp.training.teachers import Teachers, check_teacher
 

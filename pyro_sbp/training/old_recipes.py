@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, method_settings
+from pyro_sbp.recipes.method_recipes import RECIPE_CLASSES
+from pyro_sbp.recipes.recipe import setting_names
 
 __all__ = ["recipe", "request"]
 
 #: All settings of the first format. Every recipe had all of them, whatever its method.
-_SETTINGS = frozenset(name for method in RECIPE_CLASSES for name in method_settings(method))
+_SETTINGS = frozenset(name for cls in RECIPE_CLASSES.values() for name in setting_names(cls))
 
 
 def recipe(values: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def recipe(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     Earlier versions did not allow other values than the default for the settings that are removed
     here. Unknown names are kept: reading the recipe raises an error for them.
     """
-    others = _SETTINGS - set(method_settings(method))
+    others = _SETTINGS - set(setting_names(RECIPE_CLASSES[method]))
     return {name: value for name, value in values.items() if name not in others}
 
 

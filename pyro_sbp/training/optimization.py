@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from pyro_sbp.recipes.settings import Recipe
+from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["Optimization", "moving_average"]
 

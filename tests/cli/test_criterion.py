@@ -7,8 +7,8 @@ import torch
 from helpers import METHODS, QUICK, run
 
 from pyro_sbp.pruning.criteria import scores
+from pyro_sbp.recipes.method_recipes import SparseVDRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SparseVDRecipe
 from pyro_sbp.reports.posterior import read_posterior
 
 BMRS = ("bmrs-n", "bmrs-u")

@@ -9,7 +9,7 @@ from helpers import run, stops_after
 import pyro_sbp as sbp
 from pyro_sbp.cli.stopping import Stopped
 from pyro_sbp.methods import SparseVD
-from pyro_sbp.recipes.settings import SparseVDRecipe
+from pyro_sbp.recipes.method_recipes import SparseVDRecipe
 
 QUICK = """
 dense_epochs = 0

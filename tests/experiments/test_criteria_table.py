@@ -6,8 +6,8 @@ from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import criteria
 from pyro_sbp.recipes.criteria import CRITERIA
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.train import train
 

@@ -9,8 +9,8 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import network_tables
 from pyro_sbp.experiments.rows import Record, read_records, rows
 from pyro_sbp.experiments.tables import main, rebuilt
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.named import RECIPES
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import style
 

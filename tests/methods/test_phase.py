@@ -8,7 +8,7 @@ import torch
 from pyro_sbp.methods.phase import rising_kl
 from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes.settings import METHODS, RECIPE_CLASSES, SBPRecipe
+from pyro_sbp.recipes.method_recipes import METHODS, RECIPE_CLASSES, SBPRecipe
 
 
 @pytest.mark.parametrize("method", METHODS)

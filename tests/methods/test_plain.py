@@ -8,7 +8,7 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.methods import RBP, SBP, SparseVD
 from pyro_sbp.methods.plain import PlainPhase, distillation
 from pyro_sbp.networks import LeNet300_100
-from pyro_sbp.recipes.settings import RBPRecipe, SBPRecipe, SparseVDRecipe
+from pyro_sbp.recipes.method_recipes import RBPRecipe, SBPRecipe, SparseVDRecipe
 
 
 def test_it_is_the_divergence_from_the_teacher():

@@ -18,8 +18,8 @@ from pyro_sbp.methods.stage import Turn
 from pyro_sbp.networks import LeNet5, LeNet300_100
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
+from pyro_sbp.recipes.method_recipes import RBPRecipe, SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import RBPRecipe, SBPRecipe
 from pyro_sbp.reports.posterior import describe, read_posterior
 from pyro_sbp.training import again
 from pyro_sbp.training import train as training

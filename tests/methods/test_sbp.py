@@ -8,8 +8,8 @@ import torch
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.methods import SBP
 from pyro_sbp.networks import LeNet5, LeNet300_100
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports.posterior import read_posterior
 from pyro_sbp.training import train as training
 

@@ -11,7 +11,7 @@ from pyro_sbp.methods.stage import Stage, over_all_units
 from pyro_sbp.networks import LeNet300_100
 from pyro_sbp.pruning.choosing import Choice
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
-from pyro_sbp.recipes.settings import SBPRecipe
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 
 
 def cut(stage, x, removed, snr=5.0, held=()):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.reports import plots
 from pyro_sbp.reports.plots import Point, style
 from pyro_sbp.training.checkpoints import Checkpoint, Place

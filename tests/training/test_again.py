@@ -9,8 +9,8 @@ from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training.again import prune_again, sweep
 from pyro_sbp.training.train import train
 

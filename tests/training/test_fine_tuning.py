@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
 from pyro_sbp.methods.plain import distillation
-from pyro_sbp.recipes.settings import SBPRecipe
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 
 
 @pytest.fixture

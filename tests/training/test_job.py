@@ -10,8 +10,8 @@ from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.splits import Split
 from pyro_sbp.errors import RequestError
 from pyro_sbp.gates.attention import separate_attention
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import build_network, prepare_data, prepare_job
 

@@ -8,8 +8,8 @@ from lightning_fabric.loggers import CSVLogger, Logger
 from tiny_network import labelled_images
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import SBPRecipe
 from pyro_sbp.training import loggers
 from pyro_sbp.training.loggers import Log, WandbLogger, make_logger
 from pyro_sbp.training.loop import Interrupted

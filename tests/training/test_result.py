@@ -9,8 +9,8 @@ from tiny_network import Net, labelled_images
 from pyro_sbp.deployment.loading import load
 from pyro_sbp.deployment.memory import file_size
 from pyro_sbp.deployment.saving import save
+from pyro_sbp.recipes.method_recipes import RECIPE_CLASSES
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.recipes.settings import RECIPE_CLASSES
 from pyro_sbp.training.train import train
 
 

@@ -1,17 +1,9 @@
-"""The settings of recipes: values, files, and what is out of bounds."""
+"""Recipes in TOML files, and values that are out of their bounds."""
 
 import pytest
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.recipes import (
-    METHODS,
-    RBPRecipe,
-    Recipe,
-    SBPRecipe,
-    SparseVDRecipe,
-    read_recipe,
-)
-from pyro_sbp.recipes.settings import RECIPE_CLASSES, GatedRecipe, method_settings
+from pyro_sbp.recipes import RBPRecipe, SBPRecipe, read_recipe
 
 
 def test_a_file_sets_what_it_names(tmp_path):
@@ -81,30 +73,6 @@ def test_a_missing_file_is_refused(tmp_path):
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(
-    ("method", "setting", "value", "words"),
-    [
-        ("sbp", "order", "together", "'order' is a setting of rbp, not of sbp"),
-        ("sbp", "exact_kl", True, "is a setting of sparse-vd, not of sbp"),
-        ("rbp", "exact_kl", True, "is a setting of sparse-vd, not of rbp"),
-        ("rbp", "kl_free_epochs", 1, "is a setting of sbp and sparse-vd, not of rbp"),
-        ("sparse-vd", "order", "reversed", "not of sparse-vd"),
-        ("sparse-vd", "prior_scale", 3.0, "is a setting of sbp and rbp, not of sparse-vd"),
-        ("sparse-vd", "macs_weight", 1.0, "not of sparse-vd"),
-        ("sparse-vd", "noise_per", "example", "not of sparse-vd"),
-        ("sparse-vd", "init_loc", 0.1, "not of sparse-vd"),
-    ],
-)
-def test_a_setting_of_another_method_is_refused(method, setting, value, words):
-    cls = RECIPE_CLASSES[method]
-    with pytest.raises(RequestError, match=f"mine.toml: .*{words}"):
-        cls.from_dict({setting: value}, "mine.toml")
-    with pytest.raises(RequestError, match=words):
-        cls().replace(**{setting: value})
-    with pytest.raises(RequestError, match=f"there is no setting '{setting}'"):
-        cls(**{setting: value})
-
-
 def test_none_in_a_file_is_no_value(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('prior_scale = "none"\n')
@@ -112,36 +80,3 @@ def test_none_in_a_file_is_no_value(tmp_path):
     path.write_text('epochs = "none"\n')
     with pytest.raises(RequestError, match="epochs is 'none'; expected an integer"):
         read_recipe(path)
-
-
-def test_values_can_be_taken_away():
-    assert RBPRecipe(prior_scale=4.0).replace(prior_scale=None).prior_scale is None
-    assert SBPRecipe(gated_learning_rate=0.1).replace(gated_learning_rate=None) == SBPRecipe()
-
-
-def test_epochs_keep_the_shares_of_the_rising_kl():
-    recipe = SparseVDRecipe(epochs=100, kl_free_epochs=10, kl_rising_epochs=30).with_epochs(50)
-    assert (recipe.epochs, recipe.kl_free_epochs, recipe.kl_rising_epochs) == (50, 5, 15)
-    assert RBPRecipe().with_epochs(7).epochs == 7
-    recipe = SBPRecipe(epochs=50, cut_every=10)
-    assert [recipe.with_epochs(epochs).cut_every for epochs in (100, 5, 1)] == [20, 1, 0]
-
-
-@pytest.mark.parametrize("cls", [Recipe, GatedRecipe])
-def test_settings_are_those_of_a_method(cls):
-    with pytest.raises(RequestError, match="Recipe has no method; use SBPRecipe, RBPRecipe or"):
-        cls()
-
-
-def test_every_setting_has_a_description():
-    for method in METHODS:
-        fields = RECIPE_CLASSES[method].__pydantic_fields__
-        assert list(fields) == list(method_settings(method))
-        assert all(field.description.endswith((".", ")")) for field in fields.values())
-
-
-def test_gates_share_the_epochs_of_rbp_only_if_they_take_turns():
-    recipe = RECIPE_CLASSES["rbp"](epochs=25)
-    assert recipe.epochs_per_gate(4) == 6
-    assert recipe.replace(order="together").epochs_per_gate(4) == 25
-    assert RECIPE_CLASSES["sbp"](epochs=25).epochs_per_gate(4) == 25
