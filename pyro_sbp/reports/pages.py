@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["details", "heading", "page", "paragraph", "picture", "side", "table"]
+__all__ = ["details", "heading", "page", "paragraph", "percent", "picture", "side", "table"]
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #22262b; --soft: #5b636d;
@@ -64,6 +64,11 @@ def heading(level: int, text: str) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """A paragraph of the kind "", "note" or "soft"."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def percent(value: float | None) -> str:
+    """The text of a number in percent, with its unit."""
+    return "-" if value is None else f"{value:.2f} %"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:

@@ -1,0 +1,1 @@
+"""The sections of the page about runs, as parts in HTML."""
