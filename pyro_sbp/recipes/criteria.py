@@ -99,6 +99,6 @@ def find_criterion(name: str) -> Criterion:
     Raises:
         RequestError: the criterion is unknown.
     """
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:  # a setting may have any type
         raise RequestError(unknown("criterion", str(name), CRITERIA))
     return CRITERIA[name]

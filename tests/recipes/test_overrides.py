@@ -31,6 +31,7 @@ def test_single_settings_are_written_as_in_a_file():
         ("epoch=3", "did you mean 'epochs'"),
         ("order=together", "'order' is a setting of rbp, not of sbp"),
         ("method=rbp", "use --method"),
+        ("criterion=[1]", r"unknown criterion '\[1\]'; expected snr, bmrs-n, bmrs-u"),
     ):
         with pytest.raises(RequestError, match=words):
             with_overrides(before, [wrong])
