@@ -7,12 +7,16 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
+
+if TYPE_CHECKING:
+    from pyro_sbp.datasets.loading import ImageData
 
 __all__ = [
     "RESULTS",
@@ -20,6 +24,7 @@ __all__ = [
     "file_name",
     "made_by",
     "phases",
+    "pruned_again",
     "record",
     "short_path",
     "thresholds",
@@ -164,17 +169,66 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
+def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
+    """The record of a run that was pruned again to a ratio of MACs, and fine-tuned.
+
+    The network is not kept.
+
+    Args:
+        run: the run directory.
+        ratio: the ratio of MACs, as for ``pyro-sbp prune --macs-ratio``.
+        epochs: the epochs of fine-tuning.
+
+    Raises:
+        RequestError: the run is not finished, or the ratio cannot be reached.
+        ValueError: as for `record`.
+    """
+    from pyro_sbp.pruning.budgets import MacsRatio
+    from pyro_sbp.training.again import prune_again
+
+    entry = record(run)
+    request, data = _with_data(run)
+    with tempfile.TemporaryDirectory() as other:
+        summary = prune_again(
+            request,
+            data,
+            run,
+            Path(other) / "pruned",
+            budget=MacsRatio(ratio),
+            finetune_epochs=epochs,
+            tell=_silent,
+        )
+    options = f"--macs-ratio {ratio:g}" + f" --finetune-epochs {epochs}" * (epochs > 0)
+    return {
+        **{key: value for key, value in entry.items() if key not in ("phases", "latencies")},
+        **summary.to_dict(),
+        "dataset": entry["dataset"],
+        "command": f"{entry['command']} && pyro-sbp prune {options}",
+        "pruned_again": {"macs_ratio": ratio, "finetune_epochs": epochs},
+    }
+
+
+def _silent(words: str) -> None:
+    """Ignore a line about the measurements for a budget."""
+
+
+def _with_data(run: Path) -> tuple[Request, ImageData]:
+    """The request of a run, and its data."""
+    from pyro_sbp.architectures import find_architecture
+    from pyro_sbp.datasets.loading import load_dataset
+
+    request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
+    size = request.image_size or find_architecture(request.arch).image_size
+    return request, load_dataset(request.dataset, request.data_dir, size, device=request.device)
+
+
 def thresholds(run: Path) -> list[dict[str, Any]]:
     """The results of the run at other thresholds, from `sweep`. For a method that removes weights,
     they are a curve of error against compression.
     """
-    from pyro_sbp.architectures import find_architecture
-    from pyro_sbp.datasets.loading import load_dataset
     from pyro_sbp.training.again import sweep
 
-    request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
-    size = find_architecture(request.arch).image_size
-    data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
+    request, data = _with_data(run)
     return sweep(request, data, run)
 
 
@@ -203,18 +257,30 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--sweep", action="store_true", help="also measure other thresholds")
+    parser.add_argument(
+        "--macs-ratio", type=float, help="prune the runs again to this ratio, and record the result"
+    )
+    parser.add_argument(
+        "--finetune-epochs", type=int, default=0, help="epochs of fine-tuning after --macs-ratio"
+    )
     options = parser.parse_args(arguments)
     RESULTS.mkdir(exist_ok=True)
     for run in options.runs:
         try:
-            entry = record(run)
+            if options.macs_ratio is not None:
+                entry = pruned_again(run, options.macs_ratio, options.finetune_epochs)
+            else:
+                entry = record(run)
             if options.sweep:
                 entry["thresholds"] = thresholds(run)
         except OSError as error:
             sys.exit(f"{run} is not a finished run: {error}")
         except ValueError as error:
             sys.exit(str(error))
-        name = file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
+        names = [entry[key] for key in ("arch", "dataset", "recipe", "seed")]
+        if options.macs_ratio is not None:
+            names.insert(-1, f"macs-{options.macs_ratio:g}")
+        name = file_name(*names)
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:
             sys.exit(f"{path} is the record of another command; delete it to replace it")

@@ -182,7 +182,7 @@ class Row:
         if record.baseline:
             return f"{record.method}, epochs of `{record.recipe}`"
         name = f"{METHODS.get(record.method, record.method)}, `{record.recipe}`"
-        return name + _taught(record)
+        return name + _taught(record) + _pruned_again(record)
 
     @property
     def seeds(self) -> str:
@@ -254,7 +254,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
         if record.baseline:
             key.append(record.command)
         else:
-            key.append(_taught(record))
+            key += [_taught(record), _pruned_again(record)]
         group = groups.setdefault(tuple(key), [])
         if record.seed in {other.seed for other in group}:
             words = f"{record.arch} on {record.dataset} by {record.method}, {record.recipe}"
@@ -274,6 +274,12 @@ def _taught(record: Record) -> str:
         if len(teachers) == 1
         else (f", taught by {len(teachers)} dense networks ({nets})")
     )
+
+
+def _pruned_again(record: Record) -> str:
+    """The text about the ratio of MACs of a run that was pruned again; empty for other runs."""
+    again = record.content.get("pruned_again")
+    return "" if again is None else f", pruned to {again['macs_ratio']:g}x"
 
 
 def median_units(counts: Sequence[Mapping[str, int]]) -> str:

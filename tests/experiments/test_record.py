@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import main, record
-from pyro_sbp.experiments.rows import read_records
+from pyro_sbp.experiments.rows import read_records, rows
+from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import Request
+from pyro_sbp.training.train import train
 
 
 def run_directory(path, seed, error, recipe=None, method="rbp", dataset="mnist", weights=None):
@@ -110,3 +113,25 @@ def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
     assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
     with pytest.raises(SystemExit, match="none is not a finished run: "):
         main([str(tmp_path / "none")])
+
+
+def test_a_run_that_is_pruned_again_is_a_row_of_its_own(tmp_path, monkeypatch):
+    recipe = SBPRecipe(
+        name="short", dense_epochs=1, epochs=2, finetune_epochs=0, batch_size=64,
+        noise_learning_rate=0.1,
+    )  # fmt: skip
+    monkeypatch.setitem(RECIPES, "short", recipe)
+    monkeypatch.setattr("pyro_sbp.experiments.record.RESULTS", tmp_path / "results")
+    request = Request("lenet-300-100", "digits", recipe, data_dir="nowhere")
+    run = tmp_path / "run"
+    train(request, load_dataset("digits", tmp_path, 28), run)
+    main([str(run)])
+    main([str(run), "--macs-ratio", "3", "--finetune-epochs", "1"])
+    records = read_records(tmp_path / "results")
+    plain, again = rows(records)
+    assert again.name == "SBP, `short`, pruned to 3x" and plain.name == "SBP, `short`"
+    assert 3 <= again.macs_ratio < 3.3 and again.dense == plain.dense
+    assert again.first.content["error"]["finetuned"] is not None
+    assert again.first.command.endswith(" && pyro-sbp prune --macs-ratio 3 --finetune-epochs 1")
+    with pytest.raises(SystemExit, match="macs_ratio"):
+        main([str(run), "--macs-ratio", "1e6"])
