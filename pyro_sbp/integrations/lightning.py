@@ -6,6 +6,7 @@ Needs the package ``lightning``: ``pip install 'pyro-sbp[lightning]'``.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.units import units_of
 from pyro_sbp.pruning.budgets import ratio_budget
-from pyro_sbp.pruning.pruner import Pruner
+from pyro_sbp.pruning.loop_target import check_target_ratio
+from pyro_sbp.pruning.pruner import TARGET, Pruner
 from pyro_sbp.pruning.pruning import prune
 
 __all__ = ["PruneCallback"]
@@ -45,9 +47,10 @@ class PruneCallback(Callback):
         start_epoch, end_epoch: noise is trained in epochs with start_epoch <= epoch < end_epoch.
         num_data: the number of training examples; by default the length of the training data set.
         what: what to keep, as for `pyro_sbp.prune`, such as ``{"macs_ratio": 2}``; by default the
-            units whose signal-to-noise ratio reaches the threshold.
-        options: for `pyro_sbp.Pruner`, such as ``kl_scale`` and ``noise_learning_rate``, or more of
-            what to keep, such as ``macs_ratio``.
+            units whose signal-to-noise ratio reaches the threshold, or those of the target.
+        options: for `pyro_sbp.Pruner`, such as ``kl_scale`` and ``target_macs_ratio``, or more of
+            what to keep, such as ``macs_ratio``. For a target, ``num_steps`` is by default the
+            number of steps of the optimizer in the epochs with noise.
 
     Attributes:
         pruner: the `Pruner`, from the first epoch with noise on.
@@ -77,6 +80,8 @@ class PruneCallback(Callback):
         self.network, self.example_input, self.num_data = network, example_input, num_data
         self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.what, self.options = _split(what or {}, options)
+        if self.options.get("target_macs_ratio") is not None:
+            check_target_ratio(self.options["target_macs_ratio"])  # before the training
         self.pruner: Pruner | None = None
         #: The pruned network, after the cut.
         self._small: nn.Module | None = None
@@ -162,7 +167,7 @@ class PruneCallback(Callback):
         if self._optimizer is None:
             if not self._saved and not self.start_epoch <= epoch < self.end_epoch:
                 return
-            pruner = self._put(pl_module, self.num_data or _examples(trainer))
+            pruner = self._put(trainer, pl_module, self.num_data or _examples(trainer))
             self._optimizer = torch.optim.Adam([pruner.noise_group()])
             if "optimizer" in self._saved:
                 self._optimizer.load_state_dict(self._saved["optimizer"])
@@ -233,18 +238,38 @@ class PruneCallback(Callback):
         self.pruner = self._small = self._optimizer = None
         self._saved = {}
 
-    def _put(self, pl_module: LightningModule, num_data: int) -> Pruner:
+    def _put(self, trainer: Trainer, pl_module: LightningModule, num_data: int) -> Pruner:
         """Put noise on the network, with the posterior of a checkpoint if there is one."""
         if self.pruner is not None:
             self.pruner.detach()
         net = self._network(pl_module)
         device = _device(net)
         example_input = map_tensors(lambda x: x.to(device), self.example_input)
-        pruner = Pruner(net, example_input, num_data, **self.options)
+        options = dict(self.options)
+        if options.get("target_macs_ratio") is not None and options.get("num_steps") is None:
+            options["num_steps"] = self._num_steps(trainer)
+        pruner = Pruner(net, example_input, num_data, **options)
         if self._saved:
             pruner.load_state_dict(self._saved["posterior"])
         self.pruner = pruner.attach()
         return pruner
+
+    def _num_steps(self, trainer: Trainer) -> int:
+        """The number of steps with noise: that of the checkpoint, or of this training.
+
+        Raises:
+            ValueError: the number of batches is not known.
+        """
+        if TARGET in self._saved.get("posterior", {}):
+            return int(self._saved["posterior"][TARGET]["num_steps"])
+        batches = trainer.num_training_batches
+        if not math.isfinite(batches):
+            raise ValueError(
+                "the number of training batches is not known, which target_macs_ratio needs; give "
+                "the number of steps of the optimizer with noise as num_steps"
+            )
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        return steps * (self.end_epoch - self.start_epoch)
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before an evaluation, put the noise of a checkpoint on the network."""
@@ -252,7 +277,7 @@ class PruneCallback(Callback):
             # Finding gates needs more than inference tensors. The function of the network does not
             # depend on the number of examples.
             with torch.inference_mode(False):
-                self._put(pl_module, self.num_data or 1)
+                self._put(trainer, pl_module, self.num_data or 1)
         elif self.pruner is not None:
             self.pruner.to(_device(self.pruner.net))
         if trainer.ckpt_path and not self._read_states and self._small is None:

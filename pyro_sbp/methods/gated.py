@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,18 +31,13 @@ from pyro_sbp.methods.stage import Carried, Stage, Turn, over_all_units
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, GatedModel, theta_prior
 from pyro_sbp.models.sites import scales_of
-from pyro_sbp.pruning.budgets import Budget, MacsRatio
+from pyro_sbp.pruning.budgets import Budget
 from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units, held_gates
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import check_prior, guide_scores, scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
-from pyro_sbp.pruning.macs_target import (
-    TargetReached,
-    choose_by_macs,
-    largest_ratio,
-    ratio_of,
-)
+from pyro_sbp.pruning.macs_target import check_target, choose_by_macs, target_reached
 from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
 __all__ = ["GatedMethod", "TurnPhase"]
@@ -116,18 +110,7 @@ class GatedMethod(Method[G]):
         """The weights of the KL divergence that follow the current costs, or reach the target."""
         recipe, target = self.recipe, self.recipe.target_macs_ratio
         if target is not None:
-            most = largest_ratio(self.net, self.gates, costs, self.example_input)
-            if target > most:
-                raise ValueError(
-                    f"target_macs_ratio is {target:g}; expected at most "
-                    f"{math.floor(100 * most) / 100:.2f}, the ratio of {type(self.net).__name__} "
-                    "with one unit in every gate"
-                )
-            if not any(self.kl_scale.values()):
-                raise ValueError(
-                    f"target_macs_ratio is {target:g}, but kl_scale is 0 for all gates, so no "
-                    "units would be removed; set kl_scale"
-                )
+            check_target(target, self.net, self.gates, costs, self.kl_scale, self.example_input)
         return KLControl(self.kl_scale, recipe.macs_weight, recipe.threshold, costs, target)
 
     def state(self) -> dict[str, Any] | None:
@@ -203,9 +186,7 @@ class GatedMethod(Method[G]):
         target = self.recipe.target_macs_ratio
         if not (threshold is None and budget is None and criterion == self.recipe.criterion):
             target = None
-        if target is not None:
-            budget = MacsRatio(target)
-        elif budget is None and threshold is None:
+        if target is None and budget is None and threshold is None:
             threshold = rule.threshold
         self.target = None
         if self._open is not None:
@@ -217,8 +198,9 @@ class GatedMethod(Method[G]):
             theta, score = stage.theta(), self._scores(criterion)
         for name, beyond in stage.beyond_multiples(round_to, score).items():
             theta[name][beyond], score[name][beyond] = 0, -torch.inf
-        if target is not None and round_to == min_units == 1:
-            choice = self.by_macs(stage, theta, score, self.costs(stage.net, stage.gates), target)
+        if target is not None:
+            costs, rounding = self.costs(stage.net, stage.gates), (round_to, min_units)
+            choice = self.by_macs(stage, theta, score, costs, target, *rounding)
         else:
             choice = choose_units(
                 stage.net,
@@ -245,6 +227,8 @@ class GatedMethod(Method[G]):
         score: Mapping[str, Tensor],
         costs: UnitCosts,
         target: float,
+        round_to: int = 1,
+        min_units: int = 1,
     ) -> Choice:
         """The units of the network of a stage that reaches a target of MACs."""
         return choose_by_macs(
@@ -258,6 +242,8 @@ class GatedMethod(Method[G]):
             ratio=target,
             dense=self.net,
             dense_macs=self.dense_macs,
+            round_to=round_to,
+            min_units=min_units,
         )
 
     def _scores(self, criterion: str) -> dict[str, Tensor]:
@@ -470,8 +456,9 @@ class TurnPhase(NoisePhase):
         score = {**stage.score, **own}
         theta = {**stage.theta(), **self.guide.mean()}
         choice = method.by_macs(stage, theta, score, self.costs, target)
-        alone = ratio_of(self.costs, by_threshold.choice.units, method.dense_macs)
-        method.target = TargetReached(target, choice.threshold, alone)
+        method.target = target_reached(
+            choice, by_threshold.choice, self.costs, target, method.dense_macs
+        )
         if method.target.far:
             warnings.warn(method.target.warning(recipe.threshold), stacklevel=2)
         return self._decided(choice, score, own, choice.threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import Choice, choose_units
 from pyro_sbp.pruning.costs import UnitCosts
 
-__all__ = ["TargetReached", "choose_by_macs", "largest_ratio"]
+__all__ = ["TargetReached", "check_target", "choose_by_macs", "largest_ratio", "target_reached"]
 
 #: Units under the threshold of a budget are added until the ratio is this close to the target.
 CLOSE = 1.05
@@ -70,6 +71,50 @@ def largest_ratio(
     return ratio_of(costs, choice.units, costs.expected({}))
 
 
+def check_target(
+    ratio: float,
+    net: nn.Module,
+    gates: Sequence[Gate],
+    costs: UnitCosts,
+    kl_scale: Mapping[str, float],
+    example_input: Any,
+) -> None:
+    """Raise ValueError if no pruning of a network, or no training, can reach a ratio of MACs.
+
+    Args:
+        ratio: the target, `target_macs_ratio` in the message.
+        net, gates, example_input: as for `choose_units`.
+        costs: the costs of the units of `net`.
+        kl_scale: the weights of the KL divergence without costs, by gate.
+    """
+    most = largest_ratio(net, gates, costs, example_input)
+    if ratio > most:
+        raise ValueError(
+            f"target_macs_ratio is {ratio:g}; expected at most {math.floor(100 * most) / 100:.2f}, "
+            f"the ratio of {type(net).__name__} with one unit in every gate"
+        )
+    if not any(kl_scale.values()):
+        raise ValueError(
+            f"target_macs_ratio is {ratio:g}, but kl_scale is 0 for all gates, so no units would "
+            "be removed; set kl_scale"
+        )
+
+
+def target_reached(
+    choice: Choice, by_threshold: Choice, costs: UnitCosts, ratio: float, dense_macs: float
+) -> TargetReached:
+    """Compare the units of a target of MACs with those that a threshold alone keeps.
+
+    Args:
+        choice: the units that `choose_by_macs` chose for the target.
+        by_threshold: the units that the threshold keeps.
+        costs: the costs of the units of the network.
+        ratio: the target.
+        dense_macs: the MACs of the dense network.
+    """
+    return TargetReached(ratio, choice.threshold, ratio_of(costs, by_threshold.units, dense_macs))
+
+
 def choose_by_macs(
     net: nn.Module,
     gates: Sequence[Gate],
@@ -82,15 +127,19 @@ def choose_by_macs(
     ratio: float,
     dense: nn.Module,
     dense_macs: float,
+    round_to: int = 1,
+    min_units: int = 1,
 ) -> Choice:
     """Choose the units of a large network with at most 1 / `ratio` of the dense MACs.
 
     The budget `MacsRatio` selects a threshold. In a small network, one unit can have a large share
     of the MACs, so the ratio at this threshold can be far over `ratio`. Units under the threshold
-    are then kept too, the best ones first, as long as the MACs do not exceed the limit.
+    are then kept too, the best ones first, as long as the MACs do not exceed the limit. With
+    `round_to` or `min_units` other than 1, only the budget selects.
 
     Args:
-        net, gates, mean, score, example_input, criterion, dense: as for `choose_units`.
+        net, gates, mean, score, example_input, criterion, dense, round_to, min_units: as for
+            `choose_units`.
         costs: the costs of the units of `net`.
         ratio: the ratio of MACs.
         dense_macs: the MACs of the dense network.
@@ -106,8 +155,12 @@ def choose_by_macs(
         example_input,
         criterion=criterion,
         budget=MacsRatio(ratio),
+        round_to=round_to,
+        min_units=min_units,
         dense=dense,
     )
+    if not round_to == min_units == 1:
+        return choice
     theta, units = choice.theta, choice.units
     found = ratio_of(costs, units, dense_macs)
     for name, unit in _best_first(score, units):

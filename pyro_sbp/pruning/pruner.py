@@ -23,9 +23,15 @@ from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.models.untraced import untraced_kl
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
-from pyro_sbp.pruning.pruning import prune
+from pyro_sbp.pruning.loop_target import LoopTarget, check_loop_target
+from pyro_sbp.pruning.macs_control import KLControl
+from pyro_sbp.pruning.macs_target import TargetReached
+from pyro_sbp.pruning.pruning import prune, shrink_to
 
-__all__ = ["Pruner"]
+__all__ = ["TARGET", "Pruner"]
+
+#: The key of the state of a target in `Pruner.state_dict`.
+TARGET = "macs_target"
 
 
 class Pruner:
@@ -34,13 +40,18 @@ class Pruner:
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
     training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
     evaluation mode, the network computes the same function as the network that `prune` returns with
-    its default settings. `prune` returns the smaller network. While the pruner is attached,
-    `pyro_sbp.save` and `pyro_sbp.export` raise an error for the network, because their files would
-    have no noise.
+    its default settings. With a target, this is the network that the threshold alone gives.
+    `prune` returns the smaller network. While the pruner is attached, `pyro_sbp.save` and
+    `pyro_sbp.export` raise an error for the network, because their files would have no noise.
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
     them.
+
+    With `target_macs_ratio`, the weights of the KL divergence are adjusted during training, so that
+    the network of `prune` has this ratio of MACs. The units whose signal-to-noise ratio reaches the
+    threshold then have almost the same ratio. A step is one call of `kl_loss` or `loss` with
+    gradients enabled. After `num_steps` steps, the weights do not change any more.
 
     Args:
         net: the network, which should be trained already. Its parameters are shared, not copied.
@@ -53,10 +64,14 @@ class Pruner:
             `pyro_sbp.pruning.costs.scales_by_cost`.
         costs: the costs of the units for `macs_weight`; by default their MACs. Another choice is
             their measured latency (`measure_unit_latency`).
+        target_macs_ratio: the ratio of the MACs of the network to those of the pruned network that
+            training shall reach. `macs_weight` is then the start of its weight.
+        num_steps: the number of steps that the training loop will make with noise, for a target.
+            If gradients are accumulated, every call of `kl_loss` or `loss` is a step.
         noise_per: "batch" draws the noise once for a minibatch, "example" for every example.
         noise_learning_rate: the learning rate of the posterior in `parameters`.
-        threshold: the signal-to-noise ratio under which a unit counts as removed in `units` and in
-            evaluation mode.
+        threshold: the signal-to-noise ratio under which a unit counts as removed in `units`, in
+            evaluation mode and for a target.
         init_log_scale: the initial log scale of the posterior; -5 is a signal-to-noise ratio of
             247.
 
@@ -64,10 +79,12 @@ class Pruner:
         net: the network.
         gates: its gates, with ``gates.not_prunable`` for the layers that are not prunable.
         model, guide: the Pyro model and its posterior, for Pyro's own tools.
+        target: how close the posterior was to the target when `prune` chose the units by it; None
+            before, or if they were chosen in another way.
 
     Raises:
-        ValueError: no layer is prunable, an argument is out of range, or another pruner is attached
-            to the network.
+        ValueError: no layer is prunable, an argument is out of range, the target cannot be reached,
+            or another pruner is attached to the network.
     """
 
     def __init__(
@@ -81,11 +98,14 @@ class Pruner:
         kl_scale: float | Mapping[str, float] = 1.0,
         macs_weight: float = 0.0,
         costs: Costs | None = None,
+        target_macs_ratio: float | None = None,
+        num_steps: int | None = None,
         noise_per: Literal["batch", "example"] = "batch",
         noise_learning_rate: float = 1e-2,
         threshold: float = 1.0,
         init_log_scale: float = -5.0,
     ) -> None:
+        check_loop_target(target_macs_ratio, num_steps, threshold, costs)
         self.net, self.example_input = net, example_input
         self.noise_learning_rate, self.threshold = noise_learning_rate, threshold
         self.gates = find_gates(net, example_input, input_features, ignore=ignore)
@@ -94,7 +114,21 @@ class Pruner:
                 f"no layer of {type(net).__name__} is prunable: {self.gates.reasons()}"
             )
         scales = scales_of([gate.name for gate in self.gates], kl_scale)
-        if macs_weight:
+        self._target: LoopTarget | None = None
+        self.target: TargetReached | None = None
+        if target_macs_ratio is not None and num_steps is not None:
+            self._target = LoopTarget(
+                target_macs_ratio,
+                num_steps,
+                net,
+                self.gates,
+                example_input,
+                kl_scale=scales,
+                macs_weight=macs_weight,
+                threshold=threshold,
+            )
+            scales = self._target.control.weights
+        elif macs_weight:
             costs = UnitCosts(net, self.gates, example_input) if costs is None else costs
             scales = scales_by_cost(scales, costs, macs_weight)
         self.model = GatedModel(net, self.gates, num_data, noise_per=noise_per, kl_scale=scales)
@@ -105,6 +139,13 @@ class Pruner:
         self._contexts: list[AbstractContextManager[None]] = []
         #: The number of calls of the network with noise.
         self.noisy_calls = 0
+
+    @property
+    def control(self) -> KLControl | None:
+        """The controller of the weights of the KL divergence, whose `standing` has its numbers for
+        a log. None without a target.
+        """
+        return None if self._target is None else self._target.control
 
     @property
     def attached(self) -> bool:
@@ -140,6 +181,7 @@ class Pruner:
         Raises:
             ValueError: the pruner is attached, so the network would have noise twice.
         """
+        self._begin_step()
         with self._frozen():
             parts = self._elbo.parts(self.model, self.guide, x, y)
         return parts.loss / self.model.num_data
@@ -156,8 +198,13 @@ class Pruner:
                 "the noise is not attached to the network: call attach() before the training, or "
                 "minimise loss(x, y), which needs neither attach() nor kl_loss()"
             )
+        self._begin_step()
         kl = untraced_kl(self.model, self.guide)
         return (self._traced_kl() if kl is None else kl) / self.model.num_data
+
+    def _begin_step(self) -> None:
+        if self._target is not None and torch.is_grad_enabled():
+            self._target.begin_step(self.model, self.guide)
 
     def _traced_kl(self) -> Tensor:
         """The weighted KL divergence, computed by Pyro. It is needed if the model or the guide was
@@ -232,29 +279,43 @@ class Pruner:
     def prune(self, **what: Any) -> nn.Module:
         """Detach the noise, and return the smaller network. The original network is not changed.
 
-        If no unit was removed, a `UserWarning` is given. If an error is raised, the noise remains
-        attached.
+        If no unit was removed, or if the posterior is far from the target, a `UserWarning` is
+        given. If an error is raised, the noise remains attached.
 
         Args:
             what: keyword arguments of `pyro_sbp.prune`, such as ``macs_ratio=2``. Without a
-                threshold, a criterion or a budget, the units that reach the threshold of the pruner
-                are kept. Another ``criterion`` has its own default threshold.
+                threshold, a criterion or a budget, the units are chosen by the target, as in
+                ``pyro-sbp train --target-macs-ratio``. Without a target, those that reach the
+                threshold of the pruner are kept. Another ``criterion`` has its own default
+                threshold.
 
         Raises:
             ValueError, EquivalenceError: as for `pyro_sbp.prune`.
         """
         budgets = {"macs_ratio", "parameters_ratio", "budget"}
-        if not {"threshold", "criterion", *budgets} & what.keys():
+        by_default = not {"threshold", "criterion", *budgets} & what.keys()
+        target = self._target if by_default else None
+        if by_default and target is None:
             what["threshold"] = self.threshold
+        self.target = None
         attached = self.attached
         self.detach()
         try:
-            small = prune(self.model, self.guide, self.example_input, **what)
+            if target is None:
+                small = prune(self.model, self.guide, self.example_input, **what)
+            else:
+                choice, self.target = target.choose(
+                    self.model, self.guide, self.example_input, **what
+                )
+                small = shrink_to(self.model, choice, self.example_input)
         except BaseException:
             if attached:
                 self.attach()
             raise
-        if not budgets & what.keys() and all(
+        if target is not None:
+            if self.target is not None and self.target.far:
+                warnings.warn(target.warning(self.target), stacklevel=2)
+        elif not budgets & what.keys() and all(
             bool(units.kept.all()) for units in (units_of(small) or {}).values()
         ):
             smallest = min(float(snr.min()) for snr in self.guide.snr().values())
@@ -266,14 +327,36 @@ class Pruner:
             )
         return small
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of the posterior. It does not contain the network."""
-        state: dict[str, Tensor] = self.guide.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the posterior, and with a target, that of the weights of its KL divergence
+        as plain values. It does not contain the network.
+        """
+        state: dict[str, Any] = self.guide.state_dict()
+        if self._target is not None:
+            state[TARGET] = self._target.state_dict()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state that `state_dict` returned."""
-        self.guide.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state that `state_dict` returned. Training then continues as it would have.
+
+        Raises:
+            ValueError: the state and the pruner do not have the same target and `num_steps`.
+        """
+        posterior = dict(state)
+        target = posterior.pop(TARGET, None)
+        if self._target is None and target is not None:
+            raise ValueError(
+                f"the state has a target of MACs; create the pruner with target_macs_ratio="
+                f"{target['ratio']:g} and num_steps={target['num_steps']}, as for the state"
+            )
+        if self._target is not None and target is None:
+            raise ValueError(
+                "the state has no target of MACs, but the pruner has; create the pruner without "
+                "target_macs_ratio, or load only the posterior with guide.load_state_dict"
+            )
+        if self._target is not None and target is not None:
+            self._target.load_state_dict(target, self.model)
+        self.guide.load_state_dict(posterior)
 
     def _theta(self, x: Any) -> dict[str, Tensor]:
         """The theta of the units: a sample in training mode, else that of the pruned network."""

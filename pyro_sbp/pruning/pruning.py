@@ -13,11 +13,11 @@ from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.budgets import Budget, ratio_budget
-from pyro_sbp.pruning.choosing import choose_units, nothing_reaches
+from pyro_sbp.pruning.choosing import Choice, choose_units, nothing_reaches
 from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.exactness import checked_shrink
 
-__all__ = ["prune"]
+__all__ = ["prune", "shrink_to"]
 
 
 def prune(
@@ -82,6 +82,22 @@ def prune(
     )
     if len(choice.held) == len(gates):
         warnings.warn(nothing_reaches(choice.threshold, "unit", score, criterion), stacklevel=2)
+    return shrink_to(model, choice, example_input)
+
+
+def shrink_to(model: GatedModel, choice: Choice, example_input: Any) -> nn.Module:
+    """The smaller network with chosen units, and with their description, as `prune` returns it.
+
+    Args:
+        model: the gated network.
+        choice: the units.
+        example_input: an input of the network, on which the result is compared with the masked
+            network.
+
+    Raises:
+        EquivalenceError: as for `prune`.
+    """
+    net, gates = model.gated.net, model.gates
     small, _ = checked_shrink(net, gates, choice.theta, example_input, choice.units)
     set_units(small, choice.units)
     return small
