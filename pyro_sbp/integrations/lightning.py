@@ -260,8 +260,9 @@ class PruneCallback(Callback):
         Raises:
             ValueError: the number of batches is not known.
         """
-        if TARGET in self._saved.get("posterior", {}):
-            return int(self._saved["posterior"][TARGET]["num_steps"])
+        if "posterior" in self._saved:
+            target = self._saved["posterior"].get(TARGET, {})
+            return int(target.get("num_steps", 1))  # without a target, the loading raises an error
         batches = trainer.num_training_batches
         if not math.isfinite(batches):
             raise ValueError(
