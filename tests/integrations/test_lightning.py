@@ -359,6 +359,63 @@ def test_budgets_are_options(tmp_path):
         callback(what={"kl_scale": 2})
 
 
+def macs_ratio(small):
+    dense = network()
+    x = torch.randn(4, 6)
+    return sbp.count_macs(dense, x) / sbp.count_macs(small, x)
+
+
+def test_a_target_of_macs_is_reached_in_the_epochs_with_noise(tmp_path):
+    module, prune = Module(), callback(1, 11, target_macs_ratio=4)
+    loader = DataLoader(data().dataset, batch_size=20)  # 13 batches, the last one is smaller
+    fit = trainer(tmp_path, prune, epochs=12, accumulate_grad_batches=2, enable_checkpointing=False)
+    fit.fit(module, loader)
+    state = prune.pruner.state_dict()["macs_target"]
+    assert state["steps"] == state["num_steps"] == 10 * 7
+    assert 4 <= macs_ratio(module.net) <= 4.8  # the ratio with 6 of 24 units, or with 5
+    assert not prune.pruner.target.far
+
+
+def test_a_target_of_macs_is_resumed_from_a_checkpoint(tmp_path):
+    options = {"target_macs_ratio": 4, "num_data": 256}
+    first, module = callback(0, 10, **options), Module()
+    fit = trainer(tmp_path, first, stop_after(5), epochs=10, enable_checkpointing=False)
+    fit.fit(module, data())
+    path = tmp_path / "noise.ckpt"
+    fit.save_checkpoint(path)
+    stopped = first.pruner.control.state_dict()
+    second, measured, module = callback(0, 10, **options), callback(0, 10, **options), Validated()
+    trainer(tmp_path, measured, enable_checkpointing=False).validate(
+        module, data(), ckpt_path=path, verbose=False, weights_only=False
+    )
+    assert measured.pruner.control.state_dict() == stopped
+    module = Module()
+    trainer(tmp_path, second, epochs=10, enable_checkpointing=False).fit(
+        module, data(), ckpt_path=path, weights_only=False
+    )
+    state = second.pruner.state_dict()["macs_target"]
+    assert state["steps"] == state["num_steps"] == 80
+    assert 4 <= macs_ratio(module.net) <= 4.8
+
+
+def test_targets_that_cannot_be_followed_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"target_macs_ratio is 0\.5; expected a number >= 1"):
+        callback(target_macs_ratio=0.5)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from data().dataset
+
+    loader = DataLoader(Stream(), batch_size=32)
+    options = {"target_macs_ratio": 4, "num_data": 256}
+    with pytest.raises(ValueError, match=r"number of training batches is not known, .* num_steps"):
+        trainer(tmp_path, callback(0, 2, **options), epochs=2).fit(Module(), loader)
+    prune = callback(0, 2, num_steps=16, **options)
+    trainer(tmp_path, prune, epochs=2, enable_checkpointing=False).fit(module := Module(), loader)
+    assert prune.pruner.state_dict()["macs_target"]["steps"] == 16
+    assert macs_ratio(module.net) >= 4
+
+
 def test_a_cut_that_removes_nothing_warns(tmp_path):
     module = Module()
     prune = callback(0, 1, init_log_scale=-6.0, noise_learning_rate=1e-3)

@@ -128,6 +128,24 @@ def test_a_checkpoint_holds_the_posterior(tmp_path):
         torch.testing.assert_close(resumed[name], value)
 
 
+def test_a_target_of_macs_is_followed_and_resumed(tmp_path):
+    options = {"target_macs_ratio": 1.2, "num_steps": 48}
+    net = model()
+    noise = pruner(net, **options)
+    trainer(net, tmp_path, noise, max_steps=6, save_strategy="steps", save_steps=6).train()
+    again = model()
+    other = pruner(again, **options)
+    trainer(again, tmp_path, other, num_train_epochs=8).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+    )
+    steps = [p.state_dict()["macs_target"]["steps"] for p in (noise, other)]
+    assert steps == [6, 48]
+    small = other.prune()
+    macs = [sbp.count_macs(n, noise.example_input) for n in (again, small)]
+    assert macs[0] / macs[1] >= 1.2
+    assert other.target.macs_ratio == 1.2
+
+
 def test_the_noise_stays_after_training_until_it_is_pruned(tmp_path):
     net = model()
     noise = pruner(net, noise_learning_rate=0.3)
