@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pyro
@@ -161,18 +162,24 @@ def test_the_reasons_are_those_of_the_code():
             assert reason in code, reason
 
 
+def before_training(plain):
+    """The part of the loop in plain PyTorch that makes the data."""
+    return plain[: plain.index("net = nn.Sequential")]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "library",
     [
         # The loop in plain torch is that of the README.
         pytest.param("torch", marks=pytest.mark.slow),
+        "target",
         pytest.param("lightning", marks=pytest.mark.slow),
         pytest.param("transformers", marks=pytest.mark.slow),
     ],
 )
 def test_the_training_loops(library, monkeypatch):
-    plain, *others = fenced("training_loops.md", "python")
+    plain, target, *others = fenced("training_loops.md", "python")
     if library == "torch":
         found = executed("training_loops.md", [plain])
         correct = found["small"](found["test_x"]).argmax(1) == found["test_y"]
@@ -180,9 +187,17 @@ def test_the_training_loops(library, monkeypatch):
         assert found["shown"] > 0.85
         assert sum(found["pruner"].units().values()) < 0.8 * (128 + 64)
         return
+    if library == "target":
+        with warnings.catch_warnings(action="error"):  # the posterior is near the target
+            found = executed("training_loops.md", [before_training(plain), target])
+        macs = [count_macs(found[name], found["x"][:1]) for name in ("net", "small")]
+        assert 6 <= macs[0] / macs[1] <= 6.6
+        correct = found["small"](found["test_x"]).argmax(1) == found["test_y"]
+        assert float(correct.float().mean()) > 0.85
+        return
     pytest.importorskip(library)
     (block,) = [block for block in others if f"pyro_sbp.integrations.{library}" in block]
-    before = plain[: plain.index("net = nn.Sequential")]
+    before = before_training(plain)
     if library == "transformers":
         pytest.importorskip("accelerate")
         # It takes tests/datasets, which is on the path, for the package `datasets`.
@@ -278,7 +293,7 @@ def test_every_block_and_link_is_checked(name):
         "budgets.md": 1,
         "pretrained_transformer.md": 1,
         "from_pyro.md": 1,
-        "training_loops.md": 3,
+        "training_loops.md": 4,
         "hub.md": 2,
         "recipes.md": 1,
     }
