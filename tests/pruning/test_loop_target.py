@@ -1,6 +1,9 @@
 """A target of MACs in a training loop of one's own."""
 
 import io
+import socket
+import subprocess
+import sys
 import warnings
 
 import pyro
@@ -241,3 +244,59 @@ def test_costs_other_than_macs_are_refused_with_a_target(digits):
     assert plain.control is None
     with pytest.raises(TypeError, match="unexpected keyword argument 'macs'"):
         resumable(digits)[0].prune(macs=3)
+
+
+PROCESS = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import pyro_sbp as sbp
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+x = torch.randn(256, 10)
+y = (x[:, 0] * x[:, 1] > 0).long()
+pruner = sbp.Pruner(
+    net, x[:2], 256, target_macs_ratio=4, num_steps=120, noise_learning_rate=0.1, init_log_scale=-1.0
+).attach()
+optimizer = torch.optim.Adam(pruner.parameters(lr=1e-2))
+parallel = DistributedDataParallel(net)
+torch.manual_seed(dist.get_rank())  # other noise and other examples in every process
+for _ in range(120):
+    batch = torch.randint(256, (32,))
+    optimizer.zero_grad()
+    (F.cross_entropy(parallel(x[batch]), y[batch]) + pruner.kl_loss()).backward()
+    pruner.average_gradients()
+    optimizer.step()
+small = pruner.prune()
+kept = {name: unit.kept for name, unit in small.units.items()}
+torch.save((pruner.state_dict(), kept), sys.argv[1] + str(dist.get_rank()))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_every_process_has_the_same_controller(tmp_path):
+    (tmp_path / "process.py").write_text(PROCESS)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    script = [str(tmp_path / "process.py"), str(tmp_path / "state")]
+    subprocess.run(
+        [*launch, "--master-port", port, *script], check=True, timeout=300, capture_output=True
+    )
+    (first, units), (second, others) = (
+        torch.load(tmp_path / f"state{rank}", weights_only=True) for rank in range(2)
+    )
+    assert first["macs_target"] == second["macs_target"]
+    assert first["macs_target"]["steps"] == 120
+    assert first["macs_target"]["control"]["factor"] != 1
+    assert first.keys() == second.keys() and units.keys() == others.keys()
+    for name, value in {**first, **units}.items():
+        if name != "macs_target":
+            assert torch.equal(value, {**second, **others}[name])
