@@ -260,9 +260,8 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
 x = torch.randn(256, 10)
 y = (x[:, 0] * x[:, 1] > 0).long()
-pruner = sbp.Pruner(
-    net, x[:2], 256, target_macs_ratio=4, num_steps=120, noise_learning_rate=0.1, init_log_scale=-1.0
-).attach()
+options = {"noise_learning_rate": 0.1, "init_log_scale": -1.0}
+pruner = sbp.Pruner(net, x[:2], 256, target_macs_ratio=4, num_steps=120, **options).attach()
 optimizer = torch.optim.Adam(pruner.parameters(lr=1e-2))
 parallel = DistributedDataParallel(net)
 torch.manual_seed(dist.get_rank())  # other noise and other examples in every process
