@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_sbp.experiments.survey.collections import Surveyed
+from pyro_sbp.gates.calling import evaluating
 
 __all__ = ["LIBRARIES", "build", "names"]
 
@@ -44,11 +45,27 @@ def build(name: str) -> Surveyed:
     size = 128 if decoder == "PAN" else 64
     x = torch.randn(2, 3, size, size)
     family = decoder if encoder == "resnet18" else encoder
-    # An encoder with fewer stages has the layers of the others, but does not call them.
-    unused = {"PSPNet": ("encoder.layer3.", "encoder.layer4.")}.get(decoder, ())
-    ignore = [
-        name
+    return Surveyed(family, net, x, ignore=_not_called(net, x))
+
+
+def _not_called(net: nn.Module, x: Tensor) -> list[str]:
+    """The layers with weights that a network never calls.
+
+    These networks take only the features of an encoder: the layers of its classifier, and of stages
+    that the decoder does not use, are not called.
+    """
+    called: set[nn.Module] = set()
+    layers = {
+        name: module
         for name, module in net.named_modules()
-        if isinstance(module, nn.Conv2d) and name.startswith(unused)
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: called.add(module))
+        for module in layers.values()
     ]
-    return Surveyed(family, net, x, ignore=ignore)
+    with torch.no_grad(), evaluating(net):
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return [name for name, module in layers.items() if module not in called]
