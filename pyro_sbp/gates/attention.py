@@ -66,12 +66,16 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the attention, with the arguments and results of `nn.MultiheadAttention`.
 
-        As there, `is_causal` only says that `attn_mask` is causal. It has no effect here.
+        As there, `is_causal` only says that `attn_mask` is causal. It has no effect here. Without
+        `attn_mask` it is an error, also where `nn.MultiheadAttention` ignores it (in evaluation
+        mode without gradients).
 
         Raises:
             ValueError: `attn_mask` has three dimensions, with a mask for every head, or is missing
                 although `is_causal` is true.
         """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal needs attn_mask")
         turned = query.ndim == 3 and not self.batch_first
         if turned:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -79,8 +83,6 @@ class Attention(nn.Module):
             layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal needs attn_mask, as for nn.MultiheadAttention")
         mask = _additive(attn_mask, q)
         if mask is not None and mask.ndim != 2:
             raise ValueError(

@@ -85,6 +85,8 @@ def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
         units: from gate name to the units of the gate.
     """
     forget_units(small)
+    if not units:
+        return  # a network without gates; an empty record could not be told from its own attribute
     if hasattr(small, "units"):
         warnings.warn(
             f"{type(small).__name__} already has an attribute 'units', which is not changed; "
@@ -98,7 +100,7 @@ def set_units(small: nn.Module, units: Mapping[str, Units]) -> None:
 def units_of(small: nn.Module) -> dict[str, Units] | None:
     """The value that `set_units` has set, or None if there is none."""
     found = vars(small).get("units")
-    # An empty dictionary is an attribute of the network itself: pruning records at least one gate.
+    # `set_units` sets no empty dictionary, so this is an attribute of the network itself.
     if isinstance(found, dict) and found and all(isinstance(u, Units) for u in found.values()):
         return found
     return None

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.units import units_of
 from pyro_sbp.pruning.budgets import ratio_budget
-from pyro_sbp.pruning.loop_target import check_target_ratio
-from pyro_sbp.pruning.pruner import TARGET, Pruner
+from pyro_sbp.pruning.loop_target import check_loop_target
+from pyro_sbp.pruning.pruner import Pruner
 from pyro_sbp.pruning.pruning import prune
 
 __all__ = ["PruneCallback"]
@@ -32,7 +33,8 @@ class PruneCallback(Callback):
     The training step does not change: the callback adds the KL divergence to the gradients and
     trains the posterior by a separate Adam optimizer with a constant learning rate. After the cut
     it calls `configure_optimizers` again, so schedulers of the learning rate start again. In
-    validation, the network computes the same function as the pruned network.
+    validation, the network computes the same function as the pruned network (with a target, as the
+    network that the threshold alone gives).
 
     A checkpoint of an epoch with noise contains the posterior. With this checkpoint, `fit`
     continues, and `validate`, `test` and `predict` measure the network as it would be pruned.
@@ -56,8 +58,8 @@ class PruneCallback(Callback):
         pruner: the `Pruner`, from the first epoch with noise on.
 
     Raises:
-        ValueError: the epochs are not in order, a ratio is out of range, or an option is given
-            twice.
+        ValueError: the epochs are not in order, a ratio is out of range, an option is given twice,
+            or options contradict each other.
         TypeError: an option is unknown.
     """
 
@@ -80,8 +82,7 @@ class PruneCallback(Callback):
         self.network, self.example_input, self.num_data = network, example_input, num_data
         self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.what, self.options = _split(what or {}, options)
-        if self.options.get("target_macs_ratio") is not None:
-            check_target_ratio(self.options["target_macs_ratio"])  # before the training
+        _check_target(self.what, self.options)  # before the training
         self.pruner: Pruner | None = None
         #: The pruned network, after the cut.
         self._small: nn.Module | None = None
@@ -142,6 +143,8 @@ class PruneCallback(Callback):
         state = self._saved
         if self.pruner is not None and self.pruner.net is self._network(pl_module):
             state = {**self._saved, "posterior": self.pruner.state_dict()}
+            if self.pruner.num_steps is not None:
+                state["num_steps"] = self.pruner.num_steps
             if self._optimizer is not None:
                 state["optimizer"] = self._optimizer.state_dict()
         if state:
@@ -247,30 +250,35 @@ class PruneCallback(Callback):
         example_input = map_tensors(lambda x: x.to(device), self.example_input)
         options = dict(self.options)
         if options.get("target_macs_ratio") is not None and options.get("num_steps") is None:
-            options["num_steps"] = self._num_steps(trainer)
+            options["num_steps"] = self._num_steps(trainer, pl_module)
         pruner = Pruner(net, example_input, num_data, **options)
         if self._saved:
             pruner.load_state_dict(self._saved["posterior"])
         self.pruner = pruner.attach()
         return pruner
 
-    def _num_steps(self, trainer: Trainer) -> int:
+    def _num_steps(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """The number of steps with noise: that of the checkpoint, or of this training.
 
         Raises:
-            ValueError: the number of batches is not known.
+            ValueError: the number is not known, or the checkpoint has noise without a target.
         """
-        if "posterior" in self._saved:
-            target = self._saved["posterior"].get(TARGET, {})
-            return int(target.get("num_steps", 1))  # without a target, the loading raises an error
+        if self._saved:
+            if "num_steps" not in self._saved:
+                raise ValueError(
+                    "the noise of the checkpoint has no target; leave target_macs_ratio out"
+                )
+            return int(self._saved["num_steps"])
         batches = trainer.num_training_batches
-        if not math.isfinite(batches):
+        varying = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)
+        if not pl_module.automatic_optimization or varying or not math.isfinite(batches):
             raise ValueError(
-                "the number of training batches is not known, which target_macs_ratio needs; give "
-                "the number of steps of the optimizer with noise as num_steps"
+                "the number of steps of the optimizer with noise, which target_macs_ratio needs, "
+                "is not known with manual optimization, GradientAccumulationScheduler or data "
+                "without a length; give it as num_steps"
             )
         steps = math.ceil(batches / trainer.accumulate_grad_batches)
-        return steps * (self.end_epoch - self.start_epoch)
+        return steps * (self.end_epoch - max(self.start_epoch, trainer.current_epoch))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before an evaluation, put the noise of a checkpoint on the network."""
@@ -320,6 +328,19 @@ def _split(
     found = {**what, **kept}
     ratio_budget(found.get("macs_ratio"), found.get("parameters_ratio"))  # before the training
     return found, {name: value for name, value in options.items() if name in of_pruner}
+
+
+def _check_target(what: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the options of a target contradict each other or what to keep."""
+    ratio, steps = options.get("target_macs_ratio"), options.get("num_steps")
+    steps = 1 if steps is None and ratio is not None else steps  # computed from the training
+    check_loop_target(ratio, steps, options.get("threshold", 1.0), options.get("costs"))
+    chosen = [name for name in what if name not in ("round_to", "min_units")]
+    if ratio is not None and chosen:
+        raise ValueError(
+            f"target_macs_ratio and {chosen[0]} are given, which choose the units in two ways; "
+            "give one of them"
+        )
 
 
 def _keywords(function: Any) -> dict[str, None]:

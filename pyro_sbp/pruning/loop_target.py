@@ -21,10 +21,10 @@ from pyro_sbp.pruning.macs_target import (
     target_reached,
 )
 
-__all__ = ["LoopTarget", "check_loop_target", "check_target_ratio"]
+__all__ = ["LoopTarget", "check_loop_target"]
 
 
-def check_target_ratio(ratio: float) -> None:
+def _check_ratio(ratio: float) -> None:
     """Raise ValueError unless a `target_macs_ratio` is a number >= 1."""
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not ratio >= 1:
         raise ValueError(f"target_macs_ratio is {ratio!r}; expected a number >= 1")
@@ -46,7 +46,7 @@ def check_loop_target(
                 "target_macs_ratio, or leave num_steps out"
             )
         return
-    check_target_ratio(ratio)
+    _check_ratio(ratio)
     given = f"target_macs_ratio is {ratio:g}"
     if num_steps is None:
         raise ValueError(
@@ -124,7 +124,7 @@ class LoopTarget:
             example_input, round_to, min_units: as for `choose_units`.
 
         Raises:
-            ValueError: as for `choose_units`.
+            ValueError: as for `choose_units`, or no threshold gives the target.
         """
         net, gates, mean, snr = model.gated.net, model.gates, guide.mean(), guide.snr()
         choice = choose_by_macs(
@@ -161,18 +161,17 @@ class LoopTarget:
             "control": self.control.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], model: GatedModel) -> None:
-        """Load a state that `state_dict` returned, and set the weights of the model.
-
-        Raises:
-            ValueError: the state is that of another target, or of another number of steps.
-        """
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state is that of the same target and number of steps."""
         saved, own = (state["ratio"], state["num_steps"]), (self.ratio, self.num_steps)
         if saved != own:
             raise ValueError(
                 "the state has target_macs_ratio {:g} and num_steps {}, but the pruner has {:g} "
                 "and {}; create the pruner with those of the state".format(*saved, *own)
             )
+
+    def load_state_dict(self, state: Mapping[str, Any], model: GatedModel) -> None:
+        """Load a state that `state_dict` returned, and set the weights of the model."""
         self.control.load_state_dict(state["control"])
         self.steps = state["steps"]
         model.kl_scale.update(self.control.weights)

@@ -86,6 +86,7 @@ class KLControl:
         costs: UnitCosts,
         target: float | None = None,
     ) -> None:
+        macs_weight = float(macs_weight)  # a NumPy number could not be loaded from a checkpoint
         self._kl_scale, self._least = dict(kl_scale), macs_weight
         self._threshold, self._target = threshold, target
         self._dense = costs.expected({})

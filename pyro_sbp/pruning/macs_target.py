@@ -25,6 +25,12 @@ CLOSE = 1.05
 FAR = 1.25
 
 
+class _Target(MacsRatio):
+    """A ratio of MACs that messages call by the name of the target."""
+
+    name = "target_macs_ratio"
+
+
 @dataclass(frozen=True)
 class TargetReached:
     """How a network with a target of MACs was chosen.
@@ -32,7 +38,8 @@ class TargetReached:
     Attributes:
         macs_ratio: the target.
         threshold: the threshold that the target required.
-        ratio_by_threshold: the ratio of MACs that the threshold of the recipe alone would give.
+        ratio_by_threshold: the ratio of MACs that the threshold of the recipe or of the `Pruner`
+            alone would give.
     """
 
     macs_ratio: float
@@ -46,12 +53,16 @@ class TargetReached:
         return not 1 / FAR <= times <= FAR
 
     def warning(self, threshold: float) -> str:
-        """One line for a posterior that is far from the target; `threshold` is the recipe's."""
+        """One line for a posterior that is far from the target.
+
+        Args:
+            threshold: the threshold of the recipe or of the `Pruner`.
+        """
         change = "larger" if self.ratio_by_threshold < self.macs_ratio else "smaller"
         return (
             f"the posterior is far from target_macs_ratio {self.macs_ratio:g}: the threshold "
             f"{threshold:g} alone gives {self.ratio_by_threshold:.2f} times fewer MACs, so units "
-            f"are kept by the threshold {self.threshold:.4g}; train with more epochs, or with a "
+            f"are kept by the threshold {self.threshold:.4g}; train for longer, or with a "
             f"{change} noise_learning_rate or kl_scale"
         )
 
@@ -62,11 +73,21 @@ def ratio_of(costs: UnitCosts, units: Mapping[str, Units], dense: float) -> floa
 
 
 def largest_ratio(
-    net: nn.Module, gates: Sequence[Gate], costs: UnitCosts, example_input: Any
+    net: nn.Module,
+    gates: Sequence[Gate],
+    costs: UnitCosts,
+    kl_scale: Mapping[str, float],
+    example_input: Any,
 ) -> float:
-    """The ratio of the MACs of a network to those of the network with one unit in every gate."""
+    """The ratio of the MACs of a network to those of the network with one unit in every gate.
+
+    Gates whose weight of the KL divergence is 0 keep all units.
+    """
     ones = {gate.name: torch.ones(gate.size, device="cpu") for gate in gates}
-    score = {name: torch.zeros_like(one) for name, one in ones.items()}
+    score = {
+        name: torch.zeros_like(one) if kl_scale[name] else torch.full_like(one, torch.inf)
+        for name, one in ones.items()
+    }
     choice = choose_units(net, gates, ones, score, example_input)
     return ratio_of(costs, choice.units, costs.expected({}))
 
@@ -87,16 +108,17 @@ def check_target(
         costs: the costs of the units of `net`.
         kl_scale: the weights of the KL divergence without costs, by gate.
     """
-    most = largest_ratio(net, gates, costs, example_input)
-    if ratio > most:
-        raise ValueError(
-            f"target_macs_ratio is {ratio:g}; expected at most {math.floor(100 * most) / 100:.2f}, "
-            f"the ratio of {type(net).__name__} with one unit in every gate"
-        )
     if not any(kl_scale.values()):
         raise ValueError(
             f"target_macs_ratio is {ratio:g}, but kl_scale is 0 for all gates, so no units would "
             "be removed; set kl_scale"
+        )
+    most = largest_ratio(net, gates, costs, kl_scale, example_input)
+    if ratio > most:
+        some = "" if all(kl_scale.values()) else " whose kl_scale is not 0"
+        raise ValueError(
+            f"target_macs_ratio is {ratio:g}; expected at most {math.floor(100 * most) / 100:.2f}, "
+            f"the ratio of {type(net).__name__} with one unit in every gate{some}"
         )
 
 
@@ -154,7 +176,7 @@ def choose_by_macs(
         score,
         example_input,
         criterion=criterion,
-        budget=MacsRatio(ratio),
+        budget=_Target(ratio),
         round_to=round_to,
         min_units=min_units,
         dense=dense,

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_sbp.gates.gated_network import gating
 from pyro_sbp.gates.nested import map_tensors
-from pyro_sbp.gates.noise import has_noise, noise_hook
+from pyro_sbp.gates.noise import check_no_noise, has_noise, noise_hook
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.gates.units import units_of
 from pyro_sbp.models.elbo import ClosedFormELBO
@@ -28,10 +28,10 @@ from pyro_sbp.pruning.macs_control import KLControl
 from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.pruning import prune, shrink_to
 
-__all__ = ["TARGET", "Pruner"]
+__all__ = ["Pruner"]
 
 #: The key of the state of a target in `Pruner.state_dict`.
-TARGET = "macs_target"
+_TARGET = "macs_target"
 
 
 class Pruner:
@@ -40,7 +40,8 @@ class Pruner:
     After `attach`, the network has noise on its units whenever it is called in training mode, so a
     training loop only needs to add `kl_loss` to its loss and to optimize `parameters`. In
     evaluation mode, the network computes the same function as the network that `prune` returns with
-    its default settings. With a target, this is the network that the threshold alone gives.
+    its default settings. With a target, it computes the function of the network that the threshold
+    alone gives, which can differ from that of `prune`.
     `prune` returns the smaller network. While the pruner is attached, `pyro_sbp.save` and
     `pyro_sbp.export` raise an error for the network, because their files would have no noise.
 
@@ -114,10 +115,10 @@ class Pruner:
                 f"no layer of {type(net).__name__} is prunable: {self.gates.reasons()}"
             )
         scales = scales_of([gate.name for gate in self.gates], kl_scale)
-        self._target: LoopTarget | None = None
+        self._loop_target: LoopTarget | None = None
         self.target: TargetReached | None = None
         if target_macs_ratio is not None and num_steps is not None:
-            self._target = LoopTarget(
+            self._loop_target = LoopTarget(
                 target_macs_ratio,
                 num_steps,
                 net,
@@ -127,7 +128,7 @@ class Pruner:
                 macs_weight=macs_weight,
                 threshold=threshold,
             )
-            scales = self._target.control.weights
+            scales = self._loop_target.control.weights
         elif macs_weight:
             costs = UnitCosts(net, self.gates, example_input) if costs is None else costs
             scales = scales_by_cost(scales, costs, macs_weight)
@@ -145,7 +146,12 @@ class Pruner:
         """The controller of the weights of the KL divergence, whose `standing` has its numbers for
         a log. None without a target.
         """
-        return None if self._target is None else self._target.control
+        return None if self._loop_target is None else self._loop_target.control
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of steps of a target. None without a target."""
+        return None if self._loop_target is None else self._loop_target.num_steps
 
     @property
     def attached(self) -> bool:
@@ -181,6 +187,7 @@ class Pruner:
         Raises:
             ValueError: the pruner is attached, so the network would have noise twice.
         """
+        check_no_noise(self.net, "called with theta")
         self._begin_step()
         with self._frozen():
             parts = self._elbo.parts(self.model, self.guide, x, y)
@@ -203,8 +210,8 @@ class Pruner:
         return (self._traced_kl() if kl is None else kl) / self.model.num_data
 
     def _begin_step(self) -> None:
-        if self._target is not None and torch.is_grad_enabled():
-            self._target.begin_step(self.model, self.guide)
+        if self._loop_target is not None and torch.is_grad_enabled():
+            self._loop_target.begin_step(self.model, self.guide)
 
     def _traced_kl(self) -> Tensor:
         """The weighted KL divergence, computed by Pyro. It is needed if the model or the guide was
@@ -294,27 +301,32 @@ class Pruner:
         """
         budgets = {"macs_ratio", "parameters_ratio", "budget"}
         by_default = not {"threshold", "criterion", *budgets} & what.keys()
-        target = self._target if by_default else None
-        if by_default and target is None:
+        loop_target = self._loop_target if by_default else None
+        if by_default and loop_target is None:
             what["threshold"] = self.threshold
         self.target = None
         attached = self.attached
         self.detach()
         try:
-            if target is None:
+            if loop_target is None:
                 small = prune(self.model, self.guide, self.example_input, **what)
             else:
-                choice, self.target = target.choose(
+                choice, self.target = loop_target.choose(
                     self.model, self.guide, self.example_input, **what
                 )
                 small = shrink_to(self.model, choice, self.example_input)
-        except BaseException:
+        except BaseException as error:
             if attached:
                 self.attach()
+            if isinstance(error, ValueError) and self._untrained():
+                raise ValueError(
+                    f"{error}; all units have the same signal-to-noise ratio, so the noise was not "
+                    "trained"
+                ) from error
             raise
-        if target is not None:
+        if loop_target is not None:
             if self.target is not None and self.target.far:
-                warnings.warn(target.warning(self.target), stacklevel=2)
+                warnings.warn(loop_target.warning(self.target), stacklevel=2)
         elif not budgets & what.keys() and all(
             bool(units.kept.all()) for units in (units_of(small) or {}).values()
         ):
@@ -327,13 +339,18 @@ class Pruner:
             )
         return small
 
+    def _untrained(self) -> bool:
+        """Whether the posterior still has its initial state."""
+        snr = torch.cat([values.flatten() for values in self.guide.snr().values()])
+        return bool((snr == snr[0]).all())
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the posterior, and with a target, that of the weights of its KL divergence
         as plain values. It does not contain the network.
         """
         state: dict[str, Any] = self.guide.state_dict()
-        if self._target is not None:
-            state[TARGET] = self._target.state_dict()
+        if self._loop_target is not None:
+            state[_TARGET] = self._loop_target.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,20 +360,22 @@ class Pruner:
             ValueError: the state and the pruner do not have the same target and `num_steps`.
         """
         posterior = dict(state)
-        target = posterior.pop(TARGET, None)
-        if self._target is None and target is not None:
+        target = posterior.pop(_TARGET, None)
+        if self._loop_target is None and target is not None:
             raise ValueError(
                 f"the state has a target of MACs; create the pruner with target_macs_ratio="
                 f"{target['ratio']:g} and num_steps={target['num_steps']}, as for the state"
             )
-        if self._target is not None and target is None:
+        if self._loop_target is not None and target is None:
             raise ValueError(
                 "the state has no target of MACs, but the pruner has; create the pruner without "
                 "target_macs_ratio, or load only the posterior with guide.load_state_dict"
             )
-        if self._target is not None and target is not None:
-            self._target.load_state_dict(target, self.model)
+        if self._loop_target is not None and target is not None:
+            self._loop_target.check_state(target)
         self.guide.load_state_dict(posterior)
+        if self._loop_target is not None and target is not None:
+            self._loop_target.load_state_dict(target, self.model)
 
     def _theta(self, x: Any) -> dict[str, Tensor]:
         """The theta of the units: a sample in training mode, else that of the pruned network."""

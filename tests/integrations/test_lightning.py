@@ -1,6 +1,7 @@
 """The callback of Lightning."""
 
 import warnings
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -401,6 +402,10 @@ def test_a_target_of_macs_is_resumed_from_a_checkpoint(tmp_path):
 def test_targets_that_cannot_be_followed_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"target_macs_ratio is 0\.5; expected a number >= 1"):
         callback(target_macs_ratio=0.5)
+    with pytest.raises(ValueError, match="num_steps is 9, and has no effect without a target"):
+        callback(num_steps=9)
+    with pytest.raises(ValueError, match="target_macs_ratio and macs_ratio are given, which"):
+        callback(target_macs_ratio=4, macs_ratio=2)
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -408,12 +413,29 @@ def test_targets_that_cannot_be_followed_are_refused(tmp_path):
 
     loader = DataLoader(Stream(), batch_size=32)
     options = {"target_macs_ratio": 4, "num_data": 256}
-    with pytest.raises(ValueError, match=r"number of training batches is not known, .* num_steps"):
+    with pytest.raises(ValueError, match=r"data without a length; give it as num_steps"):
         trainer(tmp_path, callback(0, 2, **options), epochs=2).fit(Module(), loader)
-    prune = callback(0, 2, num_steps=16, **options)
-    trainer(tmp_path, prune, epochs=2, enable_checkpointing=False).fit(module := Module(), loader)
-    assert prune.pruner.state_dict()["macs_target"]["steps"] == 16
-    assert macs_ratio(module.net) >= 4
+    prune = callback(0, 3, num_steps=24, **options)
+    trainer(tmp_path, prune, epochs=3, enable_checkpointing=False).fit(Module(), loader)
+    assert prune.pruner.state_dict()["macs_target"]["steps"] == 24
+    assert prune.pruner.control.factor != 1
+
+
+def test_the_steps_of_a_target_are_those_of_the_optimizer_with_noise():
+    def steps(module=None, **changes):
+        values = {"num_training_batches": 9, "accumulate_grad_batches": 2, "current_epoch": 0}
+        of = SimpleNamespace(**{**values, "callbacks": [], **changes})
+        return callback(1, 16, target_macs_ratio=4)._num_steps(of, module or Module())
+
+    assert steps() == 15 * 5
+    assert steps(current_epoch=6) == 10 * 5
+    manual = Module()
+    manual.automatic_optimization = False
+    with pytest.raises(ValueError, match="is not known with manual optimization"):
+        steps(manual)
+    scheduler = lightning.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    with pytest.raises(ValueError, match="GradientAccumulationScheduler"):
+        steps(callbacks=[scheduler])
 
 
 def test_a_cut_that_removes_nothing_warns(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -183,7 +184,14 @@ def test_states_of_other_targets_are_refused(digits):
     with torch.no_grad():
         for parameter in pruner.guide.parameters():
             parameter += 1
+    wrong = resumable(digits)
+    loop(digits, *wrong, 0, 7)
+    states["wrong shape"] = {
+        name: value if name == "macs_target" else value[:3]
+        for name, value in wrong[0].state_dict().items()
+    }
     moved = {name: value.clone() for name, value in pruner.guide.state_dict().items()}
+    target = pruner.state_dict()["macs_target"]
     for into, state, message in [
         (plain, "own", r"with target_macs_ratio=4 and num_steps=90, as for the state"),
         (pruner, "none", "has no target of MACs, .* without target_macs_ratio, or load only the"),
@@ -195,6 +203,9 @@ def test_states_of_other_targets_are_refused(digits):
     ]:
         with pytest.raises(ValueError, match=message):
             into.load_state_dict(states[state])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pruner.load_state_dict(states["wrong shape"])
+    assert pruner.state_dict()["macs_target"] == target
     now = pruner.guide.state_dict()
     assert all(torch.equal(now[name], value) for name, value in moved.items())
 
@@ -227,12 +238,39 @@ def test_a_loop_that_ends_early_is_reported(digits):
         ({"kl_scale": 0.0}, "kl_scale is 0 for all gates, so no units would be removed"),
         # One unit in each of the layers: 64 + 1 + 10 of 64 * 48 + 48 * 32 + 32 * 10 MACs.
         ({"target_macs_ratio": 66}, r"is 66; expected at most 65\.70, .* one unit in every gate"),
+        # All 48 units of the first layer: 64 * 48 + 48 + 10.
+        (
+            {"kl_scale": {"1": 0.0}},
+            r"expected at most 1\.57, .* one unit in every gate whose kl_scale is not 0",
+        ),
         ({"target_macs_ratio": float("inf")}, "target_macs_ratio is inf; expected at most"),
     ],
 )
 def test_arguments_that_contradict_a_target_are_refused(options, message, digits):
     with pytest.raises(ValueError, match=message):
         resumable(digits, **options)
+
+
+def test_pruning_before_training_is_refused(digits):
+    pruner, _ = resumable(digits)
+    with pytest.raises(ValueError, match=r"^target_macs_ratio 4 cannot be met: .* was not trained"):
+        pruner.prune()
+    assert pruner.attached
+    pruner, _ = resumable(digits, target_macs_ratio=None, num_steps=None)
+    with pytest.raises(ValueError, match=r"^macs_ratio 3 cannot be met: .* was not trained"):
+        pruner.prune(macs_ratio=3)
+
+
+def test_a_failed_call_is_not_a_step(digits):
+    x, y = digits
+    pruner, _ = resumable(digits, macs_weight=np.float64(1))
+    with pytest.raises(ValueError, match="cannot be called with theta while the noise"):
+        pruner.loss(x[:4], y[:4])
+    state = pruner.state_dict()
+    assert state["macs_target"]["steps"] == 0
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["macs_target"] == state["macs_target"]
 
 
 def test_costs_other_than_macs_are_refused_with_a_target(digits):
