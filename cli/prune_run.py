@@ -7,15 +7,14 @@ from pathlib import Path
 import click
 import torch
 
-from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.prune_request import Options
-from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment.runtimes import check_runtimes
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.budgets import Budget, ratio_budget
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.again import prune_again
+from pyro_sbp.training.job import load_data
 from pyro_sbp.training.latency_file import read_unit_latency
 from pyro_sbp.training.summary import Summary
 
@@ -37,8 +36,7 @@ def prune_run(request: Request, run: Path, target: Path, options: Options, threa
     """
     torch.set_num_threads(threads)
     round_to = _multiple(options.round_to, run)
-    size = request.image_size or find_architecture(request.arch).image_size
-    data = load_dataset(request.dataset, Path(request.data_dir), size, device=request.device)
+    data = load_data(request)
     try:
         budget = _budget(options, request, threads)
     except ValueError as error:

@@ -10,16 +10,16 @@ import click
 import torch
 from lightning_fabric import Fabric
 
-from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.progress_bar import ProgressBar
 from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.train_directory import hint_after_failure, hint_at_once
-from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
 from pyro_sbp.errors import OtherProcessError, RequestError, first_line
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training import train as training
 from pyro_sbp.training.devices import launch, leave, on_first
+from pyro_sbp.training.job import load_data
 from pyro_sbp.training.loggers import check_logger, make_logger
 from pyro_sbp.training.loop import Interrupted
 from pyro_sbp.training.processes import is_first
@@ -77,10 +77,8 @@ def run(
 
 
 def _load(request: Request, workers: int | None, fabric: Fabric) -> ImageData:
-    size = request.image_size or find_architecture(request.arch).image_size
-
     def load() -> ImageData:
-        return load_dataset(request.dataset, Path(request.data_dir), size, workers, fabric.device)
+        return load_data(request, workers=workers, device=fabric.device)
 
     return on_first(fabric, load) or load()  # the first process may download the data
 

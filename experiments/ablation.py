@@ -1,13 +1,13 @@
 """Train LeNet-500-300 with one change at a time: `python -m pyro_sbp.experiments.ablation RUNS`.
 
-All networks have the same number of MACs (`--target-macs-ratio`), so that only their errors have to
-be compared. The errors are those of 10,000 training images that are held out; test images are not
-used. Without a change, the recipe is `lenet-dense-smallest`, with cuts every 5 epochs to save time.
-Changes that do not concern dense training start from the dense network of that run.
+All networks have nearly the same number of MACs (`--target-macs-ratio`), so that only their errors
+have to be compared. The errors are those of 10,000 training images that are held out; test images
+are not used. Without a change, the recipe is `lenet-dense-smallest`, with cuts every 5 epochs to
+save time. Changes that do not concern dense training start from the dense network of that run.
 
 Every run has its own directory in RUNS, and a run that was stopped is resumed. A record for each
 run is written to `results/ablation/`, from which `python -m pyro_sbp.experiments.tables` makes the
-table of docs/recipes.md.
+table `ablation`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS
-from pyro_sbp.experiments.rows import Record, markdown, unreadable
+from pyro_sbp.experiments.rows import markdown, unreadable
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import machine, versions
 
@@ -52,8 +52,8 @@ class Change:
     Attributes:
         title: its description in the table.
         settings: the changed settings, as for `--set`.
-        criterion: the criterion by which the run without a change is pruned again, instead of a new
-            run.
+        criterion: the criterion by which the run that is cut only at the end ("no-cuts") is pruned
+            again and fine-tuned, instead of a new run.
         teachers: whether an ensemble of dense networks is the teacher in fine-tuning.
     """
 
@@ -89,8 +89,21 @@ CHANGES = {
     "long": Change("120 epochs with noise, not 40", ("epochs=120",)),
     "slow-long": Change("both of these", ("noise_learning_rate=0.01", "epochs=120")),
     "no-cuts": Change("units are removed only at the end", ("cut_every=0",)),
-    "bmrs-n": Change("units chosen by BMRS-N", criterion="bmrs-n"),
+    "snr": Change("the same run, pruned again by the signal-to-noise ratio", criterion="snr"),
+    "bmrs-n": Change("the same run, pruned again by BMRS-N", criterion="bmrs-n"),
 }
+
+
+_ERRORS = ("dense", "pruned", "finetuned")
+
+
+class _Result(NamedTuple):
+    """The held-out errors of a run in percent, and its MACs ratio."""
+
+    dense: float
+    pruned: float
+    finetuned: float
+    macs_ratio: float
 
 
 def _settings(*settings: str) -> list[str]:
@@ -150,33 +163,35 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
         data_dir: the directory of MNIST.
 
     Returns:
-        {`change`, `seed`, `options` (of the command), `macs_ratio`, `error` (held out, in percent:
-        {`dense`, `pruned`, `finetuned`}), `seconds`, `versions`, `machine`}.
+        {`change`, `seed`, `command`, `macs_ratio`, `error` (held out, in percent: {`dense`,
+        `pruned`, `finetuned`}), `seconds` of the training, `versions`, `machine`}.
 
     Raises:
         RequestError: a command failed.
     """
     change = CHANGES[name]
-    base = change if change.criterion is None else CHANGES["base"]
-    run = runs / f"{name if base is change else 'base'}-{seed}"
-    options = _options(base, seed)
-    if change.teachers:
+    trained = name if change.criterion is None else "no-cuts"
+    run, settings = runs / f"{trained}-{seed}", CHANGES[trained]
+    options = _options(settings, seed)
+    if settings.teachers:
         options += _teachers(runs, data_dir)
-    if base is not CHANGES["base"] and not change.of_dense_training:
+    if trained != "base" and not settings.of_dense_training:
         _train(runs / f"base-{seed}", _options(CHANGES["base"], seed), data_dir)
         options += ["--weights", str(runs / f"base-{seed}" / "dense.pt")]
     _train(run, options, data_dir)
     found = json.loads((run / "summary.json").read_text("utf-8"))
+    command = ["pyro-sbp", "train", *_COMMON, *options]
     if change.criterion is not None:
         again = ["--criterion", change.criterion, "--macs-ratio", str(RATIO)]
         again += ["--finetune-epochs", "20"]
         for unfinished in run.glob(f"pruned-{change.criterion}-*"):
             shutil.rmtree(unfinished)
         found |= json.loads(_command("prune", str(run), *again, "--json"))
+        command += ["&&", "pyro-sbp", "prune", "RUN", *again]
     return {
         "change": name,
         "seed": seed,
-        "options": [word.replace(f"{runs}/", "") for word in options],
+        "command": " ".join(command).replace(f"{runs}/", ""),
         "macs_ratio": found["macs"]["ratio"],
         "error": found["validation_error"],
         "seconds": found["train_seconds"],
@@ -185,41 +200,44 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
     }
 
 
-def table(records: Sequence[Record]) -> str:
-    """The errors of every change, as means over the seeds, with the settings of the commands."""
-    del records  # of runs; those of the ablation are in a separate directory
-    entries: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in CHANGES}
+def table() -> str:
+    """The held-out errors of every change, as means over the seeds.
+
+    Raises:
+        RequestError: there is no record, a record cannot be read, or the run without a change is
+            missing for a seed.
+    """
+    found: dict[str, dict[int, _Result]] = {name: {} for name in CHANGES}
     for path in sorted(DIRECTORY.glob("*.json")):
         try:
             entry = json.loads(path.read_text("utf-8"))
-            entries[entry["change"]][entry["seed"]] = entry
+            dense, pruned, finetuned = (entry["error"][kind] for kind in _ERRORS)
+            result = _Result(dense, pruned, finetuned, entry["macs_ratio"])
+            found[entry["change"]][entry["seed"]] = result
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise unreadable(path, "record of the ablation", error) from error
-    base = entries["base"]
+    base = found["base"]
     cells = []
-    for name, change in CHANGES.items():
-        found = entries[name]
-        if not found:
+    for name, results in found.items():
+        if not results:
             continue
-        differences = [
-            entry["error"]["finetuned"] - base[seed]["error"]["finetuned"]
-            for seed, entry in found.items()
-            if seed in base
-        ]
+        if missing := results.keys() - base.keys():
+            raise RequestError(f"{DIRECTORY} has no record base-{min(missing)}.json")
+        differences = [result.finetuned - base[seed].finetuned for seed, result in results.items()]
+        numbers = [statistics.mean(values) for values in zip(*results.values(), strict=True)]
         cells.append(
             (
-                change.title,
-                *(_mean(found, kind) for kind in ("dense", "pruned", "finetuned")),
+                CHANGES[name].title,
+                *(f"{number:.2f}" for number in numbers[:3]),
                 "" if name == "base" else f"{statistics.mean(differences):+.2f}",
-                str(len(found)),
+                f"{numbers[3]:.1f}x",
+                str(len(results)),
             )
         )
-    head = ("change", "dense", "pruned", "fine-tuned", "difference", "seeds")
+    if not cells:
+        raise RequestError(f"there is no record in {DIRECTORY}")
+    head = ("change", "dense", "pruned", "fine-tuned", "difference", "MACs", "seeds")
     return markdown(head, cells)
-
-
-def _mean(found: dict[int, dict[str, Any]], kind: str) -> str:
-    return f"{statistics.mean(entry['error'][kind] for entry in found.values()):.2f}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.extra import check_installed
@@ -68,7 +68,14 @@ from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.job import build_network, machine, prepare_data, versions, with_weights
+from pyro_sbp.training.job import (
+    build_network,
+    load_data,
+    machine,
+    prepare_data,
+    versions,
+    with_weights,
+)
 from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.progress import Progress
 
@@ -180,7 +187,7 @@ def baseline(
     Args:
         request: the network, the recipe, the seed, the weights and the device. The method is
             ignored.
-        data: the data, from `load_dataset`.
+        data: the data, from `load_data`.
         ratio: the smallest factor by which the MACs are reduced.
         importance: a name of `IMPORTANCES`.
         steps: the number of pruning steps.
@@ -330,8 +337,7 @@ def _run(target: str, options: argparse.Namespace) -> Path:
         words.insert(1, f"--precision {request.precision}")
     if request.channels_last:
         words.insert(1, "--channels-last")
-    size = find_architecture(request.arch).image_size
-    data = load_dataset(request.dataset, request.data_dir, size, device=request.device)
+    data = load_data(request)
     entry = baseline(
         request, data, ratio, options.importance, options.steps, _tell, options.learning_rate
     )

@@ -48,7 +48,7 @@ import torch
 from torch import nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.deployment.loading import load
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
@@ -58,7 +58,7 @@ from pyro_sbp.machine import cpu_governor
 from pyro_sbp.pruning.macs import costs_by_layer
 from pyro_sbp.training.again import prune_again
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.job import machine, versions
+from pyro_sbp.training.job import load_data, machine, versions
 from pyro_sbp.training.latency_file import NAME as UNIT_LATENCY
 from pyro_sbp.training.latency_file import read_unit_latency
 from pyro_sbp.training.runs import read_request
@@ -307,8 +307,7 @@ def measured(
             asked = json.loads((copy / "recipe.json").read_text("utf-8"))
             write_json(copy / "recipe.json", {**asked, "data_dir": str(data_dir.resolve())})
         of_run = read_request(copy)
-        size = request.image_size or find_architecture(request.arch).image_size
-        data = load_dataset(request.dataset, Path(of_run.data_dir), size, device="cpu")
+        data = load_data(of_run, device="cpu")
         measurement = Measurement(copy, data, seconds)
         for part in parts:
             print(f"{run.name}: {part}", flush=True)

@@ -15,24 +15,22 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyro_sbp.architectures import find_architecture
-from pyro_sbp.datasets.loading import ImageData, load_dataset
+from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS, file_name, record
-from pyro_sbp.experiments.rows import METHODS, Record, markdown, title, unreadable
+from pyro_sbp.experiments.rows import METHODS, markdown, title, unreadable
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.again import replayed
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.job import machine, versions
+from pyro_sbp.training.job import load_data, machine, versions
 from pyro_sbp.training.runs import read_request
 
 __all__ = ["compared", "table"]
@@ -96,9 +94,7 @@ def compared(
 def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
     """Compare the criteria on a run, and write the record."""
     request = read_request(run)
-    size = find_architecture(request.arch).image_size
-    data_dir = Path(request.data_dir) if data_dir is None else data_dir
-    data = load_dataset(request.dataset, data_dir, size, device=request.device)
+    data = load_data(request, data_dir)
     trained = record(run)
     entry = {
         **{key: trained[key] for key in ("arch", "dataset", "method", "recipe", "seed", "command")},
@@ -112,9 +108,8 @@ def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
     return path
 
 
-def table(records: Sequence[Record]) -> str:
+def table() -> str:
     """The criteria on every recorded run, with the commands below the table."""
-    del records  # of runs; those of comparisons are in a separate directory
     cells, notes = [], []
     for path in sorted(DIRECTORY.glob("*.json")):
         try:

@@ -203,7 +203,7 @@ def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
         **{key: value for key, value in entry.items() if key not in ("phases", "latencies")},
         **summary.to_dict(),
         "dataset": entry["dataset"],
-        "command": f"{entry['command']} && pyro-sbp prune {options}",
+        "command": f"{entry['command']} && pyro-sbp prune RUN {options}",
         "pruned_again": {"macs_ratio": ratio, "finetune_epochs": epochs},
     }
 
@@ -214,12 +214,10 @@ def _silent(words: str) -> None:
 
 def _with_data(run: Path) -> tuple[Request, ImageData]:
     """The request of a run, and its data."""
-    from pyro_sbp.architectures import find_architecture
-    from pyro_sbp.datasets.loading import load_dataset
+    from pyro_sbp.training.job import load_data
 
     request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
-    size = request.image_size or find_architecture(request.arch).image_size
-    return request, load_dataset(request.dataset, request.data_dir, size, device=request.device)
+    return request, load_data(request)
 
 
 def thresholds(run: Path) -> list[dict[str, Any]]:
@@ -264,6 +262,8 @@ def main(arguments: list[str]) -> None:
         "--finetune-epochs", type=int, default=0, help="epochs of fine-tuning after --macs-ratio"
     )
     options = parser.parse_args(arguments)
+    if options.sweep and options.macs_ratio is not None:
+        parser.error("give --sweep or --macs-ratio, not both")
     RESULTS.mkdir(exist_ok=True)
     for run in options.runs:
         try:
@@ -279,7 +279,8 @@ def main(arguments: list[str]) -> None:
             sys.exit(str(error))
         names = [entry[key] for key in ("arch", "dataset", "recipe", "seed")]
         if options.macs_ratio is not None:
-            names.insert(-1, f"macs-{options.macs_ratio:g}")
+            tuned = f"-finetuned-{options.finetune_epochs}" * (options.finetune_epochs > 0)
+            names.insert(-1, f"macs-{options.macs_ratio:g}{tuned}")
         name = file_name(*names)
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:

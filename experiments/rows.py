@@ -277,9 +277,13 @@ def _taught(record: Record) -> str:
 
 
 def _pruned_again(record: Record) -> str:
-    """The text about the ratio of MACs of a run that was pruned again; empty for other runs."""
+    """The text about a run that was pruned again; empty for other runs."""
     again = record.content.get("pruned_again")
-    return "" if again is None else f", pruned to {again['macs_ratio']:g}x"
+    if again is None:
+        return ""
+    epochs = again["finetune_epochs"]
+    tuned = f" and fine-tuned for {epochs} epoch{'s' * (epochs > 1)}" if epochs else ""
+    return f", pruned to {again['macs_ratio']:g}x{tuned}"
 
 
 def median_units(counts: Sequence[Mapping[str, int]]) -> str:

@@ -54,11 +54,11 @@ OF_RUNS: dict[str, Callable[..., str]] = {
     "sparse-vd-units": method_tables.sparse_vd_units,
     "recipes": method_tables.recipes,
     "settings": method_tables.settings,
-    "criteria": criteria.table,
-    "ablation": ablation.table,
 }
 #: Functions that make a table from other records, which they read, and the words after its name.
 OF_OTHER_RECORDS: dict[str, Callable[..., str]] = {
+    "ablation": ablation.table,
+    "criteria": criteria.table,
     "budget-speedups": budget_tables.speedups,
     "budget-errors": budget_tables.error_budgets,
     "budget-costs": budget_tables.costs,

@@ -259,8 +259,8 @@ def shrink(
         they are removed, and a `UserWarning` is given.
 
     Raises:
-        ValueError: theta names an unknown gate, or has a wrong number of units; the network cannot
-            be copied; or the noise of a `Pruner` is attached to it.
+        ValueError: theta names an unknown gate, or does not have the shape ``[units]``; the network
+            cannot be copied; or the noise of a `Pruner` is attached to it.
         Exception: the smaller network cannot be called on `example_input`. Its own error is raised,
             such as a `RuntimeError` of torch.
     """
@@ -284,7 +284,7 @@ def shrink_in_place(
     The result is not called, forward hooks are not removed, and attached noise is not detected.
 
     Raises:
-        ValueError: theta names an unknown gate, or has a wrong number of units.
+        ValueError: theta names an unknown gate, or does not have the shape ``[units]``.
     """
     check_theta(gates, theta, cut=True)
     units = surviving_units(gates, theta) if units is None else units

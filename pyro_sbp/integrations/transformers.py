@@ -28,8 +28,9 @@ class PruneMixin(_Base):
     """Adds noise and the KL divergence to a `Trainer`: ``class PruneTrainer(PruneMixin, Trainer)``.
 
     `train` trains with noise on the units of the model. `evaluate` and `predict` measure the model
-    as it would be pruned now, during and after training, until ``trainer.pruner.prune()`` removes
-    the noise and returns the smaller model. The posterior is part of the checkpoints.
+    as it would be pruned now (with a target, by the threshold alone), during and after training,
+    until ``trainer.pruner.prune()`` removes the noise and returns the smaller model. The posterior
+    is part of the checkpoints.
 
     Args:
         args, kwargs: for the `Trainer`.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.datasets.sources import check_dataset
 from pyro_sbp.deployment.loading import load
 from pyro_sbp.errors import RequestError
@@ -18,6 +17,7 @@ from pyro_sbp.pruning.macs import costs_by_layer
 from pyro_sbp.recipes.criteria import Rule
 from pyro_sbp.reports.posterior import Posterior, describe, read_posterior
 from pyro_sbp.training.again import sweep
+from pyro_sbp.training.job import load_data
 from pyro_sbp.training.runs import Run
 
 __all__ = ["Findings", "costs_of", "find"]
@@ -90,10 +90,9 @@ def _sweep(run: Run, data_dir: Path | None, criterion: str | None) -> list[dict[
     request = run.request
     if request.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("the run was made on a CUDA device, and there is none on this machine")
-    size = request.image_size or find_architecture(request.arch).image_size
     data_dir = Path(request.data_dir) if data_dir is None else data_dir
     check_dataset(request.dataset, data_dir, download=False)
-    data = load_dataset(request.dataset, data_dir, size, device=request.device)
+    data = load_data(request, data_dir)
     return sweep(request, data, run.directory, criterion=criterion)
 
 

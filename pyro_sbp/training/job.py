@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from pyro_sbp.architectures import find_architecture
-from pyro_sbp.datasets.loading import ImageData
+from pyro_sbp.datasets.loading import ImageData, load_dataset
 from pyro_sbp.datasets.standardization import Standardization
 from pyro_sbp.deployment.benchmarking import device_name
 from pyro_sbp.deployment.weight_files import load_weights
@@ -33,6 +33,7 @@ from pyro_sbp.training.teachers import Teachers, check_teacher
 __all__ = [
     "Job",
     "build_network",
+    "load_data",
     "machine",
     "prepare_data",
     "prepare_job",
@@ -56,6 +57,30 @@ def machine(device: torch.device) -> str:
     count = torch.get_num_threads()
     threads = "1 thread" if count == 1 else f"{count} threads"
     return f"{device_name(device)}, {os.cpu_count()} cores, {threads}"
+
+
+def load_data(
+    request: Request,
+    data_dir: Path | None = None,
+    *,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+) -> ImageData:
+    """Load the data of a request, in the image size of the request or of its architecture.
+
+    Args:
+        request: the request.
+        data_dir, device: the directory of the data sets and the device, as for `load_dataset`; by
+            default those of the request.
+        workers: as for `load_dataset`.
+
+    Raises:
+        RequestError: as for `load_dataset`.
+    """
+    size = request.image_size or find_architecture(request.arch).image_size
+    data_dir = Path(request.data_dir) if data_dir is None else data_dir
+    device = request.device if device is None else device
+    return load_dataset(request.dataset, data_dir, size, workers, device)
 
 
 def prepare_data(request: Request, data: ImageData, device: torch.device) -> ImageData:

@@ -260,7 +260,7 @@ def test_data_that_are_not_finite_are_told(arguments, tmp_path, monkeypatch):
         object.__setattr__(data.train, "images", images)
         return data
 
-    monkeypatch.setattr("pyro_sbp.cli.train_run.load_dataset", poisoned)
+    monkeypatch.setattr("pyro_sbp.training.job.load_dataset", poisoned)
     line = one_line(run(*arguments, "--output-dir", tmp_path / "run"), 1)
     assert "not finite in epoch 1 of phase 'dense'" in line
     assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -38,7 +38,7 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
     (tmp_path / "records").mkdir()
     write_json(tmp_path / "records" / "one.json", {**entry, "criteria": rows})
     monkeypatch.setattr(criteria, "DIRECTORY", tmp_path / "records")
-    lines = criteria.table([]).splitlines()
+    lines = criteria.table().splitlines()
     first = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert first[0] == "LeNet-300-100 on digits, SBP, `digits`, seed 0"
     assert first[3] == "-".join(str(unit.kept) for unit in summary.units)
@@ -48,4 +48,4 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
 def test_a_table_without_records_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(criteria, "DIRECTORY", tmp_path)
     with pytest.raises(RequestError, match="there is no record in"):
-        criteria.table([])
+        criteria.table()

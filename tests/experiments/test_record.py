@@ -129,9 +129,12 @@ def test_a_run_that_is_pruned_again_is_a_row_of_its_own(tmp_path, monkeypatch):
     main([str(run), "--macs-ratio", "3", "--finetune-epochs", "1"])
     records = read_records(tmp_path / "results")
     plain, again = rows(records)
-    assert again.name == "SBP, `short`, pruned to 3x" and plain.name == "SBP, `short`"
+    assert (
+        again.name == "SBP, `short`, pruned to 3x and fine-tuned for 1 epoch"
+        and plain.name == "SBP, `short`"
+    )
     assert 3 <= again.macs_ratio < 3.3 and again.dense == plain.dense
     assert again.first.content["error"]["finetuned"] is not None
-    assert again.first.command.endswith(" && pyro-sbp prune --macs-ratio 3 --finetune-epochs 1")
+    assert again.first.command.endswith(" && pyro-sbp prune RUN --macs-ratio 3 --finetune-epochs 1")
     with pytest.raises(SystemExit, match="macs_ratio"):
         main([str(run), "--macs-ratio", "1e6"])
