@@ -173,7 +173,7 @@ def before_training(plain):
     [
         # The loop in plain torch is that of the README.
         pytest.param("torch", marks=pytest.mark.slow),
-        "target",
+        pytest.param("target", marks=pytest.mark.slow),
         pytest.param("lightning", marks=pytest.mark.slow),
         pytest.param("transformers", marks=pytest.mark.slow),
     ],

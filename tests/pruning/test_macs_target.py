@@ -58,7 +58,8 @@ def test_the_largest_ratio_is_that_of_one_unit_in_every_gate():
     )
     # One channel, and one of its 16 features, then a layer with one unit, then ten classes.
     macs = count_macs(small, x[:1]) + 1 + 10
-    found = largest_ratio(net, gates, UnitCosts(net, gates, x[:1]), x)
+    ones = {gate.name: 1.0 for gate in gates}
+    found = largest_ratio(net, gates, UnitCosts(net, gates, x[:1]), ones, x)
     assert found == pytest.approx(count_macs(net, x[:1]) / macs)
 
 
