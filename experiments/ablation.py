@@ -92,8 +92,7 @@ CHANGES = {
     "snr": Change("the same run, pruned again by the signal-to-noise ratio", criterion="snr"),
     "bmrs-n": Change("the same run, pruned again by BMRS-N", criterion="bmrs-n"),
 }
-
-
+#: The errors of a run that the table shows, by their keys in a record.
 _ERRORS = ("dense", "pruned", "finetuned")
 
 

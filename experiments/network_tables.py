@@ -10,6 +10,7 @@ from pyro_sbp.architectures import ARCHITECTURES
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.rows import Record, Row, markdown, of_network, rows, title
 from pyro_sbp.reports.published import published
+from pyro_sbp.training.summary import percent
 
 __all__ = [
     "baselines",
@@ -44,10 +45,6 @@ def dataset_of(arch: str) -> str:
     return dataset
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def network(records: Sequence[Record], arch: str, dataset: str | None = None) -> str:
     """The rows of the papers for a network, and our rows in bold, ordered by the MACs ratio."""
     dataset = dataset or dataset_of(arch)
@@ -55,7 +52,7 @@ def network(records: Sequence[Record], arch: str, dataset: str | None = None) ->
     for paper in published(arch, _LOSSLESS.get(dataset, dataset)):
         source, _, words = paper.source.partition(": ")
         name = f"{paper.method}, {source.partition(', ')[0]}"
-        cells = (name, "-", _percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
+        cells = (name, "-", percent(paper.error), paper.units or "-", f"{paper.macs_ratio:g}x")
         lines.append((paper.macs_ratio, (*cells, words)))
     for row in of_network(records, arch, dataset):
         if not row.first.baseline:
@@ -96,11 +93,11 @@ def headline(records: Sequence[Record], arch: str, *recipes: str) -> str:
     papers = {paper.method: paper for paper in published(arch, dataset)}
     cells = []
     if "SBP" in papers:
-        paper, dense = papers["SBP"], _percent(papers["dense"].error)
+        paper, dense = papers["SBP"], percent(papers["dense"].error)
         ratio = f"{paper.macs_ratio:g}x"
-        cells.append(("SBP, the paper's", dense, _percent(paper.error), paper.units, ratio))
+        cells.append(("SBP, the paper's", dense, percent(paper.error), paper.units, ratio))
     for row in chosen:
-        name, dense = f"{row.name}, {row.seeds_in_words}", _percent(row.dense)
+        name, dense = f"{row.name}, {row.seeds_in_words}", percent(row.dense)
         ratio = f"{row.macs_ratio:.2f}x"
         cells.append((name, dense, row.error_in_words, row.units, ratio))
     head = (title(arch, dataset), "dense error, %", "test error, %", "units", "MACs")
@@ -126,7 +123,7 @@ def baselines(records: Sequence[Record], arch: str, *recipes: str) -> str:
             steps = row.first.content.get("steps")
             name = f"{row.first.method}, {steps} steps" if steps else f"**{row.name}**"
             ratio = f"{row.macs_ratio:.2f}x"
-            dense = _percent(row.dense)
+            dense = percent(row.dense)
             cells.append((name, row.seeds, dense, row.error_in_words, row.units, ratio))
     head = ("method", "seeds", "dense error, %", "test error, %", "units", "MACs")
     return markdown(head, cells)
