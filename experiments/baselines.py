@@ -77,7 +77,7 @@ from pyro_sbp.training.job import (
     with_weights,
 )
 from pyro_sbp.training.loop import Loop
-from pyro_sbp.training.progress import Progress
+from pyro_sbp.training.progress import Progress, ignore
 
 __all__ = ["STEPS", "baseline"]
 
@@ -179,7 +179,7 @@ def baseline(
     ratio: float,
     importance: str,
     steps: int = STEPS,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[Progress], None] = ignore,
     learning_rate: float | None = None,
 ) -> dict[str, Any]:
     """Train, prune and fine-tune a network by Torch-Pruning.

@@ -38,9 +38,9 @@ from pyro_sbp.training.latency_cost import set_unit_latency
 from pyro_sbp.training.loggers import Log
 from pyro_sbp.training.optimization import Optimization, moving_average
 from pyro_sbp.training.phase_loss import PhaseLoss, kl_weight
-from pyro_sbp.training.progress import Progress, metrics_line
+from pyro_sbp.training.progress import Progress, ignore, metrics_line
 
-__all__ = ["Interrupted", "Loop"]
+__all__ = ["Interrupted", "Loop", "never"]
 
 #: The number of training examples for measuring the batch norm statistics of a pruned network.
 RECALIBRATE_ON = 10_000
@@ -55,6 +55,11 @@ TELL_EVERY = 50
 
 class Interrupted(Exception):
     """Training was asked to stop, and has written a checkpoint."""
+
+
+def never() -> bool:
+    """Do not stop the training."""
+    return False
 
 
 @dataclass
@@ -132,8 +137,8 @@ class Loop:
         data: ImageData,
         directory: Path,
         fabric: Fabric,
-        watch: Callable[[Progress], None] = lambda progress: None,
-        stop: Callable[[], bool] = lambda: False,
+        watch: Callable[[Progress], None] = ignore,
+        stop: Callable[[], bool] = never,
         log: Log | None = None,
     ) -> None:
         self.request, self.recipe = request, request.recipe

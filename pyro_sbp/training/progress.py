@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_sbp.methods.phase import Standing
 
-__all__ = ["Progress", "metrics_line"]
+__all__ = ["Progress", "ignore", "metrics_line"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Progress:
     weighted_kl: float
     error: float | None = None
     standing: Standing | None = None
+
+
+def ignore(progress: object) -> None:
+    """Do nothing: the default of a function that is called with the progress."""
 
 
 def metrics_line(progress: Progress, kl: float, seconds: float) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from pyro_sbp.training.devices import in_step, launch, on_first
 from pyro_sbp.training.files import lock, write_json
 from pyro_sbp.training.job import Job, machine, prepare_job, versions
 from pyro_sbp.training.loggers import Log
-from pyro_sbp.training.loop import Interrupted, Loop
-from pyro_sbp.training.progress import Progress
+from pyro_sbp.training.loop import Interrupted, Loop, never
+from pyro_sbp.training.progress import Progress, ignore
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 
@@ -33,8 +33,8 @@ def train(
     request: Request,
     data: ImageData,
     directory: Path,
-    watch: Callable[[Progress], None] = lambda progress: None,
-    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Progress], None] = ignore,
+    stop: Callable[[], bool] = never,
     fabric: Fabric | None = None,
     logger: Logger | Sequence[Logger] = (),
 ) -> Summary:
