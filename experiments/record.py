@@ -185,6 +185,7 @@ def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
     """
     from pyro_sbp.pruning.budgets import MacsRatio
     from pyro_sbp.training.again import prune_again
+    from pyro_sbp.training.progress import ignore
 
     entry = record(run)
     request, data = _with_data(run)
@@ -196,7 +197,7 @@ def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
             Path(other) / "pruned",
             budget=MacsRatio(ratio),
             finetune_epochs=epochs,
-            tell=_silent,
+            tell=ignore,
         )
     options = f"--macs-ratio {ratio:g}" + f" --finetune-epochs {epochs}" * (epochs > 0)
     return {
@@ -206,10 +207,6 @@ def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
         "command": f"{entry['command']} && pyro-sbp prune RUN {options}",
         "pruned_again": {"macs_ratio": ratio, "finetune_epochs": epochs},
     }
-
-
-def _silent(words: str) -> None:
-    """Ignore a line about the measurements for a budget."""
 
 
 def _with_data(run: Path) -> tuple[Request, ImageData]:

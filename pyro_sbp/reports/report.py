@@ -18,6 +18,7 @@ from pyro_sbp.reports.sections.thresholds import thresholds
 from pyro_sbp.reports.sections.training import training
 from pyro_sbp.reports.sections.units import units
 from pyro_sbp.training.files import write_text
+from pyro_sbp.training.progress import ignore
 from pyro_sbp.training.runs import Run
 
 __all__ = ["write_report"]
@@ -33,15 +34,11 @@ SECTIONS: dict[str, Callable[[Findings, Pictures], list[str]]] = {
 }
 
 
-def _silent(words: str) -> None:
-    """Ignore a line about the current step."""
-
-
 def write_report(
     runs: Sequence[Run],
     data_dir: Path | None = None,
     sweep: bool = True,
-    watch: Callable[[str], None] = _silent,
+    watch: Callable[[str], None] = ignore,
     criterion: str | None = None,
 ) -> Path:
     """Write `report.html` into the directory of the first run, and its figures into `report/`.
