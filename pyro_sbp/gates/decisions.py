@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_sbp.gates.functions import operation_name, tensors_in
+from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.surgery import EXACT, relative_difference
 
 __all__ = ["Decisions"]
@@ -39,7 +40,8 @@ class Decisions:
     """Record the choices of one network, and repeat them in another one for equal arguments.
 
     The choices are repeated in the order in which they were recorded. Arguments count as equal if
-    their `relative_difference` is at most `EXACT`.
+    their `relative_difference` is at most `EXACT`. Results are copied when they are recorded and
+    when they are repeated, because a network may change them in place.
 
     Attributes:
         taken: for each choice, the function, the tensors in its arguments, and its result.
@@ -74,8 +76,7 @@ class _Recording(TorchFunctionMode):
         given = [x.clone() for x in tensors_in((args, kwargs))] if _chooses(func) else []
         out = func(*args, **kwargs)
         if given:
-            kept = out.clone() if isinstance(out, Tensor) else out
-            self.taken.append((func, given, kept))
+            self.taken.append((func, given, map_tensors(Tensor.clone, out)))
         return out
 
 
@@ -94,4 +95,4 @@ class _Repeating(TorchFunctionMode):
             return func(*args, **kwargs)
         if not relative_difference(given, now) <= EXACT:
             return func(*args, **kwargs)
-        return out.clone() if isinstance(out, Tensor) else out
+        return map_tensors(Tensor.clone, out)

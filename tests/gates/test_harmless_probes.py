@@ -287,6 +287,44 @@ def test_ties_are_decided_alike_and_other_choices_are_not():
     assert other == [2, 0] != chosen[1]
 
 
+class Routed(nn.Module):
+    """Weights two of four experts, and scales their weights in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        weights, chosen = self.router(h).softmax(-1).topk(2)
+        weights.mul_(2.5)
+        return self.b(h) + (weights[..., None] * self.experts[chosen]).sum(-2)
+
+
+def test_a_network_may_change_the_values_of_its_choices_in_place():
+    net, x = Routed(), torch.randn(6, 5)
+    gates = sbp.find_gates(net, x)
+    assert [gate.name for gate in gates] == ["a"], gates.reasons()
+    theta = {"a": (torch.arange(8) > 2).float()}
+    small = sbp.shrink(net, gates, theta, x)
+    with torch.no_grad():
+        masked = sbp.GatedNetwork(net, gates)(x, theta)
+        torch.testing.assert_close(small(x), masked)
+
+
+def test_recorded_choices_are_copies():
+    x = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)
+    decisions = Decisions()
+    for context in (decisions.recorded, decisions.repeated, decisions.repeated):
+        with context():
+            values, indices = x.topk(2)
+            assert values.tolist() == [3, 2] and indices.tolist() == [1, 2]
+            values.zero_()
+            indices.zero_()
+
+
 class InPlace(nn.Module):
     """Normalises its input in place, and writes two layers into one tensor."""
 
