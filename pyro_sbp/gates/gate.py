@@ -58,10 +58,12 @@ class Span:
     def key(self) -> str:
         """The name of the layer, or ``LAYER.TENSOR[DIM]`` for a span of one tensor.
 
+        For a tensor of the network itself, it is ``TENSOR[DIM]``.
+
         Spans of rows with the same key describe the same rows, and spans of columns with the same
         key describe the same columns.
         """
-        return f"{self.layer}.{self.tensor}[{self.dim}]" if self.tensor else self.layer
+        return f"{_joined(self.layer, self.tensor)}[{self.dim}]" if self.tensor else self.layer
 
     def expand(self, values: Tensor) -> Tensor:
         """Expand a value per unit to a value per row or column.
@@ -136,9 +138,14 @@ class Gate:
         for kind in ("writers", "readers", "channelwise", "selects"):
             layers = ", ".join(span.key for span in getattr(self, kind))
             parts += [f"{kind}: {layers}"] if layers else []
-        names = ", ".join(dict.fromkeys(f"{s.module}.{s.attribute}" for s in self.sizes))
+        names = ", ".join(dict.fromkeys(_joined(s.module, s.attribute) for s in self.sizes))
         parts += [f"sizes: {names}"] if names else []
         return f"Gate({'; '.join(parts)})"
+
+
+def _joined(module: str, name: str) -> str:
+    """The full name of an attribute of a module, whose name is "" if it is the network itself."""
+    return f"{module}.{name}" if module else name
 
 
 def check_theta(gates: Sequence[Gate], theta: Mapping[str, Tensor], *, cut: bool = False) -> None:

@@ -43,6 +43,19 @@ class TwoWeights(nn.Module):
         return self.function(x, self.second, self.second_bias)
 
 
+class ScaledHeads(nn.Module):
+    """Two heads of three numbers, whose number is an attribute of the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.inner, self.out = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = F.normalize(self.inner(x).view(len(x), self.heads, -1), dim=-1)
+        return self.out(heads.flatten(1))
+
+
 class OwnForward(nn.Linear):
     """A dense layer that multiplies by its weight instead of calling `F.linear`."""
 
@@ -92,6 +105,15 @@ def test_products_of_parameters(kind):
     small = check(TwoWeights(kind), POINTS, first=8)
     assert sorted(small.first.shape) == [5, 5] and sorted(small.second.shape) == [3, 5]
     assert small.first_bias.shape == (5,)
+
+
+def test_tensors_and_sizes_of_the_network_itself_are_named_without_a_dot():
+    (gate,) = find_gates(TwoWeights(), POINTS)
+    assert repr(gate) == (
+        "Gate('first'; 8 units; writers: first[1]; readers: second[0]; channelwise: first_bias[0])"
+    )
+    (gate,) = find_gates(ScaledHeads(), POINTS)
+    assert repr(gate) == "Gate('inner'; 2 units; writers: inner; readers: out; sizes: heads)"
 
 
 @pytest.mark.parametrize("inside", [False, True])
