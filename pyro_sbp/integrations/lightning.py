@@ -40,7 +40,8 @@ class PruneCallback(Callback):
     continues, and `validate`, `test` and `predict` measure the network as it would be pruned.
 
     The number of units that every gate keeps is logged as ``units/GATE`` after every epoch with
-    noise. If the training ends earlier than `end_epoch`, a `UserWarning` is given.
+    noise. If the training ends earlier than `end_epoch`, a `UserWarning` is given. An error of
+    `Pruner`, such as a target that the network cannot reach, is raised when the training starts.
 
     Args:
         network: the name of the attribute of the `LightningModule` that holds the network, such as
@@ -162,6 +163,13 @@ class PruneCallback(Callback):
         """Put the noise of a checkpoint on the network."""
         self._prepare(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check before the epochs without noise that the network can be pruned as asked."""
+        if self._small is not None or self.pruner is not None or self._saved:
+            return
+        if trainer.current_epoch < self.start_epoch:
+            self._make(trainer, pl_module, self.num_data or _examples(trainer))
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put noise on the network at the start of the first epoch with noise."""
         if self._small is not None:
@@ -243,6 +251,18 @@ class PruneCallback(Callback):
 
     def _put(self, trainer: Trainer, pl_module: LightningModule, num_data: int) -> Pruner:
         """Put noise on the network, with the posterior of a checkpoint if there is one."""
+        pruner = self._make(trainer, pl_module, num_data)
+        if self._saved:
+            pruner.load_state_dict(self._saved["posterior"])
+        self.pruner = pruner.attach()
+        return pruner
+
+    def _make(self, trainer: Trainer, pl_module: LightningModule, num_data: int) -> Pruner:
+        """A pruner of the network, whose noise is not attached yet.
+
+        Raises:
+            ValueError: as for `Pruner`, or the number of steps for a target is not known.
+        """
         if self.pruner is not None:
             self.pruner.detach()
         net = self._network(pl_module)
@@ -251,11 +271,7 @@ class PruneCallback(Callback):
         options = dict(self.options)
         if options.get("target_macs_ratio") is not None and options.get("num_steps") is None:
             options["num_steps"] = self._num_steps(trainer, pl_module)
-        pruner = Pruner(net, example_input, num_data, **options)
-        if self._saved:
-            pruner.load_state_dict(self._saved["posterior"])
-        self.pruner = pruner.attach()
-        return pruner
+        return Pruner(net, example_input, num_data, **options)
 
     def _num_steps(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """The number of steps with noise: that of the checkpoint, or of this training.

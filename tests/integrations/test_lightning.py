@@ -421,6 +421,40 @@ def test_targets_that_cannot_be_followed_are_refused(tmp_path):
     assert prune.pruner.control.factor != 1
 
 
+def without_epochs(path, prune, module, match):
+    """Fit a module whose pruning is refused before the first of its epochs without noise."""
+    epochs = []
+
+    class Count(lightning.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            epochs.append(trainer.current_epoch)
+
+    fit = trainer(path, prune, Count(), enable_checkpointing=False)
+    with pytest.raises(ValueError, match=match):
+        fit.fit(module, data())
+    assert epochs == [] and prune.pruner is None
+
+
+def test_what_cannot_be_pruned_is_refused_before_the_epochs_without_noise(tmp_path):
+    # With one of 24 hidden units, 9 of 216 MACs remain.
+    options = {"target_macs_ratio": 25}
+    without_epochs(tmp_path, callback(3, 6, **options), Module(), "25; expected at most 24.00")
+    without_epochs(tmp_path, callback(3, 6, kl_scale={"1": 2.0}), Module(), "'1'")
+    module = Module()
+    module.net = nn.Linear(6, 3)
+    without_epochs(tmp_path, callback(3, 6), module, "no layer of Linear is prunable")
+
+
+def test_the_check_before_the_training_does_not_change_it():
+    module, prune = Module(), callback(1, 6)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    drawn = torch.get_rng_state()
+    prune.on_train_start(SimpleNamespace(current_epoch=0, train_dataloader=data()), module)
+    assert torch.equal(torch.get_rng_state(), drawn) and prune.pruner is None
+    assert module.training and not module.net._forward_pre_hooks
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
 def test_the_steps_of_a_target_are_those_of_the_optimizer_with_noise():
     def steps(module=None, **changes):
         values = {"num_training_batches": 9, "accumulate_grad_batches": 2, "current_epoch": 0}
