@@ -183,9 +183,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     words = "no weight reads a unit of {gate}: one column of zeros remains"
     words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"
     held = [words.format(gate=gate) for gate in summary.held]
-    left = summary.not_prunable()
-    if len(left) > MOST_LEFT_ALONE:
-        left[MOST_LEFT_ALONE:] = [f"and {len(left) - MOST_LEFT_ALONE} more, in summary.json"]
+    left = summary.not_prunable(MOST_LEFT_ALONE)
     little = hint if summary.macs.ratio < 1.05 and not weights else ""
     nothing = NOTHING_LEFT if summary.nothing_left else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)

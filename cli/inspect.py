@@ -60,8 +60,8 @@ def state(description: dict[str, Any]) -> str:
 
 
 def _text(description: dict[str, Any]) -> str:
+    from pyro_sbp.reasons import lines_not_prunable
     from pyro_sbp.reports.posterior import gate_table, kept_features, nearest_table
-    from pyro_sbp.training.summary import lines_not_prunable
 
     gates = description["gates"]
     values = table(*gate_table(description))

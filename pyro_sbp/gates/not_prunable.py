@@ -13,10 +13,7 @@ from pyro_sbp.gates.loose import Place
 from pyro_sbp.gates.probe import Probe
 from pyro_sbp.gates.reaching import Reach
 
-__all__ = ["companions", "others", "reasons_by_share", "shares"]
-
-#: The largest number of reasons in a message.
-_MOST = 8
+__all__ = ["companions", "others", "shares"]
 
 
 def companions(candidates: Iterable[Candidate], not_prunable: Mapping[str, str]) -> dict[str, str]:
@@ -172,21 +169,3 @@ def shares(net: nn.Module, names: Iterable[str], places: Mapping[str, Place]) ->
         seen.update(map(id, new))
         found[name] = sum(tensor.numel() for tensor in new) / max(total, 1)
     return found
-
-
-def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float]) -> str:
-    """One line with the layers and parameters that are not prunable, the largest ones first.
-
-    Args:
-        not_prunable: from name to reason.
-        shares: from name to the share of the parameters, from `shares`.
-    """
-    names = sorted(not_prunable, key=lambda name: -shares.get(name, 0.0))
-    lines = [
-        f"{name or 'the network'}: {not_prunable[name]} "
-        f"({shares.get(name, 0.0):.0%} of the parameters)"
-        for name in names[:_MOST]
-    ]
-    if len(names) > _MOST:
-        lines.append(f"and {len(names) - _MOST} more")
-    return "; ".join(lines)

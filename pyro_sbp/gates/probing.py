@@ -24,10 +24,11 @@ from pyro_sbp.gates.layers import num_columns
 from pyro_sbp.gates.measuring import measure
 from pyro_sbp.gates.nested import convert, tensors_of
 from pyro_sbp.gates.noise import check_no_noise
-from pyro_sbp.gates.not_prunable import companions, others, reasons_by_share, shares
+from pyro_sbp.gates.not_prunable import companions, others, shares
 from pyro_sbp.gates.probe import Probe, matrices
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 from pyro_sbp.gates.reaching import Reach
+from pyro_sbp.reasons import reasons_by_share
 
 __all__ = ["Gates", "find_gates"]
 

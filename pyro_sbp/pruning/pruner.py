@@ -27,11 +27,14 @@ from pyro_sbp.pruning.loop_target import LoopTarget, check_loop_target
 from pyro_sbp.pruning.macs_control import KLControl
 from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.pruning import prune, shrink_to
+from pyro_sbp.reasons import lines_not_prunable
 
 __all__ = ["Pruner"]
 
 #: The key of the state of a target in `Pruner.state_dict`.
 _TARGET = "macs_target"
+#: `repr` names at most this many layers that are not prunable.
+_MOST_NOT_PRUNABLE = 6
 
 
 class Pruner:
@@ -75,6 +78,8 @@ class Pruner:
             evaluation mode and for a target.
         init_log_scale: the initial log scale of the posterior; -5 is a signal-to-noise ratio of
             247.
+
+    Its `repr` names the layers that are not prunable, with their reasons.
 
     Attributes:
         net: the network.
@@ -140,6 +145,21 @@ class Pruner:
         self._contexts: list[AbstractContextManager[None]] = []
         #: The number of calls of the network with noise.
         self.noisy_calls = 0
+
+    def __repr__(self) -> str:
+        """The numbers of gates and units, and the layers that are not prunable with their reasons
+        and shares of the parameters, those with most parameters first.
+        """
+        kept, total = sum(self.units().values()), sum(gate.size for gate in self.gates)
+        shares = {name: (share,) for name, share in self.gates.shares.items()}
+        gates = "gate" if len(self.gates) == 1 else "gates"
+        reasons, more = self.gates.not_prunable, ", in gates.not_prunable"
+        lines = [
+            f"{type(self.net).__name__}: {len(self.gates)} {gates}, {kept} of {total} units reach "
+            f"the threshold {self.threshold:g}",
+            *lines_not_prunable(reasons, shares, _MOST_NOT_PRUNABLE, more),
+        ]
+        return "\n".join(["Pruner(", *(f"  {line}" for line in lines), ")"])
 
     @property
     def control(self) -> KLControl | None:

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pyro_sbp.errors import RequestError, damage
+from pyro_sbp.reasons import lines_not_prunable
 from pyro_sbp.recipes.validation import in_one_line
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "Summary",
     "Target",
     "WeightsLeft",
-    "lines_not_prunable",
-    "with_share",
 ]
 
 # Keys of later versions are ignored. JSON has lists for tuples.
@@ -34,25 +33,6 @@ _CONFIG = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Number = Annotated[float, Field(ge=0, strict=True)]
 _Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
-
-
-def with_share(reason: str, share: Sequence[float] | None) -> str:
-    """Why a layer is not prunable, and its share of the parameters and of the MACs, if known."""
-    if share is None:
-        return reason
-    return f"{reason} ({share[0]:.1%} of the parameters, {share[1]:.1%} of the MACs)"
-
-
-def lines_not_prunable(
-    not_prunable: Mapping[str, str], shares: Mapping[str, Sequence[float]]
-) -> list[str]:
-    """A line for each layer that is not prunable, those with most parameters first."""
-    names = sorted(not_prunable, key=lambda name: -shares.get(name, (0.0, 0.0))[0])
-    return [
-        f"not prunable: {name}, {with_share(not_prunable[name], shares.get(name))}"
-        for name in names
-    ]
-
 
 #: The labels of the networks of a run in tables.
 LABELS = {
@@ -254,9 +234,13 @@ class Summary:
     target: Target | None = None
     teachers: tuple[str, ...] = ()
 
-    def not_prunable(self) -> list[str]:
-        """A line for each layer that is not prunable, those with most parameters first."""
-        return lines_not_prunable(self.left_alone, self.shares)
+    def not_prunable(self, most: int | None = None) -> list[str]:
+        """A line for each layer that is not prunable, those with most parameters first.
+
+        Args:
+            most: the largest number of layers that are named; by default all.
+        """
+        return lines_not_prunable(self.left_alone, self.shares, most, ", in summary.json")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

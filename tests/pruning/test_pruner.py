@@ -35,6 +35,20 @@ def digits():
     return x, y
 
 
+def test_it_names_the_layers_that_are_not_prunable():
+    pruner = sbp.Pruner(network(), torch.randn(2, 1, 28, 28), num_data=10)
+    # the parameters of the dense layers, the convolution and the batch norm
+    share = 410 / (40 * 1015 + 410 + 60 + 12)
+    assert repr(pruner) == (
+        "Pruner(\n"
+        "  Sequential: 2 gates, 46 of 46 units reach the threshold 1\n"
+        f"  not prunable: 6, reaches an output of the network ({share:.1%} of the parameters)\n"
+        ")"
+    )
+    pruner.threshold = 1000.0
+    assert "0 of 46 units reach the threshold 1000" in repr(pruner)
+
+
 def trained(digits, pruner, step, epochs=12):
     """The mean loss of the first and of the last epoch."""
     x, y = digits

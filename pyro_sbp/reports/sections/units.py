@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_sbp.reasons import with_share
 from pyro_sbp.recipes.criteria import Criterion
 from pyro_sbp.reports import pages, plots
 from pyro_sbp.reports.findings import Findings
 from pyro_sbp.reports.pictures import Pictures
 from pyro_sbp.reports.posterior import Posterior, gate_table, nearest_table
 from pyro_sbp.training.runs import Run
-from pyro_sbp.training.summary import with_share
 
 __all__ = ["units"]
 
