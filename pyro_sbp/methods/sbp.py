@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyro_sbp.methods.gated import GatedMethod, TurnPhase
+from pyro_sbp.methods.gated import GatedMethod
 from pyro_sbp.methods.phase import Phase, rising_kl
 from pyro_sbp.methods.stage import Turn
+from pyro_sbp.methods.turn_phase import TurnPhase
 from pyro_sbp.recipes.method_recipes import SBPRecipe
 
 __all__ = ["SBP"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyro_sbp import networks
-from pyro_sbp.methods.gated import CUT_SHARE, TurnPhase
 from pyro_sbp.methods.sbp import SBP
+from pyro_sbp.methods.turn_phase import CUT_SHARE, TurnPhase
 from pyro_sbp.recipes import SBPRecipe
 
 

@@ -84,7 +84,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.filterwarnings("ignore:the posterior is far from target_macs_ratio")
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("pyro_sbp.methods.gated.UPDATE_EVERY", 4)
+    monkeypatch.setattr("pyro_sbp.methods.turn_phase.UPDATE_EVERY", 4)
     request = Request("tiny_network:Net", "digits", RECIPES[name])
     whole = train(request, labelled_images(), tmp_path / "whole")
     steps = 0
