@@ -29,7 +29,8 @@ from torch import nn
 
 import pyro_sbp as sbp
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.minilm import RESULTS, build, description, example, pretrained
+from pyro_sbp.experiments.minilm import RESULTS
+from pyro_sbp.experiments.minilm_network import build, description, example, pretrained
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.training.files import write_json
