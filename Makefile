@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Without bytecode files every process compiles the thousands of modules of torch again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo docs test test-all lint clean
 
 # Only the modules that are imported get compiled, when they are. Compiling all takes a minute.

@@ -84,10 +84,11 @@ def test_removing_units_of_a_residual_network_is_exact(seed):
 
 
 def test_a_pruned_residual_network_is_saved_and_exported(tmp_path):
-    net, x = networks.resnet20().eval(), torch.randn(2, 3, 32, 32)
+    size = {"blocks": 1, "width": 4}
+    net, x = networks.ResNetCIFAR(**size).eval(), torch.randn(2, 3, 32, 32)
     gates = find_gates(net, x)
     small = shrink(net, gates, {n: t.float() for n, t in random_theta(gates).items()}, x).eval()
-    sbp.save(small, tmp_path / "net", networks.resnet20)
+    sbp.save(small, tmp_path / "net", networks.ResNetCIFAR, size)
     loaded = sbp.load(tmp_path / "net")
     assert torch.equal(loaded(x), small(x))
     for format in ("pt2", "onnx"):

@@ -32,7 +32,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
-        self.stem = nn.Conv2d(1, 12, 3, 1, 1)
+        self.stem = nn.Conv2d(1, 12, 3, 2, 1)
         self.blocks = nn.Sequential(Block(12, 12, 1), Block(12, 24, 2), Block(24, 24, 1))
         self.head = nn.Linear(24, num_classes)
 

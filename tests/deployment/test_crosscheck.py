@@ -123,7 +123,7 @@ def test_a_network_that_ptflops_cannot_run_is_reported_in_one_line(monkeypatch, 
 
 
 def test_nothing_is_printed_and_the_network_stays_as_it_was(capfd):
-    net = networks.VGGLike().train()
+    net = networks.VGGLike(width=8).train()
     net.bn1.eval()
     modes = [module.training for module in net.modules()]
     state = {name: value.clone() for name, value in net.state_dict().items()}

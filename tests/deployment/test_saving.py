@@ -49,13 +49,14 @@ def test_outputs_are_bit_equal(small, tmp_path):
 
 def test_batch_norm_buffers_come_along(tmp_path):
     torch.manual_seed(0)
-    net = sbp.networks.VGGLike(num_classes=3)
+    size = {"num_classes": 3, "width": 8}
+    net = sbp.networks.VGGLike(**size)
     x = torch.rand(4, 3, 32, 32)
     net(x)
     gates = sbp.find_gates(net, x)
     theta = {gate.name: (torch.rand(gate.size) > 0.6).float() for gate in gates}
     small = sbp.shrink(net, gates, theta, x).eval()
-    sbp.save(small, tmp_path / "net", sbp.networks.VGGLike, {"num_classes": 3})
+    sbp.save(small, tmp_path / "net", sbp.networks.VGGLike, size)
     assert torch.equal(sbp.load(tmp_path / "net")(x), small(x))
 
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_cut_is_not_prunable():
 
 
 def test_the_network_is_not_changed():
-    net = networks.VGGLike().train()
+    net = networks.VGGLike(width=8).train()
     net.fc1.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     find_gates(net, torch.randn(2, 3, 32, 32))

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from test_awkward_networks import CASES, Net, conv, grouped, image
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from pyro_sbp import networks
 from pyro_sbp.deployment import loading, saving
@@ -43,15 +44,20 @@ def features_of_a_concatenation():
     return Net(forward, **layers), image(2, 3, 3), ["head"]
 
 
-def resnet18():
-    return torchvision.models.resnet18(num_classes=5), image(3, 32, 32), []
+def resnet():
+    """A stage of two blocks, and three whose shortcuts are convolutions."""
+    net = torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1], num_classes=5)
+    return net, image(3, 32, 32), []
 
 
 def mobilenet():
-    return torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.35), image(3, 32, 32), []
+    """Blocks with and without a shortcut: expansion, number of channels, of blocks, stride."""
+    blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
+    net = torchvision.models.MobileNetV2(5, width_mult=0.35, inverted_residual_setting=blocks)
+    return net, image(3, 32, 32), []
 
 
-FEATURED = [lenet5, lenet_of_pixels, features_of_a_concatenation, resnet18, mobilenet]
+FEATURED = [lenet5, lenet_of_pixels, features_of_a_concatenation, resnet, mobilenet]
 #: Networks of which no gate is found, or not the same on every input.
 WITHOUT = {"tied_weights", "nothing_to_gate", "branches_on_data"}
 ALL = [*FEATURED, *(make for make in CASES if make.__name__ not in WITHOUT)]

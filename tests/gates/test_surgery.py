@@ -19,12 +19,16 @@ def random_theta(gates, seed=0, share=0.5):
     }
 
 
+def narrow_vgg():
+    return networks.VGGLike(width=8)
+
+
 @pytest.mark.parametrize(
     ("make", "shape", "features"),
     [
         (networks.LeNet5, (1, 28, 28), ["fc1"]),
         (networks.LeNet500_300, (1, 28, 28), ["fc1"]),
-        (networks.VGGLike, (3, 32, 32), []),
+        (narrow_vgg, (3, 32, 32), []),
     ],
 )
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])

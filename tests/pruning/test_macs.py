@@ -292,7 +292,7 @@ def test_torch_s_settings_are_restored(fastpath, enabled):
 
 @pytest.mark.parametrize("count", [count_macs, costs_by_layer])
 def test_the_network_keeps_its_modes_statistics_and_hooks(count):
-    net = networks.VGGLike().train()
+    net = networks.VGGLike(width=8).train()
     net.bn1.eval()
     modes = [module.training for module in net.modules()]
     state = copy.deepcopy(net.state_dict())
