@@ -231,8 +231,12 @@ class Row:
 
     @property
     def notes(self) -> str:
-        """The error of the dense networks."""
-        return "" if self.dense is None else f"dense {self.dense:.2f}"
+        """The error of the dense networks, and whether images of MNIST were shifted in training."""
+        words = [] if self.dense is None else [f"dense {self.dense:.2f}"]
+        crop = self.first.settings.get("crop", 0)
+        if crop and self.first.dataset == "mnist":
+            words.append(f"images shifted by up to {crop} pixel" + "s" * (crop > 1))
+        return ", ".join(words)
 
     @property
     def minutes(self) -> str:

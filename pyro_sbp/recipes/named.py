@@ -26,6 +26,19 @@ _LENET: dict[str, Any] = {
     "finetune_learning_rate": 1e-3,
     "distill": 4.0,
 }
+#: Images shifted at random by at most one pixel. They reduce the error by more than soft labels.
+#: Chosen on 5,000 held-out training images of MNIST.
+_SHIFTED: dict[str, Any] = {
+    "dense_epochs": 30,
+    "epochs": 60,
+    "finetune_epochs": 60,
+    "kl_scale": 10.0,
+    "noise_learning_rate": 2e-2,
+    "finetune_learning_rate": 3e-3,
+    "average": 0.999,
+    "crop": 1,
+    "cut_every": 10,
+}
 _LENET5: dict[str, Any] = {"dense_epochs": 8, "epochs": 22, **_LENET}
 _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
 
@@ -84,6 +97,15 @@ _ALL: tuple[Recipe, ...] = (
     ),
     SBPRecipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
     SBPRecipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
+    *(
+        SBPRecipe(name=f"{arch}-{ratio}x", target_macs_ratio=float(ratio), **_SHIFTED)
+        for arch, ratio in (
+            ("lenet-300-100", 28),
+            ("lenet-300-100", 40),
+            ("lenet-500-300", 31),
+            ("lenet-500-300", 45),
+        )
+    ),
     # Without fine-tuning, or with the labels of the data, for the comparison with RBP.
     SBPRecipe(
         name="lenet5-plain",
