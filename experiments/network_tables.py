@@ -24,8 +24,11 @@ __all__ = [
 ]
 
 
-#: The data sets of networks that are not in `ARCHITECTURES`.
-_DATASETS = {"pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg"}
+#: The data sets of networks that are not in `ARCHITECTURES`, or that have no records on their own.
+_DATASETS = {
+    "pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg",
+    "resnet20": "folder:cifar10-png",
+}
 #: Folders with the images of a data set in a lossless format. Published results are those of the
 #: data set.
 _LOSSLESS = {"folder:cifar10-png": "cifar10"}

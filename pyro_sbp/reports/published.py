@@ -46,10 +46,12 @@ _BB = f"Lee et al. 2018, arXiv 1805.10896: {_LATER}"
 _EVCI = "Evci et al. 2020, arXiv 1911.11134"
 _VIB_LENET = f"Dai et al. 2018, arXiv 1802.10399: number in {_EVCI}"
 _VIB = f"Dai et al. 2018, arXiv 1802.10399: {_LATER}"
+_MODEL_OPTIMIZER = "NVIDIA Model Optimizer, examples/pruning/cifar_resnet.ipynb"
 _LENET5 = ("lenet5", "mnist")
 _LENET500 = ("lenet-500-300", "mnist")
 _LENET300 = ("lenet-300-100", "mnist")
 _VGG = ("vgg-like", "cifar10")
+_RESNET20 = ("resnet20", "cifar10")
 _VGG_START = "64-62-128-126-234-155-31-"
 
 PUBLISHED = (
@@ -77,6 +79,8 @@ PUBLISHED = (
     Published(*_VGG, "SBP, run again", 7.27, 2.01, "", _AGAIN),
     Published(*_VGG, "BB dropout", 6.66, 2.16, "", _BB),
     Published(*_VGG, "VIBNet", 7.17, 2.65, "", _VIB),
+    Published(*_RESNET20, "dense", 9.03, 1.0, "", _MODEL_OPTIMIZER),
+    Published(*_RESNET20, "FastNAS", 9.72, 1.37, "", _MODEL_OPTIMIZER),
 )
 
 
