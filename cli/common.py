@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pyro_sbp.errors import RequestError, unknown
+from pyro_sbp.reasons import MOST
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.text_tables import table
 from pyro_sbp.training.runs import read_request, read_saved_network
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 DEVICES = ("auto", "cpu", "cuda")
-#: The closing table names at most this many layers that are not prunable.
-MOST_LEFT_ALONE = 6
 LITTLE_REMOVED = """\
 Little was removed. To remove more, use more epochs, a larger kl_scale or a larger
 noise_learning_rate in the recipe, or prune this network again with pyro-sbp prune."""
@@ -183,7 +182,7 @@ def closing_table(summary: Summary, hint: str = "", weak: str = "under the thres
     words = "no weight reads a unit of {gate}: one column of zeros remains"
     words = words if weights else f"all units of {{gate}} are {weak}: only the best is kept"
     held = [words.format(gate=gate) for gate in summary.held]
-    left = summary.not_prunable(MOST_LEFT_ALONE)
+    left = summary.not_prunable(MOST)
     little = hint if summary.macs.ratio < 1.05 and not weights else ""
     nothing = NOTHING_LEFT if summary.nothing_left else ""
     parts = (weights, units, "\n".join(held), "\n".join(left), errors, sizes, little, nothing)

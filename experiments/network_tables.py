@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 
-#: The data sets of networks that are not in `ARCHITECTURES`, or that have no records on their own.
+#: The data sets of networks that are not in `ARCHITECTURES`, or whose records have another data set
+#: than the default.
 _DATASETS = {
     "pyro_sbp.experiments.narrow:vgg_like": "folder:cifar10-jpeg",
     "resnet20": "folder:cifar10-png",
@@ -198,6 +199,9 @@ def speed(records: Sequence[Record], arch: str, dataset: str | None = None) -> s
 def commands(records: Sequence[Record]) -> str:
     """The command of each row, with seeds, minutes, machine and versions. N is the seed.
 
+    If a run started from the weights of another run, the command of that run comes first. Its
+    minutes are not counted.
+
     Raises:
         RequestError: there are no records.
     """
@@ -212,11 +216,11 @@ def commands(records: Sequence[Record]) -> str:
             versions.setdefault(_versions(r), chr(ord("A") + len(versions))) for r in row.records
         }
         by_command = {
-            words: Row(tuple(r for r in row.records if r.command == words)).seeds_in_words
-            for words in dict.fromkeys(r.command for r in row.records)
+            words: Row(tuple(r for r in row.records if r.commands == words)).seeds_in_words
+            for words in dict.fromkeys(r.commands for r in row.records)
         }
         made = "<br>".join(
-            f"`{words}`" + f" ({seeds})" * (len(by_command) > 1)
+            ", then ".join(f"`{word}`" for word in words) + f" ({seeds})" * (len(by_command) > 1)
             for words, seeds in by_command.items()
         )
         on = ", ".join(map(str, sorted(where))) + "; " + ", ".join(sorted(used))

@@ -130,6 +130,14 @@ class Record:
             content=found,
         )
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that repeat the run, with `N` for the seed: first that of the run whose
+        weights it started from, if there is one.
+        """
+        before = self.content.get("started_from")
+        return (self.command,) if before is None else (re.sub(_SEED, "N", before), self.command)
+
 
 def unreadable(path: Path, what: str, error: Exception) -> RequestError:
     """The error to raise for an unreadable file, from the exception of reading it."""
@@ -231,11 +239,14 @@ class Row:
 
     @property
     def notes(self) -> str:
-        """The error of the dense networks, and whether images of MNIST were shifted in training."""
+        """The error of the dense networks, and for MNIST whether images were shifted in training.
+
+        On CIFAR-10, the published results have shifted images too.
+        """
         words = [] if self.dense is None else [f"dense {self.dense:.2f}"]
         crop = self.first.settings.get("crop", 0)
         if crop and self.first.dataset == "mnist":
-            words.append(f"images shifted by up to {crop} pixel" + "s" * (crop > 1))
+            words.append(f"images shifted by at most {crop} pixel{'' if crop == 1 else 's'}")
         return ", ".join(words)
 
     @property

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["lines_not_prunable", "reasons_by_share", "with_share"]
+__all__ = ["MOST", "lines_not_prunable", "reasons_by_share", "with_share"]
 
-#: The largest number of reasons in a message.
-_MOST = 8
+#: The largest number of layers that a message or a table of the command line names.
+MOST = 6
 
 
 def with_share(reason: str, share: Sequence[float] | None) -> str:
@@ -27,43 +27,42 @@ def with_share(reason: str, share: Sequence[float] | None) -> str:
     return f"{reason} ({shares})"
 
 
+def reasons_by_share(
+    not_prunable: Mapping[str, str],
+    shares: Mapping[str, Sequence[float]],
+    most: int | None = None,
+    where: str = "",
+    form: str = "{}: {}",
+) -> list[str]:
+    """For each layer that is not prunable its name and the reason, the largest layers first.
+
+    Args:
+        not_prunable: from name to reason. The name of the network itself is "".
+        shares: from name to the share of the parameters, and that of the MACs if it is known.
+        most: the largest number of layers that are named; by default all. The last element then
+            has the number of the others.
+        where: where all layers are named, such as "summary.json".
+        form: the format of an element, with a name and a reason.
+    """
+    names = sorted(not_prunable, key=lambda name: -shares.get(name, (0.0,))[0])
+    found = [
+        form.format(name or "the network", with_share(not_prunable[name], shares.get(name)))
+        for name in names[:most]
+    ]
+    if len(names) > len(found):
+        found.append(f"and {len(names) - len(found)} more" + (f", in {where}" if where else ""))
+    return found
+
+
 def lines_not_prunable(
     not_prunable: Mapping[str, str],
     shares: Mapping[str, Sequence[float]],
     most: int | None = None,
-    more: str = "",
+    where: str = "",
 ) -> list[str]:
-    """A line for each layer that is not prunable, those with most parameters first.
+    """The lines about layers that are not prunable, for tables of the command line.
 
     Args:
-        not_prunable: from name to reason.
-        shares: from name to the share of the parameters, and that of the MACs if it is known.
-        most: the largest number of layers that are named; by default all.
-        more: where the other layers are named, such as ", in summary.json".
+        not_prunable, shares, most, where: as for `reasons_by_share`.
     """
-    names = sorted(not_prunable, key=lambda name: -shares.get(name, (0.0,))[0])
-    lines = [
-        f"not prunable: {name}, {with_share(not_prunable[name], shares.get(name))}"
-        for name in names[:most]
-    ]
-    if len(names) > len(lines):
-        lines.append(f"and {len(names) - len(lines)} more{more}")
-    return lines
-
-
-def reasons_by_share(not_prunable: Mapping[str, str], shares: Mapping[str, float]) -> str:
-    """One line with the layers and parameters that are not prunable, the largest ones first.
-
-    Args:
-        not_prunable: from name to reason.
-        shares: from name to the share of the parameters, from `shares`.
-    """
-    names = sorted(not_prunable, key=lambda name: -shares.get(name, 0.0))
-    lines = [
-        f"{name or 'the network'}: {not_prunable[name]} "
-        f"({shares.get(name, 0.0):.0%} of the parameters)"
-        for name in names[:_MOST]
-    ]
-    if len(names) > _MOST:
-        lines.append(f"and {len(names) - _MOST} more")
-    return "; ".join(lines)
+    return reasons_by_share(not_prunable, shares, most, where, "not prunable: {}, {}")

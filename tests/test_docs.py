@@ -309,7 +309,7 @@ def test_the_index_lists_all_pages():
 
 @pytest.mark.parametrize("epochs", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_prune_your_own_network_with_pyro(epochs):
-    """With one epoch of each kind, and as it is written."""
+    """With one epoch of each kind, where little is removed, and as it is written."""
     (code,) = fenced("own_network.md", "python")
     if epochs is not None:
         code, loops = re.subn(r"(?<=in range\()\d+(?=\))|(?<=epochs=)\d+", str(epochs), code)
@@ -323,7 +323,7 @@ def test_prune_your_own_network_with_pyro(epochs):
     assert not space["small"].training  # as `load` gives it
     assert torch.equal(space["same"](x), space["small"](x))
     assert space["low"].shape == (50,) and set(space["kept"]) == set(space["guide"].snr())
-    assert space["features"].shape == (800,) and 0 < int(space["features"].sum()) <= 800
+    assert space["features"].shape == (800,) and int(space["features"].sum()) > 0
 
 
 @pytest.mark.slow

@@ -95,6 +95,14 @@ def test_a_pruned_residual_network_is_saved_and_exported(tmp_path):
         assert sbp.export(small, tmp_path / f"net.{format}", (3, 32, 32), format) < 1e-4
 
 
+def test_a_pruned_resnet20_is_saved(tmp_path):
+    net, x = networks.resnet20(width=4).eval(), torch.randn(2, 3, 32, 32)
+    gates = find_gates(net, x)
+    small = shrink(net, gates, {n: t.float() for n, t in random_theta(gates).items()}, x).eval()
+    sbp.save(small, tmp_path / "net", networks.resnet20, {"width": 4})
+    assert torch.equal(sbp.load(tmp_path / "net")(x), small(x))
+
+
 def test_a_shortcut_that_names_a_channel_that_is_not_there_is_refused(tmp_path):
     net = networks.resnet20()
     shortcut = net.get_submodule("layer2.0.shortcut")

@@ -28,7 +28,7 @@ from pyro_sbp.gates.not_prunable import companions, others, shares
 from pyro_sbp.gates.probe import Probe, matrices
 from pyro_sbp.gates.proving import Proof, copy_for_measurement
 from pyro_sbp.gates.reaching import Reach
-from pyro_sbp.reasons import reasons_by_share
+from pyro_sbp.reasons import MOST, reasons_by_share
 
 __all__ = ["Gates", "find_gates"]
 
@@ -95,10 +95,11 @@ class Gates(list[Gate]):
     def reasons(self) -> str:
         """One line with the layers and parameters that are not prunable, and their reasons.
 
-        Those with the largest shares of the parameters come first. At most 8 are listed.
+        Those with the largest shares of the parameters come first. At most 6 are listed.
         """
         nothing = "all layers are prunable" if self else "it has no parameters"
-        return reasons_by_share(self.not_prunable, self.shares) or nothing
+        shares = {name: (share,) for name, share in self.shares.items()}
+        return "; ".join(reasons_by_share(self.not_prunable, shares, MOST)) or nothing
 
 
 def _feature_gate(net: nn.Module, layer: str) -> Gate:

@@ -168,6 +168,7 @@ class PruneCallback(Callback):
         if self._small is not None or self.pruner is not None or self._saved:
             return
         if trainer.current_epoch < self.start_epoch:
+            # The result is discarded: the weights change until the noise is put on the network.
             self._make(trainer, pl_module, self.num_data or _examples(trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,6 +252,8 @@ class PruneCallback(Callback):
 
     def _put(self, trainer: Trainer, pl_module: LightningModule, num_data: int) -> Pruner:
         """Put noise on the network, with the posterior of a checkpoint if there is one."""
+        if self.pruner is not None:
+            self.pruner.detach()
         pruner = self._make(trainer, pl_module, num_data)
         if self._saved:
             pruner.load_state_dict(self._saved["posterior"])
@@ -263,8 +266,6 @@ class PruneCallback(Callback):
         Raises:
             ValueError: as for `Pruner`, or the number of steps for a target is not known.
         """
-        if self.pruner is not None:
-            self.pruner.detach()
         net = self._network(pl_module)
         device = _device(net)
         example_input = map_tensors(lambda x: x.to(device), self.example_input)

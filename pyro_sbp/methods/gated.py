@@ -198,7 +198,7 @@ class GatedMethod(Method[G]):
     def by_macs(
         self,
         stage: Stage,
-        mean: Mapping[str, Tensor],
+        theta: Mapping[str, Tensor],
         score: Mapping[str, Tensor],
         costs: UnitCosts,
         target: float,
@@ -209,7 +209,7 @@ class GatedMethod(Method[G]):
         return choose_by_macs(
             stage.net,
             stage.gates,
-            mean,
+            theta,
             score,
             self.example_input,
             costs,

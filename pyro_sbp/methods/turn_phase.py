@@ -1,4 +1,4 @@
-"""A turn of training with noise: its loss, the units that it keeps, and its cut."""
+"""A turn of training with noise: the units that it keeps, and its cut."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
 from pyro_sbp.pruning.macs_target import TargetReached, target_reached
 from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
-__all__ = ["Decision", "MethodWithTurns", "TurnPhase"]
+__all__ = ["CUT_SHARE", "MethodWithTurns", "TurnPhase"]
 
 #: If the next turn continues to train the same noise, units whose score is under this share of the
 #: threshold are removed between the two turns. A unit whose posterior is the log-uniform prior has
@@ -76,7 +76,7 @@ class MethodWithTurns(Protocol):
     def by_macs(
         self,
         stage: Stage,
-        mean: Mapping[str, Tensor],
+        theta: Mapping[str, Tensor],
         score: Mapping[str, Tensor],
         costs: UnitCosts,
         target: float,

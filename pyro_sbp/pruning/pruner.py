@@ -27,14 +27,12 @@ from pyro_sbp.pruning.loop_target import LoopTarget, check_loop_target
 from pyro_sbp.pruning.macs_control import KLControl
 from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.pruning import prune, shrink_to
-from pyro_sbp.reasons import lines_not_prunable
+from pyro_sbp.reasons import MOST, lines_not_prunable
 
 __all__ = ["Pruner"]
 
 #: The key of the state of a target in `Pruner.state_dict`.
 _TARGET = "macs_target"
-#: `repr` names at most this many layers that are not prunable.
-_MOST_NOT_PRUNABLE = 6
 
 
 class Pruner:
@@ -50,7 +48,7 @@ class Pruner:
 
     The model is a `GatedModel` and the posterior a `TruncatedLogNormalGuide` (Neklyudov et al.
     2017, arXiv 1705.07283). With noise, batch norms use their running statistics and do not update
-    them.
+    them. The `repr` of a pruner names the layers that are not prunable, with their reasons.
 
     With `target_macs_ratio`, the weights of the KL divergence are adjusted during training, so that
     the network of `prune` has this ratio of MACs. The units whose signal-to-noise ratio reaches the
@@ -78,8 +76,6 @@ class Pruner:
             evaluation mode and for a target.
         init_log_scale: the initial log scale of the posterior; -5 is a signal-to-noise ratio of
             247.
-
-    Its `repr` names the layers that are not prunable, with their reasons.
 
     Attributes:
         net: the network.
@@ -153,11 +149,11 @@ class Pruner:
         kept, total = sum(self.units().values()), sum(gate.size for gate in self.gates)
         shares = {name: (share,) for name, share in self.gates.shares.items()}
         gates = "gate" if len(self.gates) == 1 else "gates"
-        reasons, more = self.gates.not_prunable, ", in gates.not_prunable"
+        reasons, where = self.gates.not_prunable, "gates.not_prunable"
         lines = [
             f"{type(self.net).__name__}: {len(self.gates)} {gates}, {kept} of {total} units reach "
             f"the threshold {self.threshold:g}",
-            *lines_not_prunable(reasons, shares, _MOST_NOT_PRUNABLE, more),
+            *lines_not_prunable(reasons, shares, MOST, where),
         ]
         return "\n".join(["Pruner(", *(f"  {line}" for line in lines), ")"])
 

@@ -58,7 +58,7 @@ class Interrupted(Exception):
 
 
 def never() -> bool:
-    """Do not stop the training."""
+    """Return False: the training is not stopped."""
     return False
 
 

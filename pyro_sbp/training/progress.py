@@ -34,7 +34,7 @@ class Progress:
 
 
 def ignore(progress: object) -> None:
-    """Do nothing: the default of a function that is called with the progress."""
+    """Do nothing with a report of progress, of any kind."""
 
 
 def metrics_line(progress: Progress, kl: float, seconds: float) -> dict[str, Any]:

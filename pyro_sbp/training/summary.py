@@ -240,7 +240,7 @@ class Summary:
         Args:
             most: the largest number of layers that are named; by default all.
         """
-        return lines_not_prunable(self.left_alone, self.shares, most, ", in summary.json")
+        return lines_not_prunable(self.left_alone, self.shares, most, "summary.json")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

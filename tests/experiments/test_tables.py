@@ -138,6 +138,9 @@ def test_a_network_stands_beside_papers():
         in lines
     )
     assert table("network lenet5 mnist", OURS) == lines
+    shifted = made_up(0, 0.5, "lenet-300-100-28x", arch="lenet-300-100", ratio=28.0)
+    (line,) = (x for x in table("network lenet-300-100", [shifted]) if "28x" in x)
+    assert line.endswith("| 28.00x | dense 0.60, images shifted by at most 1 pixel |")
     # Labels drawn at random say nothing of how good a network is.
     random = made_up(0, 90.0, "random", training_error={"dense": None})
     assert table("network lenet5", [*OURS, random]) == table("network lenet5", OURS)
@@ -175,6 +178,9 @@ def test_commands_are_told_once_a_row_with_where_they_ran():
     assert "baselines --recipe lenet5 --seed N 20` | 0 |" in lines[5]
     (line,) = table("commands", [made_up(100, 1.5, "lenet-dense", arch="lenet-300-100")])[2:3]
     assert "--arch lenet-300-100 --dataset mnist --seed N` | 100 |" in line
+    before = "pyro-sbp train --arch lenet5 --dataset mnist --recipe other --seed 0"
+    (line,) = table("commands", [made_up(0, 0.7, started_from=before)])[2:3]
+    assert f"| `{before[:-1]}N`, then {command} | 0 |" in line
     assert lines[7:] == [
         "- Machine 1: a machine.", "- Machine 2: another.",
         "- Versions A: torch 2.11.", "- Versions B: torch 2.15.",

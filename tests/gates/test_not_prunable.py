@@ -10,7 +10,6 @@ from torch import nn
 import pyro_sbp as sbp
 from pyro_sbp.gates.probing import find_gates
 from pyro_sbp.pruning.macs import shares_not_prunable
-from pyro_sbp.reasons import lines_not_prunable
 
 
 class Mixed(nn.Module):
@@ -45,17 +44,6 @@ def test_all_parameters_are_accounted_for():
     assert gates.shares["norm"] == 16 / sum(p.numel() for p in net.parameters())
     macs = {name: share for name, (_, share) in shares_not_prunable(net, gates, x).items()}
     assert macs["first"] == 2 * 3 * 4 * 8 / sbp.count_macs(net, x) and macs["offset"] == 0
-
-
-def test_the_lines_about_a_large_network_are_limited():
-    shares = {"a": (0.1, 0.5), "b": (0.3,), "c": (0.2, 0.1)}
-    lines = lines_not_prunable({**dict.fromkeys(shares, "why"), "d": "why"}, shares, 2, ", there")
-    assert lines == [
-        "not prunable: b, why (30.0% of the parameters)",
-        "not prunable: c, why (20.0% of the parameters, 10.0% of the MACs)",
-        "and 2 more, there",
-    ]
-    assert len(lines_not_prunable({"d": "why"}, {}, 1)) == 1
 
 
 def test_a_model_without_gates_names_the_reasons():

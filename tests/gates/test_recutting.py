@@ -45,13 +45,14 @@ def features_of_a_concatenation():
 
 
 def resnet():
-    """A stage of two blocks, and three whose shortcuts are convolutions."""
-    net = torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1], num_classes=5)
+    """A stage with a convolution and an identity as shortcuts, and three stages of one block."""
+    net = torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1], num_classes=5)
     return net, image(3, 32, 32), []
 
 
 def mobilenet():
-    """Blocks with and without a shortcut: expansion, number of channels, of blocks, stride."""
+    """Blocks with and without a shortcut."""
+    # The expansion, the number of channels, the number of blocks, and the stride of each stage.
     blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
     net = torchvision.models.MobileNetV2(5, width_mult=0.35, inverted_residual_setting=blocks)
     return net, image(3, 32, 32), []

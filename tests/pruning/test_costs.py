@@ -78,12 +78,13 @@ def physical(units):
 
 
 def resnet():
-    """A stage of two blocks, and three whose shortcuts are convolutions."""
-    return torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1])
+    """A stage with a convolution and an identity as shortcuts, and three stages of one block."""
+    return torchvision.models.ResNet(BasicBlock, [1, 2, 1, 1])
 
 
 def mobilenet():
-    """Blocks with and without a shortcut: expansion, number of channels, of blocks, stride."""
+    """Blocks with and without a shortcut."""
+    # The expansion, the number of channels, the number of blocks, and the stride of each stage.
     blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
     return torchvision.models.MobileNetV2(inverted_residual_setting=blocks)
 

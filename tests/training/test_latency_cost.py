@@ -9,7 +9,7 @@ import torch
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment.unit_latency import UnitLatency
 from pyro_sbp.errors import RequestError
-from pyro_sbp.methods import gated
+from pyro_sbp.methods import gated, turn_phase
 from pyro_sbp.methods.sbp import SBP
 from pyro_sbp.recipes import RBPRecipe, Request, SBPRecipe, SparseVDRecipe
 from pyro_sbp.training.again import prune_again
@@ -47,13 +47,13 @@ def test_a_run_weights_its_kl_by_the_latencies_that_it_measured_once(
     )
     data = load_dataset("digits", image_size=28)
     scales = []
-    original = gated.GatedModel.__init__
+    original = turn_phase.GatedModel.__init__
 
     def kept(self, *args, **options):
         scales.append(options["kl_scale"])
         original(self, *args, **options)
 
-    monkeypatch.setattr(gated.GatedModel, "__init__", kept)
+    monkeypatch.setattr(turn_phase.GatedModel, "__init__", kept)
     whole = train(request, data, tmp_path / "whole")
     table = read_unit_latency(tmp_path / "whole")
     relative = table.relative()
