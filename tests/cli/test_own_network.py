@@ -125,7 +125,7 @@ def test_wrong_weights_are_refused(finished, tmp_path):
         ("list.pt", "has no state dict"),
         ("text.safetensors", "cannot be read as weights"),
     ):
-        options = ("--weights", tmp_path / name, "--output-dir", tmp_path / "run")
+        options = ("--weights", tmp_path / name, "--output-dir", tmp_path / "run", "--threads", 1)
         result = run("train", *args, *options, "--device", "cpu")
         assert result.exit_code == 2 and words in result.stderr, result.output
         assert len(result.stderr.strip().splitlines()) == 1
