@@ -1,5 +1,8 @@
 """Every test starts with the number of threads and the digits of mpmath of the first test."""
 
+import gc
+import warnings
+
 import pyro
 import pytest
 import torch
@@ -21,6 +24,19 @@ def digits_as_before():
     digits = mp.dps
     yield
     mp.dps = digits
+
+
+@pytest.fixture
+def files_of_a_killed_worker():
+    """For tests that kill a worker of a `DataLoader`.
+
+    torch then opens temporary files, to find out whether too many are open, and leaves them to the
+    garbage collector, whose warning would be an error of a later test.
+    """
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

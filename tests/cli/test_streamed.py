@@ -136,6 +136,7 @@ def test_a_damaged_image_ends_the_run_in_one_line(stopped, tmp_path):
     assert (stopped / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.usefixtures("files_of_a_killed_worker")
 def test_a_killed_worker_ends_the_run_in_one_line(stopped, monkeypatch):
     from pyro_sbp.training import train as training
 

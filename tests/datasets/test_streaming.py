@@ -114,6 +114,7 @@ def test_other_errors_are_not_taken_for_a_worker_s_death():
     assert not isinstance(caught.value, WorkerDied)
 
 
+@pytest.mark.usefixtures("files_of_a_killed_worker")
 def test_a_killed_worker_ends_the_batches_in_one_line(folder):
     batches = load(folder, workers=WORKERS).train.batches(torch.arange(27).repeat(200).split(2))
     with (
