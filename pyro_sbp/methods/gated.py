@@ -21,16 +21,16 @@ from pyro_sbp.gates.gate import Gate
 from pyro_sbp.methods.method import Method
 from pyro_sbp.methods.phase import Phase
 from pyro_sbp.methods.stage import Stage, Turn
-from pyro_sbp.methods.turn_phase import TurnPhase
+from pyro_sbp.methods.turn_phase import TurnPhase, choose_for_target
 from pyro_sbp.models.gated_model import LOG_HIGH, LOG_LOW, theta_prior
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.pruning.budgets import Budget
-from pyro_sbp.pruning.choosing import Choice, check_settings, choose_units
+from pyro_sbp.pruning.choosing import check_settings, choose_units
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import check_prior, scores
 from pyro_sbp.pruning.exactness import checked_shrink
 from pyro_sbp.pruning.macs_control import KLControl
-from pyro_sbp.pruning.macs_target import check_target, choose_by_macs
+from pyro_sbp.pruning.macs_target import check_target
 from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
 __all__ = ["GatedMethod"]
@@ -175,7 +175,7 @@ class GatedMethod(Method[G]):
             theta[name][beyond], score[name][beyond] = 0, -torch.inf
         if target is not None:
             costs, rounding = self.costs(stage.net, stage.gates), (round_to, min_units)
-            choice = self.by_macs(stage, theta, score, costs, target, *rounding)
+            choice = choose_for_target(self, stage, theta, score, costs, target, *rounding)
         else:
             choice = choose_units(
                 stage.net,
@@ -194,32 +194,6 @@ class GatedMethod(Method[G]):
             stage.net, stage.gates, choice.theta, self.example_input, choice.units
         )
         self._return(stage.after(choice, score, small, equivalence))
-
-    def by_macs(
-        self,
-        stage: Stage,
-        theta: Mapping[str, Tensor],
-        score: Mapping[str, Tensor],
-        costs: UnitCosts,
-        target: float,
-        round_to: int = 1,
-        min_units: int = 1,
-    ) -> Choice:
-        """The units of the network of a stage that reaches a target of MACs."""
-        return choose_by_macs(
-            stage.net,
-            stage.gates,
-            theta,
-            score,
-            self.example_input,
-            costs,
-            criterion=self.recipe.criterion,
-            ratio=target,
-            dense=self.net,
-            dense_macs=self.dense_macs,
-            round_to=round_to,
-            min_units=min_units,
-        )
 
     def _scores(self, criterion: str) -> dict[str, Tensor]:
         """The scores of the units of the last stage, by gate. For the recipe's criterion, they are

@@ -26,10 +26,10 @@ from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
-from pyro_sbp.pruning.macs_target import TargetReached, target_reached
+from pyro_sbp.pruning.macs_target import TargetReached, choose_by_macs, target_reached
 from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
-__all__ = ["CUT_SHARE", "MethodWithTurns", "TurnPhase"]
+__all__ = ["CUT_SHARE", "MethodWithTurns", "TurnPhase", "choose_for_target"]
 
 #: If the next turn continues to train the same noise, units whose score is under this share of the
 #: threshold are removed between the two turns. A unit whose posterior is the log-uniform prior has
@@ -55,6 +55,7 @@ class MethodWithTurns(Protocol):
     The attributes and methods are those of `GatedMethod`.
     """
 
+    net: nn.Module
     example_input: Any
     num_data: int
     kl_scale: dict[str, float]
@@ -73,18 +74,44 @@ class MethodWithTurns(Protocol):
     def weighted(self, costs: UnitCosts) -> Costs:
         """The costs that weight the KL divergence."""
 
-    def by_macs(
-        self,
-        stage: Stage,
-        theta: Mapping[str, Tensor],
-        score: Mapping[str, Tensor],
-        costs: UnitCosts,
-        target: float,
-    ) -> Choice:
-        """The units of the network of a stage that reaches a target of MACs."""
-
     def end(self, phase: TurnPhase, stage: Stage) -> None:
         """Store the result of a turn that has ended."""
+
+
+def choose_for_target(
+    method: MethodWithTurns,
+    stage: Stage,
+    theta: Mapping[str, Tensor],
+    score: Mapping[str, Tensor],
+    costs: UnitCosts,
+    target: float,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> Choice:
+    """The units of the network of a stage that reaches a target of MACs.
+
+    Args:
+        method: the method of the turn.
+        stage: the network.
+        theta, score: by gate, the multipliers and the scores of the units.
+        costs: the costs of the units.
+        target: the ratio of MACs.
+        round_to, min_units: as for `choose_units`.
+    """
+    return choose_by_macs(
+        stage.net,
+        stage.gates,
+        theta,
+        score,
+        method.example_input,
+        costs,
+        criterion=method.recipe.criterion,
+        ratio=target,
+        dense=method.net,
+        dense_macs=method.dense_macs,
+        round_to=round_to,
+        min_units=min_units,
+    )
 
 
 class TurnPhase(NoisePhase):
@@ -273,7 +300,7 @@ class TurnPhase(NoisePhase):
         own = self.scores(recipe.criterion)
         score = {**stage.score, **own}
         theta = {**stage.theta(), **self.guide.mean()}
-        choice = method.by_macs(stage, theta, score, self.costs, target)
+        choice = choose_for_target(method, stage, theta, score, self.costs, target)
         method.target = target_reached(
             choice, by_threshold.choice, self.costs, target, method.dense_macs
         )
