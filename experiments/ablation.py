@@ -40,7 +40,7 @@ HELD_OUT = 10_000
 _RECIPE = "lenet-dense-smallest"
 _COMMON = ("--arch", "lenet-500-300", "--dataset", "mnist", "--recipe", _RECIPE)
 #: The settings that change dense training.
-_OF_DENSE_TRAINING = {"dense_epochs", "average", "label_smoothing", "optimizer"}
+_OF_DENSE_TRAINING = {"dense_epochs", "average", "label_smoothing", "optimizer", "crop"}
 #: The seeds of the dense networks that are teachers.
 _TEACHERS = (100, 101, 102)
 
@@ -75,6 +75,7 @@ CHANGES = {
     "dense": Change("dense training for 40 epochs, not 10", ("dense_epochs=40",)),
     "average": Change("averaged weights in dense training and fine-tuning", ("average=0.999",)),
     "trained-out": Change("both of these", ("dense_epochs=40", "average=0.999")),
+    "shifted": Change("images shifted by at most one pixel", ("crop=1",)),
     "smoothing": Change("label smoothing of 0.1 in dense training", ("label_smoothing=0.1",)),
     "decay": Change("AdamW, weight decay 0.01", ("optimizer='adamw'", "weight_decay=0.01")),
     "finetuning": Change("fine-tuning for 40 epochs, not 20", ("finetune_epochs=40",)),

@@ -1,12 +1,12 @@
 """Compare the criteria on finished runs: units, MACs and errors, pruned and fine-tuned.
 
-    python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR] [--no-fine-tuning]
+    python -m pyro_sbp.experiments.criteria RUN ... [--data-dir DIR] [--finetune-epochs N]
 
 Each run is pruned by every criterion at its default threshold (that of the recipe for the recipe's
-own criterion), from the same posterior, and then fine-tuned as its recipe says: the same epochs,
-learning rate, teacher and order of the data. The run directory is only read. A record for each run
-is written to `results/criteria/`, from which `python -m pyro_sbp.experiments.tables` makes the
-table of docs/criteria.md.
+own criterion), from the same posterior, and then fine-tuned with the settings of its recipe: the
+same epochs (or N), learning rate, teacher and order of the data. The run directory is only read. A
+record for each run is written to `results/criteria/`, from which
+`python -m pyro_sbp.experiments.tables` makes the table of docs/criteria.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyro_sbp.experiments.rows import METHODS, markdown, title, unreadable
 from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.request import Request
-from pyro_sbp.training.again import replayed
+from pyro_sbp.training.again import replayed, tune_again
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import load_data, machine, versions
 from pyro_sbp.training.runs import read_request
@@ -40,18 +40,18 @@ DIRECTORY = RESULTS / "criteria"
 
 @workers_watched()
 def compared(
-    request: Request, data: ImageData, directory: Path, fine_tuning: bool = True
+    request: Request, data: ImageData, directory: Path, finetune_epochs: int
 ) -> list[dict[str, Any]]:
     """A run's network by every criterion, pruned and fine-tuned.
 
     Args:
         request, data, directory: of the run, as for `train`.
-        fine_tuning: whether to fine-tune as well, which takes most of the time.
+        finetune_epochs: epochs of fine-tuning of every network, which take most of the time.
 
     Returns:
         For each criterion {`criterion`, `threshold`, `units` (kept, by gate), `macs`, `ratio`,
         `error` (the test error in percent: {`pruned`, `finetuned`}, in which `finetuned` is None
-        without fine-tuning)}.
+        after 0 epochs)}.
 
     Raises:
         RequestError: the run has no complete checkpoint, or its method does not have these
@@ -60,7 +60,7 @@ def compared(
     rules = [request.recipe.rule(name) for name in CRITERIA]
     rows = []
     with (
-        replayed(request, data, directory, fine_tuning) as (job, loop),
+        replayed(request, data, directory, finetune_epochs > 0) as (job, loop),
         tempfile.TemporaryDirectory() as other,
     ):
         loop.directory = Path(other)  # no run resumes from these checkpoints
@@ -71,11 +71,8 @@ def compared(
             errors = loop.evaluation.errors["test"]
             errors["finetuned"] = None
             kept = {name: int(units.kept.sum()) for name, units in job.method.units.items()}
-            if fine_tuning and request.recipe.finetune_epochs:
-                torch.manual_seed(request.seed)
-                loop.order.manual_seed(request.seed)
-                loop.train(job.method.finetuning())
-                loop.evaluation.measure("finetuned", job.method.small)
+            if finetune_epochs:
+                tune_again(job, loop, finetune_epochs)
             small = job.method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
             macs = count_macs(small, job.example[:1].float())
             rows.append(
@@ -91,14 +88,16 @@ def compared(
     return rows
 
 
-def _run(run: Path, data_dir: Path | None, fine_tuning: bool) -> Path:
+def _run(run: Path, data_dir: Path | None, epochs: int | None) -> Path:
     """Compare the criteria on a run, and write the record."""
     request = read_request(run)
+    epochs = request.recipe.finetune_epochs if epochs is None else epochs
     data = load_data(request, data_dir)
     trained = record(run)
     entry = {
         **{key: trained[key] for key in ("arch", "dataset", "method", "recipe", "seed", "command")},
-        "criteria": compared(request, data, run, fine_tuning),
+        "finetune_epochs": epochs,
+        "criteria": compared(request, data, run, epochs),
         "versions": versions(),
         "machine": machine(torch.device(request.device)),
     }
@@ -116,7 +115,8 @@ def table() -> str:
             entry = json.loads(path.read_text("utf-8"))
             cells += [_cells(entry, row, index) for index, row in enumerate(entry["criteria"])]
             used = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
-            notes.append(f"- `{entry['command']}`; {used}; {entry['machine']}")
+            tuned = f"fine-tuned for {entry['finetune_epochs']} epochs"
+            notes.append(f"- `{entry['command']}`; {tuned}; {used}; {entry['machine']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise unreadable(path, "record of criteria", error) from error
     if not cells:
@@ -149,14 +149,15 @@ def main(arguments: list[str]) -> None:
         "--data-dir", type=Path, help="the directory of the data sets; by default that of each run"
     )
     parser.add_argument(
-        "--no-fine-tuning",
-        action="store_true",
-        help="measure the pruned networks only, without fine-tuning",
+        "--finetune-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of fine-tuning; by default those of the recipe",
     )
     options = parser.parse_args(arguments)
     try:
         for run in options.runs:
-            print(_run(run, options.data_dir, not options.no_fine_tuning))
+            print(_run(run, options.data_dir, options.finetune_epochs))
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

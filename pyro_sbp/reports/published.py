@@ -18,7 +18,7 @@ class Published:
         method: the name of the method in the source.
         error: the test error in percent.
         macs_ratio: MACs of the dense network divided by those of the pruned network, from the
-            published units.
+            published units, or as published where there are none.
         units: the units that are kept, layer by layer; empty if the source does not report them.
         source: the paper of the method. The number is from the same paper, unless the text after it
             names another source or says that it was not compared with the paper.
@@ -43,6 +43,11 @@ _BC = f"Louizos et al. 2017, arXiv 1705.08665: number in {_TANG}"
 _L0 = f"Louizos et al. 2018, arXiv 1712.01312: number in {_TANG}"
 _FLOPS = f"{_TANG}: {_UNCHECKED}"
 _BB = f"Lee et al. 2018, arXiv 1805.10896: {_LATER}"
+_FIGURE = "Lee et al. 2018, arXiv 1805.10896: number read from a figure; units depend on the image"
+_HREL = (
+    "Sarvani et al. 2022, arXiv 2202.10716: number is the published increase of 0.52 points, "
+    "added to the dense error in Neklyudov et al. 2017"
+)
 _EVCI = "Evci et al. 2020, arXiv 1911.11134"
 _VIB_LENET = f"Dai et al. 2018, arXiv 1802.10399: number in {_EVCI}"
 _VIB = f"Dai et al. 2018, arXiv 1802.10399: {_LATER}"
@@ -62,6 +67,8 @@ PUBLISHED = (
     Published(*_LENET500, "SBP, run again", 1.57, 14.9, "285-107-53", _AGAIN),
     Published(*_LENET500, "SBP, run again", 1.59, 18.0, "255-100-43", _AGAIN),
     Published(*_LENET500, "BB dropout", 1.60, 30.6, "227-66-37", _BB),
+    Published(*_LENET500, "DBB dropout", 1.33, 24.0, "", _FIGURE),
+    Published(*_LENET500, "DBB dropout", 1.55, 44.0, "", _FIGURE),
     Published(*_LENET300, "VIBNet", 1.6, 27.9, "97-71-33", _VIB_LENET),
     Published(*_LENET5, "dense", 0.80, 1.0, "20-50-800-500", _SBP),
     Published(*_LENET5, "SparseVD", 0.75, 2.01, "17-32-329-75", _SBP),
@@ -72,6 +79,7 @@ PUBLISHED = (
     Published(*_LENET5, "L0-sep", 1.0, 5.9, "9-18-65-25", _L0),
     Published(*_LENET5, "FLOPs objective", 1.0, 15.2, "3-8-128-499", _FLOPS),
     Published(*_LENET5, "FLOPs objective", 1.1, 20.9, "2-7-112-478", _FLOPS),
+    Published(*_LENET5, "HRel", 1.32, 34.0, "2-3-48-500", _HREL),
     Published(*_VGG, "dense", 7.2, 1.0, "", _RECALLED),
     Published(*_VGG, "SparseVD", 7.2, 2.27, f"{_VGG_START}81-76-9-138-101-413-373", _RECALLED),
     Published(*_VGG, "SBP", 7.5, 2.30, f"{_VGG_START}79-73-9-59-73-56-27", _RECALLED),

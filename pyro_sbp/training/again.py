@@ -24,7 +24,7 @@ from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.result import write_result
 from pyro_sbp.training.summary import Summary
 
-__all__ = ["prune_again", "replayed", "sweep"]
+__all__ = ["prune_again", "replayed", "sweep", "tune_again"]
 
 
 @workers_watched()
@@ -80,15 +80,32 @@ def prune_again(
             loop.evaluation.calibration[split].pop("finetuned", None)
         if finetune_epochs:
             loop.directory = Path(other)  # no run resumes from these checkpoints
-            recipe = job.method.recipe.replace(finetune_epochs=finetune_epochs)
-            if distill is not None:
-                recipe = recipe.replace(distill=distill)
-            job.method.recipe = loop.recipe = recipe
-            torch.manual_seed(request.seed)
-            loop.order.manual_seed(request.seed)
-            loop.train(job.method.finetuning())
-            loop.evaluation.measure("finetuned", job.method.small)
+            tune_again(job, loop, finetune_epochs, distill)
         return write_result(job, loop, target)
+
+
+def tune_again(
+    job: Job, loop: Loop, epochs: int | None = None, distill: float | None = None
+) -> None:
+    """Fine-tune the pruned network of a replayed run, and measure it.
+
+    The order of the data is the same for every network of the run.
+
+    Args:
+        job, loop: of `replayed`, with `taught`. Checkpoints are written to `loop.directory`.
+        epochs, distill: the number of epochs and the temperature of soft labels; by default those
+            of the recipe.
+    """
+    recipe = job.method.recipe
+    recipe = recipe.replace(
+        finetune_epochs=recipe.finetune_epochs if epochs is None else epochs,
+        distill=recipe.distill if distill is None else distill,
+    )
+    job.method.recipe = loop.recipe = recipe
+    torch.manual_seed(loop.request.seed)
+    loop.order.manual_seed(loop.request.seed)
+    loop.train(job.method.finetuning())
+    loop.evaluation.measure("finetuned", job.method.small)
 
 
 def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:

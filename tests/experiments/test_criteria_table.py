@@ -23,7 +23,7 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
     run = tmp_path / "run"
     summary = train(REQUEST, data, run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-    rows = criteria.compared(REQUEST, data, run)
+    rows = criteria.compared(REQUEST, data, run, finetune_epochs=2)
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.name != ".lock"}
     assert [row["criterion"] for row in rows] == list(CRITERIA)
     own = rows[0]
@@ -35,6 +35,7 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
 
     entry = {"arch": REQUEST.arch, "dataset": "digits", "method": "sbp", "recipe": "digits"}
     entry |= {"seed": 0, "command": "pyro-sbp train", "versions": {"torch": "2"}, "machine": "m"}
+    entry["finetune_epochs"] = 2
     (tmp_path / "records").mkdir()
     write_json(tmp_path / "records" / "one.json", {**entry, "criteria": rows})
     monkeypatch.setattr(criteria, "DIRECTORY", tmp_path / "records")
@@ -42,7 +43,8 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
     first = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert first[0] == "LeNet-300-100 on digits, SBP, `digits`, seed 0"
     assert first[3] == "-".join(str(unit.kept) for unit in summary.units)
-    assert lines[-1] == "- `pyro-sbp train`; torch 2; m" and len(lines) == 2 + len(rows) + 2
+    assert lines[-1] == "- `pyro-sbp train`; fine-tuned for 2 epochs; torch 2; m"
+    assert len(lines) == 2 + len(rows) + 2
 
 
 def test_a_table_without_records_is_refused(tmp_path, monkeypatch):
