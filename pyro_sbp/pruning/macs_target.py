@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -156,8 +157,10 @@ def choose_by_macs(
 
     The budget `MacsRatio` selects a threshold. In a small network, one unit can have a large share
     of the MACs, so the ratio at this threshold can be far over `ratio`. Units under the threshold
-    are then kept too, the best ones first, as long as the MACs do not exceed the limit. With
-    `round_to` or `min_units` other than 1, only the budget selects.
+    are then kept too, the best ones first, as long as the MACs do not exceed the limit. If the
+    ratio is still far over `ratio`, the best of the removed units is kept, and units with less MACs
+    are removed in its place, the worst ones first. With `round_to` or `min_units` other than 1,
+    only the budget selects.
 
     Args:
         net, gates, mean, score, example_input, criterion, dense, round_to, min_units: as for
@@ -183,27 +186,84 @@ def choose_by_macs(
     )
     if not round_to == min_units == 1:
         return choice
-    theta, units = choice.theta, choice.units
-    found = ratio_of(costs, units, dense_macs)
-    for name, unit in _best_first(score, units):
-        if found <= CLOSE * ratio:
-            break
-        with_unit = {**theta, name: theta[name].clone()}
-        with_unit[name][unit] = mean[name][unit]
-        more = surviving_units(gates, with_unit, score=score)
-        macs = ratio_of(costs, more, dense_macs)
-        if more[name].kept[unit] and macs >= ratio:
-            theta, units, found = with_unit, more, macs
-    return replace(choice, theta=theta, units=units)
+    selection = _Selection(gates, mean, score, costs, dense_macs, choice.theta, choice.units)
+    selection = selection.extended(ratio)
+    selection = selection.exchanged(ratio) or selection
+    return replace(choice, theta=selection.theta, units=selection.units)
 
 
-def _best_first(score: Mapping[str, Tensor], units: Mapping[str, Units]) -> list[tuple[str, int]]:
-    """The removed units, in descending order of their scores."""
-    removed = [
-        (float(value), name, unit)
-        for name, scores in score.items()
-        for unit, value in enumerate(scores.tolist())
-        if not units[name].kept[unit] and value > -torch.inf
-    ]
-    removed.sort(key=lambda entry: -entry[0])
-    return [(name, unit) for _, name, unit in removed]
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """Units of a network, and the ratio of the dense MACs to those of the network with them.
+
+    Attributes:
+        gates, mean, score, costs, dense_macs: as for `choose_by_macs`.
+        theta, units: as in `Choice`.
+    """
+
+    gates: Sequence[Gate]
+    mean: Mapping[str, Tensor]
+    score: Mapping[str, Tensor]
+    costs: UnitCosts
+    dense_macs: float
+    theta: dict[str, Tensor]
+    units: dict[str, Units]
+
+    @cached_property
+    def ratio(self) -> float:
+        """The ratio of MACs."""
+        return ratio_of(self.costs, self.units, self.dense_macs)
+
+    def extended(self, ratio: float) -> _Selection:
+        """With more units, the best ones first, until the ratio is close to `ratio`."""
+        found = self
+        for name, unit in self._ranked(kept=False):
+            if found.ratio <= CLOSE * ratio:
+                break
+            more = found._changed(name, unit, keep=True)
+            if more.units[name].kept[unit] and more.ratio >= ratio:
+                found = more
+        return found
+
+    def exchanged(self, ratio: float) -> _Selection | None:
+        """With the best removed unit in place of units with less MACs, the worst ones first.
+
+        None if the ratio is close to `ratio` already, or if it cannot come close in this way.
+        Units with an infinite score stay.
+        """
+        removed = self._ranked(kept=False)
+        if self.ratio <= CLOSE * ratio or not removed:
+            return None
+        best = removed[0]
+        found = self._changed(*best, keep=True)
+        if not found.units[best[0]].kept[best[1]]:
+            return None
+        for name, unit in reversed(self._ranked(kept=True)):
+            if self.score[name][unit] == torch.inf:
+                break
+            less = found._changed(name, unit, keep=False)
+            alive = all(bool(left.kept.any()) for left in less.units.values())
+            if not alive or less.ratio > CLOSE * ratio:
+                continue
+            found = less
+            if found.ratio >= ratio:
+                return found
+        return None
+
+    def _changed(self, name: str, unit: int, *, keep: bool) -> _Selection:
+        """With one unit kept or removed."""
+        theta = {**self.theta, name: self.theta[name].clone()}
+        theta[name][unit] = self.mean[name][unit] if keep else 0
+        units = surviving_units(self.gates, theta, score=self.score)
+        return replace(self, theta=theta, units=units)
+
+    def _ranked(self, *, kept: bool) -> list[tuple[str, int]]:
+        """The kept or the removed units, in descending order of their scores."""
+        found = [
+            (float(value), name, unit)
+            for name, scores in self.score.items()
+            for unit, value in enumerate(scores.tolist())
+            if bool(self.units[name].kept[unit]) == kept and value > -torch.inf
+        ]
+        found.sort(key=lambda entry: -entry[0])
+        return [(name, unit) for _, name, unit in found]

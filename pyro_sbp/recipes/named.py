@@ -28,15 +28,26 @@ _LENET: dict[str, Any] = {
 }
 #: Images shifted at random by at most one pixel. Chosen on 5,000 held-out training images of MNIST.
 _SHIFTED: dict[str, Any] = {
-    "dense_epochs": 30,
-    "epochs": 60,
-    "finetune_epochs": 60,
-    "kl_scale": 10.0,
     "noise_learning_rate": 2e-2,
     "finetune_learning_rate": 3e-3,
     "average": 0.999,
     "crop": 1,
+}
+_SHIFTED_DENSE: dict[str, Any] = {
+    "dense_epochs": 30,
+    "epochs": 60,
+    "finetune_epochs": 60,
+    "kl_scale": 10.0,
     "cut_every": 10,
+    **_SHIFTED,
+}
+_SHIFTED_LENET5: dict[str, Any] = {
+    "dense_epochs": 15,
+    "epochs": 30,
+    "finetune_epochs": 30,
+    "macs_weight": 12.0,
+    "cut_every": 5,
+    **_SHIFTED,
 }
 _LENET5: dict[str, Any] = {"dense_epochs": 8, "epochs": 22, **_LENET}
 _LENET_DENSE: dict[str, Any] = {"dense_epochs": 10, "epochs": 40, **_LENET}
@@ -97,12 +108,14 @@ _ALL: tuple[Recipe, ...] = (
     SBPRecipe(name="lenet-dense-small", kl_scale=4.5, **_LENET_DENSE),
     SBPRecipe(name="lenet-dense-smallest", kl_scale=7.5, **{**_LENET_DENSE, "finetune_epochs": 20}),
     *(
-        SBPRecipe(name=f"{arch}-{ratio}x", target_macs_ratio=float(ratio), **_SHIFTED)
-        for arch, ratio in (
-            ("lenet-300-100", 28),
-            ("lenet-300-100", 40),
-            ("lenet-500-300", 31),
-            ("lenet-500-300", 45),
+        SBPRecipe(name=f"{arch}-{ratio}x", target_macs_ratio=float(ratio), **settings)
+        for arch, ratio, settings in (
+            ("lenet-300-100", 28, _SHIFTED_DENSE),
+            ("lenet-300-100", 40, _SHIFTED_DENSE),
+            ("lenet-500-300", 31, _SHIFTED_DENSE),
+            ("lenet-500-300", 45, _SHIFTED_DENSE),
+            ("lenet5", 35, _SHIFTED_LENET5),
+            ("lenet5", 50, _SHIFTED_LENET5),
         )
     ),
     # Without fine-tuning, or with the labels of the data, for the comparison with RBP.

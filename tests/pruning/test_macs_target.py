@@ -44,11 +44,36 @@ def test_a_network_is_closer_to_a_ratio_of_macs_than_by_a_threshold(ratio):
     found = dense / macs_of(net, gates, choice.units, x[:1])
     alone = dense / macs_of(net, gates, by_threshold.units, x[:1])
     assert ratio <= found <= alone
-    assert found <= 1.1 * ratio or found == alone
-    for name, unit in by_threshold.units.items():
-        assert bool((choice.units[name].kept | ~unit.kept).all())
-    if alone > CLOSE * ratio:
-        assert found < alone
+    assert found <= CLOSE * ratio or found == alone
+
+
+def test_a_unit_with_a_large_share_of_the_macs_is_kept_in_place_of_small_ones():
+    """LeNet-5 with 2-8-118-119 units has 32.9 times fewer MACs, and with 1-8-118-119 units 51."""
+    net, gates, x = lenet5()
+    costs, dense = UnitCosts(net, gates, x[:1]), count_macs(net, x[:1])
+    mean = {gate.name: torch.ones(gate.size) for gate in gates}
+    score = {name: torch.full_like(one, -torch.inf) for name, one in mean.items()}
+    for name, kept in (("conv1", 2), ("conv2", 8), ("fc1", 119)):
+        score[name][:kept] = 2.0 + torch.arange(kept)
+    score["fc1_input"][: 7 * 16] = 2.0 + torch.arange(7 * 16)
+    score["fc1_input"][7 * 16 : 7 * 16 + 6] = 9.0
+    score["conv1"][0] = 1.5
+
+    by_threshold = choose_units(net, gates, mean, score, x, threshold=1.0)
+    assert dense / macs_of(net, gates, by_threshold.units, x[:1]) == pytest.approx(32.93, abs=0.01)
+    budget = choose_units(net, gates, mean, score, x, budget=MacsRatio(35.0))
+    assert dense / macs_of(net, gates, budget.units, x[:1]) > 50
+    choice = choose_by_macs(
+        net, gates, mean, score, x, costs,
+        criterion="snr", ratio=35.0, dense=net, dense_macs=float(dense),
+    )  # fmt: skip
+    assert 35.0 <= dense / macs_of(net, gates, choice.units, x[:1]) <= 35.0 * CLOSE
+    assert int(choice.units["conv1"].kept.sum()) == 2
+    # The worst of the other units, a channel of conv2 and a unit of fc1, are removed first.
+    assert not choice.units["conv2"].kept[0]
+    assert not choice.units["fc1"].kept[0]
+    for name in score:
+        assert bool((choice.units[name].kept <= by_threshold.units[name].kept).all())
 
 
 def test_the_largest_ratio_is_that_of_one_unit_in_every_gate():
