@@ -93,8 +93,8 @@ class RBPRecipe(GatedRecipe):
     )
     prior_scale: PriorScale | None = setting(
         4.0,
-        "Scale of the prior of log theta, from 1.2 to 20. Its mode is the lower bound of theta. "
-        "A smaller scale removes more units. `none` is the log-uniform prior of SBP.",
+        "Scale of the prior of log theta, usually from 1.2 to 20. Its mode is the lower bound of "
+        "theta. A smaller scale removes more units. `none` is the log-uniform prior of SBP.",
     )
     order: Order = setting(
         "forward",
