@@ -57,8 +57,8 @@ class GatedRecipe(Recipe):
     prior_scale: PriorScale | None = setting(
         None,
         "Scale of the prior of log theta, usually from 1.2 to 20. Its mode is the lower bound of "
-        "theta. A smaller scale removes more units. Without a value the prior is the log-uniform prior "
-        "of SBP.",
+        "theta. A smaller scale removes more units. Without a value the prior is the "
+        "log-uniform prior of SBP.",
     )
     init_loc: Annotated[float, Field(ge=-25, le=5)] = setting(
         0.0, "Initial location of the posterior of log theta."
