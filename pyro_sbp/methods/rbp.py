@@ -42,11 +42,6 @@ class RBP(GatedMethod[RBPRecipe]):
 
     def turns(self) -> list[Turn]:
         recipe = self.recipe
-        if recipe.target_macs_ratio is not None and recipe.order != "together":
-            raise ValueError(
-                f"target_macs_ratio is {recipe.target_macs_ratio:g}, which needs noise on all "
-                f"gates at once; order is {recipe.order}; use order together, or the method sbp"
-            )
         names = [gate.name for gate in in_order(self.gates)]
         if recipe.order == "together":
             return [Turn("gated", tuple(names), recipe.epochs)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_sbp.gates.copies import copy_network
 from pyro_sbp.gates.folding import factors
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.surgery import cut
@@ -26,7 +26,7 @@ from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.pruning.exactness import Equivalence, checked_shrink
 from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
-from pyro_sbp.pruning.macs_target import TargetReached, choose_by_macs, target_reached
+from pyro_sbp.pruning.macs_target import TargetReached, choose_by_macs
 from pyro_sbp.recipes.gated_recipe import GatedRecipe
 
 __all__ = ["CUT_SHARE", "MethodWithTurns", "TurnPhase", "choose_for_target"]
@@ -88,7 +88,9 @@ def choose_for_target(
     round_to: int = 1,
     min_units: int = 1,
 ) -> Choice:
-    """The units of the network of a stage that reaches a target of MACs.
+    """Choose the units of the network of a stage that reaches a target of MACs.
+
+    The comparison with the threshold of the recipe becomes the `target` of the method.
 
     Args:
         method: the method of the turn.
@@ -97,8 +99,11 @@ def choose_for_target(
         costs: the costs of the units.
         target: the ratio of MACs.
         round_to, min_units: as for `choose_units`.
+
+    Raises:
+        ValueError: no threshold gives the target.
     """
-    return choose_by_macs(
+    choice, method.target = choose_by_macs(
         stage.net,
         stage.gates,
         theta,
@@ -107,11 +112,13 @@ def choose_for_target(
         costs,
         criterion=method.recipe.criterion,
         ratio=target,
+        threshold=method.recipe.threshold,
         dense=method.net,
         dense_macs=method.dense_macs,
         round_to=round_to,
         min_units=min_units,
     )
+    return choice
 
 
 class TurnPhase(NoisePhase):
@@ -157,6 +164,7 @@ class TurnPhase(NoisePhase):
         super().__init__(turn.name, turn.epochs, module, model, guide, method.num_data)
         self.folds = not turn.continues
         self._hooks = _hold_zeros(stage)
+        self._recorded: dict[str, Units] | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         return noise_groups(self.stage.net, self.guide, self.recipe)
@@ -267,7 +275,7 @@ class TurnPhase(NoisePhase):
         if not self.ends:
             return {}
         stage = self.stage
-        choice, score = self._closed()
+        choice, score = self._close()
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.method.example_input, choice.units
         )
@@ -278,33 +286,42 @@ class TurnPhase(NoisePhase):
         self.method.mean = partial(self._gated, theta=self.guide.mean())
         return {"mean": self.method.mean, "pruned": small}
 
-    def _closed(self) -> Decision:
-        """Remove the hooks of the turn and its parameters in Pyro, and return the decision."""
+    def _close(self) -> Decision:
+        """Remove the hooks of the turn and its parameters in Pyro, and return the last decision.
+
+        If the turn was restored from a record, the units are those of the record: on another
+        machine, rounding can change the decision on a unit at the threshold.
+        """
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
+        decision = self._last_decision()
+        if self._recorded is None:
+            return decision
+        theta = {**self.stage.theta(), **({} if self.turn.continues else self.guide.mean())}
+        kept = {
+            name: theta[name] * unit.kept.to(theta[name]) for name, unit in self._recorded.items()
+        }
+        choice = dataclasses.replace(decision.choice, theta=kept, units=self._recorded)
+        return decision._replace(choice=choice)
+
+    def _last_decision(self) -> Decision:
+        """The units that remain after the turn."""
         if self.turn.continues:
             return self._decide_cut()
-        decision, target = self.decide(), self.recipe.target_macs_ratio
-        return decision if target is None else self._decide_by_macs(decision, target)
+        target = self.recipe.target_macs_ratio
+        return self.decide() if target is None else self._decide_by_macs(target)
 
-    def _decide_by_macs(self, by_threshold: Decision, target: float) -> Decision:
-        """The units of the network with the target of MACs, with a warning if the posterior is far
+    def _decide_by_macs(self, target: float) -> Decision:
+        """The units of the network with a target of MACs, with a warning if the posterior is far
         from it.
-
-        Args:
-            by_threshold: the units that the threshold keeps.
-            target: the ratio of MACs.
         """
         method, stage, recipe = self.method, self.stage, self.recipe
         own = self.scores(recipe.criterion)
         score = {**stage.score, **own}
         theta = {**stage.theta(), **self.guide.mean()}
         choice = choose_for_target(method, stage, theta, score, self.costs, target)
-        method.target = target_reached(
-            choice, by_threshold.choice, self.costs, target, method.dense_macs
-        )
-        if method.target.far:
+        if method.target is not None and method.target.far:
             warnings.warn(method.target.warning(recipe.threshold), stacklevel=2)
         return self._decided(choice, score, own, choice.threshold)
 
@@ -318,27 +335,26 @@ class TurnPhase(NoisePhase):
         return Carried(posteriors, self.kl_scale)
 
     def record(self) -> dict[str, Any]:
+        if not self.ends:
+            return super().record()
+        units = {name: (unit.kept, unit.remaining) for name, unit in self._units.items()}
+        if self.last:
+            return {**super().record(), "units": units}
         # `prune` starts from the weights of the last turn. The weights after an earlier turn are
         # not stored, because the next turn trains them further.
-        if self.last or not self.ends:
-            return super().record()
         guide, equivalence = self.guide.state_dict(), dataclasses.asdict(self._equivalence)
-        units = {name: (unit.kept, unit.remaining) for name, unit in self._units.items()}
         return {"guide": copied(guide), "equivalence": equivalence, "units": units}
 
     def restore(self, record: Mapping[str, Any]) -> bool:
+        if self.ends and "units" in record:  # not in checkpoints of earlier versions
+            self._recorded = {name: Units(*masks) for name, masks in record["units"].items()}
         if self.last or not self.ends:
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
-        choice, score = self._closed()
-        if "units" in record:
-            # On another machine, rounding can change the decision on a unit at the threshold.
-            units = {name: Units(*masks) for name, masks in record["units"].items()}
-            choice = dataclasses.replace(choice, units=units)
+        choice, score = self._close()
         self._units = choice.units
-        small = copy.deepcopy(
-            self.stage.net
-        )  # its weights are in the checkpoint of the current phase
+        # The weights of this network are in the checkpoint of the current phase.
+        small = copy_network(self.stage.net)
         cut(small, self.stage.gates, choice.units)
         self._equivalence = Equivalence(**record["equivalence"])
         after = self.stage.after(choice, score, small, self._equivalence, self._carried())

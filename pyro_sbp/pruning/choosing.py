@@ -90,7 +90,8 @@ class Choice:
     Attributes:
         theta: from gate name to theta, ``[units]``; 0 for a removed unit.
         units: the kept units, by gate.
-        threshold: the smallest score with which a unit is kept.
+        threshold: the threshold for the scores. `round_to`, `min_units` and a target of MACs can
+            keep units under it, and a target can remove units over it.
         held: the gates in which no unit reaches the threshold. They keep the smallest allowed
             number of units.
     """

@@ -11,15 +11,10 @@ from torch import nn
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
-from pyro_sbp.pruning.choosing import Choice, choose_units
+from pyro_sbp.pruning.choosing import Choice
 from pyro_sbp.pruning.costs import Costs, UnitCosts
 from pyro_sbp.pruning.macs_control import UPDATE_EVERY, KLControl
-from pyro_sbp.pruning.macs_target import (
-    TargetReached,
-    check_target,
-    choose_by_macs,
-    target_reached,
-)
+from pyro_sbp.pruning.macs_target import TargetReached, check_target, choose_by_macs
 
 __all__ = ["LoopTarget", "check_loop_target"]
 
@@ -127,7 +122,7 @@ class LoopTarget:
             ValueError: as for `choose_units`, or no threshold gives the target.
         """
         net, gates, mean, snr = model.gated.net, model.gates, guide.mean(), guide.snr()
-        choice = choose_by_macs(
+        return choose_by_macs(
             net,
             gates,
             mean,
@@ -136,14 +131,12 @@ class LoopTarget:
             self._costs,
             criterion="snr",
             ratio=self.ratio,
+            threshold=self._threshold,
             dense=net,
             dense_macs=self._dense_macs,
             round_to=round_to,
             min_units=min_units,
         )
-        alone = choose_units(net, gates, mean, snr, example_input, threshold=self._threshold)
-        reached = target_reached(choice, alone, self._costs, self.ratio, self._dense_macs)
-        return choice, reached
 
     def warning(self, reached: TargetReached) -> str:
         """One line for a posterior that is far from the target."""

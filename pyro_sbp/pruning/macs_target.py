@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pyro_sbp.pruning.budgets import MacsRatio
 from pyro_sbp.pruning.choosing import Choice, choose_units
 from pyro_sbp.pruning.costs import UnitCosts
 
-__all__ = ["TargetReached", "check_target", "choose_by_macs", "largest_ratio", "target_reached"]
+__all__ = ["TargetReached", "check_target", "choose_by_macs", "largest_ratio"]
 
 #: Units under the threshold of a budget are added until the ratio is this close to the target.
 CLOSE = 1.05
@@ -62,8 +62,8 @@ class TargetReached:
         change = "larger" if self.ratio_by_threshold < self.macs_ratio else "smaller"
         return (
             f"the posterior is far from target_macs_ratio {self.macs_ratio:g}: the threshold "
-            f"{threshold:g} alone gives {self.ratio_by_threshold:.2f} times fewer MACs, so units "
-            f"are kept by the threshold {self.threshold:.4g}; train for longer, or with a "
+            f"{threshold:g} alone gives {self.ratio_by_threshold:.2f} times fewer MACs, and the "
+            f"target needs the threshold {self.threshold:.4g}; train for longer, or with a "
             f"{change} noise_learning_rate or kl_scale"
         )
 
@@ -123,21 +123,6 @@ def check_target(
         )
 
 
-def target_reached(
-    choice: Choice, by_threshold: Choice, costs: UnitCosts, ratio: float, dense_macs: float
-) -> TargetReached:
-    """Compare the units of a target of MACs with those that a threshold alone keeps.
-
-    Args:
-        choice: the units that `choose_by_macs` chose for the target.
-        by_threshold: the units that the threshold keeps.
-        costs: the costs of the units of the network.
-        ratio: the target.
-        dense_macs: the MACs of the dense network.
-    """
-    return TargetReached(ratio, choice.threshold, ratio_of(costs, by_threshold.units, dense_macs))
-
-
 def choose_by_macs(
     net: nn.Module,
     gates: Sequence[Gate],
@@ -148,11 +133,12 @@ def choose_by_macs(
     *,
     criterion: str,
     ratio: float,
+    threshold: float,
     dense: nn.Module,
     dense_macs: float,
     round_to: int = 1,
     min_units: int = 1,
-) -> Choice:
+) -> tuple[Choice, TargetReached]:
     """Choose the units of a large network with at most 1 / `ratio` of the dense MACs.
 
     The budget `MacsRatio` selects a threshold. In a small network, one unit can have a large share
@@ -167,29 +153,25 @@ def choose_by_macs(
             `choose_units`.
         costs: the costs of the units of `net`.
         ratio: the ratio of MACs.
+        threshold: the threshold to which the posterior was trained, for a comparison.
         dense_macs: the MACs of the dense network.
+
+    Returns:
+        The choice, and a comparison with the units that the threshold alone would keep.
 
     Raises:
         ValueError: as for `choose_units`.
     """
-    choice = choose_units(
-        net,
-        gates,
-        mean,
-        score,
-        example_input,
-        criterion=criterion,
-        budget=_Target(ratio),
-        round_to=round_to,
-        min_units=min_units,
-        dense=dense,
-    )
+    choose = partial(choose_units, net, gates, mean, score, example_input, criterion=criterion)
+    choice = choose(budget=_Target(ratio), round_to=round_to, min_units=min_units, dense=dense)
+    alone = ratio_of(costs, choose(threshold=threshold).units, dense_macs)
+    reached = TargetReached(ratio, choice.threshold, alone)
     if not round_to == min_units == 1:
-        return choice
+        return choice, reached
     selection = _Selection(gates, mean, score, costs, dense_macs, choice.theta, choice.units)
     selection = selection.extended(ratio)
     selection = selection.exchanged(ratio) or selection
-    return replace(choice, theta=selection.theta, units=selection.units)
+    return replace(choice, theta=selection.theta, units=selection.units), reached
 
 
 @dataclass(frozen=True, eq=False)

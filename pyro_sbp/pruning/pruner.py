@@ -22,6 +22,7 @@ from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
 from pyro_sbp.models.sites import scales_of
 from pyro_sbp.models.untraced import untraced_kl
+from pyro_sbp.pruning.choosing import check_threshold
 from pyro_sbp.pruning.costs import Costs, UnitCosts, scales_by_cost
 from pyro_sbp.pruning.loop_target import LoopTarget, check_loop_target
 from pyro_sbp.pruning.macs_control import KLControl
@@ -107,7 +108,12 @@ class Pruner:
         threshold: float = 1.0,
         init_log_scale: float = -5.0,
     ) -> None:
+        check_threshold(threshold)
         check_loop_target(target_macs_ratio, num_steps, threshold, costs)
+        if not macs_weight >= 0:
+            raise ValueError(f"macs_weight is {macs_weight}; expected a number >= 0")
+        if costs is not None and not macs_weight:
+            raise ValueError("costs has no effect, because macs_weight is 0; set macs_weight")
         self.net, self.example_input = net, example_input
         self.noise_learning_rate, self.threshold = noise_learning_rate, threshold
         self.gates = find_gates(net, example_input, input_features, ignore=ignore)
@@ -315,6 +321,9 @@ class Pruner:
         Raises:
             ValueError, EquivalenceError: as for `pyro_sbp.prune`.
         """
+        what = {name: value for name, value in what.items() if value is not None}
+        if what.get("criterion") == "snr":  # the criterion of the pruner
+            del what["criterion"]
         budgets = {"macs_ratio", "parameters_ratio", "budget"}
         by_default = not {"threshold", "criterion", *budgets} & what.keys()
         loop_target = self._loop_target if by_default else None

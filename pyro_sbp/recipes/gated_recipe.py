@@ -84,12 +84,16 @@ class GatedRecipe(Recipe):
             raise ValueError(
                 f"cost is {self.cost}, and has no effect, because macs_weight is 0; set macs_weight"
             )
+        if self.cost != "latency" and self.cost_batch_size != 128:
+            raise ValueError(f"cost_batch_size applies to latencies only; cost is {self.cost}")
         if self.current_costs and self.cost != "macs":
             raise ValueError(f"current_costs applies to MACs only; cost is {self.cost}")
         if self.current_costs and not self.macs_weight and self.target_macs_ratio is None:
             raise ValueError(
                 "current_costs has no effect, because macs_weight is 0; set macs_weight"
             )
+        if self.current_costs:
+            self._check_snr("current_costs is true")
         return self
 
     @model_validator(mode="after")
@@ -99,17 +103,23 @@ class GatedRecipe(Recipe):
         given = f"target_macs_ratio is {self.target_macs_ratio:g}"
         if self.cost != "macs":
             raise ValueError(f"{given}, which weights units by their MACs; cost is {self.cost}")
-        if self.criterion != "snr" or self.threshold <= 0:
-            name, value = (
-                ("threshold", self.threshold)
-                if self.criterion == "snr"
-                else ("criterion", self.criterion)
-            )
-            raise ValueError(
-                f"{given}, which needs signal-to-noise ratios and a threshold > 0; {name} is "
-                f"{value}"
-            )
+        self._check_snr(given)
         return self
+
+    def _check_snr(self, given: str) -> None:
+        """Raise ValueError unless units are kept by their signal-to-noise ratios, which `KLControl`
+        needs.
+
+        Args:
+            given: the setting that needs them, for the message.
+        """
+        if self.criterion == "snr" and self.threshold > 0:
+            return
+        name = "threshold" if self.criterion == "snr" else "criterion"
+        raise ValueError(
+            f"{given}, which needs signal-to-noise ratios and a threshold > 0; {name} is "
+            f"{getattr(self, name)}"
+        )
 
     @model_validator(mode="after")
     def _check_threshold(self) -> Self:

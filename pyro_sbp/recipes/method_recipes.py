@@ -102,6 +102,15 @@ class RBPRecipe(GatedRecipe):
         "(`reversed`), or all gates in one turn (`together`).",
     )
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.target_macs_ratio is not None and self.order != "together":
+            raise ValueError(
+                f"target_macs_ratio is {self.target_macs_ratio:g}, which needs noise on all gates "
+                f"at once; order is {self.order}; use order together, or the method sbp"
+            )
+        return self
+
     def epochs_per_gate(self, gates: int) -> int:
         """The number of epochs in which each gate has noise; the smallest number of all gates."""
         return self.epochs if self.order == "together" else self.epochs // max(1, gates)

@@ -15,10 +15,6 @@ from pyro_sbp.recipes.recipe import Recipe
 
 __all__ = ["RECIPES", "default_recipe"]
 
-#: A prior close to a point mass at zero. The learning rate of the noise is high, because each gate
-#: has noise in only a third or a quarter of the epochs.
-_RBP: dict[str, Any] = {"prior_scale": 4.0, "noise_learning_rate": 5e-2}
-
 #: Chosen on 10,000 held-out training images of MNIST.
 _LENET: dict[str, Any] = {
     "finetune_epochs": 10,
@@ -204,14 +200,13 @@ _ALL: tuple[Recipe, ...] = (
         for counterpart, dense_epochs, epochs in (("", 0, 40), ("-dense", until, 1))
     ),
     # As many epochs with noise as SBP has for the same network, divided among the gates.
-    RBPRecipe(name="rbp", **_RBP),
+    RBPRecipe(name="rbp"),
     RBPRecipe(
         name="rbp-lenet5",
         dense_epochs=8,
         epochs=22,
         finetune_epochs=0,
         kl_scale={"conv1": 40.0, "conv2": 10.0},
-        **_RBP,
     ),
     RBPRecipe(
         name="rbp-lenet5-small",
@@ -219,7 +214,6 @@ _ALL: tuple[Recipe, ...] = (
         epochs=22,
         finetune_epochs=0,
         macs_weight=6.0,
-        **_RBP,
     ),
     *(
         RBPRecipe(
@@ -228,7 +222,7 @@ _ALL: tuple[Recipe, ...] = (
             epochs=40,
             finetune_epochs=10,
             order=order,
-            **{**_RBP, "prior_scale": 5.0},
+            prior_scale=5.0,
         )
         for order in ORDERS
     ),
@@ -254,7 +248,6 @@ _ALL: tuple[Recipe, ...] = (
         name="rbp-vgg",
         kl_scale=0.5,
         macs_weight=2.0,
-        **_RBP,
         **{**_VGG, "distill": 0.0, "finetune_learning_rate": 1e-3},
     ),
     SBPRecipe(name="vgg-subset", epochs=20, noise_learning_rate=3e-2, **_VGG_SUBSET),
@@ -262,7 +255,7 @@ _ALL: tuple[Recipe, ...] = (
         name="rbp-vgg-subset",
         epochs=28,
         kl_scale=2.0,
-        **{**_RBP, "noise_learning_rate": 0.1},
+        noise_learning_rate=0.1,
         # Before its last cut, the network of RBP has already lost too many units to be a teacher.
         **{**_VGG_SUBSET, "distill": 0.0},
     ),

@@ -53,7 +53,7 @@ def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             if not isinstance(before, Mapping):
                 if before != 1:
                     raise RequestError(
-                        f"--set {assignment!r}: kl_scale is {before:g} for all gates, and would "
+                        f"--set {assignment!r}: kl_scale is {before} for all gates, and would "
                         "become 1 for the gates that are not named; set kl_scale = {...} in a file"
                     )
                 before = {}

@@ -207,7 +207,8 @@ class Recipe:
     def _check_distill(self) -> Self:
         if self.distill and not self.finetune_epochs:
             raise ValueError(
-                "distill sets the labels of fine-tuning, but finetune_epochs is 0; expected more"
+                "distill sets the labels of fine-tuning, but finetune_epochs is 0; set "
+                "finetune_epochs, or distill to 0"
             )
         return self
 

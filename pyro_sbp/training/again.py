@@ -105,7 +105,6 @@ def tune_again(
     torch.manual_seed(loop.request.seed)
     loop.order.manual_seed(loop.request.seed)
     loop.train(job.method.finetuning())
-    loop.evaluation.measure("finetuned", job.method.small)
 
 
 def _error_budget(target: float, job: Job, loop: Loop) -> MaxErrorIncrease:

@@ -58,9 +58,10 @@ def fine_tune(
             `DataLoader` or a list. Every epoch iterates over them once.
         epochs: the number of epochs.
         teacher: a network, or any function from inputs to logits, whose soft labels are learned in
-            place of the labels (Hinton et al. 2015, arXiv 1503.02531). A module is called in
-            evaluation mode. The command line uses the network before pruning with the noise at its
-            mean, ``partial(model.gated, theta=guide.mean())``.
+            place of the labels (Hinton et al. 2015, arXiv 1503.02531). A module, or a
+            `functools.partial` of one, is called in evaluation mode. The command line uses the
+            network before pruning with the noise at its mean,
+            ``partial(model.gated, theta=guide.mean())``.
         distill: the temperature of the soft labels; by default 4.
         learning_rate: the learning rate of the weights.
         precision: "bf16-mixed" computes each step under `torch.autocast` in bfloat16.
@@ -97,7 +98,7 @@ def fine_tune(
     recipe = _recipe(epochs, learning_rate, temperature, settings)
     steps = _length(batches)
     with ExitStack() as stack:
-        for net in (small, teacher):
+        for net in (small, teacher.func if isinstance(teacher, partial) else teacher):
             if isinstance(net, nn.Module):
                 stack.enter_context(evaluating(net))
         if recipe.recalibrate:

@@ -167,10 +167,12 @@ def make_logger(name: str, run: Path) -> Logger:
 def _csv_logger(logs: Path) -> CSVLogger:
     """A logger that starts with the rows of an existing file."""
     path, before, rows = logs / "csv" / "metrics.csv", logs / "metrics.csv.before", []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in map(_row, DictReader(file)) if row is not None]
+    if path.is_file() and not before.is_file():
         path.replace(before)  # Fabric's logger cannot continue a file
+    if before.is_file():  # also if the process ended before its rows were written again
+        path.unlink(missing_ok=True)
+        with open(before, newline="", encoding="utf-8") as file:
+            rows = [row for row in map(_row, DictReader(file)) if row is not None]
     logger = CSVLogger(logs, "csv", version="")
     for step, metrics in rows:
         logger.log_metrics(dict(metrics), step)

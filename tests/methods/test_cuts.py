@@ -118,21 +118,25 @@ def test_rounding_after_a_cut_removes_the_weakest_units_of_the_last_turn():
     assert sbp.units["conv1"].kept.nonzero().flatten().tolist() == [16, 17, 18, 19]
 
 
-def test_an_ended_turn_is_restored_with_the_units_that_it_kept():
-    sbp = method(epochs=4, cut_every=2, init_log_scale=-3.0)
+@pytest.mark.parametrize(("cut_every", "state"), [(2, "guide"), (0, "module")])
+def test_an_ended_turn_is_restored_with_the_units_that_it_kept(cut_every, state):
+    """A turn before the last one, and the last turn."""
+    sbp = method(epochs=4, cut_every=cut_every, init_log_scale=-3.0)
     first = next(sbp.noise())
     set_snr(first, low_units=5)
     first.finish()
     record = first.record()
     units = dict(sbp.units)
 
-    other = method(epochs=4, cut_every=2, init_log_scale=-3.0)
+    other = method(epochs=4, cut_every=cut_every, init_log_scale=-3.0)
     again = next(other.noise())
     # As on a machine on which the signal-to-noise ratios come to the other side of the threshold.
-    record["guide"] = {name: value + 20 * ("log_scales.conv1" in name)
-                       for name, value in record["guide"].items()}  # fmt: skip
-    assert again.restore(record) is False
-    assert other.units == units
+    record[state] = {name: value + 20 * ("log_scales.conv1" in name)
+                     for name, value in record[state].items()}  # fmt: skip
+    assert again.restore(record) is (state == "module")
+    assert (
+        other.units == units and other.small.fc1.in_features == units["fc1_input"].remaining.sum()
+    )
 
 
 @pytest.mark.parametrize(("threshold", "left"), [(None, 15), (-1.0, 20)])

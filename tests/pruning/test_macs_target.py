@@ -37,9 +37,9 @@ def test_a_network_is_closer_to_a_ratio_of_macs_than_by_a_threshold(ratio):
     steps = {"conv1": 2.0, "conv2": 3.0, "fc1_input": 1.0, "fc1": 4.0}
     score = {name: steps[name] + 0.01 * torch.rand(len(one)) for name, one in mean.items()}
     by_threshold = choose_units(net, gates, mean, score, x, budget=MacsRatio(ratio))
-    choice = choose_by_macs(
+    choice, _ = choose_by_macs(
         net, gates, mean, score, x, costs,
-        criterion="snr", ratio=ratio, dense=net, dense_macs=float(dense),
+        criterion="snr", ratio=ratio, threshold=1.0, dense=net, dense_macs=float(dense),
     )  # fmt: skip
     found = dense / macs_of(net, gates, choice.units, x[:1])
     alone = dense / macs_of(net, gates, by_threshold.units, x[:1])
@@ -63,11 +63,12 @@ def test_a_unit_with_a_large_share_of_the_macs_is_kept_in_place_of_small_ones():
     assert dense / macs_of(net, gates, by_threshold.units, x[:1]) == pytest.approx(32.93, abs=0.01)
     budget = choose_units(net, gates, mean, score, x, budget=MacsRatio(35.0))
     assert dense / macs_of(net, gates, budget.units, x[:1]) > 50
-    choice = choose_by_macs(
+    choice, reached = choose_by_macs(
         net, gates, mean, score, x, costs,
-        criterion="snr", ratio=35.0, dense=net, dense_macs=float(dense),
+        criterion="snr", ratio=35.0, threshold=1.0, dense=net, dense_macs=float(dense),
     )  # fmt: skip
     assert 35.0 <= dense / macs_of(net, gates, choice.units, x[:1]) <= 35.0 * CLOSE
+    assert reached.ratio_by_threshold == pytest.approx(32.93, abs=0.01)
     assert int(choice.units["conv1"].kept.sum()) == 2
     # The worst of the other units, a channel of conv2 and a unit of fc1, are removed first.
     assert not choice.units["conv2"].kept[0]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pyro
 import pytest
@@ -160,6 +161,18 @@ def test_another_criterion_has_its_own_threshold(digits):
     assert found.units == expected.units
 
 
+def test_arguments_that_are_none_or_the_own_criterion_change_nothing(digits):
+    x, _ = digits
+    pruner = sbp.Pruner(network(), x[:4], len(x), threshold=2.0)
+    with torch.no_grad():
+        for parameter in pruner.guide.log_scales.parameters():
+            parameter.copy_(2 * torch.randn_like(parameter))
+    expected = pruner.prune()
+    assert expected.units != sbp.prune(pruner.model, pruner.guide, x[:4]).units
+    for arguments in ({"macs_ratio": None}, {"threshold": None}, {"criterion": "snr"}):
+        assert pruner.prune(**arguments).units == expected.units
+
+
 def test_a_failed_call_leaves_no_noise_behind(digits):
     x, _ = digits
     pruner = sbp.Pruner(network(), x[:4], len(x), init_log_scale=0.0).attach()
@@ -258,6 +271,13 @@ def test_what_cannot_work_is_refused(digits):
     x, _ = digits
     with pytest.raises(ValueError, match="no layer of Linear is prunable"):
         sbp.Pruner(nn.Linear(3, 2), torch.rand(4, 3), 10)
+    for options, words in (
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"macs_weight": -1.0}, "macs_weight is -1.0; expected a number >= 0"),
+        ({"costs": object()}, "costs has no effect, because macs_weight is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sbp.Pruner(network(), x[:4], len(x), **options)
     pruner = sbp.Pruner(network(), x[:4], len(x)).attach()
     with pytest.raises(RuntimeError, match="attached already"):
         pruner.attach()

@@ -33,6 +33,41 @@ def test_a_setting_of_another_method_is_refused(method, setting, value, words):
         cls(**{setting: value})
 
 
+@pytest.mark.parametrize(
+    ("cls", "settings", "words"),
+    [
+        (
+            SBPRecipe,
+            {"current_costs": True, "macs_weight": 2.0, "criterion": "bmrs-n"},
+            "current_costs is true, which needs signal-to-noise ratios .* criterion is bmrs-n",
+        ),
+        (
+            SBPRecipe,
+            {"current_costs": True, "macs_weight": 2.0, "threshold": 0.0},
+            "and a threshold > 0; threshold is 0.0",
+        ),
+        (
+            SBPRecipe,
+            {"cost_batch_size": 64},
+            "cost_batch_size applies to latencies only; cost is macs",
+        ),
+        (
+            RBPRecipe,
+            {"target_macs_ratio": 5.0},
+            "needs noise on all gates at once; order is forward",
+        ),
+        (
+            SBPRecipe,
+            {"finetune_epochs": 0, "distill": 4.0},
+            "set finetune_epochs, or distill to 0",
+        ),
+    ],
+)
+def test_settings_that_have_no_effect_together_are_refused(cls, settings, words):
+    with pytest.raises(RequestError, match=words):
+        cls(**settings)
+
+
 def test_values_can_be_taken_away():
     assert RBPRecipe(prior_scale=4.0).replace(prior_scale=None).prior_scale is None
     assert SBPRecipe(gated_learning_rate=0.1).replace(gated_learning_rate=None) == SBPRecipe()

@@ -38,8 +38,10 @@ def test_single_settings_are_written_as_in_a_file():
 
 
 def test_a_weight_for_one_gate_does_not_change_those_of_the_others():
-    with pytest.raises(RequestError, match=r"kl_scale is 3 for all gates, and would become 1"):
+    with pytest.raises(RequestError, match=r"kl_scale is 3.0 for all gates, and would become 1"):
         with_overrides(RECIPES["lenet-dense"], ["kl_scale.fc1=5"])
+    with pytest.raises(RequestError, match=r"kl_scale is many for all gates, and would become 1"):
+        with_overrides(RECIPES["lenet-dense"], ['kl_scale="many"', "kl_scale.fc1=5"])
 
 
 def test_epochs_by_name_are_those_of_the_flag():

@@ -149,6 +149,8 @@ def test_a_teacher_is_called_in_evaluation_mode_and_stays_in_its_own(data):
     teacher = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))
     losses = [sbp.fine_tune(network(), [data], 1, teacher=teacher) for _ in range(2)]
     assert losses[0] == losses[1] and teacher.training
+    function = partial(teacher)
+    assert sbp.fine_tune(network(), [data], 1, teacher=function) == losses[0] and teacher.training
 
 
 class Named(nn.Module):

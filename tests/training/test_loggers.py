@@ -207,6 +207,29 @@ def test_a_logger_that_fails_is_reported_once_and_does_not_stop_the_others(tmp_p
     assert len(rows) == 3
 
 
+def test_the_rows_of_a_csv_file_survive_a_process_that_ends_while_it_is_written(
+    tmp_path, monkeypatch
+):
+    logger = make_logger("csv", tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.save()
+
+    def killed(logger):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CSVLogger, "save", killed)
+        make_logger("csv", tmp_path)
+    logger = make_logger("csv", tmp_path)
+    logger.log_metrics({"loss": 0.5}, 2)
+    logger.save()
+    with open(tmp_path / "logs" / "csv" / "metrics.csv", newline="") as file:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(file)] == [
+            ("1", "1.0"),
+            ("2", "0.5"),
+        ]
+
+
 def test_a_csv_file_that_was_cut_off_is_continued(tmp_path):
     log = Log(make_logger("csv", tmp_path))
     for step in (1, 2):

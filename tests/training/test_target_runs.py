@@ -66,6 +66,7 @@ def test_a_run_reaches_the_ratio_of_macs_that_was_asked_for(
     # Without other settings, the units are chosen by the same target again.
     again = prune_again(request, digits, tmp_path / "run", tmp_path / "again")
     assert again.units == found.units
+    assert again.target == found.target
     other = prune_again(request, digits, tmp_path / "run", tmp_path / "other", threshold=1.0)
     assert other.macs.ratio == pytest.approx(found.target.ratio_by_threshold)
     assert other.target is None
