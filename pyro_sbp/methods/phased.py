@@ -48,5 +48,10 @@ class PhasedTraining(ABC):
         return None
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Load a state that `state` returned. Call it before the phases begin."""
-        assert state is None, "this training has no state"
+        """Load a state that `state` returned. Call it before the phases begin.
+
+        Raises:
+            ValueError: this training has no state.
+        """
+        if state is not None:
+            raise ValueError(f"{type(self).__name__} has no state; expected None")

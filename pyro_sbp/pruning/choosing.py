@@ -14,10 +14,7 @@ from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.nested import same
 from pyro_sbp.gates.surgery import readable, shrink, surviving_units
 from pyro_sbp.gates.units import Units
-from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
-from pyro_sbp.models.site_statistics import check_statistics
 from pyro_sbp.pruning.budgets import Budget, Candidates, find_level
-from pyro_sbp.pruning.criteria import guide_scores
 from pyro_sbp.recipes.criteria import find_criterion
 
 __all__ = [
@@ -26,7 +23,6 @@ __all__ = [
     "check_threshold",
     "choose_units",
     "held_gates",
-    "masked_mean",
     "nothing_reaches",
 ]
 
@@ -62,25 +58,6 @@ def _check_number(name: str, value: Any) -> None:
     tensor = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, bool) or not (tensor or isinstance(value, Real)):
         raise ValueError(f"{name} is {value!r}; expected a number")
-
-
-def masked_mean(
-    guide: TruncatedLogNormalGuide, threshold: float | None = None, criterion: str = "snr"
-) -> dict[str, Tensor]:
-    """E[theta] for units with a score >= threshold and 0 for the others, by site.
-
-    With the signal-to-noise ratio, this gives the deterministic test-time network of the paper
-    (arXiv 1705.07283, section 4).
-
-    Raises:
-        ValueError: the criterion is unknown, the threshold is not valid for it, or the guide has no
-            `mean` and `snr`.
-    """
-    threshold = find_criterion(criterion).threshold if threshold is None else threshold
-    check_threshold(threshold, criterion)
-    check_statistics(guide)
-    score = guide_scores(guide, criterion)
-    return {name: mean * (score[name] >= threshold) for name, mean in guide.mean().items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.pruning.budgets import Budget, MaxErrorIncrease
-from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.pruning.macs import count_parameters
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.devices import launch
 from pyro_sbp.training.job import Job, prepare_job
@@ -51,7 +51,7 @@ def prune_again(
             network, before fine-tuning.
         finetune_epochs: epochs of fine-tuning of the result, with the run's other settings.
         distill: the temperature of soft labels for these epochs; by default the recipe's.
-        budget: another budget, in place of `max_error_increase`.
+        budget: another budget; not together with `max_error_increase`.
         tell: called with one line of text about the measurements for a budget.
         settings: further arguments of `Method.prune`, such as `threshold`.
 
@@ -59,10 +59,19 @@ def prune_again(
         The summary that `train` would return for this network.
 
     Raises:
-        RequestError: the run has no complete checkpoint; `max_error_increase` is given, and the run
-            has no images for validation or no dense network; or `choose_units` does not accept the
-            settings.
+        RequestError: `target` exists; two budgets are given, or `distill` without
+            `finetune_epochs`; the run has no complete checkpoint; `max_error_increase` is given,
+            and the run has no images for validation or no dense network; or `choose_units` does not
+            accept the settings.
+        EquivalenceError: the smaller network differs from the masked one.
+        OSError: the network cannot be written.
     """
+    if target.exists():
+        raise RequestError(f"{target} already exists")
+    if budget is not None and max_error_increase is not None:
+        raise RequestError(f"give a {budget.name} or max_error_increase, not both")
+    if distill is not None and not finetune_epochs:
+        raise RequestError("distill sets the labels of fine-tuning; set finetune_epochs")
     taught = finetune_epochs > 0
     with replayed(request, data, directory, taught) as (job, loop), TemporaryDirectory() as other:
         if max_error_increase is not None:
@@ -187,8 +196,7 @@ def sweep(
             loop.recalibrate()
             # in the precision of training
             found = loop.evaluation.evaluate(method.small, job.data.validation)
-            small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
-            macs, weights = count_macs(small, job.example[:1].float()), method.kept_weights()
+            (small, macs), weights = job.pruned(), method.kept_weights()
             rows.append(
                 {
                     "criterion": name,

@@ -133,6 +133,11 @@ class Job:
     macs: int
     parameters: int
 
+    def pruned(self) -> tuple[nn.Module, int]:
+        """The smaller network of the method, in float32 and contiguous memory, and its MACs."""
+        small = self.method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
+        return small, count_macs(small, self.example[:1].float())
+
 
 def prepare_job(
     request: Request, data: ImageData, directory: Path, fabric: Fabric, taught: bool = True

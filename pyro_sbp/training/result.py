@@ -11,7 +11,7 @@ from pyro_sbp.architectures import find_architecture
 from pyro_sbp.deployment.memory import file_size
 from pyro_sbp.deployment.saving import save
 from pyro_sbp.methods import Method
-from pyro_sbp.pruning.macs import count_macs, count_parameters
+from pyro_sbp.pruning.macs import count_parameters
 from pyro_sbp.training.job import Job
 from pyro_sbp.training.loop import Loop
 from pyro_sbp.training.summary import (
@@ -41,7 +41,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         overwrite: whether to replace an existing network; otherwise `target` must not exist.
     """
     method, request = job.method, job.request
-    small = method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
+    small, macs = job.pruned()
     standardization, weights = job.data.train.standardization, _weights(method)
     units = {name: unit.to_dict() for name, unit in method.units.items()}
     save(
@@ -55,7 +55,7 @@ def write_result(job: Job, loop: Loop, target: Path, overwrite: bool = False) ->
         standardization=standardization,
         sparse=weights is not None,
     )
-    macs, parameters = count_macs(small, job.example[:1].float()), count_parameters(small)
+    parameters = count_parameters(small)
     errors = {split: Errors(**found) for split, found in loop.evaluation.errors.items() if found}
     calibration = {
         split: {name: Calibration(**values) for name, values in found.items()}

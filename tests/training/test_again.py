@@ -101,6 +101,20 @@ def test_an_error_needs_images_for_validation(data, finished, tmp_path):
         prune_again(REQUEST, data, finished[0], tmp_path / "none", max_error_increase=1.0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": MacsRatio(2.0), "max_error_increase": 1.0}, "a macs_ratio or max_error_inc"),
+        ({"distill": 4.0}, "set finetune_epochs"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(data, finished, tmp_path, settings, words):
+    with pytest.raises(RequestError, match=words):
+        prune_again(REQUEST, data, finished[0], tmp_path / "none", **settings)
+    with pytest.raises(RequestError, match="already exists"):
+        prune_again(REQUEST, data, finished[0], tmp_path, threshold=1.0)
+
+
 def test_fine_tuning_later_is_that_of_the_run(data, finished, tmp_path):
     directory, summary = finished
     again = prune_again(REQUEST, data, directory, tmp_path / "again", finetune_epochs=1)
