@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.nested import same
-from pyro_sbp.gates.surgery import readable, shrink, surviving_units
+from pyro_sbp.gates.surgery import shrink, surviving_units
 from pyro_sbp.gates.units import Units
 from pyro_sbp.pruning.budgets import Budget, Candidates, find_level
+from pyro_sbp.pruning.unit_mask import UnitMask
 from pyro_sbp.recipes.criteria import find_criterion
 
 __all__ = [
@@ -132,12 +133,11 @@ def choose_units(
     levels = torch.cat([score[gate.name] for gate in gates]).unique()
 
     def chosen(level: float) -> Choice:
-        mask = {gate.name: score[gate.name] >= level for gate in gates}
+        reached = {gate.name: score[gate.name] >= level for gate in gates}
         held = held_gates(score, level) if min_units else ()
-        _bring_back(gates, mask, score, round_to, min_units)
-        if _bring_back_jointly(gates, mask, score, usable, round_to, min_units):
-            _bring_back(gates, mask, score, round_to, min_units)
-        theta = {name: mean[name] * mask[name].to(mean[name]) for name in mask}
+        found = UnitMask(gates, reached, score, usable, round_to, min_units)
+        found.extend()
+        theta = {name: mean[name] * mask.to(mean[name]) for name, mask in found.mask.items()}
         units = surviving_units(gates, theta, min_units=min_units, round_to=round_to, score=score)
         return Choice(theta, units, level, held)
 
@@ -182,105 +182,3 @@ def nothing_reaches(
         f"no {element} reaches the threshold {threshold:g}, so almost nothing is left of the "
         f"network; the largest {find_criterion(criterion).title} is {largest:.4g}"
     )
-
-
-def _bring_back(
-    gates: Sequence[Gate],
-    mask: dict[str, Tensor],
-    score: Mapping[str, Tensor],
-    round_to: int,
-    min_units: int,
-) -> None:
-    """Keep the best units under the threshold too, until every gate has the number of units that
-    `round_to` and `min_units` require. `mask` is extended."""
-    for gate in gates:
-        kept = int(surviving_units(gates, mask)[gate.name].kept.sum())
-        wanted = min(-(-max(kept, min_units) // round_to) * round_to, gate.size)
-        possible = readable(gate, gates, mask) & ~mask[gate.name]
-        if wanted > kept and bool(possible.any()):
-            candidates = torch.where(possible, score[gate.name].double(), -torch.inf)
-            best = candidates.argsort(descending=True, stable=True)[: wanted - kept]
-            mask[gate.name] = mask[gate.name].clone()
-            mask[gate.name][best[possible[best]]] = True
-
-
-def _bring_back_jointly(
-    gates: Sequence[Gate],
-    mask: dict[str, Tensor],
-    score: Mapping[str, Tensor],
-    usable: Mapping[str, Tensor],
-    round_to: int,
-    min_units: int,
-) -> bool:
-    """Keep the minimum number of units in gates whose units depend on each other.
-
-    A unit can only be kept if other gates keep the units that it needs: a channel needs one of its
-    features, and a column of a grouped layer needs a row of its group. Each restored unit therefore
-    also restores the best units of the other gates that it needs.
-
-    Args:
-        gates, score, round_to, min_units: as for `choose_units`.
-        mask: from gate name to the units to keep, bool ``[units]``; it is extended.
-        usable: from gate name to the units whose theta is not 0, bool ``[units]``.
-
-    Returns:
-        Whether units were restored.
-    """
-
-    def kept(free: Sequence[str], changed: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
-        """The units that are kept if the gates in `free` keep all that are usable."""
-        masks = {**mask, **{name: usable[name] for name in free}, **changed}
-        alive = {name: units & usable[name] for name, units in masks.items()}
-        return {name: units.kept for name, units in surviving_units(gates, alive).items()}
-
-    def best_first(name: str, among: Tensor) -> list[int]:
-        units = torch.nonzero(among).flatten()
-        order = score[name][units].argsort(descending=True, stable=True)
-        return [int(unit) for unit in units[order]]
-
-    def with_units(name: str, *units: int) -> Tensor:
-        more = mask[name].clone()
-        more[list(units)] = True
-        return more
-
-    def next_unit(gate: Gate) -> int | None:
-        """The best unit that can be kept, with as few other gates changed as possible."""
-        now = kept([])
-        others = [other.name for other in gates if other is not gate]
-        short = [other.name for other in gates if int(now[other.name].sum()) < least[other.name]]
-        for free in (short, others):
-            possible = kept([*free, gate.name])[gate.name] & ~now[gate.name]
-            if found := best_first(gate.name, possible):
-                return found[0]
-        return None
-
-    def bring_back(gate: Gate, unit: int) -> None:
-        mask[gate.name] = with_units(gate.name, unit)
-        free = [other.name for other in gates if other is not gate]
-        while free:
-            name = free.pop(0)
-            if kept(free)[gate.name][unit]:
-                continue
-            # Consider only what this unit needs, not the other units of the gate.
-            alone = torch.zeros_like(mask[gate.name])
-            alone[unit] = True
-            needed = kept([name, *free], {gate.name: alone})[name] & ~mask[name]
-            units = best_first(name, needed)
-            for other in units:
-                if kept(free, {name: with_units(name, other)})[gate.name][unit]:
-                    mask[name] = with_units(name, other)
-                    break
-            else:
-                mask[name] = with_units(name, *units)
-
-    least = {gate.name: min(min_units, int(usable[gate.name].sum())) for gate in gates}
-    changed = False
-    for gate in gates:
-        count = int(kept([])[gate.name].sum())
-        if count >= least[gate.name]:
-            continue
-        wanted = min(-(-min_units // round_to) * round_to, gate.size)
-        while count < wanted and (unit := next_unit(gate)) is not None:
-            bring_back(gate, unit)
-            changed, count = True, int(kept([])[gate.name].sum())
-    return changed
