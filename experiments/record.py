@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -64,7 +65,7 @@ def without_path(dataset: str) -> str:
 
 def short_path(weights: str) -> str:
     """The name of a file of weights in a record: that of its run directory and that of the file."""
-    return "/".join(Path(weights).parts[-2:])
+    return "/".join(Path(os.path.abspath(weights)).parts[-2:])
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def command(request: Request, changed: bool = False) -> str:
     words += [word for word in _of_images(request) if word not in words]
     if request.weights is not None:
         words.append(f"--weights {short_path(request.weights)}")
-    words += [f"--teacher {Path(run).name}" for run in request.teachers]
+    words += [f"--teacher {Path(os.path.abspath(run)).name}" for run in request.teachers]
     if request.device != "cpu":
         words.append(f"--device {request.device}")
     if request.devices != 1:

@@ -109,6 +109,15 @@ def test_a_command_gives_images_the_size_and_the_statistics_of_the_run(monkeypat
         command(replace(request, image_size=None))
 
 
+def test_a_command_names_the_run_in_whose_directory_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    recipe = RECIPES["digits"].replace(distill=4.0)
+    request = Request("lenet5", "mnist", recipe, weights="dense.pt", teachers=(".", "../third"))
+    found = command(request, changed=True)
+    assert " --weights other/dense.pt --teacher other --teacher third " in found
+
+
 def test_a_run_of_an_earlier_version_is_recorded(tmp_path):
     run = run_directory(tmp_path / "run", 3, 4.5, method="sbp")
     expected = record(run)["command"]
