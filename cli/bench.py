@@ -20,6 +20,11 @@ from pyro_sbp.training.summary import Summary
 __all__ = ["bench"]
 
 
+def _once(context: click.Context, parameter: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """The values of an option that may be repeated, each of them once."""
+    return tuple(dict.fromkeys(values))
+
+
 @click.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option(
@@ -27,6 +32,7 @@ __all__ = ["bench"]
     "batch_sizes",
     type=click.IntRange(1),
     multiple=True,
+    callback=_once,
     default=(1, 128),
     help="Examples per call; may be repeated.  [default: 1, 128]",
 )
@@ -34,6 +40,7 @@ __all__ = ["bench"]
     "--threads",
     type=click.IntRange(1),
     multiple=True,
+    callback=_once,
     help="Number of CPU threads; may be repeated.  [default: 1, and the number of free cores]",
 )
 @click.option(
@@ -41,6 +48,7 @@ __all__ = ["bench"]
     "runtimes",
     type=click.Choice(["eager", "compile", "onnxruntime", "int8"]),
     multiple=True,
+    callback=_once,
     default=("eager",),
     help="Runtime: PyTorch without compilation (eager), torch.compile (compile), ONNX Runtime on "
     "the CPU (onnxruntime), or ONNX Runtime with 8-bit integers that are calibrated on training "

@@ -102,14 +102,14 @@ def measure_run(
         RequestError: the network cannot be loaded, or a runtime cannot be used.
     """
     with_int8 = "int8" in settings.runtimes
-    # int8 is compared with eager. A runtime that is named twice is measured once.
+    # int8 is compared with eager.
     runtimes = tuple(dict.fromkeys((*["eager"] * with_int8, *settings.runtimes)))
     check_runtimes(runtimes)
     architecture = find_architecture(request.arch)
     dense, pruned = _networks(architecture.resolve(), saved, kwargs)
     example = torch.rand(EXAMPLES, *input_shape)
     floor = floor_network(dense, example, architecture.input_features)
-    data = run_data(request, architecture.image_size) if with_int8 else None
+    data = run_data(request) if with_int8 else None
     calibration = [] if data is None else calibration_batches(data, request.seed)
     if settings.channels_last:
         dense, pruned, floor = (

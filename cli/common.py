@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pyro_sbp.training.summary import Summary
 
 __all__ = [
     "check_device",
+    "check_torch_device",
     "closing_table",
     "criterion_option",
     "error_advice",
@@ -47,11 +49,13 @@ criterion_option = click.option(
 )
 
 
-def check_device(name: str) -> str:
+def check_device(name: str, run: Path | None = None) -> str:
     """The device of a name, "cpu" or "cuda", without importing torch.
 
     Args:
         name: "cpu", "cuda", or "auto" for "cuda" where there is a CUDA device.
+        run: the directory of an existing run that has this device; None for a device that the user
+            chooses.
 
     Raises:
         RequestError: the name is unknown, or there is no such device.
@@ -61,8 +65,28 @@ def check_device(name: str) -> str:
     if name == "auto":
         return "cuda" if _cuda_devices() else "cpu"
     if name == "cuda" and not _cuda_devices():
-        raise RequestError("there is no CUDA device on this machine; use --device cpu")
+        raise RequestError(_without_cuda("there is no CUDA device on this machine", run))
     return name
+
+
+def check_torch_device(name: str, run: Path | None = None) -> None:
+    """Raise RequestError if torch cannot use a device.
+
+    Args:
+        name: the device that `check_device` returned.
+        run: as for `check_device`.
+    """
+    import torch  # imported here to keep `pyro-sbp --help` fast
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RequestError(_without_cuda("torch cannot use the CUDA device of this machine", run))
+
+
+def _without_cuda(cause: str, run: Path | None) -> str:
+    """The message for a missing CUDA device. The device of a run cannot be changed."""
+    if run is None:
+        return f"{cause}; use --device cpu"
+    return f"{run} was made on a CUDA device, and {cause}; use a machine with a CUDA device"
 
 
 def _cuda_devices() -> int:
@@ -91,7 +115,8 @@ def find_network(path: Path | None) -> tuple[Path, Path]:
             directory.
     """
     if path is not None and (path / "network.json").is_file():
-        if not (path.absolute().parent / "recipe.json").is_file():
+        path = Path(os.path.abspath(path))  # "." has no parent
+        if not (path.parent / "recipe.json").is_file():
             raise RequestError(
                 f"{path} is a saved network outside of a run directory; load it in Python with "
                 "pyro_sbp.load, and use pyro_sbp.benchmark or torch.onnx.export"

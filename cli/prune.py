@@ -11,6 +11,7 @@ import click
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.cli.common import (
     check_device,
+    check_torch_device,
     closing_table,
     criterion_option,
     error_advice,
@@ -114,11 +115,12 @@ def prune(run: Path | None, as_json: bool, **options: Any) -> None:
         raise RequestError(f"{target} already exists; delete it to prune again with these settings")
     find_architecture(request.arch)  # raises for one that is unknown
     check_dataset(request.dataset, Path(request.data_dir))
-    check_device(request.device)
+    check_device(request.device, run)
     threads = threads_to_use()
 
     from pyro_sbp.cli.prune_run import prune_run  # imports torch
 
+    check_torch_device(request.device, run)
     summary = prune_run(request, run, target, asked, threads)
     if as_json:
         click.echo(json.dumps(summary.to_dict(), indent=2))

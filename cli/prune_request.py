@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyro_sbp.errors import RequestError
+from pyro_sbp.text_tables import shortest
 
 __all__ = ["Options"]
 
@@ -71,10 +72,10 @@ class Options:
         """The name of the directory of the network, which contains all options that are given."""
         name = "pruned" if self.criterion is None else f"pruned-{self.criterion}"
         for option, value in self.given().items():
-            name += f"-{option.removesuffix('-ratio')}-{value:g}"
+            name += f"-{option.removesuffix('-ratio')}-{shortest(value)}"
         if self.speedup is not None:
             name += f"-batch-{self.batch_size or 1}-{self.runtime or 'eager'}"
         name += f"-round-{self.round_to}" if self.round_to != 1 else ""
         name += f"-min-{self.min_units}" if self.min_units != 1 else ""
         name += f"-finetuned-{self.finetune_epochs}" if self.finetune_epochs else ""
-        return name + (f"-distill-{self.distill:g}" if self.distill is not None else "")
+        return name + (f"-distill-{shortest(self.distill)}" if self.distill is not None else "")

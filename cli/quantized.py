@@ -23,24 +23,16 @@ __all__ = ["Quantized", "calibration_batches", "compare", "comparison", "run_dat
 IMAGES, BATCH = 512, 64
 
 
-def run_data(request: Request, size: int | None) -> ImageData:
-    """The data of a run on the CPU, prepared as in training.
-
-    Args:
-        request: the request of the run.
-        size: the size of the images that the architecture expects.
-    """
-    data_dir = Path(request.data_dir)
-    check_dataset(request.dataset, data_dir)
+def run_data(request: Request) -> ImageData:
+    """The data of a run on the CPU, prepared as in training."""
+    check_dataset(request.dataset, Path(request.data_dir))
 
     import torch
 
-    from pyro_sbp.datasets.loading import load_dataset
-    from pyro_sbp.training.job import prepare_data
+    from pyro_sbp.training.job import load_data, prepare_data
 
     cpu = torch.device("cpu")
-    data = load_dataset(request.dataset, data_dir, request.image_size or size, device="cpu")
-    return prepare_data(request, data, cpu)
+    return prepare_data(request, load_data(request, device=cpu), cpu)
 
 
 def calibration_batches(data: ImageData, seed: int) -> list[Tensor]:

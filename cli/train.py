@@ -12,6 +12,7 @@ import click
 from pyro_sbp.architectures import ARCHITECTURES, find_architecture
 from pyro_sbp.cli.common import (
     check_device,
+    check_torch_device,
     closing_table,
     little_removed,
     result_in_words,
@@ -193,12 +194,13 @@ def train(
             raise RequestError(unknown("logger", name, LOGGERS))
     find_architecture(request.arch)  # raises for one that is unknown
     check_dataset(request.dataset, Path(request.data_dir), workers)
-    check_device(request.device)
+    check_device(request.device, resume)
     recorded = None if resume is None else read_threads(resume)
     threads = threads_to_use(threads, request.devices, recorded)
 
     from pyro_sbp.cli.train_run import run  # imports torch
 
+    check_torch_device(request.device, resume)
     summary, images = run(
         request,
         directory,

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import torch
 from lightning_fabric import Fabric
 
 from pyro_sbp.cli.progress_bar import ProgressBar
@@ -15,7 +14,7 @@ from pyro_sbp.cli.stopping import Stopped, StopWhenDone
 from pyro_sbp.cli.train_directory import hint_after_failure, hint_at_once
 from pyro_sbp.datasets.loading import ImageData
 from pyro_sbp.datasets.streaming import StreamedSplit, WorkerDied
-from pyro_sbp.errors import OtherProcessError, RequestError, first_line
+from pyro_sbp.errors import OtherProcessError, first_line
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training import train as training
 from pyro_sbp.training.devices import launch, leave, on_first
@@ -53,12 +52,10 @@ def run(
         The summary, and the number of training images.
 
     Raises:
-        RequestError: torch cannot use the device, or a logger cannot be used.
+        RequestError: a logger cannot be used.
         Stopped: a signal has stopped the run.
         OSError, WorkerDied, OtherProcessError: training failed; the message says how to resume.
     """
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("torch cannot use this machine's CUDA device; use --device cpu")
     for name in loggers:
         check_logger(name)
     fabric = launch(request.device, request.devices, request.precision, threads)

@@ -23,13 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS
 from pyro_sbp.experiments.rows import markdown, unreadable
 from pyro_sbp.training.files import write_json
-from pyro_sbp.training.job import machine, versions
 
 __all__ = ["CHANGES", "main", "table"]
 
@@ -179,7 +176,9 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
         _train(runs / f"base-{seed}", _options(CHANGES["base"], seed), data_dir)
         options += ["--weights", str(runs / f"base-{seed}" / "dense.pt")]
     _train(run, options, data_dir)
-    found = json.loads((run / "summary.json").read_text("utf-8"))
+    found, asked = (
+        json.loads((run / name).read_text("utf-8")) for name in ("summary.json", "recipe.json")
+    )
     command = ["pyro-sbp", "train", *_COMMON, *options]
     if change.criterion is not None:
         again = ["--criterion", change.criterion, "--macs-ratio", str(RATIO)]
@@ -195,8 +194,8 @@ def measured(name: str, seed: int, runs: Path, data_dir: Path) -> dict[str, Any]
         "macs_ratio": found["macs"]["ratio"],
         "error": found["validation_error"],
         "seconds": found["train_seconds"],
-        "versions": versions(),
-        "machine": machine(torch.device("cpu")),
+        "versions": asked["versions"],
+        "machine": asked["machine"],
     }
 
 

@@ -66,7 +66,8 @@ from pyro_sbp.methods.plain import PlainPhase
 from pyro_sbp.pruning.macs import count_macs, count_parameters
 from pyro_sbp.recipes.named import RECIPES, default_recipe
 from pyro_sbp.recipes.request import PRECISIONS, Request
-from pyro_sbp.training.devices import launch
+from pyro_sbp.text_tables import shortest
+from pyro_sbp.training.devices import dtype_of, launch
 from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import (
     build_network,
@@ -113,7 +114,8 @@ class _TorchPruning(PhasedTraining):
         self.net = self.small = net
         self.data, self.recipe = data, request.recipe
         self.ratio, self.importance, self.steps = ratio, IMPORTANCES[importance](), steps
-        self.example, _ = data.test.batch(slice(0, 2))
+        self.dtype = dtype_of(request.precision)
+        self.example = data.test.batch(slice(0, 2))[0].to(self.dtype)
         self.macs, self.parameters = count_macs(net, self.example[:1]), count_parameters(net)
         self.total = widths(net)
         self.gates = find_gates(net, self.example)
@@ -169,7 +171,7 @@ class _TorchPruning(PhasedTraining):
         drawn = torch.randperm(len(self.data.train), generator=self.order)
         with closing(self.data.train.batches(drawn.split(size)[:GRADIENT_BATCHES])) as batches:
             for x, y in batches:
-                F.cross_entropy(net(x), y).backward()
+                F.cross_entropy(net(x.to(self.dtype)), y).backward()
 
 
 @workers_watched()
@@ -210,14 +212,19 @@ def baseline(
     net, _ = build_network(request, data)
     if request.weights is not None:
         net = with_weights(net, Path(request.weights))
-    net = net.to(fabric.device)
+    net = net.to(fabric.device, dtype_of(request.precision))
     if request.channels_last:
         net = net.to(memory_format=torch.channels_last)
     method = _TorchPruning(net, data, request, ratio, importance, steps, learning_rate)
     with tempfile.TemporaryDirectory() as directory:  # no run resumes from these checkpoints
         loop = Loop(request, method, data, Path(directory), fabric, watch)
         loop.go()
-    measured = loop.evaluation
+    return _record(request, importance, method, loop)
+
+
+def _record(request: Request, importance: str, method: _TorchPruning, loop: Loop) -> dict[str, Any]:
+    """The record of a baseline after its training, without the command."""
+    measured, learning_rate = loop.evaluation, method.learning_rate
     small, names = method.small, ("dense", "pruned", "finetuned")
     macs, parameters = count_macs(small, method.example[:1]), count_parameters(small)
     kept, recipe = widths(small), request.recipe
@@ -229,7 +236,7 @@ def baseline(
         "seed": request.seed,
         "of": recipe.name,
         "settings": asdict(recipe),
-        "steps": steps,
+        "steps": method.steps,
         **({} if learning_rate is None else {"learning_rate": learning_rate}),
         "epochs": {"dense": recipe.dense_epochs, "finetuned": method.epochs},
         "device": request.device,
@@ -237,7 +244,7 @@ def baseline(
         "error": {name: measured.errors["test"][name] for name in names},
         **(
             {"validation_error": {name: measured.errors["validation"][name] for name in names}}
-            if data.validation is not None
+            if method.data.validation is not None
             else {}
         ),
         "calibration": {split: found for split, found in measured.calibration.items() if found},
@@ -254,7 +261,7 @@ def baseline(
             "ratio": method.parameters / parameters,
         },
         "versions": {**versions(), "torch-pruning": version("torch-pruning")},
-        "machine": machine(fabric.device),
+        "machine": machine(loop.device),
     }
 
 
@@ -309,46 +316,56 @@ def _of_ratio(options: argparse.Namespace) -> Request:
 
 def _run(target: str, options: argparse.Namespace) -> Path:
     """Make the baseline for the file of a record or for a MACs ratio, and write its record."""
-    words = [f"--importance {options.importance}"]
     try:
-        ratio, what = float(target), f"-{float(target):g}x"
+        ratio = float(target)
     except ValueError:
         request, ratio = _of_record(Path(target), options)
-        words.append(f"experiments/results/{Path(target).name}")
-        what = ""
+        what, last = "", f"experiments/results/{Path(target).name}"
     else:
-        request = _of_ratio(options)
-        words.append(f"--arch {request.arch} --dataset {without_path(request.dataset)}")
-        words.append(f"--recipe {request.recipe.name} --seed {request.seed} {target}")
+        request, what = _of_ratio(options), f"-{shortest(ratio)}x"
+        last = (
+            f"--arch {request.arch} --dataset {without_path(request.dataset)} "
+            f"--recipe {request.recipe.name} --seed {request.seed} {target}"
+        )
     if options.steps != STEPS:
-        words.insert(1, f"--steps {options.steps}")
         what += f"-{options.steps}-steps"
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"cannot write to {options.output_dir}: {error.strerror}") from error
-    if options.learning_rate is not None:
-        words.insert(1, f"--learning-rate {options.learning_rate:g}")
     start = {}
     if request.weights is not None:
         start["started_from"] = command(made_by(Path(request.weights)))
-        words.insert(1, f"--weights {short_path(request.weights)}")
-    if request.precision != "32-true":
-        words.insert(1, f"--precision {request.precision}")
-    if request.channels_last:
-        words.insert(1, "--channels-last")
     data = load_data(request)
     entry = baseline(
         request, data, ratio, options.importance, options.steps, _tell, options.learning_rate
     )
     entry |= start
-    entry["command"] = f"python -m pyro_sbp.experiments.baselines {' '.join(words)}"
+    entry["command"] = f"{_command(request, options)} {last}"
     name = file_name(
         *(request.arch, request.dataset, "baseline", options.importance),
         *(request.recipe.name + what, request.seed),
     )
     write_json(options.output_dir / name, entry)
     return options.output_dir / name
+
+
+def _command(request: Request, options: argparse.Namespace) -> str:
+    """The command of a baseline, without the network, the data and the ratio."""
+    words = [f"python -m pyro_sbp.experiments.baselines --importance {options.importance}"]
+    if request.device != "cpu":
+        words.append(f"--device {request.device}")
+    if request.channels_last:
+        words.append("--channels-last")
+    if request.precision != "32-true":
+        words.append(f"--precision {request.precision}")
+    if request.weights is not None:
+        words.append(f"--weights {short_path(request.weights)}")
+    if options.learning_rate is not None:
+        words.append(f"--learning-rate {shortest(options.learning_rate)}")
+    if options.steps != STEPS:
+        words.append(f"--steps {options.steps}")
+    return " ".join(words)
 
 
 def _tell(progress: Progress) -> None:

@@ -17,7 +17,8 @@ For every run, the parts are:
 ONNX Runtime needs ``pip install 'pyro-sbp[export]'``. All latencies are those of one CPU thread.
 Nothing is fine-tuned. The run directory is only read. A record for each run is written to
 `results/budgets/`, from which `python -m pyro_sbp.experiments.tables` makes the tables of
-docs/budgets.md. Parts that are not measured again are kept from an existing record.
+docs/budgets.md. Parts that are not measured again are kept from an existing record, which must have
+the same command, machine, versions and CPU governor.
 
 The networks of the tables are trained with::
 
@@ -53,6 +54,7 @@ from pyro_sbp.deployment.loading import load
 from pyro_sbp.deployment.speedup import Speedup
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS, command, without_path
+from pyro_sbp.experiments.rows import unreadable
 from pyro_sbp.gates.layers import Select
 from pyro_sbp.machine import cpu_governor
 from pyro_sbp.pruning.macs import costs_by_layer
@@ -61,7 +63,7 @@ from pyro_sbp.training.files import write_json
 from pyro_sbp.training.job import load_data, machine, versions
 from pyro_sbp.training.latency_file import NAME as UNIT_LATENCY
 from pyro_sbp.training.latency_file import read_unit_latency
-from pyro_sbp.training.runs import read_request
+from pyro_sbp.training.runs import read_request, read_saved_network
 from pyro_sbp.training.summary import Summary
 
 __all__ = ["DIRECTORY", "PARTS", "bench", "measured", "time_by_layer"]
@@ -208,8 +210,9 @@ class Measurement:
     def network(self) -> dict[str, Any]:
         """The latencies of the network of the run, and the time of its layers, dense and pruned."""
         constructor = find_architecture(self.request.arch).resolve()
-        pruned = load(self.run / "pruned", constructor).eval()
-        dense = constructor().eval()
+        saved = self.run / "pruned"
+        pruned = load(saved, constructor).eval()
+        dense = constructor(**read_saved_network(saved)["kwargs"]).eval()
         shape = self.data.image_shape
         one = torch.rand(1, *shape, device="cpu")
         profile = {}
@@ -220,7 +223,7 @@ class Measurement:
                 f"batch-{size}": found for size, found in times.items()
             }
         runtimes = ("--runtime", "eager", "--runtime", "onnxruntime")
-        return {"latencies": self._bench(self.run / "pruned", *runtimes), "profile": profile}
+        return {"latencies": self._bench(saved, *runtimes), "profile": profile}
 
     def variants(self) -> dict[str, Any]:
         """The latencies of the network of the run in other forms, by the name of the form."""
@@ -250,6 +253,8 @@ class Measurement:
 
 
 PARTS = ("budgets", "network", "variants", "compiled", "int8")
+#: What all parts of a record have in common.
+CONDITIONS = ("command", "machine", "versions", "governor")
 
 
 def _sizes(summary: Summary) -> dict[str, Any]:
@@ -281,9 +286,27 @@ def measured(
         RequestError: the run has not finished, or its data cannot be read.
         ValueError: its recipe is not a named recipe.
     """
+    entry = _described(run)
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / run.name
+        shutil.copytree(run, copy)
+        if data_dir is not None:  # for the commands in new processes
+            asked = json.loads((copy / "recipe.json").read_text("utf-8"))
+            write_json(copy / "recipe.json", {**asked, "data_dir": str(data_dir.resolve())})
+        of_run = read_request(copy)
+        data = load_data(of_run, device="cpu")
+        measurement = Measurement(copy, data, seconds)
+        for part in parts:
+            print(f"{run.name}: {part}", flush=True)
+            entry[part] = getattr(measurement, part)()
+    return entry
+
+
+def _described(run: Path) -> dict[str, Any]:
+    """The record of a run without its parts."""
     request = read_request(run)
     summary = Summary.read(run / "summary.json")
-    entry = {
+    return {
         "run": run.name,
         "arch": request.arch,
         "dataset": without_path(request.dataset),
@@ -300,19 +323,35 @@ def measured(
         "machine": machine(torch.device("cpu")),
         "governor": cpu_governor(),
     }
-    with tempfile.TemporaryDirectory() as directory:
-        copy = Path(directory) / run.name
-        shutil.copytree(run, copy)
-        if data_dir is not None:  # for the commands in new processes
-            asked = json.loads((copy / "recipe.json").read_text("utf-8"))
-            write_json(copy / "recipe.json", {**asked, "data_dir": str(data_dir.resolve())})
-        of_run = read_request(copy)
-        data = load_data(of_run, device="cpu")
-        measurement = Measurement(copy, data, seconds)
-        for part in parts:
-            print(f"{run.name}: {part}", flush=True)
-            entry[part] = getattr(measurement, part)()
-    return entry
+
+
+def _kept(path: Path, entry: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The parts of an existing record that can be in the same record as new ones.
+
+    Args:
+        path: the file of the record.
+        entry: the new record, without its parts.
+        parts: the names of the parts that are still to be measured.
+
+    Raises:
+        RequestError: the record is of another command, machine, version or governor, and has parts
+            that are not measured again.
+    """
+    if not path.exists():
+        return {}
+    try:
+        before = json.loads(path.read_text("utf-8"))
+        old = {part: before[part] for part in PARTS if part in before}
+        others = [name for name in CONDITIONS if before.get(name) != entry[name]]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise unreadable(path, "record of budgets", error) from error
+    lost = [part for part in old if part not in parts]
+    if others and lost:
+        raise RequestError(
+            f"{path} has {', '.join(lost)} with other values of {', '.join(others)}; measure these "
+            "parts in the same call, or delete the file"
+        )
+    return {} if others else old
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -336,18 +375,19 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     for run in options.runs:
-        path = DIRECTORY / f"{run.resolve().name}.json"
-        for part in options.parts:  # so that a part is kept if a later one is interrupted
-            try:
-                entry = measured(run.resolve(), options.data_dir, [part], options.seconds)
-            except ValueError as error:
-                parser.error(str(error))
-            if path.exists():
-                before = json.loads(path.read_text("utf-8"))
-                if before["command"] == entry["command"]:
-                    entry = {name: before[name] for name in PARTS if name in before} | entry
-            write_json(path, entry)
-        print(path)
+        try:
+            _measure_parts(run.resolve(), options.data_dir, options.parts, options.seconds)
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def _measure_parts(run: Path, data_dir: Path | None, parts: Sequence[str], seconds: float) -> None:
+    """Measure parts of a run one after the other, and write the record after each of them."""
+    path = DIRECTORY / f"{run.name}.json"
+    for index, part in enumerate(parts):  # so that a part is kept if a later one is interrupted
+        kept = _kept(path, _described(run), parts[index:])
+        write_json(path, kept | measured(run, data_dir, [part], seconds))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -92,19 +92,40 @@ def _run(run: Path, data_dir: Path | None, epochs: int | None) -> Path:
     """Compare the criteria on a run, and write the record."""
     request = read_request(run)
     epochs = request.recipe.finetune_epochs if epochs is None else epochs
-    data = load_data(request, data_dir)
     trained = record(run)
-    entry = {
-        **{key: trained[key] for key in ("arch", "dataset", "method", "recipe", "seed", "command")},
-        "finetune_epochs": epochs,
+    names = ("arch", "dataset", "method", "recipe", "seed", "command")
+    entry = {**{name: trained[name] for name in names}, "finetune_epochs": epochs}
+    path = DIRECTORY / file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
+    _check_replaceable(path, entry)
+    data = load_data(request, data_dir)
+    entry |= {
         "criteria": compared(request, data, run, epochs),
         "versions": versions(),
         "machine": machine(torch.device(request.device)),
     }
-    path = DIRECTORY / file_name(*(entry[key] for key in ("arch", "dataset", "recipe", "seed")))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, entry)
     return path
+
+
+def _check_replaceable(path: Path, entry: dict[str, Any]) -> None:
+    """Raise RequestError if a new record would replace one of more fine-tuning or of another
+    command."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text("utf-8"))
+        epochs, command = before["finetune_epochs"], before["command"]
+        more = epochs > entry["finetune_epochs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(path, "record of criteria", error) from error
+    if command != entry["command"]:
+        raise RequestError(f"{path} is the record of another command; delete it to replace it")
+    if more:
+        raise RequestError(
+            f"{path} has {epochs} epochs of fine-tuning, more than {entry['finetune_epochs']}; "
+            "delete it to replace it"
+        )
 
 
 def table() -> str:
@@ -158,10 +179,8 @@ def main(arguments: list[str]) -> None:
     try:
         for run in options.runs:
             print(_run(run, options.data_dir, options.finetune_epochs))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{run} is not a finished run: {error}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import pyro_sbp as sbp
 from pyro_sbp.experiments.minilm_network import example
-from pyro_sbp.experiments.minilm_run import Run, Settings
+from pyro_sbp.experiments.minilm_run import FOLDERS, Run, Settings
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.units import set_units
 from pyro_sbp.pruning.budgets import MacsRatio
@@ -116,10 +116,11 @@ def record(run: Run) -> None:
             result["units"] = [len(kept[gate]["kept"]) for gate in kept if "intermediate" in gate]
         networks[name] = result
     seed = run.settings.seed
+    settings = json.loads((run.directory / "settings.json").read_text("utf-8"))
     entry = {
         "seed": seed,
         "command": f"python -m pyro_sbp.experiments.minilm train --seed {seed} RUN",
-        "settings": json.loads((run.directory / "settings.json").read_text("utf-8")),
+        "settings": {name: value for name, value in settings.items() if name not in FOLDERS},
         "networks": networks,
         "versions": {**versions(), "transformers": version("transformers")},
         "machine": machine(torch.device("cpu")),

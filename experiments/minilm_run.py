@@ -29,7 +29,12 @@ from pyro_sbp.models.calibration import measured, sums
 from pyro_sbp.training.checkpoints import write_tensors
 from pyro_sbp.training.files import write_json
 
-__all__ = ["Run", "Settings"]
+__all__ = ["FOLDERS", "Run", "Settings"]
+
+#: The settings of a run that are folders of its machine.
+FOLDERS = ("model", "data")
+#: The settings that runs of earlier versions did not write.
+ADDED = ("holdout", *FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,25 @@ def evaluate(net: nn.Module, batches: Batches) -> dict[str, float]:
     return asdict(measured(total, len(batches.labels)))
 
 
+def _check_settings(path: Path, asked: dict[str, Any]) -> None:
+    """Compare settings with those of an existing run, if there is one.
+
+    Runs of earlier versions do not have the settings `ADDED`, which are then not compared.
+
+    Raises:
+        RequestError: the run has other settings.
+    """
+    if not path.exists():
+        return
+    found = json.loads(path.read_text("utf-8"))
+    names = [name for name in asked.keys() | found.keys() if name in found or name not in ADDED]
+    others = sorted(name for name in names if found.get(name) != asked.get(name))
+    if others:
+        raise RequestError(
+            f"{path} has other settings ({', '.join(others)}); give another run directory"
+        )
+
+
 class Run:
     """The files of a run, and the stages that create them.
 
@@ -131,15 +155,12 @@ class Run:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        asked = {**asdict(settings), "validate": validate}
+        asked = {**asdict(settings), "validate": validate, "holdout": holdout}
+        asked |= {"model": str(model.resolve()), "data": str(data.resolve())}
         # Networks for further budgets can be added to a run later.
         del asked["budgets"]
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "settings.json"
-        if not path.exists():
-            write_json(path, asked)
-        elif json.loads(path.read_text("utf-8")) != asked:
-            raise RequestError(f"{path} has other settings; give another run directory")
+        _check_settings(path, asked)
         self.directory, self.model, self.settings = directory, model, settings
         self.train, self.test = load_sentences(
             AutoTokenizer.from_pretrained(model),
@@ -150,6 +171,9 @@ class Run:
             holdout=holdout,
             validate=validate,
         )
+        if not path.exists():  # after the folders were read, so that a wrong one is not kept
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(path, asked)
 
     def dense(self) -> SentenceClassifier:
         """The fine-tuned dense network."""

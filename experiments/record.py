@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -12,8 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_sbp.architectures import find_architecture
+from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
+from pyro_sbp.text_tables import shortest
+from pyro_sbp.training.runs import read_request
 
 if TYPE_CHECKING:
     from pyro_sbp.datasets.loading import ImageData
@@ -60,7 +65,7 @@ def without_path(dataset: str) -> str:
 
 def short_path(weights: str) -> str:
     """The name of a file of weights in a record: that of its run directory and that of the file."""
-    return "/".join(Path(weights).parts[-2:])
+    return "/".join(Path(os.path.abspath(weights)).parts[-2:])
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -71,12 +76,12 @@ def record(run: Path) -> dict[str, Any]:
     that `pyro-sbp bench` measured, if it did.
 
     Raises:
-        ValueError: the recipe of the run is not a named recipe, or the run started from weights
-            that are not in a run directory.
+        RequestError: the directory is not that of a finished run, or a file in it is damaged.
+        ValueError: no command repeats the run, see `command`, or the run started from weights that
+            are not in a run directory.
     """
-    asked = json.loads((run / "recipe.json").read_text("utf-8"))
-    summary = json.loads((run / "summary.json").read_text("utf-8"))
-    request = Request.from_dict(asked)
+    request = read_request(run)
+    asked, summary = (_json(run, name) for name in ("recipe.json", "summary.json"))
     start: dict[str, Any] = {}
     if request.weights is not None:
         start["started_from"] = command(made_by(Path(request.weights)))
@@ -96,29 +101,45 @@ def record(run: Path) -> dict[str, Any]:
     }
 
 
+def _text(run: Path, name: str) -> str:
+    """The content of a file that every finished run has."""
+    try:
+        return (run / name).read_text("utf-8")
+    except OSError as error:
+        raise RequestError(f"{run} is not a finished run: {error}") from error
+
+
+def _json(run: Path, name: str) -> Any:
+    try:
+        return json.loads(_text(run, name))
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{run / name} is damaged: {damage(error)}") from error
+
+
 def _latencies(run: Path) -> dict[str, Any]:
     """The latencies that `pyro-sbp bench` wrote into the run directory."""
-    path = run / "bench.json"
-    return {"latencies": json.loads(path.read_text("utf-8"))} if path.exists() else {}
+    return {"latencies": _json(run, "bench.json")} if (run / "bench.json").exists() else {}
 
 
 def made_by(weights: Path) -> Request:
     """The request of the run that created a file of weights.
 
     Raises:
-        ValueError: the file is not in a run directory.
+        RequestError: the file is not in a run directory, or the `recipe.json` there is damaged.
     """
-    try:
-        return Request.from_dict(json.loads((weights.parent / "recipe.json").read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(
+    if not (weights.parent / "recipe.json").is_file():
+        raise RequestError(
             f"the run started from {weights}, which is not in a run directory; a record has "
             "to say how its weights were made"
-        ) from error
+        )
+    return read_request(weights.parent)
 
 
 def command(request: Request, changed: bool = False) -> str:
     """The command that repeats a request.
+
+    It does not have `data_dir`, which differs between machines. It does not have `standardize_by`
+    either, because `--arch` sets the same statistics.
 
     Args:
         request: the request.
@@ -126,7 +147,8 @@ def command(request: Request, changed: bool = False) -> str:
             `--set`.
 
     Raises:
-        ValueError: the recipe is not a named recipe, or has other settings without `changed`.
+        ValueError: the recipe is not a named recipe, or has other settings without `changed`; or no
+            option gives the images the size or the statistics of the request.
     """
     named = RECIPES.get(request.recipe.name)
     if named is not None and request.weights is not None:
@@ -148,9 +170,10 @@ def command(request: Request, changed: bool = False) -> str:
             setting = f"{name}={_toml(value)}"
             quoted = '"' in setting or " " in setting
             words.append(f"--set {setting!r}" if quoted else f"--set {setting}")
+    words += [word for word in _of_images(request) if word not in words]
     if request.weights is not None:
         words.append(f"--weights {short_path(request.weights)}")
-    words += [f"--teacher {Path(run).name}" for run in request.teachers]
+    words += [f"--teacher {Path(os.path.abspath(run)).name}" for run in request.teachers]
     if request.device != "cpu":
         words.append(f"--device {request.device}")
     if request.devices != 1:
@@ -160,6 +183,30 @@ def command(request: Request, changed: bool = False) -> str:
     if request.channels_last:
         words.append("--channels-last")
     return " ".join([*words, f"--seed {request.seed}"])
+
+
+def _of_images(request: Request) -> list[str]:
+    """The options for the size and the statistics of images that `--arch` does not set."""
+    words, size, statistics = [], None, None
+    if request.arch.startswith("timm:"):
+        config = find_architecture(request.arch).data_config()
+        if config is not None:
+            size = config.image_size
+            statistics = {"mean": list(config.mean), "std": list(config.std)}
+    if request.image_size != size:
+        if request.image_size is None:
+            raise ValueError(
+                f"no command repeats the run: its images have their own size, and --arch "
+                f"{request.arch} resizes them to {size}"
+            )
+        words.append(f"--image-size {request.image_size}")
+    if request.standardize_by != statistics:
+        if request.standardize_by is not None:
+            raise ValueError(
+                "no command repeats the run: no option sets the statistics of standardize_by"
+            )
+        words.append(f"--set standardize={_toml(request.recipe.standardize)}")
+    return words
 
 
 def _toml(value: Any) -> str:
@@ -199,7 +246,7 @@ def pruned_again(run: Path, ratio: float, epochs: int) -> dict[str, Any]:
             finetune_epochs=epochs,
             tell=ignore,
         )
-    options = f"--macs-ratio {ratio:g}" + f" --finetune-epochs {epochs}" * (epochs > 0)
+    options = f"--macs-ratio {shortest(ratio)}" + f" --finetune-epochs {epochs}" * (epochs > 0)
     return {
         **{key: value for key, value in entry.items() if key not in ("phases", "latencies")},
         **summary.to_dict(),
@@ -213,7 +260,7 @@ def _with_data(run: Path) -> tuple[Request, ImageData]:
     """The request of a run, and its data."""
     from pyro_sbp.training.job import load_data
 
-    request = Request.from_dict(json.loads((run / "recipe.json").read_text("utf-8")))
+    request = read_request(run)
     return request, load_data(request)
 
 
@@ -230,8 +277,11 @@ def thresholds(run: Path) -> list[dict[str, Any]]:
 def phases(run: Path) -> list[dict[str, Any]]:
     """The error and the units at the end of every phase of a run, and the median seconds of its
     epochs.
+
+    Raises:
+        RequestError: the run has no metrics.
     """
-    text = (run / "metrics.jsonl").read_text("utf-8")
+    text = _text(run, "metrics.jsonl")
     by_phase: dict[str, list[dict[str, Any]]] = {}
     for line in map(json.loads, text.splitlines()):
         by_phase.setdefault(line["phase"], []).append(line)
@@ -270,14 +320,12 @@ def main(arguments: list[str]) -> None:
                 entry = record(run)
             if options.sweep:
                 entry["thresholds"] = thresholds(run)
-        except OSError as error:
-            sys.exit(f"{run} is not a finished run: {error}")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(str(error))
         names = [entry[key] for key in ("arch", "dataset", "recipe", "seed")]
         if options.macs_ratio is not None:
             tuned = f"-finetuned-{options.finetune_epochs}" * (options.finetune_epochs > 0)
-            names.insert(-1, f"macs-{options.macs_ratio:g}{tuned}")
+            names.insert(-1, f"macs-{shortest(options.macs_ratio)}{tuned}")
         name = file_name(*names)
         path = RESULTS / name
         if path.exists() and json.loads(path.read_text("utf-8"))["command"] != entry["command"]:

@@ -101,10 +101,6 @@ class Truth:
         return self._z[2] - self._z[1] ** 2
 
     @cached_property
-    def mean_d_log_scale(self) -> mpf:
-        return self.scale * (self._z[3] - self._z[1] * self._z[2])
-
-    @cached_property
     def exp_mean(self) -> mpf:
         return self._theta[0]
 

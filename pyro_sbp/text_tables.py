@@ -1,11 +1,16 @@
-"""Tables as plain text."""
+"""Tables and numbers as plain text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["markdown_table", "table"]
+__all__ = ["markdown_table", "shortest", "table"]
+
+
+def shortest(value: float) -> str:
+    """The fewest digits from which a number can be read again, such as "20" for 20.0."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -90,6 +90,14 @@ def test_the_count_of_ptflops_stands_beside_ours(finished):
     assert json.loads((finished / "bench.json").read_text()) == rows
 
 
+def test_what_is_named_twice_is_measured_once(finished):
+    options = ("--threads", "1", "--batch-size", "2", "--batch-size", "1", "--runtime", "eager")
+    result = run("bench", finished, "--seconds", "0.01", "--json", *options, *options)
+    assert result.exit_code == 0, result.output
+    rows = [(row["threads"], row["batch_size"]) for row in json.loads(result.stdout)]
+    assert rows == [(1, 2), (1, 1)]
+
+
 def test_tables_as_markdown_with_file_and_memory(finished):
     args = ("bench", finished, "--seconds", "0.01", "--threads", "1", "--batch-size", "1")
     result = run(*args, "--markdown")

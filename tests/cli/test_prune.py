@@ -3,13 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import run, train_quickly
 from torch import nn
 
-from pyro_sbp.cli.common import error_advice
+from pyro_sbp.cli import common
+from pyro_sbp.cli.common import error_advice, find_network
+from pyro_sbp.cli.prune_request import Options
 from pyro_sbp.deployment.saving import save
+from pyro_sbp.recipes.method_recipes import SBPRecipe
+from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.summary import Errors, Summary
 
 
@@ -41,6 +47,54 @@ def test_a_network_of_python_is_not_in_a_run(tmp_path, command):
     result = run(*command, tmp_path / "small")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "small is a saved network outside of a run directory" in result.stderr
+
+
+@pytest.mark.parametrize("where", [".", "..", "../pruned"])
+def test_a_network_is_found_from_its_own_directory(finished, tmp_path, monkeypatch, where):
+    below = finished / "pruned" / "below"
+    below.mkdir(exist_ok=True)
+    monkeypatch.chdir(below if where == ".." else below.parent)
+    assert find_network(Path(where)) == (finished, finished / "pruned")
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_a_run_of_another_machine_is_not_told_to_choose_a_device(tmp_path, monkeypatch, devices):
+    request = Request("lenet-300-100", "digits", SBPRecipe(), device="cuda")
+    (tmp_path / "recipe.json").write_text(json.dumps(request.to_dict()))
+    monkeypatch.setattr(common, "_cuda_devices", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cause = "torch cannot use the CUDA device of" if devices else "there is no CUDA device on"
+    line = (
+        f"Error: {tmp_path} was made on a CUDA device, and {cause} this machine; use a machine "
+        "with a CUDA device\n"
+    )
+    result = run("train", "--resume", tmp_path)
+    assert (result.exit_code, result.stderr) == (2, line)
+    (tmp_path / "summary.json").write_text("{}")
+    result = run("prune", tmp_path, "--threshold", "2")
+    assert (result.exit_code, result.stderr) == (2, line)
+    new = ("train", "--arch", "lenet-300-100", "--dataset", "digits", "--device", "cuda")
+    result = run(*new, "--output-dir", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"Error: {cause} this machine; use --device cpu\n",
+    )
+
+
+def test_every_number_has_a_directory_of_its_own():
+    none = dict.fromkeys(("criterion", "threshold", "macs_ratio", "parameters_ratio", "speedup"))
+    none |= dict.fromkeys(("batch_size", "runtime", "max_error_increase", "distill"))
+    none |= {"round_to": 1, "min_units": 1, "finetune_epochs": 1}
+    names = {
+        "threshold": "threshold",
+        "macs_ratio": "macs",
+        "max_error_increase": "max-error-increase",
+    }
+    for name, word in names.items():
+        for value, text in ((1.0, "1"), (20.0, "20"), (1.0000001, "1.0000001"), (0.1, "0.1")):
+            options = Options(**{**none, name: value, "distill": value})
+            expected = f"pruned-{word}-{text}-finetuned-1-distill-{text}"
+            assert options.directory_name() == expected
 
 
 def test_nobody_is_told_of_a_threshold_that_nobody_gave(finished):

@@ -42,6 +42,16 @@ def test_missing_records_are_refused(records):
         ablation.table()
 
 
+def test_a_record_has_the_machine_of_its_run(tmp_path):
+    (tmp_path / "base-0").mkdir()
+    summary = {"macs": {"ratio": 31.5}, "validation_error": {"dense": 1.8}, "train_seconds": 60.0}
+    write_json(tmp_path / "base-0" / "summary.json", summary)
+    asked = {"versions": {"torch": "1.0"}, "machine": "another machine"}
+    write_json(tmp_path / "base-0" / "recipe.json", asked)
+    found = ablation.measured("base", 0, tmp_path, tmp_path)
+    assert {name: found[name] for name in asked} == asked
+
+
 @pytest.mark.parametrize("name", ablation.CHANGES)
 def test_every_change_is_a_valid_recipe(name):
     change = ablation.CHANGES[name]

@@ -1,5 +1,6 @@
 """Baselines of Torch-Pruning: the MACs asked for, the same training, and a record."""
 
+import argparse
 import dataclasses
 import json
 
@@ -152,6 +153,31 @@ def test_a_baseline_starts_from_the_weights_of_a_run(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(record), "--importance", "random", "--steps", "1"])
     assert "give them by --weights. They were made by: a command" in capsys.readouterr().err
+
+
+def test_a_baseline_in_float64_begins_as_the_run_does(data, tmp_path):
+    asked = request(dense_epochs=1, epochs=2, finetune_epochs=0, batch_size=512)
+    asked = dataclasses.replace(asked, precision="64-true")
+    entry = baseline(asked, data, 4.0, "taylor", 1)
+    run = train(asked, data, tmp_path / "run").to_dict()
+    assert entry["error"]["dense"] == run["error"]["dense"] and entry["macs"]["ratio"] >= 4
+    assert entry["calibration"]["test"]["dense"]["nll"] == pytest.approx(
+        run["calibration"]["test"]["dense"]["nll"], rel=1e-12
+    )
+
+
+def test_the_command_has_the_options_of_the_baseline():
+    options = argparse.Namespace(importance="taylor", learning_rate=None, steps=baselines.STEPS)
+    start = "python -m pyro_sbp.experiments.baselines --importance taylor"
+    assert baselines._command(request(), options) == start
+    asked = dataclasses.replace(
+        request(), device="cuda", channels_last=True, precision="64-true", weights="runs/a/dense.pt"
+    )
+    options.learning_rate, options.steps = 0.00123456789, 3
+    assert baselines._command(asked, options) == (
+        f"{start} --device cuda --channels-last --precision 64-true --weights a/dense.pt "
+        "--learning-rate 0.00123456789 --steps 3"
+    )
 
 
 def test_what_cannot_be_done_is_refused(data):

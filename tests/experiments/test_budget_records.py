@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.deployment import speedup
 from pyro_sbp.deployment.benchmarking import Comparison, Latency
+from pyro_sbp.deployment.saving import save
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments import budget_tables, budgets
 from pyro_sbp.experiments.record import command
 from pyro_sbp.gates.layers import Select
+from pyro_sbp.networks import LeNet5
 from pyro_sbp.recipes.named import RECIPES
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.files import write_json
@@ -94,20 +97,47 @@ def test_a_run_is_pruned_by_every_budget_and_only_read(finished, monkeypatch, tm
     assert [line[0] for line in cells(budget_tables.layers("run", "1"))][-1] == "whole"
 
 
-def test_parts_that_are_not_measured_again_are_kept(monkeypatch, tmp_path):
-    commands = iter(["train", "train", "train --seed 1"])
+def test_parts_are_kept_that_were_measured_in_the_same_way(monkeypatch, tmp_path, capsys):
+    head = {"command": "train", "machine": "m", "versions": {"torch": "2"}, "governor": None}
 
     def measured(run, data_dir, parts, seconds):
-        return {"command": next(commands), **dict.fromkeys(parts, seconds)}
+        return {**head, **dict.fromkeys(parts, seconds)}
+
+    def measure(*parts, seconds=1):
+        budgets.main([str(tmp_path / "run"), "--seconds", str(seconds), "--parts", *parts])
 
     monkeypatch.setattr(budgets, "DIRECTORY", tmp_path)
     monkeypatch.setattr(budgets, "measured", measured)
-    budgets.main([str(tmp_path / "run"), "--parts", "int8", "--seconds", "1"])
-    budgets.main([str(tmp_path / "run"), "--parts", "network", "--seconds", "2"])
+    monkeypatch.setattr(budgets, "_described", lambda run: head)
+    measure("int8")
+    measure("network", seconds=2)
     record = tmp_path / "run.json"
-    assert json.loads(record.read_text()) == {"command": "train", "int8": 1, "network": 2}
-    budgets.main([str(tmp_path / "run"), "--parts", "network"])
-    assert json.loads(record.read_text()) == {"command": "train --seed 1", "network": 2}
+    assert json.loads(record.read_text()) == {**head, "int8": 1, "network": 2}
+    for name, value in {
+        "command": "train --seed 1", "machine": "other", "versions": {}, "governor": "performance",
+    }.items():  # fmt: skip
+        head |= {name: value}
+        before = record.read_text()
+        with pytest.raises(SystemExit):
+            measure("network", seconds=3)
+        words = f"run.json has int8 with other values of {name}; measure these parts in the same"
+        assert words in capsys.readouterr().err and record.read_text() == before
+        measure("network", "int8")
+        assert json.loads(record.read_text()) == {**head, "network": 1, "int8": 1}
+
+
+def test_the_profile_is_of_the_network_of_the_run(monkeypatch, tmp_path):
+    settings = {"in_channels": 3, "num_classes": 7}
+    save(LeNet5(**settings), tmp_path / "pruned", LeNet5, settings, input_shape=(3, 28, 28))
+    request = Request("lenet5", "digits", RECIPES["digits"])
+    write_json(tmp_path / "recipe.json", request.to_dict())
+    monkeypatch.setattr(budgets, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(budgets, "bench", lambda *_, **__: [])
+    data = SimpleNamespace(image_shape=(3, 28, 28))
+    profile = budgets.Measurement(tmp_path, data, 0.01).network()["profile"]
+    macs = profile["dense"]["macs"]
+    assert macs["conv1"] == 3 * 20 * 5**2 * 24**2 and macs["fc2"] == 500 * 7
+    assert macs == profile["pruned"]["macs"]
 
 
 def test_the_command_names_the_settings_that_differ():

@@ -1,5 +1,8 @@
 """The criteria compared on a finished run."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pyro_sbp.datasets.loading import load_dataset
@@ -45,6 +48,41 @@ def test_every_criterion_prunes_and_fine_tunes_the_same_run(tmp_path, monkeypatc
     assert first[3] == "-".join(str(unit.kept) for unit in summary.units)
     assert lines[-1] == "- `pyro-sbp train`; fine-tuned for 2 epochs; torch 2; m"
     assert len(lines) == 2 + len(rows) + 2
+
+
+def test_a_record_is_replaced_by_one_of_as_much_fine_tuning(tmp_path, monkeypatch, capsys):
+    entry = {"arch": REQUEST.arch, "dataset": "digits", "method": "sbp", "recipe": "digits"}
+    entry |= {"seed": 0, "command": "pyro-sbp train"}
+    monkeypatch.setattr(criteria, "DIRECTORY", tmp_path / "records")
+    monkeypatch.setattr(criteria, "read_request", {Path("run"): REQUEST}.get)
+    monkeypatch.setattr(criteria, "record", {Path("run"): entry}.get)
+    monkeypatch.setattr(criteria, "load_data", lambda *_: None)
+    monkeypatch.setattr(criteria, "compared", lambda *_: [])
+
+    def refusal(*arguments):
+        with pytest.raises(SystemExit):
+            criteria.main(["run", *arguments])
+        return capsys.readouterr().err.splitlines()[-1]
+
+    criteria.main(["run"])  # the one epoch of the recipe
+    criteria.main(["run", "--finetune-epochs", "3"])
+    criteria.main(["run", "--finetune-epochs", "3"])
+    (path,) = (tmp_path / "records").iterdir()
+    before = path.read_text()
+    assert json.loads(before)["finetune_epochs"] == 3
+    words = "has 3 epochs of fine-tuning, more than 0; delete it to replace it"
+    assert refusal("--finetune-epochs", "0").endswith(words)
+    entry["command"] = "pyro-sbp train --device cuda"
+    words = "is the record of another command; delete it to replace it"
+    assert refusal("--finetune-epochs", "3").endswith(words)
+    assert path.read_text() == before
+
+    def broken(*_):
+        raise OSError("the disk has failed")
+
+    path.unlink()
+    monkeypatch.setattr(criteria, "load_data", broken)
+    assert refusal().endswith("error: the disk has failed")
 
 
 def test_a_table_without_records_is_refused(tmp_path, monkeypatch):

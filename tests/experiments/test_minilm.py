@@ -1,12 +1,14 @@
 """The example of a pretrained transformer, on a tiny BERT and a few sentences."""
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments import minilm_tables
+from pyro_sbp.experiments import minilm_run, minilm_tables
 
 
 def network(error, macs, heads, units, **more):
@@ -80,6 +82,36 @@ def test_a_checkout_without_records_has_no_figure(tmp_path):
         minilm_tables.read(tmp_path)
 
 
+def test_a_run_resumes_only_with_its_own_sentences(tmp_path, monkeypatch):
+    for name in ("transformers", "transformers.utils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setattr(minilm_run, "load_sentences", lambda *_, **__: (None, None))
+
+    def start(model="model", data="data", **changed):
+        settings = minilm_run.Settings(**changed.pop("settings", {}))
+        try:
+            minilm_run.Run(tmp_path / "run", tmp_path / model, tmp_path / data, settings, **changed)
+        except RequestError as error:
+            return str(error).partition(" has ")[2]
+        return ""
+
+    assert start() == start() == start(settings={"budgets": (3.0,)}) == ""
+    path = tmp_path / "run" / "settings.json"
+    words = "other settings ({}); give another run directory"
+    for name, value in (("holdout", 1_000), ("model", "other"), ("data", "other")):
+        before = path.read_text()
+        assert start(**{name: value}) == words.format(name)
+        assert path.read_text() == before
+    assert start(validate=True, settings={"seed": 1}) == words.format("seed, validate")
+    # A run of an earlier version, which did not write these settings, still resumes.
+    old = json.loads(path.read_text())
+    for name in ("holdout", "model", "data"):
+        del old[name]
+    path.write_text(json.dumps(old))
+    assert start() == "" and json.loads(path.read_text()) == old
+    assert start(settings={"seed": 1}) == words.format("seed")
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A tiny BERT with a tokenizer, and 240 sentences whose first word decides."""
@@ -127,6 +159,7 @@ def test_every_stage_on_a_tiny_network(tiny, tmp_path, monkeypatch):
         minilm.main([stage, *options, "--threads", str(threads)])
     entry = json.loads((results / "seed-0.json").read_text())
     assert list(entry["networks"]) == ["dense", "sbp-1.5", "magnitude-1.5"]
+    assert entry["settings"]["holdout"] == 40 and str(tmp_path) not in json.dumps(entry)
     dense, small = entry["networks"]["dense"], entry["networks"]["sbp-1.5"]
     assert dense["macs"] >= 1.5 * small["macs"] and len(small["heads"]) == 2
 

@@ -1,13 +1,16 @@
 """Records of runs."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 
+from pyro_sbp.architectures import DataConfig
 from pyro_sbp.datasets.loading import load_dataset
 from pyro_sbp.errors import RequestError
-from pyro_sbp.experiments.record import main, record
+from pyro_sbp.experiments import record as record_module
+from pyro_sbp.experiments.record import command, main, record
 from pyro_sbp.experiments.rows import read_records, rows
 from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.named import RECIPES, default_recipe
@@ -57,6 +60,90 @@ def test_a_record_tells_how_to_repeat_a_run_and_every_phase_at_its_end(tmp_path)
     assert found["dataset"] == "folder:images" and "--dataset folder:images " in found["command"]
     with pytest.raises(ValueError, match="'rbp-lenet-dense-reversed' is not that of"):
         record(run_directory(tmp_path / "mine", 0, 4.5, replace(other, epochs=3)))
+
+
+#: For every field of a request: another value, and what the command has for it.
+FIELDS = {
+    "arch": ("lenet-300-100", "--arch lenet-300-100"),
+    "dataset": ("digits", "--dataset digits"),
+    "recipe": (RECIPES["lenet-dense"], "--recipe lenet-dense"),
+    "seed": (7, "--seed 7"),
+    "device": ("cuda", "--device cuda"),
+    "weights": ("runs/other/dense.pt", "--weights other/dense.pt"),
+    "devices": (2, "--devices 2"),
+    "precision": ("64-true", "--precision 64-true"),
+    "channels_last": (True, "--channels-last"),
+    "image_size": (16, "--image-size 16"),
+    "teachers": (("runs/other",), "--teacher other"),
+}
+#: The directory of the data sets differs between machines, and --arch sets the statistics.
+NOT_IN_COMMAND = {"data_dir", "standardize_by"}
+
+
+def test_a_command_has_every_field_of_its_request():
+    assert {field.name for field in fields(Request)} == FIELDS.keys() | NOT_IN_COMMAND
+    recipe = RECIPES["digits"].replace(distill=4.0)
+    request = Request("lenet5", "mnist", recipe)
+    plain = command(request, changed=True)
+    for name, (value, words) in FIELDS.items():
+        assert f" {words} " not in f" {plain} "
+        found = command(replace(request, **{name: value}), changed=True)
+        assert f" {words} " in f" {found} "
+
+
+def test_a_command_gives_images_the_size_and_the_statistics_of_the_run(monkeypatch):
+    config = DataConfig(224, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    found = SimpleNamespace(data_config=lambda: config)
+    monkeypatch.setattr(record_module, "find_architecture", {"timm:net": found}.get)
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    request = Request("timm:net", "digits", RECIPES["digits"], image_size=224, standardize_by=given)
+    words = "pyro-sbp train --arch timm:net --dataset digits --recipe digits"
+    assert command(request) == f"{words} --seed 0"
+    assert command(replace(request, image_size=96)) == f"{words} --image-size 96 --seed 0"
+    # With this option, the recipe decides on the statistics.
+    setting = f"--set standardize={str(RECIPES['digits'].standardize).lower()}"
+    assert command(replace(request, standardize_by=None)) == f"{words} {setting} --seed 0"
+    with pytest.raises(ValueError, match="no option sets the statistics of standardize_by"):
+        command(replace(request, standardize_by={**given, "std": [1.0, 1.0, 1.0]}))
+    with pytest.raises(ValueError, match="--arch timm:net resizes them to 224"):
+        command(replace(request, image_size=None))
+
+
+def test_a_command_names_the_run_in_whose_directory_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    recipe = RECIPES["digits"].replace(distill=4.0)
+    request = Request("lenet5", "mnist", recipe, weights="dense.pt", teachers=(".", "../third"))
+    found = command(request, changed=True)
+    assert " --weights other/dense.pt --teacher other --teacher third " in found
+
+
+def test_a_run_of_an_earlier_version_is_recorded(tmp_path):
+    run = run_directory(tmp_path / "run", 3, 4.5, method="sbp")
+    expected = record(run)["command"]
+    asked = json.loads((run / "recipe.json").read_text())
+    asked["recipe"]["order"] = "forward"  # a setting of rbp, which every recipe had
+    (run / "recipe.json").write_text(json.dumps(asked))
+    assert record(run)["command"] == expected
+    assert record_module.made_by(run / "dense.pt").recipe == RECIPES["lenet-dense"]
+
+
+def test_only_a_run_that_lacks_a_file_is_not_finished(tmp_path, monkeypatch):
+    run = run_directory(tmp_path / "run", 3, 4.5)
+
+    def thresholds(run):
+        raise OSError("the disk has failed")
+
+    monkeypatch.setattr(record_module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record_module, "thresholds", thresholds)
+    with pytest.raises(SystemExit, match=r"^the disk has failed$"):
+        main([str(run), "--sweep"])
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(RequestError, match=r"run is not a finished run: .*metrics\.jsonl"):
+        record(run)
+    (run / "summary.json").write_text("{")
+    with pytest.raises(RequestError, match=r"summary\.json is damaged: it is cut off"):
+        record(run)
 
 
 def test_a_record_names_the_run_whose_weights_it_started_from(tmp_path):
@@ -111,7 +198,7 @@ def test_a_record_takes_the_place_of_its_own_only(tmp_path, monkeypatch):
     assert file.read_text() == before
     (run / "recipe.json").write_text(json.dumps({**asked, "device": "cuda", "devices": 2}))
     assert " --device cuda --devices 2 --seed 0" in record(run)["command"]
-    with pytest.raises(SystemExit, match="none is not a finished run: "):
+    with pytest.raises(SystemExit, match=r"there is no directory .*none; expected the dir"):
         main([str(tmp_path / "none")])
 
 
