@@ -114,7 +114,7 @@ def _recipe(options: Options, arch: str, dataset: str) -> Recipe:
     _check_contradictions(options)
     if options.epochs is not None:
         recipe = recipe.with_epochs(options.epochs)
-    recipe = with_overrides(recipe.replace(**options.of_recipe()), options.settings)
+    recipe = with_overrides(recipe, options.settings, **options.of_recipe())
     return _for_teachers(_for_weights(recipe, options), options)
 
 

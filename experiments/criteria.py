@@ -25,7 +25,6 @@ from pyro_sbp.datasets.streaming import workers_watched
 from pyro_sbp.errors import RequestError
 from pyro_sbp.experiments.record import RESULTS, file_name, record
 from pyro_sbp.experiments.rows import METHODS, markdown, title, unreadable
-from pyro_sbp.pruning.macs import count_macs
 from pyro_sbp.recipes.criteria import CRITERIA
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.again import replayed, tune_again
@@ -73,8 +72,7 @@ def compared(
             kept = {name: int(units.kept.sum()) for name, units in job.method.units.items()}
             if finetune_epochs:
                 tune_again(job, loop, finetune_epochs)
-            small = job.method.small.to(torch.float32).to(memory_format=torch.contiguous_format)
-            macs = count_macs(small, job.example[:1].float())
+            _, macs = job.pruned()
             rows.append(
                 {
                     "criterion": criterion.name,

@@ -21,7 +21,7 @@ from pyro_sbp.gates.nested import map_tensors
 from pyro_sbp.gates.units import units_of
 from pyro_sbp.pruning.budgets import ratio_budget
 from pyro_sbp.pruning.loop_target import check_loop_target
-from pyro_sbp.pruning.pruner import Pruner
+from pyro_sbp.pruning.pruner import CHOOSING, Pruner, without_defaults
 from pyro_sbp.pruning.pruning import prune
 
 __all__ = ["PruneCallback"]
@@ -352,7 +352,7 @@ def _check_target(what: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     ratio, steps = options.get("target_macs_ratio"), options.get("num_steps")
     steps = 1 if steps is None and ratio is not None else steps  # computed from the training
     check_loop_target(ratio, steps, options.get("threshold", 1.0), options.get("costs"))
-    chosen = [name for name in what if name not in ("round_to", "min_units")]
+    chosen = [name for name in without_defaults(what) if name in CHOOSING]
     if ratio is not None and chosen:
         raise ValueError(
             f"target_macs_ratio and {chosen[0]} are given, which choose the units in two ways; "

@@ -171,11 +171,14 @@ class GatedMethod(Method[G]):
         else:
             stage = self._stage
             theta, score = stage.theta(), self._scores(criterion)
-        for name, beyond in stage.beyond_multiples(round_to, score).items():
+        rounded = stage.beyond_multiples(round_to, score)
+        for name, beyond in rounded.items():
             theta[name][beyond], score[name][beyond] = 0, -torch.inf
         if target is not None:
             costs, rounding = self.costs(stage.net, stage.gates), (round_to, min_units)
             choice = choose_for_target(self, stage, theta, score, costs, target, *rounding)
+            if self._open is None or rounded:  # the scores are not those of the posterior
+                self.target = None
         else:
             choice = choose_units(
                 stage.net,

@@ -275,7 +275,8 @@ class TurnPhase(NoisePhase):
         if not self.ends:
             return {}
         stage = self.stage
-        choice, score = self._close()
+        self._detach()
+        choice, score = self._final_decision()
         small, equivalence = checked_shrink(
             stage.net, stage.gates, choice.theta, self.method.example_input, choice.units
         )
@@ -286,16 +287,20 @@ class TurnPhase(NoisePhase):
         self.method.mean = partial(self._gated, theta=self.guide.mean())
         return {"mean": self.method.mean, "pruned": small}
 
-    def _close(self) -> Decision:
-        """Remove the hooks of the turn and its parameters in Pyro, and return the last decision.
-
-        If the turn was restored from a record, the units are those of the record: on another
-        machine, rounding can change the decision on a unit at the threshold.
-        """
+    def _detach(self) -> None:
+        """Remove the hooks of the turn and its parameters in Pyro."""
         for hook in self._hooks:
             hook.remove()
         _forget(self.model, self.guide)
-        decision = self._last_decision()
+
+    def _final_decision(self) -> Decision:
+        """The units that remain after the turn.
+
+        If the turn was restored from a record, the units are those of the record: on another
+        machine, rounding can change the decision on a unit at the threshold. The scores, the gates
+        that are held and the target are computed again.
+        """
+        decision = self._decide_end()
         if self._recorded is None:
             return decision
         theta = {**self.stage.theta(), **({} if self.turn.continues else self.guide.mean())}
@@ -305,8 +310,8 @@ class TurnPhase(NoisePhase):
         choice = dataclasses.replace(decision.choice, theta=kept, units=self._recorded)
         return decision._replace(choice=choice)
 
-    def _last_decision(self) -> Decision:
-        """The units that remain after the turn."""
+    def _decide_end(self) -> Decision:
+        """The units that the posterior at the end of the turn keeps."""
         if self.turn.continues:
             return self._decide_cut()
         target = self.recipe.target_macs_ratio
@@ -351,7 +356,8 @@ class TurnPhase(NoisePhase):
         if self.last or not self.ends:
             return super().restore(record)
         self.guide.load_state_dict(record["guide"])
-        choice, score = self._close()
+        self._detach()
+        choice, score = self._final_decision()
         self._units = choice.units
         # The weights of this network are in the checkpoint of the current phase.
         small = copy_network(self.stage.net)

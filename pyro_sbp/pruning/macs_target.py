@@ -19,8 +19,11 @@ from pyro_sbp.pruning.costs import UnitCosts
 
 __all__ = ["TargetReached", "check_target", "choose_by_macs", "largest_ratio"]
 
-#: Units under the threshold of a budget are added until the ratio is this close to the target.
+#: Units are added, or exchanged, until the ratio is this close to the target.
 CLOSE = 1.05
+#: A unit whose score is at least this share of the threshold can be exchanged for units whose score
+#: is at most `STRONG` times the threshold.
+WEAK, STRONG = 0.5, 4.0
 #: The posterior is far from the target if the threshold alone gives a ratio that differs by more
 #: than this factor.
 FAR = 1.25
@@ -144,9 +147,10 @@ def choose_by_macs(
     The budget `MacsRatio` selects a threshold. In a small network, one unit can have a large share
     of the MACs, so the ratio at this threshold can be far over `ratio`. Units under the threshold
     are then kept too, the best ones first, as long as the MACs do not exceed the limit. If the
-    ratio is still far over `ratio`, the best of the removed units is kept, and units with less MACs
-    are removed in its place, the worst ones first. With `round_to` or `min_units` other than 1,
-    only the budget selects.
+    ratio is still far over `ratio`, the best of the removed units is kept, and units with fewer
+    MACs are removed in its place, the worst ones first. Its score must be at least half of the
+    threshold, and theirs at most four times the threshold. With `round_to` or `min_units` other
+    than 1, only the budget selects.
 
     Args:
         net, gates, mean, score, example_input, criterion, dense, round_to, min_units: as for
@@ -170,7 +174,7 @@ def choose_by_macs(
         return choice, reached
     selection = _Selection(gates, mean, score, costs, dense_macs, choice.theta, choice.units)
     selection = selection.extended(ratio)
-    selection = selection.exchanged(ratio) or selection
+    selection = selection.exchanged(ratio, threshold) or selection
     return replace(choice, theta=selection.theta, units=selection.units), reached
 
 
@@ -207,28 +211,40 @@ class _Selection:
                 found = more
         return found
 
-    def exchanged(self, ratio: float) -> _Selection | None:
-        """With the best removed unit in place of units with less MACs, the worst ones first.
+    def exchanged(self, ratio: float, threshold: float) -> _Selection | None:
+        """With the best removed unit in place of units with fewer MACs, the worst ones first.
 
         None if the ratio is close to `ratio` already, or if it cannot come close in this way.
-        Units with an infinite score stay.
         """
-        removed = self._ranked(kept=False)
-        if self.ratio <= CLOSE * ratio or not removed:
+        if self.ratio <= CLOSE * ratio:
             return None
-        best = removed[0]
-        found = self._changed(*best, keep=True)
-        if not found.units[best[0]].kept[best[1]]:
+        found = self._with_best(WEAK * threshold)
+        if found is None:
             return None
         for name, unit in reversed(self._ranked(kept=True)):
-            if self.score[name][unit] == torch.inf:
-                break
+            if self.score[name][unit] > STRONG * threshold:
+                return None
             less = found._changed(name, unit, keep=False)
             alive = all(bool(left.kept.any()) for left in less.units.values())
             if not alive or less.ratio > CLOSE * ratio:
                 continue
             found = less
             if found.ratio >= ratio:
+                return found
+        return None
+
+    def _with_best(self, least: float) -> _Selection | None:
+        """With the best of the removed units that can be kept. A unit cannot be kept if a unit of
+        another gate that it needs is removed.
+
+        Args:
+            least: the smallest score of the unit.
+        """
+        for name, unit in self._ranked(kept=False):
+            if self.score[name][unit] < least:
+                return None
+            found = self._changed(name, unit, keep=True)
+            if found.units[name].kept[unit]:
                 return found
         return None
 

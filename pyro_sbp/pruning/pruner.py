@@ -30,10 +30,24 @@ from pyro_sbp.pruning.macs_target import TargetReached
 from pyro_sbp.pruning.pruning import prune, shrink_to
 from pyro_sbp.reasons import MOST, lines_not_prunable
 
-__all__ = ["Pruner"]
+__all__ = ["CHOOSING", "Pruner", "without_defaults"]
 
 #: The key of the state of a target in `Pruner.state_dict`.
 _TARGET = "macs_target"
+
+
+#: The arguments of `prune` that choose the units in another way than a target.
+CHOOSING = frozenset({"threshold", "criterion", "macs_ratio", "parameters_ratio", "budget"})
+
+
+def without_defaults(what: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `prune` without those that change nothing: a value of None in `CHOOSING`,
+    and the criterion of a pruner."""
+    return {
+        name: value
+        for name, value in what.items()
+        if name not in CHOOSING or not (value is None or (name, value) == ("criterion", "snr"))
+    }
 
 
 class Pruner:
@@ -313,7 +327,7 @@ class Pruner:
 
         Args:
             what: keyword arguments of `pyro_sbp.prune`, such as ``macs_ratio=2``. Without a
-                threshold, a criterion or a budget, the units are chosen by the target, as in
+                threshold, another criterion or a budget, the units are chosen by the target, as in
                 ``pyro-sbp train --target-macs-ratio``. Without a target, those that reach the
                 threshold of the pruner are kept. Another ``criterion`` has its own default
                 threshold.
@@ -321,11 +335,9 @@ class Pruner:
         Raises:
             ValueError, EquivalenceError: as for `pyro_sbp.prune`.
         """
-        what = {name: value for name, value in what.items() if value is not None}
-        if what.get("criterion") == "snr":  # the criterion of the pruner
-            del what["criterion"]
+        what = without_defaults(what)
         budgets = {"macs_ratio", "parameters_ratio", "budget"}
-        by_default = not {"threshold", "criterion", *budgets} & what.keys()
+        by_default = not CHOOSING & what.keys()
         loop_target = self._loop_target if by_default else None
         if by_default and loop_target is None:
             what["threshold"] = self.threshold

@@ -28,19 +28,21 @@ def _value(text: str) -> Any:
         return text
 
 
-def with_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+def with_overrides(recipe: Recipe, assignments: Iterable[str], **settings: Any) -> Recipe:
     """A copy of a recipe with other values.
 
     Args:
         recipe: the recipe.
         assignments: strings ``NAME=VALUE``, with a value as in a TOML file, or ``none``. The weight
             of a single gate is set by ``kl_scale.GATE=VALUE``.
+        settings: further settings, which are changed in the same step, because some settings are
+            allowed only with others.
 
     Raises:
         RequestError: a string is not an assignment, the method does not have the setting, or the
             value is out of its bounds.
     """
-    changes: dict[str, Any] = {}
+    changes = dict(settings)
     for assignment in assignments:
         name = assigned_setting(assignment)
         _, equals, text = assignment.partition("=")

@@ -1,4 +1,4 @@
-"""Published results to compare with: test errors, and MACs ratios counted from published units."""
+"""Published results to compare with: test errors and MACs ratios."""
 
 from __future__ import annotations
 

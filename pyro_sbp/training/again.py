@@ -93,22 +93,19 @@ def prune_again(
         return write_result(job, loop, target)
 
 
-def tune_again(
-    job: Job, loop: Loop, epochs: int | None = None, distill: float | None = None
-) -> None:
+def tune_again(job: Job, loop: Loop, epochs: int, distill: float | None = None) -> None:
     """Fine-tune the pruned network of a replayed run, and measure it.
 
     The order of the data is the same for every network of the run.
 
     Args:
         job, loop: of `replayed`, with `taught`. Checkpoints are written to `loop.directory`.
-        epochs, distill: the number of epochs and the temperature of soft labels; by default those
-            of the recipe.
+        epochs: the number of epochs.
+        distill: the temperature of soft labels; by default that of the recipe.
     """
     recipe = job.method.recipe
     recipe = recipe.replace(
-        finetune_epochs=recipe.finetune_epochs if epochs is None else epochs,
-        distill=recipe.distill if distill is None else distill,
+        finetune_epochs=epochs, distill=recipe.distill if distill is None else distill
     )
     job.method.recipe = loop.recipe = recipe
     torch.manual_seed(loop.request.seed)

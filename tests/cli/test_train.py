@@ -194,6 +194,13 @@ BAD = [
     ),
     (["--arch", "lenet5", "--seed", "-1"], "seed is -1"),
     (["--arch", "lenet5", "--data-dir", "nowhere"], "--dataset digits"),
+    (  # settings that are allowed only together, as an option and as --set
+        [
+            *("--arch", "lenet5", "--method", "rbp", "--target-macs-ratio", "5"),
+            *("--set", "order=together", "--data-dir", "nowhere"),
+        ],
+        "--dataset digits",
+    ),
     (
         ["--arch", "lenet5", "--dataset", "digits", "--workers", "2"],
         "--workers applies to folder:PATH",

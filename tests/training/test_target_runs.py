@@ -114,6 +114,10 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(name, tmp_path, monkeypat
         for run in ("whole", "stopped")
     ]
     assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
+    again = prune_again(request, labelled_images(), tmp_path / "whole", tmp_path / "again")
+    assert again.units == whole.units
+    # The scores of RBP after its cut are not those of its posterior.
+    assert again.target == (None if name == "rbp" else whole.target)
     if name != "costs":
         assert len({line["kl_factor"] for line in controls[0]}) > 2
 
