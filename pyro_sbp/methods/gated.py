@@ -163,7 +163,7 @@ class GatedMethod(Method[G]):
             target = None
         if target is None and budget is None and threshold is None:
             threshold = rule.threshold
-        self.target = None  # of an earlier choice
+        self.target = None  # that of an earlier choice
         if self._open is not None:
             stage, guide = self._open.stage, self._open.guide
             theta = {**stage.theta(), **guide.mean()}

@@ -173,8 +173,7 @@ def choose_by_macs(
     if not round_to == min_units == 1:
         return choice, reached
     selection = _Selection(gates, mean, score, costs, dense_macs, choice.theta, choice.units)
-    selection = selection.extended(ratio)
-    selection = selection.exchanged(ratio, threshold) or selection
+    selection = selection.extended(ratio).exchanged(ratio, threshold)
     return replace(choice, theta=selection.theta, units=selection.units), reached
 
 
@@ -211,19 +210,17 @@ class _Selection:
                 found = more
         return found
 
-    def exchanged(self, ratio: float, threshold: float) -> _Selection | None:
+    def exchanged(self, ratio: float, threshold: float) -> _Selection:
         """With the best removed unit in place of units with fewer MACs, the worst ones first.
 
-        None if the ratio is close to `ratio` already, or if it cannot come close in this way.
+        Unchanged if the ratio is close to `ratio` already, or if it cannot come close in this way.
         """
-        if self.ratio <= CLOSE * ratio:
-            return None
-        found = self._with_best(WEAK * threshold)
+        found = None if self.ratio <= CLOSE * ratio else self._with_best(WEAK * threshold)
         if found is None:
-            return None
+            return self
         for name, unit in reversed(self._ranked(kept=True)):
             if self.score[name][unit] > STRONG * threshold:
-                return None
+                return self
             less = found._changed(name, unit, keep=False)
             alive = all(bool(left.kept.any()) for left in less.units.values())
             if not alive or less.ratio > CLOSE * ratio:
@@ -231,11 +228,11 @@ class _Selection:
             found = less
             if found.ratio >= ratio:
                 return found
-        return None
+        return self
 
     def _with_best(self, least: float) -> _Selection | None:
-        """With the best of the removed units that can be kept. A unit cannot be kept if a unit of
-        another gate that it needs is removed.
+        """With the best of the removed units that can be kept; None if there is none. A unit cannot
+        be kept if a unit of another gate that it needs is removed.
 
         Args:
             least: the smallest score of the unit.
