@@ -15,26 +15,17 @@ from pyro_sbp.distributions.checks import (
     broadcast_parameters,
     check_expand,
     check_normal,
-    require,
-    require_in_support,
-    shown,
     validates,
 )
-from pyro_sbp.distributions.log_bounds import (
-    check_log_bounds,
-    clamp_theta,
-    exp_bound,
-    is_within,
-    log_within,
-)
+from pyro_sbp.distributions.exp_of_bounded import ExpOfBounded
+from pyro_sbp.distributions.log_bounds import check_log_bounds, clamp_theta
 from pyro_sbp.distributions.together import Part, Whole
-from pyro_sbp.distributions.transformed import TransformedDistribution
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
 
 __all__ = ["TruncatedLogNormal"]
 
 
-class TruncatedLogNormal(TransformedDistribution):
+class TruncatedLogNormal(ExpOfBounded):
     """The distribution of theta = exp(x), where x has a `TruncatedNormal` distribution.
 
     It is the posterior of the noise (arXiv 1705.07283). The KL divergence to a
@@ -82,9 +73,6 @@ class TruncatedLogNormal(TransformedDistribution):
             check_normal(owner, loc, scale)
             check_log_bounds(owner, low, high)
 
-    def __repr__(self) -> str:
-        return shown(self)
-
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogNormal | None = None
     ) -> TruncatedLogNormal:
@@ -100,7 +88,7 @@ class TruncatedLogNormal(TransformedDistribution):
         parts = []
         for index, base in enumerate(self.base_dist.split(sizes)):
             part = TruncatedLogNormal.__new__(TruncatedLogNormal)
-            TransformedDistribution.__init__(part, base, ExpTransform(), validate_args=False)
+            ExpOfBounded.__init__(part, base, ExpTransform(), validate_args=False)
             part._validate_args = self._validate_args
             part._part = Part(whole, index)
             parts.append(part)
@@ -113,18 +101,6 @@ class TruncatedLogNormal(TransformedDistribution):
     @property
     def scale(self) -> Tensor:
         return self.base_dist.scale
-
-    @property
-    def log_low(self) -> Tensor:
-        return self.base_dist.low
-
-    @property
-    def log_high(self) -> Tensor:
-        return self.base_dist.high
-
-    @constraints.dependent_property(is_discrete=False, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return constraints.interval(exp_bound(self.log_low), exp_bound(self.log_high))
 
     @property
     def mean(self) -> Tensor:
@@ -155,45 +131,6 @@ class TruncatedLogNormal(TransformedDistribution):
         entropy = self.base_dist._compute(special.entropy) + self.base_dist._compute(special.mean)
         return entropy.to(self._dtype).expand(self.batch_shape)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The log density of theta in nats at `value`, which broadcasts against the batch shape.
-
-        Outside the support it is minus infinity.
-
-        Raises:
-            ValueError: a value is outside the support, with validation.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        inside, x = self._log(value)
-        log_q = self.base_dist._at(x, special.log_density) - x
-        return torch.where(inside, log_q, -torch.inf).to(self._dtype)
-
-    def cdf(self, value: Tensor) -> Tensor:
-        """The cumulative probability at `value`, which broadcasts against the batch shape.
-
-        Raises:
-            ValueError: a value is outside the support, with validation.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        inside, x = self._log(value)
-        above = (value >= exp_bound(self.log_high)).to(torch.float64)
-        probability = self.base_dist._at(x, special.cdf)
-        return torch.where(inside, probability, above).to(self._dtype)
-
-    def icdf(self, value: Tensor) -> Tensor:
-        """The quantile at the probability `value`, which broadcasts against the batch shape.
-
-        Raises:
-            ValueError: a probability is outside [0, 1], with validation.
-        """
-        if self._validate_args:
-            valid = (value >= 0) & (value <= 1)
-            require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
-        theta = self.base_dist._at(value, special.icdf).exp()
-        return clamp_theta(theta, self.log_low, self.log_high)
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterized samples of theta, of shape `sample_shape + batch_shape`."""
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -206,20 +143,14 @@ class TruncatedLogNormal(TransformedDistribution):
         theta = self.base_dist._rsample64(sample_shape).exp()
         return clamp_theta(theta, self.log_low, self.log_high)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples as of `rsample`, without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+    def _log_density(self, x: Tensor) -> Tensor:
+        return self.base_dist._at(x, special.log_density)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.base_dist._dtype
+    def _cdf(self, x: Tensor) -> Tensor:
+        return self.base_dist._at(x, special.cdf)
 
-    def _log(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return log_within(value, self.log_low, self.log_high)
-
-    def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, lambda x: is_within(x, self.log_low, self.log_high))
+    def _quantile(self, u: Tensor) -> Tensor:
+        return self.base_dist._at(u, special.icdf)
 
 
 def _mode(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

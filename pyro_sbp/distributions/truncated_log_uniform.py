@@ -11,27 +11,14 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
 
-from pyro_sbp.distributions.checks import (
-    broadcast_parameters,
-    check_expand,
-    require,
-    require_in_support,
-    shown,
-    validates,
-)
-from pyro_sbp.distributions.log_bounds import (
-    check_log_bounds,
-    clamp_theta,
-    exp_bound,
-    is_within,
-    log_within,
-)
-from pyro_sbp.distributions.transformed import TransformedDistribution
+from pyro_sbp.distributions.checks import broadcast_parameters, check_expand, validates
+from pyro_sbp.distributions.exp_of_bounded import ExpOfBounded
+from pyro_sbp.distributions.log_bounds import check_log_bounds, clamp_theta, exp_bound
 
 __all__ = ["TruncatedLogUniform"]
 
 
-class TruncatedLogUniform(TransformedDistribution):
+class TruncatedLogUniform(ExpOfBounded):
     """The distribution of theta where log theta is uniform on [log_low, log_high].
 
     It is the prior of the noise (arXiv 1705.07283). Both parameters broadcast.
@@ -67,9 +54,6 @@ class TruncatedLogUniform(TransformedDistribution):
         if self._validate_args:
             check_log_bounds(owner, low, high)
 
-    def __repr__(self) -> str:
-        return shown(self)
-
     def expand(
         self, batch_shape: Sequence[int], _instance: TruncatedLogUniform | None = None
     ) -> TruncatedLogUniform:
@@ -77,18 +61,6 @@ class TruncatedLogUniform(TransformedDistribution):
         check_expand(self, batch_shape)
         new = self._get_checked_instance(TruncatedLogUniform, _instance)
         return super().expand(batch_shape, _instance=new)
-
-    @property
-    def log_low(self) -> Tensor:
-        return self.base_dist.low
-
-    @property
-    def log_high(self) -> Tensor:
-        return self.base_dist.high
-
-    @constraints.dependent_property(is_discrete=False, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return constraints.interval(exp_bound(self.log_low), exp_bound(self.log_high))
 
     @property
     def mean(self) -> Tensor:
@@ -120,67 +92,24 @@ class TruncatedLogUniform(TransformedDistribution):
         middle = 0.5 * (self.log_low.double() + self.log_high.double())
         return (self._width.log() + middle).to(self._dtype)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """The log density of theta in nats at `value`, which broadcasts against the batch shape.
-
-        Outside the support it is minus infinity.
-
-        Raises:
-            ValueError: a value is outside the support, with validation.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        inside, x = log_within(value, self.log_low, self.log_high)
-        return torch.where(inside, -x - self._width.log(), -torch.inf).to(self._dtype)
-
-    def cdf(self, value: Tensor) -> Tensor:
-        """The cumulative probability at `value`, which broadcasts against the batch shape.
-
-        Raises:
-            ValueError: a value is outside the support, with validation.
-        """
-        if self._validate_args:
-            self._validate_sample(value)
-        inside, x = log_within(value, self.log_low, self.log_high)
-        above = (value >= exp_bound(self.log_high)).to(torch.float64)
-        return torch.where(inside, (x - self.log_low) / self._width, above).to(self._dtype)
-
-    def icdf(self, value: Tensor) -> Tensor:
-        """The quantile at the probability `value`, which broadcasts against the batch shape.
-
-        Raises:
-            ValueError: a probability is outside [0, 1], with validation.
-        """
-        if self._validate_args:
-            valid = (value >= 0) & (value <= 1)
-            require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
-        return self._quantile(value.double())
-
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterized samples of theta, of shape `sample_shape + batch_shape`."""
         shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=torch.float64, device=self.log_low.device)
-        return self._quantile(u)
+        return clamp_theta(self._quantile(u).exp(), self.log_low, self.log_high)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples as of `rsample`, without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+    def _log_density(self, x: Tensor) -> Tensor:
+        return -self._width.log()
+
+    def _cdf(self, x: Tensor) -> Tensor:
+        return (x - self.log_low) / self._width
 
     def _quantile(self, u: Tensor) -> Tensor:
-        theta = torch.minimum(self.log_low + u * self._width, self.log_high.double()).exp()
-        return clamp_theta(theta, self.log_low, self.log_high)
+        return torch.minimum(self.log_low + u.double() * self._width, self.log_high.double())
 
     @property
     def _width(self) -> Tensor:
         return self.log_high.double() - self.log_low.double()
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.log_low.dtype
-
-    def _validate_sample(self, value: Tensor) -> None:
-        require_in_support(self, value, lambda x: is_within(x, self.log_low, self.log_high))
 
 
 def _variance_of_exp(width: Tensor) -> Tensor:
