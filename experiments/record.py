@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_sbp.architectures import find_architecture
 from pyro_sbp.errors import RequestError, damage
 from pyro_sbp.recipes.named import RECIPES
+from pyro_sbp.recipes.recipe import TEMPERATURE
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.text_tables import shortest
 from pyro_sbp.training.runs import read_request
@@ -154,6 +155,9 @@ def command(request: Request, changed: bool = False) -> str:
     if named is not None and request.weights is not None:
         # The dense phase is omitted, because there are weights.
         named = named.replace(dense_epochs=0)
+    if named is not None and request.teachers and not named.distill:
+        # The option --teacher sets the temperature of a recipe without one.
+        named = named.replace(distill=TEMPERATURE)
     if named is None or named.method != request.method or (request.recipe != named and not changed):
         raise ValueError(f"the recipe {request.recipe.name!r} is not that of pyro_sbp.recipes")
     words = [

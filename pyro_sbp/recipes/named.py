@@ -163,6 +163,18 @@ _ALL: tuple[Recipe, ...] = (
         decay=0.8,
         **_SPARSE,
     ),
+    # On shifted images, with more epochs than above and a threshold for one weight in 100.
+    SparseVDRecipe(
+        name="sparse-lenet-300-100-100x",
+        dense_epochs=0,
+        epochs=100,
+        kl_free_epochs=5,
+        kl_rising_epochs=11,
+        finetune_epochs=60,
+        decay=0.8,
+        threshold=1.1,
+        **{**_SHIFTED, "noise_learning_rate": 3e-3},
+    ),
     SparseVDRecipe(
         name="sparse-digits",
         dense_epochs=0,

@@ -14,6 +14,7 @@ from pyro_sbp.experiments.record import command, main, record
 from pyro_sbp.experiments.rows import read_records, rows
 from pyro_sbp.recipes.method_recipes import SBPRecipe
 from pyro_sbp.recipes.named import RECIPES, default_recipe
+from pyro_sbp.recipes.recipe import TEMPERATURE
 from pyro_sbp.recipes.request import Request
 from pyro_sbp.training.train import train
 
@@ -116,6 +117,15 @@ def test_a_command_names_the_run_in_whose_directory_it_was_given(tmp_path, monke
     request = Request("lenet5", "mnist", recipe, weights="dense.pt", teachers=(".", "../third"))
     found = command(request, changed=True)
     assert " --weights other/dense.pt --teacher other --teacher third " in found
+
+
+def test_the_temperature_that_a_teacher_sets_is_not_a_change_of_the_recipe():
+    # As `pyro-sbp train --recipe digits --teacher RUN` makes it.
+    recipe = RECIPES["digits"].replace(distill=TEMPERATURE)
+    request = Request("lenet5", "mnist", recipe, teachers=("runs/other",))
+    assert command(request).endswith("--recipe digits --teacher other --seed 0")
+    with pytest.raises(ValueError, match="'digits' is not that of"):
+        command(replace(request, recipe=recipe.replace(distill=2.0)))
 
 
 def test_a_run_of_an_earlier_version_is_recorded(tmp_path):
