@@ -22,10 +22,10 @@ the same command, machine, versions and CPU governor.
 
 The networks of the tables are trained with::
 
-    common="--dataset mnist --seed 0 --threads 1 --set holdout=5000"
+    common="--dataset mnist --seed 0 --threads 1 --set holdout=5000 --set cut_every=4"
     small="--arch lenet5 --recipe lenet5-small $common"
     dense="--arch lenet-500-300 --recipe lenet-dense-small $common"
-    latency="--set cost='latency'"
+    latency="--weights runs/lenet5-macs/dense.pt --set cost='latency'"
     pyro-sbp train $small --output-dir runs/lenet5-macs
     pyro-sbp train $small --output-dir runs/lenet5-latency-128 $latency --set cost_batch_size=128
     pyro-sbp train $small --output-dir runs/lenet5-latency-1 $latency --set cost_batch_size=1
