@@ -12,7 +12,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
@@ -152,13 +152,23 @@ class ClosedFormELBO(ELBO):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative ELBO as a number."""
         with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+            return _number(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO as a number. Its gradients are accumulated in the parameters."""
+        """The negative ELBO as a number. Its gradients are accumulated in the parameters, if there
+        are any.
+        """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return float(loss.detach())
+        if loss.requires_grad:
+            loss.backward()
+        return _number(loss.detach())
+
+
+def _number(loss: Tensor) -> float:
+    """The loss as a number, with Pyro's warning if it is NaN."""
+    value = float(loss)
+    warn_if_nan(value, "loss")
+    return value
 
 
 def _samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -50,8 +50,8 @@ class TruncatedLogNormalGuide(TruncatedGuide):
             shape of every site. A mapping from site name to such a value gives each site its own.
         init_log_scale: the initial log scale of log theta, in the same format.
         max_log_scale: the largest log scale, at most 5. The default for a `GatedModel` is 5, or the
-            log of its `prior_scale`. The default for other models is the log of the width of the
-            support: a wider posterior is nearly flat, and its gradient vanishes.
+            log of its `prior_scale`. The default for other models is the log of a third of the
+            width of the support: wider posteriors are nearly flat, and their gradients are small.
         init_loc_fn: from a site of the model to the initial value of theta, as in Pyro's autoguides
             (`pyro.infer.autoguide.initialization`). It replaces `init_loc`.
 
@@ -98,7 +98,7 @@ class TruncatedLogNormalGuide(TruncatedGuide):
             elif isinstance(model, GatedModel):
                 widest_here = widest(model.prior_scale)
             else:
-                widest_here = min(most, math.log(high - low))
+                widest_here = min(most, math.log((high - low) / 3))
             loc = initial_value(init_loc, INIT_LOC, name, like, shape)
             if init_loc_fn is not None:
                 value = init_loc_fn({"type": "sample", "name": name, "fn": prior, "value": None})

@@ -113,19 +113,23 @@ def check_observed(likelihood: Any, x: Any, y: Any, draws: Sequence[int] = ()) -
         The size of the minibatch.
 
     Raises:
-        ValueError: the likelihood or the labels have too many dimensions. Broadcasting would then
-            pair every label with every example.
+        ValueError: the likelihood does not have one value for every example (and draw), or the
+            labels do not have one value for every example. Broadcasting would then pair labels with
+            other examples.
     """
     size = len(next(tensors_of(x)))
-    batch, event = list(likelihood.batch_shape), len(likelihood.event_shape)
-    if len(batch) > 1 + len(draws):
+    batch, expected = list(likelihood.batch_shape), [*draws, size]
+    if batch not in ([], expected):  # [] does not depend on the example
+        hint = "call to_event on it, or flatten the network's output"
+        if draws:
+            hint = "the draws are the first dimensions of the output, so select with output[..., 0]"
         raise ValueError(
-            f"the likelihood has batch shape {batch}; expected {[*draws, size]}, one for each "
-            "example: call to_event on it, or flatten the network's output"
+            f"the likelihood has batch shape {batch}; expected {expected}, one for each example: "
+            f"{hint}"
         )
-    if isinstance(y, Tensor) and y.ndim - event > 1:
-        expected = [size, *likelihood.event_shape]
-        raise ValueError(f"the labels have shape {list(y.shape)}; expected {expected}")
+    of_labels = [size, *likelihood.event_shape]
+    if isinstance(y, Tensor) and list(y.shape) != of_labels:
+        raise ValueError(f"the labels have shape {list(y.shape)}; expected {of_labels}")
     return size
 
 

@@ -135,7 +135,8 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     def _posterior(self, name: str) -> Any:
         loc, log_scale = self._in_the_box(name)
         box = self._boxes[name]
-        return self._posterior_of(loc, log_scale.exp(), box.low, box.high)
+        # A copy, because a parameter refers to objects of Pyro that cannot be pickled.
+        return self._posterior_of(loc.clone(), log_scale.exp(), box.low, box.high)
 
     def posteriors(self) -> dict[str, Any]:
         """From site name to the posterior of the site, a distribution of the shape of the site."""

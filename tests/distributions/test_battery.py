@@ -323,14 +323,16 @@ def test_repr_shows_the_parameters(fixture):
 
 
 @EACH_CLASS
-def test_of_no_elements(fixture):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_no_elements(fixture, dtype):
     names = fixture.cls.arg_constraints
-    empty = {k: v[:0].clone().requires_grad_() for k, v in batch(fixture).items()}
+    empty = {k: v[:0].to(dtype, copy=True).requires_grad_() for k, v in batch(fixture).items()}
     d = fixture.cls(**empty)
-    value = torch.zeros((0, 1), dtype=torch.float64)
+    value = torch.zeros((0, 1), dtype=dtype)
     results = [getattr(d, x) for x in ("mean", "variance", "stddev", "mode", "snr", *names)]
     results += [d.log_prob(value), d.cdf(value), d.icdf(value), d.rsample(), d.entropy()]
     results += [d.expand([3, 0, 1]).rsample().sum(0), kl_divergence(d, fixture.cls(**empty))]
+    results += [d.rsample([3]).sum(0)]
     for result in results:
         assert result.shape == (0, 1)
         grads = torch.autograd.grad(result.sum(), list(empty.values()), allow_unused=True)

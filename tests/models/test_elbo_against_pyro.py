@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pyro
@@ -9,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import TraceMeanField_ELBO, autoguide
+from pyro.infer import Predictive, TraceMeanField_ELBO, autoguide
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch.distributions import constraints
 
@@ -326,3 +327,55 @@ def test_labels_of_another_shape_than_the_likelihood_are_refused(validate, label
     else:
         with pytest.raises(ValueError, match=r"labels have shape \[64, 1\]; expected \[64\]"):
             loss(flat)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_labels_without_the_event_dimensions_of_the_likelihood_are_refused(validate):
+    x, y = torch.randn(64, 10), torch.randn(64)
+    net = torch.nn.Sequential(torch.nn.Linear(10, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
+    of_output = lambda output: dist.Normal(output, 0.7).to_event(1)  # noqa: E731
+    model = sbp.GatedModel(net, sbp.find_gates(net, x[:4]), 64, likelihood=of_output)
+    guide = sbp.TruncatedLogNormalGuide(model)
+    with pyro.validation_enabled(validate):
+        assert ClosedFormELBO().loss(model, guide, x, y[:, None]) < 1000
+        with pytest.raises(ValueError, match=r"labels have shape \[64\]; expected \[64, 1\]"):
+            ClosedFormELBO().loss(model, guide, x, y)
+
+
+def test_a_likelihood_that_takes_examples_for_draws_is_refused():
+    x = torch.randn(16, 4)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    gates = sbp.find_gates(net, x)
+
+    def losses(likelihood):
+        model = sbp.GatedModel(net, gates, 16, likelihood=likelihood)
+        guide = sbp.TruncatedLogNormalGuide(model)
+        y = net(x).detach()[:, 0]
+        found = Predictive(model, guide=guide, num_samples=7, parallel=True)(x)["obs"]
+        torch.testing.assert_close(found.mean(0), y, rtol=0, atol=0.1)
+        settings = {"max_plate_nesting": 1, "vectorize_particles": True}
+        for elbo in (ClosedFormELBO(7, **settings), TraceMeanField_ELBO(7, **settings)):
+            yield elbo.loss(model, guide, x, y)
+
+    assert all(loss < 1e6 for loss in losses(lambda o: dist.Normal(o[..., 0], 1e-3)))
+    with pytest.raises(ValueError, match=r"batch shape \[7, 1\]; expected \[7, 16\].*\.\.\., 0"):
+        list(losses(lambda o: dist.Normal(o[:, 0], 1e-3)))
+
+
+def test_a_loss_without_trainable_parameters_is_a_number():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    for elbo in (TraceMeanField_ELBO(), ClosedFormELBO()):
+        assert elbo.loss_and_grads(model, lambda: None) == pytest.approx(1.4189385)
+
+
+def test_a_loss_that_is_nan_gives_pyro_s_warning():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(math.nan))
+
+    with pyro.validation_enabled(False):
+        for elbo in (TraceMeanField_ELBO(), ClosedFormELBO()):
+            for of in (elbo.loss, elbo.loss_and_grads):
+                with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+                    of(model, lambda: None)

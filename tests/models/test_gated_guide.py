@@ -239,10 +239,30 @@ def test_initial_values_come_from_functions_of_pyro():
     assert q["other"].loc.item() == pytest.approx(math.log(0.4))
 
 
-def test_the_scale_of_a_general_model_is_at_most_the_width_of_the_support():
+def test_the_scale_of_a_general_model_is_at_most_a_third_of_the_width_of_the_support():
     guide = sbp.TruncatedLogNormalGuide(two_sites, *INPUTS, init_log_scale=4.9)
-    assert guide.posteriors()["theta"].scale.tolist() == pytest.approx([20.0] * 5)
-    assert guide.posteriors()["other"].scale.item() == pytest.approx(2.0)
+    assert guide.posteriors()["theta"].scale.tolist() == pytest.approx([20.0 / 3] * 5)
+    assert guide.posteriors()["other"].scale.item() == pytest.approx(2.0 / 3)
+
+
+def test_a_fit_that_starts_from_wide_posteriors_does_not_stay_at_flat_ones():
+    pyro.set_rng_seed(0)
+    x = torch.randn(300, 5)
+    y = x @ torch.tensor([0.9, 0.0, 0.4, 0.0, 0.0]) + 0.5 * torch.randn(300)
+
+    def model():
+        with pyro.plate("features", 5):
+            theta = pyro.sample("theta", sbp.distributions.TruncatedLogUniform(-20.0, 0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ theta, 0.5), obs=y)
+
+    elbo = sbp.ClosedFormELBO()
+    guide = sbp.TruncatedLogNormalGuide(model, init_loc=-1.0, init_log_scale=0.0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
+    for _ in range(600):
+        svi.step()
+    # With scales up to the width of the support, it is 281; with the best settings, 225.
+    assert sum(elbo.loss(model, guide) for _ in range(100)) / 100 < 245
 
 
 @pytest.mark.parametrize(
