@@ -143,7 +143,10 @@ class ClosedFormELBO(ELBO):
         if is_validation_enabled():
             for checked in (site, weighed_as):
                 check_site_shape({**checked, "log_prob": values}, self.max_plate_nesting)
-        return scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
+        total: Tensor = scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
+        if is_validation_enabled():
+            warn_if_nan(total, f"log_prob_sum at site {site['name']!r}")
+        return total
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative ELBO as a differentiable scalar tensor, averaged over the draws."""
@@ -160,15 +163,14 @@ class ClosedFormELBO(ELBO):
         """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.backward()
+            loss.backward(retain_graph=self.retain_graph)
         return _number(loss.detach())
 
 
 def _number(loss: Tensor) -> float:
     """The loss as a number, with Pyro's warning if it is NaN."""
-    value = float(loss)
-    warn_if_nan(value, "loss")
-    return value
+    warn_if_nan(loss, "loss")
+    return float(loss)
 
 
 def _samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,10 +17,10 @@ from torch.distributions import Distribution
 from pyro_sbp.distributions import TruncatedLogNormal, TruncatedLogUniform
 from pyro_sbp.gates.gate import Gate
 from pyro_sbp.gates.gated_network import GatedNetwork
-from pyro_sbp.gates.nested import tensors_of
 from pyro_sbp.gates.probing import Gates
 from pyro_sbp.models.sites import (
     CopiedUnderOwnName,
+    batch_size,
     categorical,
     check_num_data,
     observe,
@@ -121,17 +121,13 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         theta = {}
         with ExitStack() as stack:
             if self.noise_per == "example":
-                size = self.batch_size(x)
+                size = batch_size(x)
                 stack.enter_context(pyro.plate("noise", size, dim=-1))
                 stack.enter_context(poutine.scale(scale=1 / size))
             for gate in self.gates:
                 with weighted(self.kl_scale[gate.name]):
                     theta[gate.name] = pyro.sample(gate.name, distribution(gate.name).to_event(1))
         return theta
-
-    def batch_size(self, x: Any) -> int:
-        """The number of examples of an input of the network."""
-        return len(next(tensors_of(x)))
 
     def prior(self, name: str) -> TruncatedLogUniform | TruncatedLogNormal:
         """The prior of theta of one gate, of batch shape ``[units]``."""
@@ -164,6 +160,7 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
         Returns:
             The labels, of batch shape ``[batch]``.
         """
+        batch_size(x)  # refuses an empty minibatch, before the network or the likelihood fails
         theta = self.sample_sites(self.prior, x)
         # The dimensions before the units are the plates of draws, and then the batch. Predictive
         # omits a batch of one row.

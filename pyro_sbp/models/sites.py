@@ -18,6 +18,7 @@ from pyro_sbp.gates.nested import tensors_of
 
 __all__ = [
     "CopiedUnderOwnName",
+    "batch_size",
     "categorical",
     "check_num_data",
     "check_observed",
@@ -95,29 +96,39 @@ def observe(likelihood: Any, num_data: int, x: Any, y: Any, draws: Sequence[int]
         The labels.
 
     Raises:
-        ValueError: as for `check_observed`.
+        ValueError: the minibatch is empty, or as for `check_observed`.
     """
-    size = check_observed(likelihood, x, y, draws)
+    size = batch_size(x)
+    check_observed(likelihood, size, y, draws)
     # Not `subsample_size`, because it would draw a permutation of all data at every step.
     with poutine.scale(scale=num_data / size), pyro.plate("data", size, dim=-1):
         return pyro.sample("obs", likelihood, obs=y)
 
 
-def check_observed(likelihood: Any, x: Any, y: Any, draws: Sequence[int] = ()) -> int:
+def batch_size(x: Any) -> int:
+    """The number of examples of an input of a network.
+
+    Raises:
+        ValueError: there is none, so that the sum over them cannot be scaled to the whole data set.
+    """
+    size = len(next(tensors_of(x)))
+    if not size:
+        raise ValueError("the minibatch is empty; expected at least one example")
+    return size
+
+
+def check_observed(likelihood: Any, size: int, y: Any, draws: Sequence[int] = ()) -> None:
     """Check the shapes of the likelihood and of the labels of a minibatch.
 
     Args:
-        likelihood, x, y, draws: as for `observe`.
-
-    Returns:
-        The size of the minibatch.
+        likelihood, y, draws: as for `observe`.
+        size: the number of examples.
 
     Raises:
         ValueError: the likelihood does not have one value for every example (and draw), or the
-            labels do not have one value for every example. Broadcasting would then pair labels with
-            other examples.
+            labels do not have one for every example. Broadcasting would pair labels with other
+            examples.
     """
-    size = len(next(tensors_of(x)))
     batch, expected = list(likelihood.batch_shape), [*draws, size]
     if batch not in ([], expected):  # [] does not depend on the example
         hint = "call to_event on it, or flatten the network's output"
@@ -130,7 +141,6 @@ def check_observed(likelihood: Any, x: Any, y: Any, draws: Sequence[int] = ()) -
     of_labels = [size, *likelihood.event_shape]
     if isinstance(y, Tensor) and list(y.shape) != of_labels:
         raise ValueError(f"the labels have shape {list(y.shape)}; expected {of_labels}")
-    return size
 
 
 def scales_of(

@@ -19,7 +19,7 @@ from torch.distributions import kl_divergence
 from pyro_sbp.distributions import TruncatedLogNormal
 from pyro_sbp.models.gated_guide import TruncatedLogNormalGuide
 from pyro_sbp.models.gated_model import GatedModel
-from pyro_sbp.models.sites import check_observed
+from pyro_sbp.models.sites import batch_size, check_observed
 
 __all__ = ["untraced_kl", "untraced_terms"]
 
@@ -58,6 +58,7 @@ def untraced_terms(
     if not _are_plain(model, guide) or model.has_sites_inside:
         return None
     x, y = args
+    size = batch_size(x)
     with guide._pyro_context:
         q = guide.joint_posterior()
     if q is None:
@@ -65,11 +66,11 @@ def untraced_terms(
     with model._pyro_context:
         gated = model.gated  # Pyro records the parameters of the network here
         with _Sites() as sites:
-            likelihood = model.likelihood(gated(x, _draw(model, q, x)))
+            likelihood = model.likelihood(gated(x, _draw(model, q, size)))
             known = isinstance(likelihood, TorchDistributionMixin)
             log_prob = None
             if known and not sites.seen:
-                size = check_observed(likelihood, x, y)
+                check_observed(likelihood, size, y)
                 log_prob = likelihood.log_prob(y)
     if sites.seen:
         model.has_sites_inside = True  # do not compute the network twice in the next steps
@@ -114,13 +115,12 @@ def _has_hooks(module: Any) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
-def _draw(model: GatedModel, q: TruncatedLogNormal, x: Any) -> dict[str, Tensor]:
+def _draw(model: GatedModel, q: TruncatedLogNormal, size: int) -> dict[str, Tensor]:
     """Theta of every gate, as `GatedModel.sample_sites` draws it."""
     names, sizes = [gate.name for gate in model.gates], [gate.size for gate in model.gates]
     if model.noise_per == "batch":
         return dict(zip(names, q.rsample().split(sizes), strict=True))
-    rows = [model.batch_size(x)]
-    draws = (part.rsample(rows) for part in q.split(sizes))
+    draws = (part.rsample([size]) for part in q.split(sizes))
     return dict(zip(names, draws, strict=True))
 
 

@@ -122,7 +122,7 @@ def _density_of_constant(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _are_within(value: Tensor, low: Tensor, high: Tensor) -> bool:
     """Whether all values are known to be within the bounds, from the extreme values."""
-    if not value.numel():
+    if not (value.numel() and low.numel() and high.numel()):
         return True
     least, most = (float(x) for x in value.detach().aminmax())
     return least >= float(low.max()) and most <= float(high.min())

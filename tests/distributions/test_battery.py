@@ -332,7 +332,8 @@ def test_of_no_elements(fixture, dtype):
     results = [getattr(d, x) for x in ("mean", "variance", "stddev", "mode", "snr", *names)]
     results += [d.log_prob(value), d.cdf(value), d.icdf(value), d.rsample(), d.entropy()]
     results += [d.expand([3, 0, 1]).rsample().sum(0), kl_divergence(d, fixture.cls(**empty))]
-    results += [d.rsample([3]).sum(0)]
+    one = fixture.cls(**batch(fixture)).mean[:1].to(dtype)  # a value that broadcasts
+    results += [d.rsample([3]).sum(0), d.log_prob(one), d.cdf(one)]
     for result in results:
         assert result.shape == (0, 1)
         grads = torch.autograd.grad(result.sum(), list(empty.values()), allow_unused=True)

@@ -379,3 +379,32 @@ def test_a_loss_that_is_nan_gives_pyro_s_warning():
             for of in (elbo.loss, elbo.loss_and_grads):
                 with pytest.warns(UserWarning, match="Encountered NaN: loss"):
                     of(model, lambda: None)
+
+
+def test_retain_graph_is_honoured():
+    shared = torch.tensor(0.5, requires_grad=True).exp()
+    loc = torch.tensor(0.1, requires_grad=True)
+
+    def model():
+        pyro.sample("z", dist.Normal(shared, 1.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(loc * shared, 1.0))
+
+    for elbo in (TraceMeanField_ELBO(retain_graph=True), ClosedFormELBO(retain_graph=True)):
+        assert elbo.loss_and_grads(model, guide) == elbo.loss_and_grads(model, guide)
+    elbo.retain_graph = False
+    elbo.loss_and_grads(model, guide)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        elbo.loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize("noise_per", ["batch", "example"])
+def test_an_empty_minibatch_is_refused(noise_per):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    model = sbp.GatedModel(net, sbp.find_gates(net, torch.randn(2, 4)), 16, noise_per=noise_per)
+    guide = sbp.TruncatedLogNormalGuide(model)
+    x, y = torch.randn(0, 4), torch.randint(3, (0,))
+    for elbo in (ClosedFormELBO(), TraceMeanField_ELBO()):
+        with pytest.raises(ValueError, match="the minibatch is empty"):
+            elbo.loss(model, guide, x, y)

@@ -1,5 +1,6 @@
 """The rows of the page "For Pyro users": each is a test of the name that it makes."""
 
+import copy
 import importlib.util
 import io
 import itertools
@@ -393,7 +394,7 @@ def test_render_model():
 
 
 def test_torch_save_copy_deepcopy_state_dict():
-    model, guide, _ = gated()
+    model, guide, y = gated()
     file = io.BytesIO()
     torch.save({"network": model.gated.net.state_dict(), "guide": guide.state_dict()}, file)
     file.seek(0)
@@ -407,6 +408,11 @@ def test_torch_save_copy_deepcopy_state_dict():
     theta = {"0": torch.full((4,), 0.5)}
     torch.testing.assert_close(other.gated(X, theta), model.gated(X, theta), rtol=0, atol=0)
     torch.testing.assert_close(other_guide.snr(), guide.snr(), rtol=0, atol=0)
+    copied = copy.deepcopy(guide)
+    before = guide.snr()["0"]
+    infer.SVI(model, copied, pyro.optim.Adam({"lr": 0.1}), infer.Trace_ELBO()).step(X, y)
+    assert torch.equal(guide.snr()["0"], before)
+    assert not torch.equal(copied.snr()["0"], before)
 
 
 def test_get_param_store_save(tmp_path, monkeypatch):
@@ -452,6 +458,11 @@ def test_torch_set_default_device():
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))
     torch.set_default_device("meta")
     try:
-        assert {gate.name for gate in sbp.find_gates(net, X)} == gates
+        found = sbp.find_gates(net, X)
+        assert {gate.name for gate in found} == gates
+        model = sbp.GatedModel(net, found, len(X))
+        guide = sbp.TruncatedLogNormalGuide(model)
+        parts = sbp.ClosedFormELBO().parts(model, guide, X, Y.long())
+        assert parts.loss.device == next(guide.parameters()).device == X.device
     finally:
         torch.set_default_device(None)
