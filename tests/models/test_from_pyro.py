@@ -180,10 +180,11 @@ def test_vectorize_particles_true():
     steps(elbo, model, guide_of(model))
 
 
-def test_autonormal_autodiagonalnormal_automultivariatenormal():
+def test_autonormal_autodiagonalnormal_autolowrankmultivariatenormal_automultivariatenormal():
     for kind in (
         autoguide.AutoNormal,
         autoguide.AutoDiagonalNormal,
+        autoguide.AutoLowRankMultivariateNormal,
         autoguide.AutoMultivariateNormal,
     ):
         guide = kind(regression, init_loc_fn=START)
