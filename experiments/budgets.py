@@ -20,7 +20,7 @@ Nothing is fine-tuned. The run directory is only read. A record for each run is 
 docs/budgets.md. Parts that are not measured again are kept from an existing record, which must have
 the same command, machine, versions and CPU governor.
 
-The networks of the tables are trained with::
+The runs on MNIST, which are not in the tables yet, are trained with::
 
     common="--dataset mnist --seed 0 --threads 1 --set holdout=5000 --set cut_every=4"
     small="--arch lenet5 --recipe lenet5-small $common"

@@ -95,7 +95,7 @@ class ExpOfBounded(TransformedDistribution):
         raise NotImplementedError
 
     def _quantile(self, u: Tensor) -> Tensor:
-        """The value of x at the probability u."""
+        """The value of x at the probability u, which has the dtype that the user gave."""
         raise NotImplementedError
 
     def _log(self, value: Tensor) -> tuple[Tensor, Tensor]:

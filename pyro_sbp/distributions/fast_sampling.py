@@ -102,8 +102,8 @@ def _draws(u: Tensor, *parameters: Tensor, dtype: torch.dtype = torch.float64) -
     if u.shape == shape:
         return in_blocks(lambda u, *p: _draw(u, _terms(*p)), u, *parameters, dtype=dtype)
     terms = _terms(*parameters)
-    of_parameters = u.shape[u.ndim - len(shape) :]
-    if not may_look(terms.low) or of_parameters != shape or not u.numel():
+    trailing = u.shape[u.ndim - len(shape) :]
+    if not may_look(terms.low) or trailing != shape or not u.numel():
         return [values.to(dtype) for values in _draw(u, terms)]
     # Several draws per parameter: as many at a time as fit into the cache.
     rows = u.reshape(-1, *shape).split(max(1, BLOCK // max(1, shape.numel())))

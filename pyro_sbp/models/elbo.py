@@ -53,7 +53,7 @@ class ClosedFormELBO(ELBO):
     Args:
         num_particles: the number of draws to average over.
         max_plate_nesting: as for `pyro.infer.ELBO`.
-        vectorize_particles: as for `pyro.infer.ELBO`.
+        vectorize_particles, retain_graph: as for `pyro.infer.ELBO`.
     """
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -143,10 +143,7 @@ class ClosedFormELBO(ELBO):
         if is_validation_enabled():
             for checked in (site, weighed_as):
                 check_site_shape({**checked, "log_prob": values}, self.max_plate_nesting)
-        total: Tensor = scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
-        if is_validation_enabled():
-            warn_if_nan(total, f"log_prob_sum at site {site['name']!r}")
-        return total
+        return scale_and_mask(values, weighed_as["scale"], weighed_as["mask"]).sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The negative ELBO as a differentiable scalar tensor, averaged over the draws."""
@@ -155,19 +152,17 @@ class ClosedFormELBO(ELBO):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The negative ELBO as a number."""
         with torch.no_grad():
-            return _number(self.differentiable_loss(model, guide, *args, **kwargs))
+            return _checked_number(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO as a number. Its gradients are accumulated in the parameters, if there
-        are any.
-        """
+        """The negative ELBO as a number, after adding its gradients to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        return _number(loss.detach())
+        return _checked_number(loss.detach())
 
 
-def _number(loss: Tensor) -> float:
+def _checked_number(loss: Tensor) -> float:
     """The loss as a number, with Pyro's warning if it is NaN."""
     warn_if_nan(loss, "loss")
     return float(loss)

@@ -51,7 +51,9 @@ class TruncatedLogNormalGuide(TruncatedGuide):
         init_log_scale: the initial log scale of log theta, in the same format.
         max_log_scale: the largest log scale, at most 5. The default for a `GatedModel` is 5, or the
             log of its `prior_scale`. The default for other models is the log of a third of the
-            width of the support: wider posteriors are nearly flat, and their gradients are small.
+            width of the support, or of the scale of the prior if this is larger: wider posteriors
+            are nearly flat, and their gradients are small. The limit adds 0.05 nats to the KL
+            divergence of an element about which the data give no information.
         init_loc_fn: from a site of the model to the initial value of theta, as in Pyro's autoguides
             (`pyro.infer.autoguide.initialization`). It replaces `init_loc`.
 
@@ -98,7 +100,10 @@ class TruncatedLogNormalGuide(TruncatedGuide):
             elif isinstance(model, GatedModel):
                 widest_here = widest(model.prior_scale)
             else:
-                widest_here = min(most, math.log((high - low) / 3))
+                of_prior = isinstance(base, TruncatedLogNormal)
+                scale = float(base.scale.detach().max()) if of_prior else 0.0
+                widest_here = math.log(max((high - low) / 3, scale))
+                widest_here = max(least, min(most, widest_here))
             loc = initial_value(init_loc, INIT_LOC, name, like, shape)
             if init_loc_fn is not None:
                 value = init_loc_fn({"type": "sample", "name": name, "fn": prior, "value": None})

@@ -52,7 +52,8 @@ class GatedModel(CopiedUnderOwnName, PyroModule):
             example, which reduces the variance of the gradient but takes longer. The input must
             then have the batch in dimension 0.
         likelihood: from the output of the network to the distribution of the labels, with the
-            ``batch_shape`` ``[batch]``.
+            ``batch_shape`` ``[batch]``. With several draws of theta at once, the output has the
+            draws as its first dimensions, and the ``batch_shape`` is ``[draws, batch]``.
         kl_scale: the weight of the KL divergence: a number for all gates, or a mapping from gate
             name to the weight (1 for gates that are not named). If a weight differs from 1, the
             loss is not the negative ELBO. If a weight is less than 1, the loss is not an upper

@@ -109,12 +109,15 @@ def batch_size(x: Any) -> int:
     """The number of examples of an input of a network.
 
     Raises:
-        ValueError: there is none, so that the sum over them cannot be scaled to the whole data set.
+        ValueError: there is none, so that the sum over them cannot be scaled to the whole data set;
+            or the input has no tensor with a dimension for them.
     """
-    size = len(next(tensors_of(x)))
-    if not size:
+    first = next(tensors_of(x), None)
+    if first is None or not first.ndim:
+        raise ValueError("the input has no tensor with the batch in dimension 0")
+    if not len(first):
         raise ValueError("the minibatch is empty; expected at least one example")
-    return size
+    return len(first)
 
 
 def check_observed(likelihood: Any, size: int, y: Any, draws: Sequence[int] = ()) -> None:
@@ -130,17 +133,21 @@ def check_observed(likelihood: Any, size: int, y: Any, draws: Sequence[int] = ()
             examples.
     """
     batch, expected = list(likelihood.batch_shape), [*draws, size]
-    if batch not in ([], expected):  # [] does not depend on the example
-        hint = "call to_event on it, or flatten the network's output"
-        if draws:
-            hint = "the draws are the first dimensions of the output, so select with output[..., 0]"
+    # A likelihood of batch shape [] does not depend on the example.
+    if batch not in ([], expected, [*itertools.dropwhile(lambda n: n == 1, draws), size]):
+        hint = ""
+        if len(batch) > len(expected):
+            hint = ": call to_event on it, or flatten the network's output"
+        elif draws:
+            hint = ": the draws are the first dimensions of the output; select with output[..., 0]"
         raise ValueError(
-            f"the likelihood has batch shape {batch}; expected {expected}, one for each example: "
-            f"{hint}"
+            f"the likelihood has batch shape {batch}; expected {expected}, one for each example"
+            + hint
         )
-    of_labels = [size, *likelihood.event_shape]
-    if isinstance(y, Tensor) and list(y.shape) != of_labels:
-        raise ValueError(f"the labels have shape {list(y.shape)}; expected {of_labels}")
+    event = list(likelihood.event_shape)
+    if not isinstance(y, Tensor) or (y.ndim == 1 + len(event) and len(y) == size):
+        return
+    raise ValueError(f"the labels have shape {list(y.shape)}; expected {[size, *event]}")
 
 
 def scales_of(

@@ -14,6 +14,7 @@ from pyro_sbp.deprecation import renamed_attribute, warn_renamed, with_new_names
 from pyro_sbp.distributions import ImproperLogUniform
 from pyro_sbp.models.sites import (
     CopiedUnderOwnName,
+    batch_size,
     categorical,
     check_num_data,
     observe,
@@ -164,6 +165,7 @@ class SparseModel(CopiedUnderOwnName, PyroModule):
         Returns:
             The labels, of batch shape ``[batch]``.
         """
+        batch_size(x)  # refuses an empty minibatch, before the network or the likelihood fails
         weights = self.sample_sites(self.prior)
         for name, mean in self.noisy.means().items():
             if weights[name].shape != mean.shape:

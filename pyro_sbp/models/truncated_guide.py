@@ -135,7 +135,7 @@ class TruncatedGuide(CopiedUnderOwnName, SiteStatistics, AutoGuide):
     def _posterior(self, name: str) -> Any:
         loc, log_scale = self._in_the_box(name)
         box = self._boxes[name]
-        # A copy, because a parameter refers to objects of Pyro that cannot be pickled.
+        # A copy, because a parameter has a weak reference of Pyro, which cannot be pickled.
         return self._posterior_of(loc.clone(), log_scale.exp(), box.low, box.high)
 
     def posteriors(self) -> dict[str, Any]:

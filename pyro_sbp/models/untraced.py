@@ -51,7 +51,8 @@ def untraced_terms(
         likelihood contains sample sites, or the likelihood does not have one value per example.
 
     Raises:
-        ValueError: the shapes of the likelihood or of the labels are wrong.
+        ValueError: the minibatch is empty, or the shapes of the likelihood or of the labels are
+            wrong.
     """
     if kwargs or len(args) != 2 or args[1] is None:
         return None

@@ -362,6 +362,27 @@ def test_a_likelihood_that_takes_examples_for_draws_is_refused():
         list(losses(lambda o: dist.Normal(o[:, 0], 1e-3)))
 
 
+def test_a_likelihood_of_sequences_takes_labels_of_any_length():
+    x, y = torch.randn(16, 4), torch.randn(16, 7)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    switching, emitted = torch.zeros(2, 2), dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)
+    likelihood = lambda output: dist.DiscreteHMM(output, switching, emitted)  # noqa: E731
+    model = sbp.GatedModel(net, sbp.find_gates(net, x), 16, likelihood=likelihood)
+    guide = sbp.TruncatedLogNormalGuide(model)
+    for elbo in (TraceMeanField_ELBO(), ClosedFormELBO()):
+        assert math.isfinite(elbo.loss(model, guide, x, y))
+
+
+def test_one_draw_may_be_squeezed():
+    x = torch.randn(16, 4)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    of_output = lambda output: dist.Normal(output.squeeze(), 0.1)  # noqa: E731
+    model = sbp.GatedModel(net, sbp.find_gates(net, x), 16, likelihood=of_output)
+    guide = sbp.TruncatedLogNormalGuide(model)
+    found = Predictive(model, guide=guide, num_samples=1, parallel=True)(x)["obs"]
+    assert found.numel() == 16
+
+
 def test_a_loss_without_trainable_parameters_is_a_number():
     def model():
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))

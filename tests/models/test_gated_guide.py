@@ -245,6 +245,14 @@ def test_the_scale_of_a_general_model_is_at_most_a_third_of_the_width_of_the_sup
     assert guide.posteriors()["other"].scale.item() == pytest.approx(2.0 / 3)
 
 
+def test_the_scale_of_a_wide_prior_can_be_reached():
+    def model():
+        pyro.sample("theta", sbp.distributions.TruncatedLogNormal(-10.0, 10.0))
+
+    guide = sbp.TruncatedLogNormalGuide(model, init_loc=-10.0, init_log_scale=math.log(10))
+    assert float(guide.kl()["theta"]) == pytest.approx(0, abs=1e-6)
+
+
 def test_a_fit_that_starts_from_wide_posteriors_does_not_stay_at_flat_ones():
     pyro.set_rng_seed(0)
     x = torch.randn(300, 5)
