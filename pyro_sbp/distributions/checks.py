@@ -18,6 +18,7 @@ __all__ = [
     "check_normal",
     "require",
     "require_in_support",
+    "require_probability",
     "shown",
     "validates",
 ]
@@ -74,6 +75,11 @@ def require(owner: str, name: str, value: Tensor, valid: Tensor, what: str) -> N
         raise ValueError(f"{owner}: {name} must be {what} in every element of vmap")
     bad = value.expand(valid.shape)[~valid].reshape(-1)[0].item()
     raise ValueError(f"{owner}: {name} must be {what}, got {bad:g}")
+
+
+def require_probability(owner: str, value: Tensor) -> None:
+    """Raise ValueError if an element is not within [0, 1]."""
+    require(owner, "a probability", value, (value >= 0) & (value <= 1), "within [0, 1]")
 
 
 def check_normal(owner: str, loc: Tensor, scale: Tensor) -> None:

@@ -9,7 +9,7 @@ from pyro.distributions.torch import Uniform
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_sbp.distributions.checks import require, require_in_support, shown
+from pyro_sbp.distributions.checks import require_in_support, require_probability, shown
 from pyro_sbp.distributions.log_bounds import clamp_theta, exp_bound, is_within, log_within
 from pyro_sbp.distributions.transformed import TransformedDistribution
 from pyro_sbp.distributions.truncated_normal import TruncatedNormal
@@ -69,8 +69,7 @@ class ExpOfBounded(TransformedDistribution):
             ValueError: a probability is outside [0, 1], with validation.
         """
         if self._validate_args:
-            valid = (value >= 0) & (value <= 1)
-            require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
+            require_probability(type(self).__name__, value)
         return clamp_theta(self._quantile(value).exp(), self.log_low, self.log_high)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -16,8 +16,8 @@ from pyro_sbp.distributions.checks import (
     check_bounds,
     check_expand,
     check_normal,
-    require,
     require_in_support,
+    require_probability,
     shown,
     validates,
 )
@@ -216,8 +216,7 @@ class TruncatedNormal(TorchDistribution):
             ValueError: a probability is outside [0, 1], with validation.
         """
         if self._validate_args:
-            valid = (value >= 0) & (value <= 1)
-            require(type(self).__name__, "a probability", value, valid, "within [0, 1]")
+            require_probability(type(self).__name__, value)
         return self._at(value, special.icdf).to(self._dtype)
 
     def _at(self, value: Tensor, function: Callable[..., Tensor]) -> Tensor:

@@ -163,7 +163,7 @@ _ALL: tuple[Recipe, ...] = (
         decay=0.8,
         **_SPARSE,
     ),
-    # On shifted images, with more epochs than above and a threshold for one weight in 100.
+    # Shifted images, more epochs than above, and a threshold that keeps about one weight in 100.
     SparseVDRecipe(
         name="sparse-lenet-300-100-100x",
         dense_epochs=0,

@@ -227,8 +227,8 @@ def test_autoguidelist():
     steps(infer.TraceMeanField_ELBO(), model, guide)
 
 
-def sampled(kernel=infer.NUTS, **settings):
-    kernel = kernel(regression, init_strategy=START, **settings)
+def sampled(**settings):
+    kernel = infer.NUTS(regression, init_strategy=START, max_tree_depth=4, **settings)
     mcmc = infer.MCMC(kernel, num_samples=8, warmup_steps=8, disable_progbar=True)
     mcmc.run()
     theta = mcmc.get_samples()["theta"]
@@ -261,7 +261,7 @@ def test_nuts_hmc(of_site, low, high):
 
 
 def test_nuts_jit_compile_true():
-    sampled(max_tree_depth=4, jit_compile=True, ignore_jit_warnings=True)
+    sampled(jit_compile=True, ignore_jit_warnings=True)
 
 
 def test_trace_replay_block_condition_do():
@@ -306,9 +306,7 @@ def test_mask_scale():
 def test_predictive():
     found = infer.Predictive(regression, guide=guide_of(), num_samples=5)(X, None)
     assert found["y"].shape == (5, 6)
-    assert infer.Predictive(regression, sampled(max_tree_depth=4).get_samples())(X, None)[
-        "y"
-    ].shape == (8, 6)
+    assert infer.Predictive(regression, sampled().get_samples())(X, None)["y"].shape == (8, 6)
 
 
 @pytest.mark.parametrize("noise_per", ["batch", "example"])
